@@ -1,13 +1,13 @@
 """One GPT, written by hand, for every paper in this project.
 
 Notable features:
-- one config for the families the papers study: GPT-2, GPT-NeoX/Pythia, Llama 2/3, Mistral, Qwen 2/2.5/3, Gemma 2/3, Phi-3, Cohere/Aya
-- named *sites* (residual stream, attention patterns, per-head outputs, MLP activations) to read with `capture` and to
-  rewrite with `patch`: plain forward hooks on empty submodules, so they work in training, under a cache and in `generate`
+- one config for the families the papers study: GPT-2, GPT-NeoX/Pythia, Llama, Mistral, Qwen, Gemma, Phi-3, Cohere/Aya
+- named *sites* (residual stream, attention patterns, per-head outputs, MLP activations) to read with `capture` and
+  rewrite with `patch`: forward hooks on empty submodules, so they work in training, under a cache and in `generate`
 - a loss that unembeds only the positions that count, in slices, so that (batch x time, vocabulary) is never held whole
 - a preallocated key/value cache, and `generate` for prompts of any lengths at once
 
-Read `GPT.forward` first, then `Block`, `Attention`, `MLP`. Switches off the plain path stand beside the line they change.
+Read `GPT.forward` first, then `Block`, `Attention`, `MLP`. Switches stand beside the line they change.
 
 Shapes: B batch, T new positions, S positions visible as keys, H heads, D head_dim, C n_embd, V vocab_size.
 """
@@ -308,7 +308,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal of std sqrt(2 / 5C); the projections that add to the stream smaller, so that its size keeps with depth."""
+        """Normal of std sqrt(2 / 5C), smaller where a block adds to the stream, whose size then keeps with depth."""
         std = math.sqrt(2 / (5 * self.config.n_embd))
         proj_std = self.config.proj_std or std / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
@@ -331,7 +331,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, mask=None, docs=None, cache=None):
         """The normed residual stream (B, T, C) that the unembedding reads."""
-        c, (B, T) = self.config, idx.shape
+        c, T = self.config, idx.shape[1]
         start = 0 if cache is None else cache.n
         if start + T > c.block_size:
             raise ValueError(f"{start + T} tokens do not fit block_size {c.block_size}")
@@ -412,7 +412,7 @@ class GPT(nn.Module):
 
     @contextmanager
     def patch(self, functions):
-        """Inside `with model.patch({site: fn}):` every forward pass continues with `fn(tensor)` in place of the tensor."""
+        """Inside `with model.patch({site: fn}):` forward passes go on with `fn(tensor)` in place of the tensor."""
         modules = [self.site(name) for name in functions]
         handles = [
             m.register_forward_hook(lambda _, __, out, fn=fn: fn(out)) for m, fn in zip(modules, functions.values())
@@ -453,7 +453,7 @@ def weighted_cross_entropy(model, h, targets, weights=None, denom=None):
 class SlicedCrossEntropy(torch.autograd.Function):
     """sum_i w_i * -log softmax(f(h_i W^T))[y_i], a slice of rows at a time, gradients taken on the way.
 
-    The gradient of cross-entropy with respect to the logits is softmax - onehot: known as soon as the logits are. So each
+    The gradient of cross-entropy with respect to the logits is softmax - onehot: known once the logits are. So each
     slice of logits is turned into its gradient in place and multiplied out while it is still in the processor's cache,
     and nothing of size V outlives its slice. Used by `loss`; differentiable once.
     """

@@ -8,6 +8,7 @@
 import argparse
 import ast
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -89,55 +90,41 @@ class TrainFlags(Flags):
 def parse(Args, argv=None):
     """An `Args` from the command line: field defaults, then `Args.presets[--preset]`, then the flags given.
 
-    A field is a flag of its name and type; the string below it in the source is its help, the docstring of the class
-    that defines it is its group. Bad flags end in one line on stderr and exit code 2.
+    A field is a flag of its name and type; the string below it in the source is its help, the docstring of its class is
+    its group. Bad flags end in one line on stderr and exit code 2.
     """
-    script = Path(sys.modules[Args.__module__].__file__)
-    about = sys.modules[Args.__module__].__doc__.strip().split("\n\n")[0]
-    parser = argparse.ArgumentParser(
-        script.name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: fail(message)
+    script, defaults = sys.modules[Args.__module__], Args(**Args.presets[Args.preset])
+    name, about = Path(script.__file__).stem, script.__doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(usage=f"python {name}.py [flags]", description=about, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message} (python {name}.py --help lists the flags)")
     types, left = get_type_hints(Args), {f.name for f in fields(Args)}
-    defaults = Args(**Args.presets[Args.preset])
     for cls in [c for c in reversed(Args.__mro__) if "__dataclass_fields__" in vars(c)]:
-        group, body = (
-            parser.add_argument_group(cls.__doc__),
-            ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body,
-        )
+        group, body = parser.add_argument_group(cls.__doc__), ast.parse(inspect.getsource(cls)).body[0].body
         for node, below in zip(body, body[1:]):
-            name = node.target.id if isinstance(node, ast.AnnAssign) else None
-            if name not in left:
+            if not isinstance(node, ast.AnnAssign) or node.target.id not in left:
                 continue
-            left.remove(name)
-            kind, default = types[name], getattr(defaults, name)
-            text = below.value.value if isinstance(below, ast.Expr) else ""
-            options = {
-                "dest": name,
-                "default": argparse.SUPPRESS,
-                "help": f"{text} [{show(default)}]".replace("%", "%%"),
-            }
-            inner = [k for k in get_args(kind) if k is not type(None)]
-            if kind is bool or bool in inner:
-                options["action"] = argparse.BooleanOptionalAction
-            elif get_origin(kind) is list:
-                options |= {"type": inner[0], "nargs": "+", "metavar": name.upper()}
-            elif get_origin(kind) is Literal:
-                options["choices"] = inner
-            else:
-                options |= {"type": inner[0] if inner else kind, "metavar": name.upper()}
-            if name == "preset":
-                options["choices"] = Args.presets
-            group.add_argument("--" + name.replace("_", "-"), **options)
+            flag, text = node.target.id, below.value.value
+            left.remove(flag)
+            default = getattr(defaults, flag)
+            default = " ".join(map(str, default)) if isinstance(default, list) else default
+            kind = next(
+                (k for k in get_args(types[flag]) if k is not type(None)), types[flag]
+            )  # of the list, or not None
+            options = {"type": kind, "metavar": flag.upper()}
+            if kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            elif get_origin(types[flag]) is Literal or flag == "preset":
+                options = {"choices": Args.presets if flag == "preset" else get_args(types[flag])}
+            elif get_origin(types[flag]) is list:
+                options["nargs"] = "+"
+            text = f"{text} [{default}]".replace("%", "%%")
+            group.add_argument(
+                "--" + flag.replace("_", "-"), dest=flag, default=argparse.SUPPRESS, help=text, **options
+            )
     given = vars(parser.parse_args(argv))
     args = Args(**(Args.presets[given.get("preset", Args.preset)] | given))
-    args.out = args.out or f"out/{script.stem}"
+    args.out = args.out or f"out/{name}"
     return args
-
-
-def show(value):
-    """A flag's default as one would type it."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def fail(message):
@@ -173,21 +160,17 @@ class Env:
 
 
 def setup(args, threads=None) -> Env:
-    """Resolves --device and --dtype, joins the processes of torchrun, sets threads. Raises ValueError for a missing device."""
+    """Resolves --device and --dtype, joins torchrun's processes, sets threads. ValueError if the device isn't there."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(found if args.device == "auto" else args.device)
-        count = torch.accelerator.device_count() if device.type == found != "cpu" else int(device.type == "cpu")
-    except RuntimeError:
-        raise ValueError(f"--device {args.device!r} is no device, allowed: auto, cpu, cuda, cuda:1, mps") from None
-    if (device.index or 0) >= count:
-        raise ValueError(
-            f"--device {args.device}: there is none here; found: cpu{'' if found == 'cpu' else ', ' + found}"
-        )
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # how torch says that it doesn't know the name, or finds no such device
+        here = "cpu" if found == "cpu" else f"cpu, {found} ({torch.accelerator.device_count()})"
+        raise ValueError(f"--device {args.device}: not on this machine, which has: {here}") from None
     if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
@@ -199,7 +182,7 @@ def setup(args, threads=None) -> Env:
     return Env(device, torch.bfloat16 if bf16 else torch.float32, rank, world)
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------------------- training
 
 
 def learning_rate(step, args):
@@ -211,101 +194,134 @@ def learning_rate(step, args):
 
 
 def train(model, batch, args, env, log, evaluate=None, position=0):
-    """Trains `model` for args.steps optimizer steps, in place.
+    """Trains `model` for args.steps optimizer steps, in place; goes on from a checkpoint under --resume.
 
-    batch     batch(step) -> dict of this rank's (n, T) tensors for `model.forward`: idx, targets, weights, ...; a function
-              of the step alone, so that a resumed run sees the same batches. "denom" overrides the sum of the weights.
+    batch     batch(step) -> dict of this rank's (n, T) tensors for `model.forward`: idx, targets, weights, ...; a matter
+              of the step alone, so that a resumed run sees the same. "denom" overrides the sum of the weights
     log       a `Log`; its path with .pt in place of .jsonl is the checkpoint
-    evaluate  evaluate(step) -> dict of numbers, logged every eval_every steps, before the step
-    The loss of a step is sum(weights * loss) / sum(weights), both over all micro-batches and ranks.
+    evaluate  evaluate(step) -> dict of numbers, logged every eval_every steps, before the step, and at the end
     """
-    model.to(env.device)
-    if env.device.type == "cuda" if args.compile is None else args.compile:
-        for block in model.blocks:
-            block.compile()
-    net = parallelise(model, args, env)
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == big] for big in (True, False))
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    opt = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    path, start, seconds, tokens = log.path.with_suffix(".pt"), 0, 0.0, 0
+    net, opt = parallelise(model.to(env.device), args, env), optimizer(model, args)
+    path, state = log.path.with_suffix(".pt"), {"step": 0, "seconds": 0.0, "tokens": 0, "config": asdict(model.config)}
     if args.resume and path.exists():
         state = load_checkpoint(path)
-        start, seconds, tokens = state["step"], state["seconds"], state["tokens"]
-        restore(model, opt, state, args)
-    log.rewind(start)
+        snapshot(model, opt, put=state)
+        del state["model"], state["optimizer"]
+    elif env.rank == 0:
+        path.unlink(missing_ok=True)  # of an earlier run: not to be resumed by mistake
+    log.rewind(state["step"])
+    slow = 0.2 if sys.stderr.isatty() else 10
     bar = tqdm(
-        total=args.steps, initial=start, desc=log.run, position=position, disable=env.rank > 0, leave=False,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-    )  # fmt: skip
+        None,
+        log.run,
+        args.steps,
+        False,
+        initial=state["step"],
+        position=position,
+        disable=env.rank > 0,
+        mininterval=slow,
+    )
     with interruptible() as stopped:
-        for step in range(start, args.steps + 1):
-            row, began = {}, time.perf_counter()
+        while True:
+            step, row = state["step"], {}
             if evaluate and (step % args.eval_every == 0 or step == args.steps):
                 row = evaluate(step)
-                seconds -= time.perf_counter() - began  # evaluations don't count as training time
             if step == args.steps:
                 break
-            parts = batch(step)
-            n = len(parts["idx"])
-            denom = parts.pop("denom", None)
-            if denom is None:
-                denom = parts["weights"].sum() if "weights" in parts else torch.tensor(float(parts["idx"].numel()))
-                denom = all_reduce(denom.to(env.device), env)
-            denom = torch.as_tensor(denom, dtype=torch.float32, device=env.device).clamp(min=1.0)
+            began = time.perf_counter()
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, args)
-            loss, micro = torch.zeros((), device=env.device), args.micro_batch or n
-            for i in range(0, n, micro):
-                part = {k: v[i : i + micro].to(env.device, non_blocking=True) for k, v in parts.items()}
-                last = i + micro >= n
-                with env.autocast(), nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
-                    share = net(**part, denom=denom / env.world)  # DDP and FSDP average over ranks: hence / world
-                    share.backward()
-                loss += share.detach() / env.world
+            parts = batch(step)
+            loss = backward(net, parts, args, env)
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             opt.step()
             opt.zero_grad(set_to_none=True)
-            tokens += parts["idx"].numel() * env.world
-            save = (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopped()
+            stop = (
+                bool(all_reduce(torch.tensor(float(stopped())), env))
+                if step % args.log_every == 0 or env.world == 1
+                else False
+            )
+            save = stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if step % args.log_every == 0 or save:
                 value = all_reduce(loss, env).item()
                 if not math.isfinite(value):
                     kept = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-                    raise SystemExit(f"error: the loss of step {step} is {value}; {kept}; try a smaller --lr")
-            seconds += time.perf_counter() - began
+                    raise SystemExit(f"error: the loss of step {step} is {value}; {kept}; a smaller --lr may help")
+            state["step"] = step + 1
+            state["tokens"] += parts["idx"].numel() * env.world
+            state["seconds"] += time.perf_counter() - began  # of training: without evaluations
             if step % args.log_every == 0:
-                row |= {"loss": value, "lr": group["lr"], "tokens": tokens}
+                row |= {"loss": value, "lr": group["lr"]}
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
             if row:
-                log(step, **row, seconds=seconds, tokens_per_s=tokens / seconds)
+                log(step, **row, **timing(state))
             if save:
-                state = {"step": step + 1, "seconds": seconds, "tokens": tokens, "config": asdict(model.config)}
-                save_checkpoint(path, state | full_state(model, opt, args, env), env)
+                save_checkpoint(path, state | snapshot(model, opt), env)
             bar.update()
-            if stopped():
-                bar.close()
-                raise SystemExit(f"stopped at step {step + 1} of {log.run}; --resume goes on from there")
+            if stop:
+                raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on from there")
     if row:
-        log(args.steps, **row, tokens=tokens, seconds=seconds, tokens_per_s=tokens / max(seconds, 1e-9))
+        log(args.steps, **row, **timing(state))
     bar.close()
 
 
+def timing(state):
+    """The log's fields on time; all others are the same in every run of the same flags."""
+    return {
+        "tokens": state["tokens"],
+        "seconds": state["seconds"],
+        "tokens_per_s": state["tokens"] / max(state["seconds"], 1e-9),
+    }
+
+
+def optimizer(model, args):
+    """AdamW in one fused kernel; weight decay on matrices and embeddings only."""
+    groups = [
+        {"params": [p for p in model.parameters() if (p.dim() == 2) == decays], "weight_decay": decay}
+        for decays, decay in ((True, args.weight_decay), (False, 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def backward(net, parts, args, env):
+    """Gradients of sum(weights * loss) / sum(weights) over all micro-batches and ranks; returns this rank's share."""
+    n, denom = len(parts["idx"]), parts.pop("denom", None)
+    if denom is None:
+        denom = all_reduce(parts.get("weights", torch.ones(parts["idx"].shape)).sum().to(env.device), env).clamp(
+            min=1.0
+        )
+    loss, size = torch.zeros((), device=env.device), args.micro_batch or n
+    for i in range(0, n, size):
+        part = {k: v[i : i + size].to(env.device, non_blocking=True) for k, v in parts.items()}
+        wait = (
+            net.no_sync() if i + size < n and hasattr(net, "no_sync") else nullcontext()
+        )  # DDP: reduce once, at the end
+        with env.autocast(), wait:
+            share = net(**part, denom=denom / env.world)  # ranks are averaged: hence / world
+            share.backward()
+        loss += share.detach() / env.world
+    return loss
+
+
 def parallelise(model, args, env):
-    """The model as the training loop calls it: itself, in DDP, or sharded by FSDP2 (parameters kept in place)."""
+    """The model as the training loop calls it: compiled block by block, in DDP, or sharded by FSDP2 (all in place)."""
+    if env.device.type == "cuda" if args.compile is None else args.compile:
+        for block in model.blocks:
+            block.compile()
     if env.world == 1:
         return model
-    if args.shard:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if not args.shard:
+        return torch.nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        policy = MixedPrecisionPolicy(param_dtype=env.dtype, reduce_dtype=torch.float32)
-        for block in model.blocks:
-            fully_shard(block, mp_policy=policy)
-        return fully_shard(model, mp_policy=policy)
-    return torch.nn.parallel.DistributedDataParallel(model)
+    policy = MixedPrecisionPolicy(param_dtype=env.dtype, reduce_dtype=torch.float32)
+    for part in [*model.blocks, model]:
+        fully_shard(part, mp_policy=policy)
+    return model
 
 
 def all_reduce(value, env):
-    """The sum of a tensor over ranks."""
+    """The sum of a tensor over ranks, in place."""
     if env.world > 1:
         dist.all_reduce(value)
     return value
@@ -315,7 +331,7 @@ def all_reduce(value, env):
 def interruptible():
     """Yields a function: whether Ctrl-C or SIGTERM has come, or the process that started this worker is gone."""
     parent, signals = multiprocessing.parent_process(), []
-    old = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(signals) or parent is not None and not parent.is_alive()
     finally:
@@ -324,24 +340,41 @@ def interruptible():
 
 
 def side_by_side(function, tasks, jobs):
-    """[function(*task) for task in tasks], `jobs` at a time, each in a process of its own; stops them all on Ctrl-C."""
+    """[function(*task) for task in tasks], `jobs` at a time, each in a process of its own; Ctrl-C stops them all."""
     if jobs <= 1 or len(tasks) <= 1:
         return [function(*task) for task in tasks]
     context = multiprocessing.get_context("spawn")
-    lock = context.RLock()
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context, tqdm.set_lock, (lock,)) as pool:
+    with ProcessPoolExecutor(min(jobs, len(tasks)), context, tqdm.set_lock, (context.RLock(),)) as pool:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         futures = [pool.submit(function, *task) for task in tasks]
         try:
             return [f.result() for f in futures]
-        except BaseException:
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; --resume goes on from there") from None
+        finally:  # after an error or Ctrl-C: the training loops save their state on this, then end
+            pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def snapshot(model, opt, put=None):
+    """Weights and optimizer state, whole even if sharded; with `put`, such a state is first put in place."""
+    if not hasattr(next(model.parameters()), "full_tensor"):
+        if put:
+            model.load_state_dict(put["model"])
+            opt.load_state_dict(put["optimizer"])
+        return {"model": model.state_dict(), "optimizer": opt.state_dict()}
+    from torch.distributed.checkpoint import state_dict as sharded
+
+    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if put:
+        sharded.set_state_dict(
+            model, opt, model_state_dict=put["model"], optim_state_dict=put["optimizer"], options=options
+        )
+    return dict(zip(("model", "optimizer"), sharded.get_state_dict(model, opt, options=options)))
 
 
 def save_checkpoint(path, state, env=None):
@@ -356,7 +389,7 @@ def save_checkpoint(path, state, env=None):
 
 
 def load_checkpoint(path):
-    """The state in a checkpoint of ours, on the CPU. ValueError if it is damaged or holds more than tensors and numbers."""
+    """The state in a checkpoint, on the CPU. ValueError if it is damaged or holds more than tensors and numbers."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -373,31 +406,6 @@ def check_resume(path, config):
     odd = [f"{k} is {saved.get(k)} there, {ours[k]} here" for k in ours if saved.get(k) != ours[k]]
     if odd:
         raise ValueError(f"checkpoint {path} is of another model: {'; '.join(odd)}")
-
-
-def restore(model, opt, state, args):
-    """Puts a checkpoint's weights and optimizer state in place."""
-    if args.shard:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        set_state_dict(
-            model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
-        )
-    else:
-        model.load_state_dict(state["model"])
-        opt.load_state_dict(state["optimizer"])
-
-
-def full_state(model, opt, args, env):
-    """Weights and optimizer state, gathered from all ranks if they are sharded."""
-    if args.shard and env.world > 1:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, moments = get_state_dict(model, opt, options=options)
-        return {"model": weights, "optimizer": moments}
-    return {"model": model.state_dict(), "optimizer": opt.state_dict()}
 
 
 # ----------------------------------------------------------------------------------------------------------- results
@@ -417,8 +425,7 @@ class Log:
     def rewind(self, step):
         """Forgets what was logged at `step` and later: a resumed run will log it again."""
         if not self.quiet:
-            rows = [row for row in read_jsonl(self.path) if row["step"] < step]
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_jsonl(self.path, [row for row in read_jsonl(self.path) if row["step"] < step])
 
 
 def read_jsonl(path):
@@ -432,6 +439,11 @@ def read_jsonl(path):
     return rows
 
 
+def write_jsonl(path, rows):
+    """Writes objects as JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_text(path, text):
     """Writes a file whole or not at all."""
     partial = Path(path).with_suffix(".tmp")
@@ -439,47 +451,46 @@ def write_text(path, text):
     os.replace(partial, path)
 
 
-def claim(id, claim, paper, measured, control, criterion, holds, control_fails):
-    """One row of the result: a sentence, the paper's figure, our numbers, and those of the control that must fail."""
-    numbers = lambda d: {k: round(float(v), 4) for k, v in d.items()}
-    return {"id": id, "claim": claim, "paper": paper, "measured": numbers(measured), "control": numbers(control),
-            "criterion": criterion, "holds": bool(holds), "control_fails": bool(control_fails)}  # fmt: skip
+class Run:
+    """What a script has to say in the end: `metrics` and claims, for result.json and for the reader."""
+
+    def __init__(self, args, env, script, paper):
+        self.args, self.env, self.script, self.paper, self.began = args, env, script, paper, time.time()
+        self.claims, self.metrics = [], {}
+
+    def claim(self, id, claim, paper, measured, control, criterion, holds, control_fails):
+        """Adds a sentence, the paper's figure, our numbers, and those of the control that must fail the criterion."""
+        measured, control = ({k: round(float(v), 4) for k, v in d.items()} for d in (measured, control))
+        verdict = {"holds": bool(holds), "control_fails": bool(control_fails)}
+        numbers = {"measured": measured, "control": control, "criterion": criterion}
+        self.claims.append({"id": id, "claim": claim, "paper": paper, **numbers, **verdict})
+
+    def finish(self, logs=()):
+        """Writes metrics.jsonl (the `Log`s joined) and result.json, prints the table of claims, returns the result."""
+        args, out = self.args, Path(self.args.out)
+        write_jsonl(out / "metrics.jsonl", [row for log in logs for row in read_jsonl(log.path)])
+        result = {"script": self.script, "paper": self.paper, "preset": args.preset, "seeds": args.seeds}
+        result |= {"device": str(self.env.device), "seconds": round(time.time() - self.began, 1)}
+        result |= {"claims": self.claims, "metrics": self.metrics}
+        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        rows = [["claim", "paper", "measured", "control", "holds"]]
+        for c in self.claims:
+            numbers = ["\n".join(f"{k} {v:.3g}" for k, v in c[side].items()) for side in ("measured", "control")]
+            verdict = ("yes" if c["holds"] else "NO") + ("" if c["control_fails"] else "\nSO DOES THE CONTROL")
+            rows.append([f"{c['id']} {c['claim']}\n  {c['criterion']}", c["paper"], *numbers, verdict])
+        table(rows, widths=(44, 22, 24, 24, 10))
+        print(f"{out}/result.json, figures beside it; {result['seconds']:.0f} s")
+        if args.strict and not all(c["holds"] and c["control_fails"] for c in self.claims):
+            raise SystemExit(1)
+        return result
 
 
-def finish(args, env, script, paper, began, claims, metrics, runs=()):
-    """Writes metrics.jsonl (the runs' logs, joined) and result.json, prints the table of claims, returns the result."""
-    out = Path(args.out)
-    if runs:
-        rows = [row for run in runs for row in read_jsonl(out / f"{run}.jsonl")]
-        write_text(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    result = {"script": script, "paper": paper, "preset": args.preset, "seeds": args.seeds, "device": str(env.device),
-              "seconds": round(time.time() - began, 1), "claims": claims, "metrics": metrics}  # fmt: skip
-    write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
-    brief = lambda d: "\n".join(f"{k} {v:.3g}" for k, v in d.items())
-    table(
-        ["claim", "paper", "measured", "control", "holds"],
-        [
-            (f"{c['id']} {c['claim']}\n  {c['criterion']}", c["paper"], brief(c["measured"]), brief(c["control"]),
-             ("yes" if c["holds"] else "NO") + ("" if c["control_fails"] else "\ncontrol does NOT fail"))
-            for c in claims
-        ],
-        [44, 24, 24, 24, 8],
-    )  # fmt: skip
-    print(f"{out}/result.json, figures beside it; {result['seconds']:.0f} s")
-    if args.strict and not all(c["holds"] and c["control_fails"] for c in claims):
-        raise SystemExit(1)
-    return result
-
-
-def table(head, rows, widths):
-    """Prints a table with wrapped cells."""
-    for row in [head, *rows]:
-        wrap = lambda cell, w: [
-            s for line in str(cell).split("\n") for s in textwrap.wrap(line, w, subsequent_indent="  ")
-        ]
-        cells = [wrap(cell, w) for cell, w in zip(row, widths)]
-        for i in range(max(map(len, cells))):
-            print("  ".join((c[i] if i < len(c) else "").ljust(w) for c, w in zip(cells, widths)).rstrip())
+def table(rows, widths):
+    """Prints rows of cells, each wrapped to its column's width."""
+    for row in rows:
+        wrapped = [[textwrap.wrap(line, w) for line in cell.split("\n")] for cell, w in zip(row, widths)]
+        for line in itertools.zip_longest(*(itertools.chain(*cell) for cell in wrapped), fillvalue=""):
+            print("  ".join(part.ljust(w) for part, w in zip(line, widths)).rstrip())
         print("-" * (sum(widths) + 2 * len(widths) - 2))
 
 
@@ -493,9 +504,8 @@ def figure(path, rows=1, cols=1, size=(5, 3.4)):
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 9}
     with plt.rc_context(style):
-        fig, axes = plt.subplots(
-            rows, cols, figsize=(size[0] * cols, size[1] * rows), layout="constrained", squeeze=False
-        )
+        shape = {"figsize": (size[0] * cols, size[1] * rows), "layout": "constrained", "squeeze": False}
+        fig, axes = plt.subplots(rows, cols, **shape)
         yield axes.flat[0] if rows * cols == 1 else axes.flat
         fig.savefig(path, dpi=130)
         plt.close(fig)

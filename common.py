@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -172,7 +173,8 @@ def setup(args, threads=None) -> Env:
     if world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            patience = timedelta(days=1)  # rank 0 may be tokenizing for long
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -236,11 +238,9 @@ def train(model, batch, args, env, log, evaluate=None, position=0):
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             opt.step()
             opt.zero_grad(set_to_none=True)
-            stop = (
-                bool(all_reduce(torch.tensor(float(stopped())), env))
-                if step % args.log_every == 0 or env.world == 1
-                else False
-            )
+            stop = env.world == 1 and stopped()
+            if env.world > 1 and step % args.log_every == 0:  # all ranks must agree
+                stop = all_reduce(torch.tensor(float(stopped()), device=env.device), env).item() > 0
             save = stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if step % args.log_every == 0 or save:
                 value = all_reduce(loss, env).item()
@@ -312,12 +312,24 @@ def parallelise(model, args, env):
         return model
     if not args.shard:
         return torch.nn.parallel.DistributedDataParallel(model)
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     policy = MixedPrecisionPolicy(param_dtype=env.dtype, reduce_dtype=torch.float32)
     for part in [*model.blocks, model]:
         fully_shard(part, mp_policy=policy)
+    for name in "hidden", "unembed":  # what evaluations call besides forward
+        register_fsdp_forward_method(model, name)
     return model
+
+
+@contextmanager
+def rank_zero_first(env):
+    """Rank 0 runs the block, then the others: they find what it has written."""
+    if env.rank > 0:
+        dist.barrier()
+    yield
+    if env.rank == 0 and env.world > 1:
+        dist.barrier()
 
 
 def all_reduce(value, env):

@@ -417,13 +417,17 @@ class GPT(nn.Module):
         handles = [
             m.register_forward_hook(lambda _, __, out, fn=fn: fn(out)) for m, fn in zip(modules, functions.values())
         ]
-        compiled = any(block._compiled_call_impl for block in self.blocks)  # compiled code does not look for hooks
         try:
-            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            with self.eager():  # compiled code does not look for hooks
                 yield self
         finally:
             for handle in handles:
                 handle.remove()
+
+    def eager(self):
+        """A context in which blocks that were compiled run uncompiled: for hooks, and for inputs of many shapes."""
+        compiled = any(block._compiled_call_impl for block in self.blocks)
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
     def capture(self, idx, sites, mask=None, **kwargs):
         """Runs the model up to the unembedding; returns {site: tensor}. Patches in force show in what is captured."""

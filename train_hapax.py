@@ -44,7 +44,7 @@ class Args(common.TrainFlags):
 
     presets: ClassVar[dict] = {
         "smoke": dict(steps=12, n_embd=32, eval_every=6, save_every=5, samples=24, warmup=2, jobs=1),
-        "toy": dict(steps=1200, lr=5e-3),
+        "toy": dict(steps=1500, lr=4e-3),
         "70m": dict(n_layer=6, n_head=8, n_embd=512, lr=1e-3, steps=3000, batch_size=512),
         "160m": dict(n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=3000, batch_size=512),
         "paper": dict(n_layer=16, n_head=8, n_embd=2048, lr=2.5e-4, steps=20000, warmup=1430, decay_steps=143000),
@@ -77,7 +77,7 @@ class Args(common.TrainFlags):
     """divide the loss by the kept targets, or by all"""
     ablate: Literal["mean", "zero"] = "mean"
     """what stands in for an ablated head (paper: unknown)"""
-    samples: int = 192
+    samples: int = 512
     """prompts or windows in each final measure; a quarter of it during training (paper: 1000)"""
     icl_dir: str = ""
     """folder of JSON lists of {input, output}: 5-shot tasks (paper: 26 + 28 of 2310.15213)"""
@@ -338,15 +338,15 @@ def train_arm(args, world, arm, position=0, threads=None):
         return part
 
     def evaluate(step):
-        with env.autocast():
+        with env.autocast(), model.eager():
             return measure(model, world, args, max(8, args.samples // 4))
 
     log = common.Log(args.out, f"{arm}-s{world.seed}", env)
     common.train(model, batch, args, env, log, evaluate, position)
-    with env.autocast():
+    with env.autocast(), model.eager():
         result = measure(model, world, args, args.samples, final=True)
-    if arm == "none":
-        result |= transplant(model, world, args)
+        if arm == "none":
+            result |= transplant(model, world, args)
     shares = [step_mask(arm, world.batch(s, args.batch_size, args.block_size + 1, args), world, args, (world.seed, s))
               for s in range(20)]  # fmt: skip
     return result | {"share": torch.cat(shares).float().mean().item()}
@@ -358,7 +358,7 @@ def train_arm(args, world, arm, position=0, threads=None):
 @torch.no_grad()
 def logits_at(model, x, columns):
     """Logits (n, k, V) of windows x (n, T) at the given columns, a few windows at a time."""
-    x, size = torch.as_tensor(x).to(model.wte.weight.device), max(1, 2**15 // x.shape[1])
+    x, size = torch.as_tensor(x).to(model.wte.weight.device), max(1, 2**14 // x.shape[1])
     return torch.cat([model.unembed(model.hidden(part)[:, columns]).float() for part in x.split(size)])
 
 
@@ -782,10 +782,11 @@ def prepare(args, env):
     text = "".join(itertools.islice(data.load_text(args.dataset), 2000)) if args.tokenizer.startswith("bpe:") else None
     tok = data.get_tokenizer(args.tokenizer, text)
     limit = args.steps * args.batch_size * args.block_size if "/" in args.dataset else None
-    tokens = [
-        data.token_file(args.dataset, split, tok, Path(args.out) / "tokens", most, quiet=env.rank > 0)
-        for split, most in (("train", limit), ("heldout", limit and 2**22))
-    ]
+    with common.rank_zero_first(env):
+        tokens = [
+            data.token_file(args.dataset, split, tok, Path(args.out) / "tokens", most, quiet=env.rank > 0)
+            for split, most in (("train", limit), ("heldout", limit and 2**22))
+        ]
     for part in tokens:
         data.windows(part, np.random.default_rng(0), 1, args.block_size + 1)
     worlds = [World(*tokens, tok.n_vocab, tok.eos, args.shot_format == "sep", seed) for seed in args.seeds]

@@ -198,8 +198,8 @@ def learning_rate(step, args):
 def train(model, batch, args, env, log, evaluate=None, position=0):
     """Trains `model` for args.steps optimizer steps, in place; goes on from a checkpoint under --resume.
 
-    batch     batch(step) -> dict of this rank's (n, T) tensors for `model.forward`: idx, targets, weights, ...; a matter
-              of the step alone, so that a resumed run sees the same. "denom" overrides the sum of the weights
+    batch     batch(step) -> dict of this rank's (n, T) tensors for `model.forward`: idx, targets, weights, ...; it
+              depends on the step alone, so that a resumed run sees the same. "denom" overrides the sum of weights
     log       a `Log`; its path with .pt in place of .jsonl is the checkpoint
     evaluate  evaluate(step) -> dict of numbers, logged every eval_every steps, before the step, and at the end
     """
@@ -212,17 +212,10 @@ def train(model, batch, args, env, log, evaluate=None, position=0):
     elif env.rank == 0:
         path.unlink(missing_ok=True)  # of an earlier run: not to be resumed by mistake
     log.rewind(state["step"])
-    slow = 0.2 if sys.stderr.isatty() else 10
     bar = tqdm(
-        None,
-        log.run,
-        args.steps,
-        False,
-        initial=state["step"],
-        position=position,
-        disable=env.rank > 0,
-        mininterval=slow,
+        desc=log.run, total=args.steps, initial=state["step"], position=position, leave=False, disable=env.rank > 0
     )
+    bar.mininterval = 0.2 if sys.stderr.isatty() else 10
     with interruptible() as stopped:
         while True:
             step, row = state["step"], {}
@@ -266,12 +259,9 @@ def train(model, batch, args, env, log, evaluate=None, position=0):
 
 
 def timing(state):
-    """The log's fields on time; all others are the same in every run of the same flags."""
-    return {
-        "tokens": state["tokens"],
-        "seconds": state["seconds"],
-        "tokens_per_s": state["tokens"] / max(state["seconds"], 1e-9),
-    }
+    """The fields of a log line that tell how far and how fast."""
+    speed = state["tokens"] / max(state["seconds"], 1e-9)
+    return {"tokens": state["tokens"], "seconds": state["seconds"], "tokens_per_s": speed}
 
 
 def optimizer(model, args):

@@ -44,7 +44,7 @@ class Args(common.TrainFlags):
 
     presets: ClassVar[dict] = {
         "smoke": dict(steps=12, n_embd=32, eval_every=6, save_every=5, samples=24, warmup=2, jobs=1),
-        "toy": dict(steps=1500, lr=4e-3),
+        "toy": dict(steps=1200, lr=4e-3),
         "70m": dict(n_layer=6, n_head=8, n_embd=512, lr=1e-3, steps=3000, batch_size=512),
         "160m": dict(n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=3000, batch_size=512),
         "paper": dict(n_layer=16, n_head=8, n_embd=2048, lr=2.5e-4, steps=20000, warmup=1430, decay_steps=143000),
@@ -57,7 +57,7 @@ class Args(common.TrainFlags):
     """byte, bpe:N, a tiktoken name, a tokenizer.json (paper: EleutherAI/gpt-neox-20b)"""
     show: str = ""
     """colour this text, or `heldout` text, by what the mask leaves out; then stop"""
-    mix: list[int] = field(default_factory=lambda: [7, 2, 2, 5])
+    mix: list[int] = field(default_factory=lambda: [6, 2, 2, 6])
     """windows of text, abstractive, few-label and extractive data, as parts (paper: text only)"""
     label_noise: float = 0.4
     """share of few-label answers redrawn in training, so that labels can't be memorised"""
@@ -730,35 +730,27 @@ def show(text, tok, path, args):
         raise ValueError("--show needs a text of at least two tokens")
     mask = repeated(ids[:, : args.block_size + 1], "any", tok.n_vocab, args.min_n)[0]
     pieces = [(tok.decode([t]), m) for t, m in zip(ids[0, 1:].tolist(), mask)]
-    print("".join(f"\x1b[41;97m{piece}\x1b[0m" if m else piece for piece, m in pieces))
-    with common.figure(path, size=(9, 0.4 + 0.17 * (sum(p.count("\n") for p, _ in pieces) + len(pieces) // 35))) as ax:
+    print("".join(f"\x1b[41;97m{piece}\x1b[0m" if m else piece for piece, m in pieces), "\n")
+    placed, line, column, width = [], 0, 0, 88  # (line, column, text, masked)
+    for piece, m in pieces:
+        for part in re.split("(\n)", piece):
+            if part == "\n" or column + len(part) > width:
+                line, column = line + 1, 0
+            if part != "\n":
+                placed.append((line, column, part, m))
+                column += len(part)
+    with common.figure(path, size=(9, 0.6 + 0.2 * (line + 1))) as ax:
         ax.axis("off")
-        ax.set(xlim=(0, 100), ylim=(0, 1))
-        line, column, height = 0, 0, []
-        for piece, m in pieces:
-            for part in re.split("(\n)", piece):
-                if part == "\n" or column + len(part) > 100:
-                    line, column = line + 1, 0
-                if part and part != "\n":
-                    height.append((line, column, part, m))
-                    column += len(part)
-        for line_, column, part, m in height:
-            box = dict(facecolor="#ee6677", alpha=0.45, edgecolor="none", pad=0.6) if m else None
-            ax.text(
-                column, 1 - (line_ + 0.5) / (line + 1), part, family="monospace", fontsize=7.5, va="center", bbox=box
-            )
+        ax.set(xlim=(0, width), ylim=(line + 1, 0))
+        for line, column, part, m in placed:
+            box = {"facecolor": "#ee6677", "alpha": 0.45, "edgecolor": "none", "pad": 0.8} if m else None
+            ax.text(column, line + 0.5, part, family="monospace", fontsize=11.8, va="center", bbox=box)
         ax.set_title(
             f"Hapax trains on the plain tokens; the coloured {mask.mean():.0%} end a bigram seen before", loc="left"
         )
-    print()
-    for length in sorted({128, 512, 2048, args.block_size}):
-        rows = ids[:, : (ids.shape[1] - 1) // length * length + 1]
-        rows = (
-            np.stack([rows[0, i : i + length + 1] for i in range(0, rows.shape[1] - 1, length)])
-            if rows.shape[1] > 1
-            else None
-        )
-        if rows is not None:
+    for length in 128, 512, 2048:
+        if ids.shape[1] > length:
+            rows = np.stack([ids[0, i : i + length + 1] for i in range(0, ids.shape[1] - length, length)])
             shares = {rule: repeated(rows, rule, tok.n_vocab).mean() for rule in ("any", "latest", "offset", "repeat")}
             print(f"masked in windows of {length}: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
 
@@ -802,6 +794,9 @@ def prepare(args, env):
                 raise ValueError(f"--sim-emb has {len(world.embedding)} tokens, this vocabulary {world.n_vocab}")
         if args.icl_dir:
             world.icl = icl_tasks(args.icl_dir, tok, args.samples)
+            longest = max(len(p) for prompts, _ in world.icl.values() for p in prompts)
+            if longest > args.block_size:
+                raise ValueError(f"--icl-dir has prompts of {longest} tokens, --block-size is {args.block_size}")
     return worlds, tok
 
 
@@ -813,7 +808,7 @@ def main(argv=None):
         run = common.Run(args, env, "train_hapax", "2511.05743")
         out.mkdir(parents=True, exist_ok=True)
         worlds, tok = prepare(args, env)
-        sample = "".join(itertools.islice(data.load_text(args.dataset, "heldout"), 1))[:1500]
+        sample = "".join(itertools.islice(data.load_text(args.dataset, "heldout"), 20))
         text = sample if args.show in ("", "heldout") else args.show
         if args.show:
             return show(text, tok, out / "mask.png", args)

@@ -1,0 +1,223 @@
+"""Our speed beside what people would use instead: same process, same inputs, equal results asserted.
+
+    python bench.py [mask train] [--device cuda]        # a table, and out/bench.json
+
+Pairs are timed in turns, in random order, and a row gives the median of their ratios with its quartiles: a busy machine
+shifts both sides alike. Peers are written here as plainly as people write them, or are installed libraries; one that is
+missing is left out with a line that says so.
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import train_hapax
+from model import GPT, GPTConfig
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+def versus(what, ours, peers, device, rounds=15):
+    """Times `ours` beside each of `peers` {name: function}; one row a peer: ms of both, median ratio and its quartiles."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    contenders, times = {"ours": ours} | peers, {}
+    for f in contenders.values():
+        f()  # warm-up
+    for _ in range(rounds):
+        for name in random.sample(list(contenders), len(contenders)):
+            sync()
+            began = time.perf_counter()
+            contenders[name]()
+            sync()
+            times.setdefault(name, []).append(time.perf_counter() - began)
+    rows = []
+    for name in peers:
+        low, ratio, high = statistics.quantiles([b / a for a, b in zip(times["ours"], times[name])], n=4)
+        ms = [1e3 * statistics.median(times[k]) for k in ("ours", name)]
+        rows.append({"what": what, "peer": name, "ours_ms": ms[0], "peer_ms": ms[1], "ratio": ratio, "quartiles": [low, high]})
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- mask
+
+
+def mask(device):
+    """The mask of Hapax: one thread on the CPU, against a Python set, a T x T comparison and a stable argsort."""
+    torch.set_num_threads(1)
+
+    def python_set(x):
+        out = np.zeros((len(x), x.shape[1] - 1), bool)
+        for i, row in enumerate(x.tolist()):
+            seen = set()
+            for t, pair in enumerate(zip(row, row[1:])):
+                out[i, t] = pair in seen
+                seen.add(pair)
+        return torch.from_numpy(out)
+
+    def broadcast(x):
+        a, b = x[:, :-1], x[:, 1:]
+        same = (a[:, :, None] == a[:, None, :]) & (b[:, :, None] == b[:, None, :])
+        return same.tril(-1).any(2)
+
+    def argsort(x):
+        pair = x[:, :-1] * 2**18 + x[:, 1:]
+        value, order = pair.sort(dim=1, stable=True)
+        again = F.pad(value[:, 1:] == value[:, :-1], (1, 0))
+        return torch.zeros_like(again).scatter_(1, order, again)
+
+    rows = []
+    for B, T, V in ((64, 2048, 50304), (32, 128, 896)):
+        draw = np.random.default_rng(0).zipf(1.2, size=(B, T + 1)) % V  # many repeats, as in text
+        x = torch.from_numpy(draw.astype(np.int64)).to(device)
+        peers = {"Python set": python_set, "stable argsort": argsort, "T x T comparison": broadcast}
+        ours = lambda x=x: train_hapax.repeated(x, "any", 2**18)
+        for name, f in peers.items():
+            assert torch.equal(ours().cpu(), torch.cat([f(row) for row in x.split(4)]).cpu()), name
+        parts = 1 if T < 1000 else 16  # the T x T comparison does not fit whole
+        if T > 1000:
+            f, peers["T x T comparison"] = broadcast, lambda x: [broadcast(row) for row in x.split(len(x) // parts)]
+        rows += versus(f"mask, {B} x {T}", ours, {k: lambda f=f, x=x: f(x) for k, f in peers.items()}, device, 5)
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- train
+
+
+class PlainBlock(nn.Module):
+    """A block of the plain GPT below: what people write after reading nanoGPT, with rotary positions."""
+
+    def __init__(self, C, H):
+        super().__init__()
+        self.H, self.ln1, self.ln2 = H, nn.LayerNorm(C), nn.LayerNorm(C)
+        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.c_fc, self.c_out = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.H, C // self.H).transpose(1, 2) for t in self.c_attn(self.ln1(x)).split(C, dim=2))
+        turn = lambda t: t * cos + torch.cat((-t[..., t.shape[-1] // 2 :], t[..., : t.shape[-1] // 2]), -1) * sin
+        y = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+        return x + self.c_out(F.gelu(self.c_fc(self.ln2(x))))
+
+
+class PlainGPT(nn.Module):
+    """The peer: fused qkv, scaled_dot_product_attention, cross-entropy on all logits."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.wte, self.ln = nn.Embedding(c.vocab_size, c.n_embd), nn.LayerNorm(c.n_embd)
+        self.blocks = nn.ModuleList(PlainBlock(c.n_embd, c.n_head) for _ in range(c.n_layer))
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        angle = torch.arange(c.block_size)[:, None] / 10000 ** (torch.arange(0, c.head_dim, 2) / c.head_dim)
+        self.register_buffer("cos", torch.cat((angle, angle), 1).cos())
+        self.register_buffer("sin", torch.cat((angle, angle), 1).sin())
+
+    def forward(self, idx, targets):
+        x, T = self.wte(idx), idx.shape[1]
+        for block in self.blocks:
+            x = block(x, self.cos[:T], self.sin[:T])
+        logits = self.head(self.ln(x))
+        return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+def copy_weights(ours, plain):
+    """Puts our weights into the plain GPT, so that both compute the same loss."""
+    ours = ours.state_dict()
+    names = {"norm1": "ln1", "norm2": "ln2", "attn.qkv": "c_attn", "attn.proj": "c_proj", "mlp.up": "c_fc", "mlp.down": "c_out",
+             "final": "ln"}  # fmt: skip
+    for old, new in names.items():
+        ours = {k.replace(old, new): v for k, v in ours.items()}
+    plain.load_state_dict(ours, strict=False)
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a large matrix product on this machine, the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        began = time.perf_counter()
+        (a @ b).sum().item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def train(device):
+    """A whole training step (forward, loss, backward, clip, AdamW) of 6 x 384, context 256, vocabulary 4096, batch 16."""
+    c, rows = GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=6, n_embd=384), []
+    idx = torch.randint(4096, (16, 257), device=device)
+    args = SimpleNamespace(lr=1e-4, weight_decay=0.1)
+    matrices = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
+    flops = 16 * 256 * (6 * matrices + 6 * c.n_layer * c.n_embd * 256)  # causal attention: half of the full square
+
+    def stepper(model, dtype):
+        env, opt = common.Env(device, dtype), common.optimizer(model, args)
+
+        def step():
+            with env.autocast():
+                loss = model(idx[:, :-1], idx[:, 1:])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+
+        return step
+
+    for dtype in (torch.float32, torch.bfloat16):
+        peak = matmul_peak(device, dtype)
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            ours, plain = GPT(c).to(device), PlainGPT(c).to(device)
+            copy_weights(ours, plain)
+            a, b = (m(idx[:, :-1], idx[:, 1:]) for m in (ours, plain))
+            assert torch.allclose(a, b, rtol=1e-4), (a, b)
+            if compiled:
+                for block in [*ours.blocks, *plain.blocks]:
+                    block.compile()
+            what = f"training step, {str(dtype)[6:]}, {'compiled' if compiled else 'eager'}"
+            found = versus(what, stepper(ours, dtype), {"plain GPT": stepper(plain, dtype)}, device)
+            for row in found:
+                row |= {"tokens_per_s": 16 * 256e3 / row["ours_ms"], "share_of_peak": flops * 1e3 / row["ours_ms"] / peak}
+            rows += found
+    return rows
+
+
+SECTIONS = {"mask": mask, "train": train}
+
+
+def main(argv=None):
+    """Runs the sections named (default all), prints the table, writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"of {', '.join(SECTIONS)} [all]")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
+    parser.add_argument("--out", default="out/bench.json", help="[out/bench.json]")
+    args = parser.parse_args(argv)
+    if unknown := set(args.sections) - set(SECTIONS):
+        common.fail(f"no section {', '.join(sorted(unknown))}, allowed: {', '.join(SECTIONS)}")
+    threads, rows = torch.get_num_threads(), []
+    for name in args.sections:
+        torch.set_num_threads(threads)
+        for row in SECTIONS[name](torch.device(args.device)):
+            low, high = row["quartiles"]
+            extra = f"  {row['tokens_per_s']:,.0f} tok/s, {row['share_of_peak']:.0%} of peak" if "tokens_per_s" in row else ""
+            print(f"{row['what']:34s} {row['ours_ms']:9.2f} ms   {row['peer']:18s} {row['peer_ms']:9.2f} ms   "
+                  f"{row['ratio']:6.2f}x [{low:.2f}, {high:.2f}]{extra}", flush=True)  # fmt: skip
+            rows.append(row)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    common.write_text(Path(args.out), json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import data
 import train_hapax
 from model import GPT, GPTConfig
 
@@ -29,23 +30,38 @@ from model import GPT, GPTConfig
 
 
 def versus(what, ours, peers, device, rounds=15):
-    """Times `ours` beside each of `peers` {name: function}; one row a peer: ms of both, median ratio and its quartiles."""
+    """Times `ours` beside each of `peers` {name: function}: a row a peer, ms of both, median ratio with quartiles."""
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     contenders, times = {"ours": ours} | peers, {}
-    for f in contenders.values():
-        f()  # warm-up
+
+    def seconds(f, repeat):
+        sync()
+        began = time.perf_counter()
+        for _ in range(repeat):
+            f()
+        sync()
+        return (time.perf_counter() - began) / repeat
+
+    repeat = {
+        name: 1 + int(0.02 / min(seconds(f, 1) for _ in range(3))) for name, f in contenders.items()
+    }  # 20 ms a turn
     for _ in range(rounds):
         for name in random.sample(list(contenders), len(contenders)):
-            sync()
-            began = time.perf_counter()
-            contenders[name]()
-            sync()
-            times.setdefault(name, []).append(time.perf_counter() - began)
+            times.setdefault(name, []).append(seconds(contenders[name], repeat[name]))
     rows = []
     for name in peers:
         low, ratio, high = statistics.quantiles([b / a for a, b in zip(times["ours"], times[name])], n=4)
-        ms = [1e3 * statistics.median(times[k]) for k in ("ours", name)]
-        rows.append({"what": what, "peer": name, "ours_ms": ms[0], "peer_ms": ms[1], "ratio": ratio, "quartiles": [low, high]})
+        ours_ms, peer_ms = (1e3 * statistics.median(times[k]) for k in ("ours", name))
+        rows.append(
+            {
+                "what": what,
+                "peer": name,
+                "ours_ms": ours_ms,
+                "peer_ms": peer_ms,
+                "ratio": ratio,
+                "quartiles": [low, high],
+            }
+        )
     return rows
 
 
@@ -70,24 +86,32 @@ def mask(device):
         same = (a[:, :, None] == a[:, None, :]) & (b[:, :, None] == b[:, None, :])
         return same.tril(-1).any(2)
 
-    def argsort(x):
+    def argsort(x, flat=True):
         pair = x[:, :-1] * 2**18 + x[:, 1:]
-        value, order = pair.sort(dim=1, stable=True)
+        if flat:  # all rows in one sort, as in the author's follow-up project
+            pair = (pair + (torch.arange(len(x), device=x.device)[:, None] << 40)).view(1, -1)
+        order = pair.argsort(dim=1, stable=True)
+        value = pair.gather(1, order)
         again = F.pad(value[:, 1:] == value[:, :-1], (1, 0))
-        return torch.zeros_like(again).scatter_(1, order, again)
+        return torch.zeros_like(again).scatter_(1, order, again).view(len(x), -1)
 
+    text = "".join(data.load_text())
+    ids = np.array(data.get_tokenizer("bpe:4096", text).encode(text))
     rows = []
-    for B, T, V in ((64, 2048, 50304), (32, 128, 896)):
-        draw = np.random.default_rng(0).zipf(1.2, size=(B, T + 1)) % V  # many repeats, as in text
-        x = torch.from_numpy(draw.astype(np.int64)).to(device)
-        peers = {"Python set": python_set, "stable argsort": argsort, "T x T comparison": broadcast}
-        ours = lambda x=x: train_hapax.repeated(x, "any", 2**18)
+    for B, T in (64, 2048), (16, 128):
+        x = torch.from_numpy(data.windows(ids, np.random.default_rng(0), B, T + 1)).to(device)
+        peers = {
+            "Python set": python_set,
+            "stable argsort": argsort,
+            "... row by row": lambda x: argsort(x, False),
+            "T x T comparison": broadcast,
+        }
         for name, f in peers.items():
-            assert torch.equal(ours().cpu(), torch.cat([f(row) for row in x.split(4)]).cpu()), name
-        parts = 1 if T < 1000 else 16  # the T x T comparison does not fit whole
-        if T > 1000:
-            f, peers["T x T comparison"] = broadcast, lambda x: [broadcast(row) for row in x.split(len(x) // parts)]
-        rows += versus(f"mask, {B} x {T}", ours, {k: lambda f=f, x=x: f(x) for k, f in peers.items()}, device, 5)
+            assert torch.equal(train_hapax.repeated(x).cpu(), torch.cat([f(row) for row in x.split(4)]).cpu()), name
+        size = 4 if T > 1000 else B  # the T x T comparison of all rows at once would fill the memory
+        peers["T x T comparison"] = lambda x, size=size: [broadcast(rows) for rows in x.split(size)]
+        timed = {name: lambda f=f, x=x: f(x) for name, f in peers.items()}
+        rows += versus(f"mask, {B} x {T}", lambda x=x: train_hapax.repeated(x), timed, device, 9)
     return rows
 
 
@@ -135,8 +159,8 @@ class PlainGPT(nn.Module):
 def copy_weights(ours, plain):
     """Puts our weights into the plain GPT, so that both compute the same loss."""
     ours = ours.state_dict()
-    names = {"norm1": "ln1", "norm2": "ln2", "attn.qkv": "c_attn", "attn.proj": "c_proj", "mlp.up": "c_fc", "mlp.down": "c_out",
-             "final": "ln"}  # fmt: skip
+    names = {"norm1": "ln1", "norm2": "ln2", "attn.qkv": "c_attn", "attn.proj": "c_proj", "mlp.up": "c_fc"}
+    names |= {"mlp.down": "c_out", "final": "ln"}
     for old, new in names.items():
         ours = {k.replace(old, new): v for k, v in ours.items()}
     plain.load_state_dict(ours, strict=False)
@@ -155,7 +179,7 @@ def matmul_peak(device, dtype):
 
 
 def train(device):
-    """A whole training step (forward, loss, backward, clip, AdamW) of 6 x 384, context 256, vocabulary 4096, batch 16."""
+    """A training step (forward, loss, backward, clip, AdamW) of 6 x 384, context 256, vocabulary 4096, batch 16."""
     c, rows = GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=6, n_embd=384), []
     idx = torch.randint(4096, (16, 257), device=device)
     args = SimpleNamespace(lr=1e-4, weight_decay=0.1)
@@ -189,7 +213,10 @@ def train(device):
             what = f"training step, {str(dtype)[6:]}, {'compiled' if compiled else 'eager'}"
             found = versus(what, stepper(ours, dtype), {"plain GPT": stepper(plain, dtype)}, device)
             for row in found:
-                row |= {"tokens_per_s": 16 * 256e3 / row["ours_ms"], "share_of_peak": flops * 1e3 / row["ours_ms"] / peak}
+                row |= {
+                    "tokens_per_s": 16 * 256e3 / row["ours_ms"],
+                    "share_of_peak": flops * 1e3 / row["ours_ms"] / peak,
+                }
             rows += found
     return rows
 
@@ -210,10 +237,11 @@ def main(argv=None):
     for name in args.sections:
         torch.set_num_threads(threads)
         for row in SECTIONS[name](torch.device(args.device)):
-            low, high = row["quartiles"]
-            extra = f"  {row['tokens_per_s']:,.0f} tok/s, {row['share_of_peak']:.0%} of peak" if "tokens_per_s" in row else ""
-            print(f"{row['what']:34s} {row['ours_ms']:9.2f} ms   {row['peer']:18s} {row['peer_ms']:9.2f} ms   "
-                  f"{row['ratio']:6.2f}x [{low:.2f}, {high:.2f}]{extra}", flush=True)  # fmt: skip
+            line = "{what:34s} {ours_ms:9.2f} ms   {peer:18s} {peer_ms:9.2f} ms   {ratio:6.2f}x".format(**row)
+            line += "  [{:.2f}, {:.2f}]".format(*row["quartiles"])
+            if "share_of_peak" in row:
+                line += "  {tokens_per_s:,.0f} tok/s, {share_of_peak:.0%} of peak".format(**row)
+            print(line, flush=True)
             rows.append(row)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     common.write_text(Path(args.out), json.dumps(rows, indent=1) + "\n")

@@ -111,23 +111,25 @@ def lib(a):
 def runs(ids):
     """Sorts each row of `ids` (B, T) by value, equal values by position: copies come to stand side by side.
 
-    Returns `order` (B, T), the positions in sorted order, and `again` (B, T), True where an entry has the value of the
-    one before it. The key (value, position) is unique, so sorting the keys alone is enough: no argsort, no stability.
+    Returns `order` (B, T), the places in the flattened array that the sorted entries came from, and `again` (B, T),
+    True where an entry has the value of the one before it. The key (value, place) is unique, so sorting the keys alone
+    is enough: no argsort, no stability.
     """
-    shift = ids.shape[1].bit_length()
-    position = np.arange(ids.shape[1]) if lib(ids) is np else torch.arange(ids.shape[1], device=ids.device)
-    key = ids << shift | position
-    key = np.sort(key, axis=1) if lib(ids) is np else key.sort(1).values
-    value = key >> shift
-    first = lib(ids).zeros_like(value[:, :1], dtype=bool)
-    again = lib(ids).concatenate((first, value[:, 1:] == value[:, :-1]), 1)
-    return key & ((1 << shift) - 1), again
+    n, xp = math.prod(ids.shape), lib(ids)
+    bits, place = n.bit_length(), np.arange(n) if xp is np else torch.arange(n, device=ids.device)
+    key = ids << bits
+    key |= place.reshape(ids.shape)
+    key = np.sort(key, axis=1) if xp is np else key.sort(1).values
+    value = key >> bits
+    again = xp.concatenate((xp.zeros_like(value[:, :1], dtype=bool), value[:, 1:] == value[:, :-1]), 1)
+    key &= (1 << bits) - 1
+    return key, again
 
 
 def scatter(order, values):
-    """Puts values in sorted order (B, T) back at their positions."""
+    """Puts values in sorted order (B, T) back at their places."""
     out = lib(values).empty_like(values)
-    np.put_along_axis(out, order, values, 1) if lib(out) is np else out.scatter_(1, order, values)
+    out.reshape(-1)[order] = values
     return out
 
 
@@ -143,7 +145,7 @@ def rank(ids):
 
 
 def repeated(x, rule="any", vocab_size=2**18, min_n=2, docs=None):
-    """Which targets an induction head could get right: the loss mask of Hapax.
+    """Which targets an induction head could get right: the mask of Hapax.
 
     x     (B, T+1) int64 token ids below vocab_size, a window with its last target; NumPy or torch, on any device
     docs  (B, T+1) non-decreasing document numbers, if attention stays inside documents: then a copy must, too
@@ -168,7 +170,7 @@ def repeated(x, rule="any", vocab_size=2**18, min_n=2, docs=None):
     length = x.shape[1]
     if docs is not None:
         x, vocab_size = rank(docs * vocab_size + x), length  # the same token in another document is another token
-    elif vocab_size**2 << length.bit_length() >= 2**63:
+    elif vocab_size**2 << math.prod(x.shape).bit_length() >= 2**63:
         x, vocab_size = rank(x), length
     if rule == "any":
         gram = x  # an id for the (n-1)-gram that ends at each position
@@ -178,10 +180,8 @@ def repeated(x, rule="any", vocab_size=2**18, min_n=2, docs=None):
         mask = lib(x).concatenate((lib(x).zeros_like(x[:, : min_n - 2], dtype=bool), mask), 1)
     elif rule == "latest":
         order, again = runs(x)
-        before = lib(x).where(again, lib(x).roll(order, 1, 1), -1)
-        before = scatter(order, before)[:, :-1]  # the latest earlier place of x[t-1], or -1
-        after = np.take_along_axis(x, before + 1, 1) if lib(x) is np else x.gather(1, before + 1)
-        mask = (before >= 0) & (after == x[:, 1:])
+        before = scatter(order, lib(x).where(again, lib(x).roll(order, 1, 1), -1))[:, :-1]  # of x[t-1]; -1: none
+        mask = (before >= 0) & (x.reshape(-1)[before + 1] == x[:, 1:])
     elif rule == "offset":
         mask = seen(x)[:, :-1]
     elif rule == "repeat":

@@ -403,11 +403,12 @@ def load_checkpoint(path):
 
 
 def check_resume(path, config):
-    """Raises ValueError if the checkpoint at `path` can't be read or is not of a model of this config."""
-    saved, ours = load_checkpoint(path)["config"], asdict(config)
-    odd = [f"{k} is {saved.get(k)} there, {ours[k]} here" for k in ours if saved.get(k) != ours[k]]
-    if odd:
-        raise ValueError(f"checkpoint {path} is of another model: {'; '.join(odd)}")
+    """Raises ValueError if there is a checkpoint at `path` that can't be read or is not of a model of this config."""
+    if path.exists():
+        saved, ours = load_checkpoint(path)["config"], asdict(config)
+        odd = [f"{k} is {saved.get(k)} there, {ours[k]} here" for k in ours if saved.get(k) != ours[k]]
+        if odd:
+            raise ValueError(f"checkpoint {path} is of another model: {'; '.join(odd)}")
 
 
 # ----------------------------------------------------------------------------------------------------------- results

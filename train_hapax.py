@@ -161,12 +161,17 @@ def repeated(x, rule="any", vocab_size=2**18, min_n=2, docs=None):
         raise ValueError(f"tokens are {x.dtype}, needed: integers")
     if min_n < 2:
         raise ValueError(f"--min-n {min_n}, allowed: 2 and up")
+    if rule not in ("any", "latest", "offset", "repeat"):
+        raise ValueError(f"mask rule {rule!r}, allowed: any, latest, offset, repeat")
     if lib(x) is torch and x.device.type == "cpu":
         return torch.from_numpy(repeated(x.numpy(), rule, vocab_size, min_n, None if docs is None else docs.numpy()))
-    if lib(x) is np and not (
-        0 <= x.min() and x.max() < vocab_size
-    ):  # on a GPU a look at the values would stall the queue
+    if lib(x) is np and not (0 <= x.min() and x.max() < vocab_size):  # on a GPU a look at the values would stall it
         raise ValueError(f"token ids from {x.min()} to {x.max()}, allowed: 0 to {vocab_size - 1}")
+    return copies(x, rule, vocab_size, min_n, docs)
+
+
+def copies(x, rule, vocab_size, min_n, docs):
+    """`repeated` without its checks, on the device of x."""
     length = x.shape[1]
     if docs is not None:
         x, vocab_size = rank(docs * vocab_size + x), length  # the same token in another document is another token
@@ -176,18 +181,13 @@ def repeated(x, rule="any", vocab_size=2**18, min_n=2, docs=None):
         gram = x  # an id for the (n-1)-gram that ends at each position
         for n in range(2, min_n + 1):
             gram = (rank(gram) if n > 2 else gram)[:, :-1] * vocab_size + x[:, n - 1 :]
-        mask = seen(gram)
-        mask = lib(x).concatenate((lib(x).zeros_like(x[:, : min_n - 2], dtype=bool), mask), 1)
+        mask = lib(x).concatenate((lib(x).zeros_like(x[:, : min_n - 2], dtype=bool), seen(gram)), 1)
     elif rule == "latest":
         order, again = runs(x)
         before = scatter(order, lib(x).where(again, lib(x).roll(order, 1, 1), -1))[:, :-1]  # of x[t-1]; -1: none
         mask = (before >= 0) & (x.reshape(-1)[before + 1] == x[:, 1:])
-    elif rule == "offset":
-        mask = seen(x)[:, :-1]
-    elif rule == "repeat":
-        mask = seen(x)[:, 1:]
     else:
-        raise ValueError(f"mask rule {rule!r}, allowed: any, latest, offset, repeat")
+        mask = seen(x)[:, :-1] if rule == "offset" else seen(x)[:, 1:]
     return mask if docs is None else mask & (docs[:, 1:] == docs[:, :-1])
 
 
@@ -812,27 +812,25 @@ def main(argv=None):
         text = sample if args.show in ("", "heldout") else args.show
         if args.show:
             return show(text, tok, out / "mask.png", args)
-        for world, arm in itertools.product(worlds, args.arms):
-            checkpoint = out / f"{arm}-s{world.seed}.pt"
-            if args.resume and checkpoint.exists():
-                common.check_resume(checkpoint, config_of(args, world))
+        config = config_of(args, worlds[0])
+        runs = [(world, arm, common.Log(out, f"{arm}-s{world.seed}")) for world in worlds for arm in args.arms]
+        for *_, log in runs if args.resume else ():
+            common.check_resume(log.path.with_suffix(".pt"), config)
     jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
     threads = max(1, os.cpu_count() // jobs) if env.device.type == "cpu" else None
-    tasks = [(args, world, arm) for world in worlds for arm in args.arms]
-    measured = common.side_by_side(train_arm, [(*t, i % jobs, threads) for i, t in enumerate(tasks)], jobs)
-    results = {arm: [r for r, t in zip(measured, tasks) if t[2] == arm] for arm in args.arms}
+    tasks = [(args, world, arm, i % jobs, threads) for i, (world, arm, _) in enumerate(runs)]
+    measured = common.side_by_side(train_arm, tasks, jobs)
     if env.rank:
         return None
-    if {"none", "any", "random"} <= results.keys():
-        judge(run, results)
-    logs = [[common.Log(out, f"{arm}-s{seed}") for seed in args.seeds] for arm in args.arms]
-    if "none" in results:
-        draw(out / "hapax.png", results, dict(zip(args.arms, logs)), args)
+    run.metrics = {arm: [m for m, (_, a, _) in zip(measured, runs) if a == arm] for arm in args.arms}
+    if {"none", "any", "random"} <= set(args.arms):
+        judge(run, run.metrics)
+    if "none" in args.arms:
+        draw(out / "hapax.png", run.metrics, {arm: [log for _, a, log in runs if a == arm] for arm in args.arms}, args)
         if args.icl_dir:
-            write_icl(out / "icl.csv", results)
+            write_icl(out / "icl.csv", run.metrics)
     show(text, tok, out / "mask.png", args)
-    run.metrics = results
-    return run.finish(sum(logs, []))
+    return run.finish([log for *_, log in runs])
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ class Flags:
     resume: bool = False
     """go on from the checkpoints in --out"""
     jobs: int = 2
-    """on a CPU: runs side by side, one thread each"""
+    """on a CPU: runs side by side"""
+    threads: int = 0
+    """CPU threads of a run; 0 shares the cores among the jobs"""
     strict: bool = False
     """exit code 1 if a claim does not hold"""
 
@@ -160,7 +162,7 @@ class Env:
         return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
 
 
-def setup(args, threads=None) -> Env:
+def setup(args) -> Env:
     """Resolves --device and --dtype, joins torchrun's processes, sets threads. ValueError if the device isn't there."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
@@ -178,8 +180,8 @@ def setup(args, threads=None) -> Env:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if threads:
-        torch.set_num_threads(threads)
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads or max(1, os.cpu_count() // (args.jobs if world == 1 else world)))
     bf16 = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
     return Env(device, torch.bfloat16 if bf16 else torch.float32, rank, world)
 

@@ -21,7 +21,6 @@ Read on: `repeated` (the method) -> `World` (the data) -> `train_arm` -> the mea
 import itertools
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,7 @@ class Args(common.TrainFlags):
     """Hapax"""
 
     presets: ClassVar[dict] = {
-        "smoke": dict(steps=12, n_embd=32, eval_every=6, save_every=5, samples=24, warmup=2, jobs=1),
+        "smoke": dict(steps=12, n_embd=32, eval_every=6, save_every=5, samples=24, warmup=2, jobs=1, threads=1),
         "toy": dict(steps=1200, lr=4e-3),
         "70m": dict(n_layer=6, n_head=8, n_embd=512, lr=1e-3, steps=3000, batch_size=512),
         "160m": dict(n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=3000, batch_size=512),
@@ -320,9 +319,9 @@ def config_of(args, world):
     return GPTConfig(world.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd, **wiring)
 
 
-def train_arm(args, world, arm, position=0, threads=None):
+def train_arm(args, world, arm, position=0):
     """Trains one arm; returns its final measures."""
-    env = common.setup(args, threads)
+    env = common.setup(args)
     torch.manual_seed(world.seed)  # the same initial weights for every arm
     model = GPT(config_of(args, world))
 
@@ -817,8 +816,7 @@ def main(argv=None):
         for *_, log in runs if args.resume else ():
             common.check_resume(log.path.with_suffix(".pt"), config)
     jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
-    threads = max(1, os.cpu_count() // jobs) if env.device.type == "cpu" else None
-    tasks = [(args, world, arm, i % jobs, threads) for i, (world, arm, _) in enumerate(runs)]
+    tasks = [(args, world, arm, i % jobs) for i, (world, arm, _) in enumerate(runs)]
     measured = common.side_by_side(train_arm, tasks, jobs)
     if env.rank:
         return None

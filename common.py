@@ -22,11 +22,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+from model import KVCache, rope
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
@@ -411,6 +414,54 @@ def check_resume(path, config):
         odd = [f"{k} is {saved.get(k)} there, {ours[k]} here" for k in ours if saved.get(k) != ours[k]]
         if odd:
             raise ValueError(f"checkpoint {path} is of another model: {'; '.join(odd)}")
+
+
+# ------------------------------------------------------------------------------------------- patches at every layer
+
+
+def residuals(model, idx, mask=None, tail=1, **kwargs):
+    """The residual stream of the last `tail` columns: after the embedding and every block, (L + 1, B, tail, C)."""
+    kept, sites = [], ["embed"] + [f"blocks.{i}.resid_post" for i in range(model.config.n_layer)]
+    with model.patch({site: lambda x: kept.append(x[:, -tail:].clone()) for site in sites}):
+        model.hidden(idx, mask, **kwargs)
+    return torch.stack(kept)
+
+
+@torch.no_grad()
+def sweep(model, idx, step, tail=1, mask=None):
+    """Many interventions on the same prompts in one pass, exact: what the `final` site holds under each of them.
+
+    A patch after block j at column p changes nothing before p and nothing below j. So the prompts run once; then the
+    last `tail` columns (p is the first of them) go through the blocks again, as one bundle per intervention. A bundle
+    joins behind the block where it begins, attends to the keys of the one prefix and to itself, to no other bundle.
+
+    idx   (B, T) token ids; `mask` (B, T) for padding on the left: the last `tail` columns must be real
+    step  step(j, x, clean) -> the bundles (B, V', tail, C) that leave block j (-1: the embedding), from those that
+          came so far, x (B, V, tail, C), and the unpatched columns, clean (B, tail, C): rewrites and appends
+    Returns (B, V, tail, C), normed as `model.unembed` wants it.
+    """
+    c, (B, T) = model.config, idx.shape
+    if c.smear_keys or not 0 < tail < T:
+        raise ValueError(f"a sweep over {tail} of {T} columns, allowed: 1 to {T - 1}, in a model without smeared keys")
+    cache, S = KVCache(c, B, T, idx.device, model.wte.weight.dtype), T - tail
+    clean = residuals(model, idx, mask, tail, cache=cache)
+    bundles = SimpleNamespace(  # what a block needs of a cache
+        append=lambda layer, k, v: [torch.cat((a[layer, :, :, :S], b), 2) for a, b in ((cache.k, k), (cache.v, v))]
+    )
+    x = step(-1, clean[0][:, None][:, :0], clean[0])
+    for j, block in enumerate(model.blocks):
+        V, window = x.shape[1], c.windows[j] if c.windows else 0
+        if V:
+            pos = cache.pos[:, S:].repeat(1, V)
+            own = torch.block_diag(*[torch.ones(tail, tail, device=idx.device).tril()] * V).bool()
+            see = torch.cat((cache.real[:, None, :S].expand(-1, V * tail, -1), own.expand(B, -1, -1)), 2)
+            if window:
+                see = see & (torch.cat((cache.pos[:, :S], pos), 1)[:, None] > pos[:, :, None] - window)
+            rotary = None if c.learned_pos else rope(c, pos, local=window > 0)
+            with model.eager():
+                x = block(x.flatten(1, 2), rotary, see[:, None], None, bundles).unflatten(1, (V, tail))
+        x = step(j, x, clean[j + 1])
+    return model.final(x)
 
 
 # ----------------------------------------------------------------------------------------------------------- results

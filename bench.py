@@ -42,10 +42,9 @@ def versus(what, ours, peers, device, rounds=15):
         sync()
         return (time.perf_counter() - began) / repeat
 
-    repeat = {
-        name: 1 + int(0.02 / min(seconds(f, 1) for _ in range(3))) for name, f in contenders.items()
-    }  # 20 ms a turn
-    for _ in range(rounds):
+    once = {name: min(seconds(f, 1) for _ in range(3)) for name, f in contenders.items()}
+    repeat = {name: 1 + int(0.02 / s) for name, s in once.items()}  # 20 ms a turn
+    for _ in range(max(5, min(rounds, int(20 / sum(once.values()))))):
         for name in random.sample(list(contenders), len(contenders)):
             times.setdefault(name, []).append(seconds(contenders[name], repeat[name]))
     rows = []

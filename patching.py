@@ -17,6 +17,7 @@ Read on: `probabilities` (every patched measure) -> `World` (words, prompts, pai
 `define`, `geometry` (the experiments) -> `judge`. The one-pass sweep over layers is `common.sweep`.
 """
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import common
 import pretrained
@@ -42,7 +44,7 @@ class Args(common.TrainFlags):
         "paper": dict(model="meta-llama/Llama-2-7b-hf", quads=["de-it:fr-es", "it-de:fr-es"], device="cuda"),
     }
     model: str = ""
-    """a pretrained model in place of the toy: gemma-3-270m, a Hugging Face id, a folder (paper: Llama-2-7b and six more)"""
+    """a pretrained model in place of the toy: gemma-3-270m, a hub id, a folder (paper: Llama-2-7b and six more)"""
     words: str = ""
     """CSV of your own: a column per language code, synonyms in a cell joined by |, the first one used in prompts"""
     languages: list[str] = field(default_factory=lambda: ["en", "fr", "de", "es", "nl", "fi"])
@@ -58,7 +60,7 @@ class Args(common.TrainFlags):
     shots: int = 0
     """examples in a prompt; default 3 for the toy, 5 for a real model (paper: 5)"""
     score: Literal["auto", "first", "word"] = "auto"
-    """probability of the word's first token, or of all its tokens; auto: word for the toy, first for a real model"""
+    """experiments 2 and 3: the word's first token, or all its tokens; auto: word for the toy, first for a real model"""
     num_patches: int = 0
     """how many layers from j on are patched at the concept token; 0 is all (paper: all)"""
     k: int = 5
@@ -156,17 +158,6 @@ def probabilities(model, prompts, answers, rho, z, patch, size):
             for a, token in rows[b, f]:
                 out[b, :, :, a] += (before + logp[:, len(f), token]).exp().cpu().unflatten(0, out.shape[1:3])
     return out
-
-
-def plain(z):
-    """No patch, in the shape of one: the first of the bundles is the prompt as it is."""
-    return lambda j, x, clean: x if j >= 0 else clean[:, None]
-
-
-def baseline(model, prompts, answers, size):
-    """P(answer) of the prompts as they are: (B, A)."""
-    nothing = torch.zeros(1, len(prompts), 1, 1, device=model.wte.weight.device)
-    return probabilities(model, prompts, answers, -1, nothing, plain, size)[:, 0, 0]
 
 
 def switch_layers(p):
@@ -318,7 +309,7 @@ class World:
 
     tok: object
     table: dict  # language -> concept -> synonyms
-    whole: bool  # score whole words, or first tokens
+    whole: bool  # experiments 2 and 3 score whole words, or first tokens
 
     def text(self, pair, shots, row, cut=""):
         """A translation prompt that ends in the opening quote of the answer, or with cut="word" after the query [C]."""
@@ -341,9 +332,9 @@ class World:
         quote, ids = self.tok.encode('"'), self.tok.encode(f'"{text}')
         return ids[len(quote) :] if ids[: len(quote)] == quote else self.tok.encode(text)
 
-    def answer(self, code, row):
-        """The words that count as concept `row` in a language: whole, or their first tokens with and without a space."""
-        if self.whole:
+    def answer(self, code, row, whole=False):
+        """The words that count as concept `row` in a language: whole, or first tokens, with and without a space."""
+        if whole:
             return {tuple(self.quoted(w)) for w in self.table[code][row]}
         firsts = [self.quoted(space + w)[0] for w in self.table[code][row] for space in ("", " ")]
         return {(t,) for t in firsts if self.tok.decode([t]).strip()}  # not the bare space token
@@ -519,3 +510,490 @@ def train_toy(args, world, name, env, position=0):
 
     common.train(model, lambda step: world.batch(step, args, env), args, env, log, evaluate, position)
     return model
+
+
+# ---------------------------------------------------------------------------------------------------- the experiments
+
+
+def pairs_for(world, args, sources, targets, cell, rng, what, n):
+    """`draw_pairs`, or a ValueError that says how many there are."""
+    pairs, passed = draw_pairs(rng, sources, targets, cell, n)
+    if len(pairs) < n:
+        why = ", ".join(f"{count} {reason}" for reason, count in passed.items())
+        raise ValueError(
+            f"{what} has {len(pairs)} pairs of concepts, --pairs asks for {n}; passed over: {why or 'none'}"
+        )
+    s, t, answers = zip(*pairs)
+    return list(s), list(t), list(answers)
+
+
+def english(world, out, s, t):
+    """The paper's fifth answer, both concepts in English, where English is none of the output languages `out`."""
+    return [world.answer("en", s) | world.answer("en", t)] if "en" in world.table and "en" not in out else []
+
+
+def last(model, world, args, quad, seed, controls, n):
+    """Experiment 1: a source's last-token latent in place of the target's, layer by layer.
+
+    Returns P(answer) by source, {name: (n, L + 1, A)}; answers C_T^outT, C_T^outS, C_S^outS, C_S^outT (, English), and
+    the sources' latents (L + 1, n, C). Row j = -1 is the target prompt as it is, row L - 1 the source prompt as it is.
+    Sources besides the paper's: one factor only (the other is the target's), scrambled examples, Gaussian noise.
+    """
+    (sa, sb), (ta, tb) = quad
+    rng = np.random.default_rng([seed, 4])
+    order = (tb, True), (sb, True), (sb, False), (tb, False)  # (language, the target's concept?)
+    cell = lambda s, t: [world.answer(c, t if own else s) for c, own in order] + english(world, (sb, tb), s, t)
+    what = f"{sa}-{sb}:{ta}-{tb}"
+    s, t, answers = pairs_for(world, args, world.rows((sa, sb))[0], world.rows((ta, tb))[0], cell, rng, what, n)
+    texts = {"source": world.prompts(rng, (sa, sb), s, args.shots)}
+    target = [world.ids(x) for x in world.prompts(rng, (ta, tb), t, args.shots)]
+    if controls:
+        texts["language only"] = world.prompts(rng, (sa, sb), t, args.shots)
+        texts["concept only"] = world.prompts(rng, (ta, tb), s, args.shots)
+        texts["scrambled"] = world.prompts(rng, (sa, sb), s, args.shots, scramble=True)
+    z = [latents(model, [world.ids(x) for x in part], args.prompts) for part in texts.values()]
+    if controls:
+        noise = torch.randn(z[0].shape, generator=torch.Generator().manual_seed(seed)).to(z[0])
+        z.append(noise * z[0].norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+    p = probabilities(model, target, answers, -1, torch.stack(z, 2), swap, args.prompts).numpy()
+    return {name: p[:, :, i] for i, name in enumerate([*texts, "noise"][: len(z)])}, z[0], answers
+
+
+def concept(model, world, args, sources, target, seed, n):
+    """Experiments 2 and 3: latents of a word's last token, one or their mean, held at the target's word from layer j on.
+
+    Returns P(answer) by what is held, {name: (n, L + 1, A)}; answers C_S^outT, C_T^outT.
+      single1..k  one source of each language pair            mean1..k   the mean over the first 1..k of them
+      contexts    the mean over k contexts of the first pair  mixed      the mean over k different concepts
+      unrelated   a single latent of neither concept
+    """
+    (ta, tb), k = target, len(sources)
+    rng = np.random.default_rng([seed, 5])
+    cell = lambda s, t: [world.answer(tb, s, world.whole), world.answer(tb, t, world.whole)]
+    held = world.rows((sources[0][0], tb))[0]  # the source's word was never translated into the target's language
+    s, t, answers = pairs_for(world, args, held, world.rows(target)[0], cell, rng, f"{ta}-{tb} (concept)", n)
+
+    def of(pair, rows):
+        prompts = world.prompts(rng, pair, rows, args.shots, "word")
+        return latents(model, [world.ids(x) for x in prompts], args.prompts)
+
+    everything = range(len(world.table[ta]))
+    others = [rng.choice([r for r in everything if r not in pair], k, replace=False) for pair in zip(s, t)]
+    one = [of(pair, s) for pair in sources]
+    mean = lambda parts: torch.stack(parts).mean(0)
+    z = {f"single{i + 1}": one[i] for i in range(k)} | {f"mean{i + 1}": mean(one[: i + 1]) for i in range(k)}
+    z["contexts"] = mean(one[:1] + [of(sources[0], s) for _ in range(k - 1)])
+    strangers = [of(pair, [int(o[i]) for o in others]) for i, pair in enumerate(sources)]
+    z |= {"mixed": mean(one[:1] + strangers[1:]), "unrelated": strangers[0]}
+    texts = world.prompts(rng, target, t, args.shots)
+    rhos = {world.rho(x, x[: x.rindex(f'" - {LABELS[tb]}: "')]) for x in texts}
+    if len(rhos) > 1:
+        raise ValueError(f"the words of {ta}-{tb} end at different columns: {sorted(rhos)}")
+    patch = lambda z: hold(z, args.num_patches)
+    prompts, held = [world.ids(x) for x in texts], torch.stack([*z.values()], 2)
+    p = probabilities(model, prompts, answers, rhos.pop(), held, patch, max(1, args.prompts // 4)).numpy()
+    return {name: p[:, :, i] for i, name in enumerate(z)}
+
+
+def define(model, world, args, sources, code, seed, layer, n):
+    """The toy's definitions of a word whose last token holds a mean latent from `layer` on: F1 of the three attributes.
+
+    Returns {"patched", "plain", "unrelated"}: (F1 against the source's concept, F1 against the target's own).
+    """
+    rng = np.random.default_rng([seed, 6])
+    rows = range(len(world.facts))
+    product = [(s, t) for s in rows for t in rows if not set(world.facts[s]) & set(world.facts[t])]
+    pairs = [product[i] for i in rng.permutation(len(product))[:n]]
+    other = [int(rng.choice([r for r in rows if not {*world.facts[r]} & {*world.facts[s], *world.facts[t]}])) 
+             for s, t in pairs]  # fmt: skip
+    texts = []
+    for _, t in pairs:
+        shots = world.few_shot(rng, (code, code), t, args.shots)
+        texts.append("".join(world.definition(code, i) for i in shots) + world.definition(code, t, answer=False))
+    rho = world.rho(texts[0], texts[0][: texts[0].rindex('" = ')])
+    prompts = [world.ids(x) for x in texts]
+
+    def of(rows):
+        parts = [world.prompts(rng, pair, rows, args.shots, "word") for pair in sources]
+        return torch.stack([latents(model, [world.ids(x) for x in part], args.prompts) for part in parts]).mean(0)
+
+    def put(value):
+        def patch(x):  # the prompt only, not the tokens generated after it
+            if x.shape[1] > 1:
+                x = x.clone()
+                x[:, rho] = value
+            return x
+
+        return patch
+
+    out = {}
+    for name, z in {"patched": of([s for s, _ in pairs]), "unrelated": of(other), "plain": None}.items():
+        later = range(layer, model.config.n_layer) if z is not None else ()
+        with model.patch({("embed" if j < 0 else f"blocks.{j}.resid_post"): put(z[j + 1]) for j in later}):
+            said = generate(model, prompts, 3, temperature=0)
+        said = [{world.tok.names[i].split(".")[0] for i in ids} for ids in said]
+        out[name] = [np.mean([len(got & {*world.facts[p[i]]}) / 3 for got, p in zip(said, pairs)]) for i in (0, 1)]
+    return out
+
+
+def geometry(model, world, args, seed, contexts=4, languages=4, concepts=24):
+    """Shares of variance (L + 1, 3) of concept-token latents: concept, language, both; and with concepts shuffled."""
+    rng, codes = np.random.default_rng([seed, 7]), list(world.table)[:languages]
+    rows = rng.permutation(len(world.table[codes[0]]))[:concepts].tolist()
+    x = []
+    for r in range(contexts):
+        for i, code in enumerate(codes):
+            pair = code, codes[(i + 1 + r % (len(codes) - 1)) % len(codes)]
+            prompts = world.prompts(rng, pair, rows, args.shots, "word")
+            x.append(latents(model, [world.ids(p) for p in prompts], args.prompts))
+    x = torch.stack(x).unflatten(0, (contexts, len(codes))).permute(2, 0, 3, 1, 4).float()  # L + 1, r, C, languages, d
+    order = [torch.from_numpy(rng.permutation(len(rows))) for _ in codes]  # its own for each language
+    shuffled = torch.stack([x[:, :, o, i] for i, o in enumerate(order)], 3)
+    return tuple(torch.stack([variance_split(layer) for layer in each]) for each in (x, shuffled))
+
+
+@torch.no_grad()
+def logit_lens(model, z, answers):
+    """P of each answer's first tokens read by norm and unembedding from latents z (L + 1, n, C): (L + 1, A)."""
+    out = torch.zeros(len(z), len(answers[0]))
+    for i, options in enumerate(answers):
+        p = model.unembed(model.final(z[:, i])).float().softmax(-1).cpu()
+        out += torch.stack([p[:, sorted({w[0] for w in words})].sum(-1) for words in options], 1)
+    return out / len(answers)
+
+
+REAL_QUADS = ["fr-en:es-fr", "de-en:es-fr", "es-fr:de-en", "fr-es:it-en", "en-fr:de-es", "de-it:fr-es"]
+IDENTITY = "king king\n1135 1135\nhello hello\n?"  # [C]
+
+
+def study(model, world, args, quads, sources, target, seed, toy=False):
+    """All experiments on one model; returns their results as plain numbers."""
+    n, cells, out = args.pairs, {}, {"quads": {}}
+    for i, quad in enumerate(tqdm(quads, f"patch s{seed}", leave=False, disable=None)):
+        p, z, answers = last(model, world, args, quad, seed, toy or i == 0, n)
+        mean, half = band(p["source"])
+        able = min(mean[0, 0], mean[-1, 2]) >= 0.3  # the model can do both translations
+        for source, values in p.items() if able or i == 0 else ():
+            cells.setdefault(source, []).append(values[:, :, :4])
+        p = p["source"]
+        interval = bootstrap(lambda rows, p=p: switch_layers(p[rows].mean(0)), n)
+        found = {"able": bool(able), "mean": mean, "band": half, "t": switch_layers(mean), "t_interval": interval}
+        out["quads"]["{}-{}:{}-{}".format(*quad[0], *quad[1])] = found
+        if i == 0:
+            out["logit_lens"] = logit_lens(model, z, answers)
+        if i == 0 and not toy:
+            prompts = [world.ids(IDENTITY)] * n
+            out["patchscope"] = probabilities(model, prompts, answers, -1, z[:, :, None], swap, args.prompts).mean(
+                (0, 2)
+            )
+    p = {source: np.concatenate(values) for source, values in cells.items()}
+    out["last"] = {source: v.mean(0) for source, v in p.items()}
+    t = {source: switch_layers(v) for source, v in out["last"].items()}
+    out |= {"t": t["source"], "t_one_factor": (t["language only"][0], t["concept only"][1])}
+
+    m = n if toy else -(-n // 3)  # a dozen sources side by side are a dozen times the work
+    p = concept(model, world, args, sources, target, seed, m)
+    single = np.mean([v[:, :, 0] for name, v in p.items() if name.startswith("single")], 0)  # (m, L + 1)
+    j = int(single.mean(0).argmax())  # the layer that is best for one source: means get no advantage from the choice
+    interval = lambda v: [v.mean(), *bootstrap(lambda rows: v[rows].mean(), m)]
+    means = {name: v[:, j, 0] for name, v in p.items() if name.startswith("mean")}
+    out |= {"concept_layer": j - 1, "k_sweep": [interval(v) for v in means.values()]}
+    others = {name: p[name][:, j, 0] for name in ("contexts", "mixed")}
+    out["gain"] = {name: interval(v - single[:, j]) for name, v in (means | others).items()}
+    out["concept"] = {name: v.mean(0) for name, v in p.items()}
+    out |= {"single": single.mean(0), "baseline": out["concept"]["mean1"][-1, 1]}
+    if toy:
+        out["define"] = define(model, world, args, sources, target[1], seed, j - 1, n)
+    out["geometry"], out["geometry_shuffled"] = geometry(model, world, args, seed)
+    torch.manual_seed(seed)
+    untrained = GPT(model.config).to(model.wte.weight.device, model.wte.weight.dtype)
+    out["untrained"] = last(untrained, world, args, quads[0], seed, False, min(n, 32))[0]["source"].mean(0).max()
+    return json.loads(json.dumps(out, default=lambda a: a.tolist()))  # arrays and NumPy's numbers as plain ones
+
+
+def run_toy(args, tok, seed, position=0):
+    """Trains the toy for one tokenization and seed and runs everything on it."""
+    env, world = common.setup(args), Toy(args, seed, tok)
+    model = train_toy(args, world, f"{tok}-s{seed}", env, position)
+    model.eval()
+    with model.eager():
+        scores = {k: accuracy(model, world, args, 300, k == "held_out") for k in ("trained", "held_out")}
+        scores = {k: float(v) for k, v in scores.items()}
+        return {"accuracy": scores} | study(model, world, args, *languages_of(args, world), seed, toy=True)
+
+
+def languages_of(args, world):
+    """(quadruples, k source pairs, target pair): --quads, or every rotation of the toy's languages; means over others.
+
+    Experiment 3 goes into the target of the first quadruple, from pairs of the remaining languages, as in the paper.
+    """
+    codes = list(world.table)
+    at = lambda i: codes[i % len(codes)]
+    default = [f"{at(i)}-{at(i + 1)}:{at(i + 2)}-{at(i + 3)}" for i in range(len(codes))]
+    if args.model and not args.words:
+        default = REAL_QUADS
+    quads = [parse_quad(text, world) for text in args.quads or default]
+    target = quads[0][1]
+    rest = [c for c in codes if c not in target]
+    sources = [(a, b) for step in range(1, len(rest)) for a, b in zip(rest, rest[step:] + rest[:step])]
+    if len(sources) < args.k:
+        raise ValueError(f"--k {args.k}: {len(sources)} pairs of languages are left beside {'-'.join(target)}")
+    return quads, sources[: args.k], target
+
+
+def parse_quad(text, world):
+    """(("de", "it"), ("fr", "zh")) of "de-it:fr-zh"."""
+    found = re.fullmatch(r"(\w+)-(\w+):(\w+)-(\w+)", text)
+    if not found or not {*found.groups()} <= {*world.table}:
+        raise ValueError(f"--quads {text}: needed source:target as de-it:fr-es, of {', '.join(world.table)}")
+    a, b, c, d = found.groups()
+    if a == b or c == d or b == d:
+        raise ValueError(f"--quads {text}: a pair needs two languages, and source and target two output languages")
+    return (a, b), (c, d)
+
+
+# -------------------------------------------------------------------------------------------------------- the verdict
+# fmt: off
+
+
+def judge(run, results, toy):
+    """The claims: medians over seeds, each beside a control that must fail."""
+    m = lambda f: float(np.median([f(r) for r in results]))
+    cell = lambda r, source, i: max(row[i] for row in r["last"][source])
+    most = lambda test: np.mean([test(r) for r in results]) > 0.5
+
+    mixed = lambda source: m(lambda r: cell(r, source, 1))
+    stray = m(lambda r: max(cell(r, "noise", i) for i in (1, 2, 3)))
+    run.claim("T1", "from the last token, the language arrives before the concept: in between, the target's concept is "
+              "said in the source's language", ".62 at layer 14; t_lang 13, t_conc 16 of 32",
+              {"C_T in source's language": mixed("source"), "t_lang": m(lambda r: r["t"][0]),
+               "t_conc": m(lambda r: r["t"][1])},
+              {"noise, any other cell": stray, "untrained, any cell": m(lambda r: r["untrained"])},
+              "cell >= .3 at some layer and t_lang < t_conc, in most seeds; controls < .05",
+              most(lambda r: cell(r, "source", 1) >= 0.3 and r["t"][0] < r["t"][1]),
+              max(stray, m(lambda r: r["untrained"])) < 0.05)
+
+    run.claim("T1b", "the same with one factor at a time: sources that share the target's concept, or its languages",
+              "not in the paper",
+              {"language only, C_T in source's language": mixed("language only"),
+               "concept only, C_S in target's language": m(lambda r: cell(r, "concept only", 3)),
+               "t_lang": m(lambda r: r["t_one_factor"][0]), "t_conc": m(lambda r: r["t_one_factor"][1])},
+              {"noise, C_T in source's language": mixed("noise"),
+               "noise, C_S in target's language": m(lambda r: cell(r, "noise", 3))},
+              "both cells >= .3 and t_lang < t_conc, in most seeds",
+              most(lambda r: min(cell(r, "language only", 1), cell(r, "concept only", 3)) >= 0.3
+                   and r["t_one_factor"][0] < r["t_one_factor"][1]),
+              m(lambda r: min(cell(r, "noise", 1), cell(r, "noise", 3))) < 0.3)
+
+    top = lambda name: m(lambda r: max(row[0] for row in r["concept"][name]))
+    base, from_last = m(lambda r: r["baseline"]), m(lambda r: cell(r, "source", 3))
+    test = lambda p: p >= 0.5 * base
+    run.claim("T2", "at the word's last token the patch changes the concept and keeps the language",
+              ".35 of .75", {"C_S in target's language": top("single1"), "unpatched target": base},
+              {"unrelated concept": top("unrelated"), "from the last token": from_last},
+              ">= half of the unpatched target's; unrelated < .05", test(top("single1")),
+              top("unrelated") < 0.05 and not test(from_last))
+
+    k = f"mean{len(results[0]['k_sweep'])}"
+    gain = lambda name, i: m(lambda r: r["gain"][name][i])
+    rising = most(lambda r: all(b[2] >= a[1] for a, b in zip(r["k_sweep"], r["k_sweep"][1:])))
+    single = m(lambda r: max(r["single"]))
+    run.claim("T3", "the mean over languages does as well as a single one, or better", ".45 against .35",
+              {"single": single, f"{k} - single": gain(k, 0), "low": gain(k, 1), "high": gain(k, 2),
+               "contexts - single": gain("contexts", 0)},
+              {"mean over concepts - single": gain("mixed", 0)},
+              "lower bound >= -.02, not falling with k; the mean over concepts loses >= .3"
+              + (" (saturated: can't show a gain)" if single > 0.97 else ""),
+              gain(k, 1) >= -0.02 and rising, gain("mixed", 0) <= -0.3)
+
+    if "define" in results[0]:
+        f1 = lambda name, i: m(lambda r: r["define"][name][i])
+        test = lambda name: f1(name, 0) >= 0.6 and f1(name, 1) <= 0.2
+        run.claim("T4", "a mean latent is read out as a definition (F1 of three attributes)",
+                  "as good as the word itself", {"source's concept": f1("patched", 0), "overwritten": f1("patched", 1)},
+                  {"no patch": f1("plain", 0), "unrelated latent": f1("unrelated", 0)},
+                  "source's >= .6 and overwritten's <= .2", test("patched"), not test("plain") and not test("unrelated"))
+
+    best = lambda r, which: max(r[which], key=lambda row: row[0])
+    share = lambda which, i: m(lambda r: best(r, which)[i])
+    test = lambda which: share(which, 2) <= 0.5 * share(which, 0)
+    run.claim("G", "concept and language add up: variance of concept-token latents, at the layer of the largest concept "
+              "share", "not in the paper",
+              {name: share("geometry", i) for i, name in enumerate(("concept", "language", "both together"))},
+              {"concepts shuffled: concept": share("geometry_shuffled", 0), "both together": share("geometry_shuffled", 2)},
+              "interaction <= half of concept", test("geometry"), not test("geometry_shuffled"))
+
+
+def judge_tokens(run, by_tok):
+    """Our own question: does the concept arrive later, the more pieces a word has?"""
+    t = {tok: [float(np.median([r["t_one_factor"][i] for r in rs])) for i in (0, 1)] for tok, rs in by_tok.items()}
+    shift = [t["char"][i] - t["word"][i] for i in (0, 1)]
+    run.claim("T5", "the more pieces a word has, the later its concept arrives (one factor patched)", "not in the paper",
+              {f"t_conc, {tok}": t[tok][1] for tok in ("word", "chunk", "char")},
+              {f"t_lang, {tok}": t[tok][0] for tok in ("word", "chunk", "char")},
+              "word <= chunk <= char, word < char, and the language moves less",
+              t["word"][1] <= t["chunk"][1] <= t["char"][1] and shift[1] > 0, abs(shift[0]) < abs(shift[1]) or not shift[0])
+
+
+# fmt: on
+
+BLUE, RED, GREEN, GOLD, GREY = "#4477aa", "#ee6677", "#228833", "#ccbb44", "#999999"
+
+
+def draw(path, results, title):
+    """One picture of the first seed: experiment 1, its switch layers, controls; experiments 2 and 3; the geometry."""
+    r = results[0]
+    name, main = next(iter(r["quads"].items()))
+    (sa, sb), (ta, tb) = (pair.split("-") for pair in name.split(":"))
+    x = np.arange(len(main["mean"])) - 1
+    say = f"{LABELS[tb]} (target's)", f"{LABELS[sb]} (source's)"
+    lines = [(f"target's concept in {say[0]}", BLUE), (f"target's concept in {say[1]}", RED)]
+    lines += [(f"source's concept in {say[1]}", GREEN), (f"source's concept in {say[0]}", GOLD), ("English", GREY)]
+    with common.figure(path, 2, 3, (4.6, 3.4)) as axes:
+        curves, switches, factors, held, sweep, shares = axes
+        for i, (label, colour) in enumerate(lines[: len(main["mean"][0])]):
+            y, half = (np.array(main[key])[:, i] for key in ("mean", "band"))
+            curves.plot(x, y, color=colour, label=label)
+            curves.fill_between(x, y - half, y + half, color=colour, alpha=0.2, lw=0)
+        curves.axhline(main["mean"][0][0], color=BLUE, ls=":", lw=1)
+        curves.axhline(main["mean"][-1][2], color=GREEN, ls=":", lw=1)
+        curves.set(title=f"{title}: {sa}→{sb} patched into {ta}→{tb}", ylabel="probability", ylim=(-0.02, None))
+        for i, quad in enumerate(r["quads"].values()):
+            for which, colour in (0, RED), (1, GREEN):
+                low, high = np.array(quad["t_interval"])[:, which]
+                switches.plot([low, high], [i, i], color=colour, lw=4, alpha=0.35, solid_capstyle="butt")
+                label = ("language", "concept")[which] if i == 0 else None
+                switches.plot(quad["t"][which], i, "o", color=colour, ms=6, label=label)
+        switches.set(
+            title="From this layer on, the source's wins", yticks=range(len(r["quads"])), xlim=(-1.5, len(x) - 0.5)
+        )
+        switches.set_yticklabels([q.replace("-", "→").replace(":", " into ") for q in r["quads"]])
+        switches.invert_yaxis()
+        last = {k: np.array(v) for k, v in r["last"].items()}
+        factors.plot(x, last["language only"][:, 1], color=RED, label="same concept: source's language")
+        factors.plot(x, last["concept only"][:, 3], color=GREEN, label="same languages: source's concept")
+        factors.plot(x, last["scrambled"][:, 0], color=BLUE, ls="--", label="scrambled examples: target's answer")
+        factors.plot(x, last["noise"][:, 1:].max(1), color=GREY, ls="--", label="noise: largest other cell")
+        factors.set(title="One factor at a time, and controls", ylabel="probability")
+        k = len(r["k_sweep"])
+        held.plot(x, r["single"], color=BLUE, label="one source")
+        kinds = (f"mean{k}", f"mean of {k} languages", RED), ("contexts", f"mean of {k} contexts", GOLD)
+        for key, label, colour in (*kinds, ("mixed", f"mean of {k} concepts", GREY)):
+            held.plot(x, np.array(r["concept"][key])[:, 0], color=colour, label=label)
+        held.axhline(r["baseline"], color="k", ls=":", lw=1)
+        held.set(title="At the word's last token, from layer j on", ylabel="source's concept in target's language")
+        mid, low, high = np.array(r["k_sweep"]).T
+        sweep.errorbar(range(1, k + 1), mid, (mid - low, high - mid), fmt="o-", color=RED, capsize=3)
+        sweep.axhline(max(r["single"]), color=BLUE, ls=":", lw=1, label="one source, mean over all")
+        sweep.set(
+            title=f"Mean over k languages, from layer {r['concept_layer']} on", xlabel="k", xticks=range(1, k + 1)
+        )
+        split = np.array(r["geometry"]).T
+        shares.stackplot(
+            x, split, colors=[GREEN, RED, GREY], labels=["concept", "language", "both together"], alpha=0.8
+        )
+        shares.set(title="Variance of the word's last token", ylabel="share", ylim=(0, 1), xlim=(x[0], x[-1]))
+        for ax in (curves, switches, factors, held, shares):
+            ax.set_xlabel("layer")
+        for ax in axes:
+            ax.legend(fontsize=7)
+
+
+def report(name, r):
+    """Prints the curves of a run layer by layer, and where each quadruple of languages switches."""
+    print(f"\n{name}", "".join(f", {k} accuracy {v:.2f}" for k, v in r.get("accuracy", {}).items()))
+    for quad, q in r["quads"].items():
+        ends = f"target {q['mean'][0][0]:.2f}, source {q['mean'][-1][2]:.2f}"
+        print(f"  {quad}: {ends}, t_lang {q['t'][0]}, t_conc {q['t'][1]}, 95 % {q['t_interval']}")
+    print("  layer  T in outT  T in outS  S in outS  S in outT | held at the word: one, mean | read by logit lens")
+    mean = [row[0] for row in r["concept"][f"mean{len(r['k_sweep'])}"]]
+    for j, (row, *held, lens) in enumerate(zip(r["last"]["source"], r["single"], mean, r["logit_lens"])):
+        columns = [*row, "      |", *held, "   |", lens[2]]
+        print(f"  {j - 1:5d}" + "".join(c if isinstance(c, str) else f"{c:11.3f}" for c in columns))
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def prepare(args, env):
+    """Checks the flags; returns the real (model, world), or None for the toy."""
+    toy = not args.model
+    args.shots = args.shots or (3 if toy else 5)
+    for flag, low, high in ("pairs", 2, 10**6), ("shots", 1, 50), ("k", 1, 30), ("prompts", 1, 10**6):
+        if not low <= getattr(args, flag) <= high:
+            raise ValueError(f"--{flag} {getattr(args, flag)}, allowed: {low} to {high}")
+    if args.words and toy:
+        raise ValueError("--words needs --model: the toy is trained on the built-in words")
+    model = None
+    if not toy:
+        table = read_words(args.words) if args.words else builtin_words()[0]
+        if len(next(iter(table.values()))) <= args.shots:
+            raise ValueError(
+                f"{len(next(iter(table.values())))} words, needed for {args.shots} examples and a query: more"
+            )
+        model, tok = pretrained.load(args.model, env.device, args.dtype)
+        world = World(tok, table, args.score == "word")
+        languages_of(args, world)
+        return model.eval(), world
+    if unknown := [code for code in args.languages if code not in CODES]:
+        raise ValueError(f"--languages {unknown[0]}, allowed: {' '.join(CODES)}")
+    if not 4 <= len({*args.languages}) == len(args.languages):
+        raise ValueError("--languages: needed: four or more, each once")
+    if not 20 <= args.concepts <= 120:
+        raise ValueError(f"--concepts {args.concepts}, allowed: 20 to 120")
+    for tok in args.tok:
+        config_of(args, world := Toy(args, args.seeds[0], tok))
+    for quad in languages_of(args, world)[0]:
+        most = len(world.held[quad[0]]) * (len(world.held[quad[1]]) - 1)
+        if most < args.pairs:
+            raise ValueError(f"--pairs {args.pairs}: the held-out words make at most {most}; fewer, or more --concepts")
+    return None
+
+
+def main(argv=None):
+    """The paper end to end; returns what it writes to result.json."""
+    args = common.parse(Args, argv)
+    with common.bad_input():
+        env, out = common.setup(args), Path(args.out)
+        run = common.Run(args, env, "patching", "2411.08745")
+        out.mkdir(parents=True, exist_ok=True)
+        real = prepare(args, env)
+        names = [f"{tok}-s{seed}" for tok in args.tok for seed in args.seeds]
+        for name in names if args.resume and not real else ():
+            tok, seed = name.split("-s")
+            common.check_resume(out / f"{name}.pt", config_of(args, Toy(args, int(seed), tok)))
+    if real:
+        model, world = real
+        names = [f"{Path(args.model).name}-s{seed}" for seed in args.seeds]
+        with common.bad_input():
+            results = [study(model, world, args, *languages_of(args, world), seed) for seed in args.seeds]
+        by_tok = {"real": results}
+    else:
+        jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+        tasks = [
+            (args, tok, seed, i % jobs) for i, (tok, seed) in enumerate((t, s) for t in args.tok for s in args.seeds)
+        ]
+        results = common.side_by_side(run_toy, tasks, jobs)
+        by_tok = {tok: [r for r, task in zip(results, tasks) if task[1] == tok] for tok in args.tok}
+    if env.rank:
+        return None
+    first = next(iter(by_tok.values()))
+    run.metrics = dict(zip(names, results))
+    judge(run, first, not real)
+    if {"word", "chunk", "char"} <= set(by_tok):
+        judge_tokens(run, by_tok)
+    for name, r in run.metrics.items():
+        report(name, r)
+    draw(out / "patching.png", first, Path(args.model).name if real else "toy")
+    logs = []
+    for name, r in run.metrics.items():
+        logs.append(log := common.Log(out, name))
+        if real:
+            log.rewind(0)
+        for j, row in enumerate(r["last"]["source"]):
+            log(max(args.steps if not real else 0, 0), layer=j - 1, **dict(zip(("tt", "ts", "ss", "st"), row)))
+    return run.finish(logs)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,10 +17,12 @@ Read on: `probabilities` (every patched measure) -> `World` (words, prompts, pai
 `define`, `geometry` (the experiments) -> `judge`. The one-pass sweep over layers is `common.sweep`.
 """
 
+import csv
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -51,16 +53,16 @@ class Args(common.TrainFlags):
     """of the toy: en fr de es it nl pt fi tr"""
     concepts: int = 120
     """words of each language in the toy, at most 120 (paper: 73 to 101)"""
-    tok: list[Literal["chunk", "word", "char"]] = field(default_factory=lambda: ["chunk"])
-    """pieces of a word in the toy: two letters, the whole word, one letter; a training run each"""
+    tok: list[str] = field(default_factory=lambda: ["chunk"])
+    """pieces of a word in the toy: chunk (two letters), word, char; a training run each"""
     quads: list[str] = field(default_factory=list)
     """language quadruples source:target, as de-it:fr-zh (the paper's); default: six for the toy and the real model"""
     pairs: int = 200
     """pairs of concepts for each quadruple (paper: 200)"""
     shots: int = 0
     """examples in a prompt; default 3 for the toy, 5 for a real model (paper: 5)"""
-    score: Literal["auto", "first", "word"] = "auto"
-    """experiments 2 and 3: the word's first token, or all its tokens; auto: word for the toy, first for a real model"""
+    score: Literal["first", "word"] = "first"
+    """real models, experiments 2 and 3: probability of the first token, or of all (the toy: all)"""
     num_patches: int = 0
     """how many layers from j on are patched at the concept token; 0 is all (paper: all)"""
     k: int = 5
@@ -200,102 +202,18 @@ def variance_split(x):
 
 # ----------------------------------------------------------------------------------------------- words, prompts, pairs
 
-CODES = "en fr de es it nl pt fi tr".split()
-CONCEPTS = """
-book/livre/Buch/libro/libro/boek/livro/kirja/kitap/o cloud/nuage/Wolke/nube/nuvola/wolk/nuvem/pilvi/bulut/n
-mountain/montagne/Berg/montaña/montagna/berg/montanha/vuori/dağ/n
-heart/cœur/Herz/corazón/cuore/hart/coração/sydän/kalp/b day/jour/Tag/día/giorno/dag/dia/päivä/gün/t
-star/étoile/Stern/estrella/stella/ster/estrela/tähti/yıldız/n moon/lune/Mond/luna/luna/maan/lua/kuu/ay/n
-sun/soleil/Sonne/sol/sole/zon/sol/aurinko/güneş/n village/village/Dorf/pueblo/villaggio/dorp/aldeia/kylä/köy/c
-forest/forêt/Wald/bosque/foresta/bos/floresta/metsä/orman/n water/eau/Wasser/agua/acqua/water/água/vesi/su/n
-river/rivière/Fluss/río/fiume/rivier/rio/joki/nehir/n fire/feu/Feuer/fuego/fuoco/vuur/fogo/tuli/ateş/n
-snow/neige/Schnee/nieve/neve/sneeuw/neve/lumi/kar/n horse/cheval/Pferd/caballo/cavallo/paard/cavalo/hevonen/at/a
-dog/chien/Hund/perro/cane/hond/cão/koira/köpek/a cat/chat/Katze/gato/gatto/kat/gato/kissa/kedi/a
-bird/oiseau/Vogel/pájaro/uccello/vogel/pássaro/lintu/kuş/a fish/poisson/Fisch/pez/pesce/vis/peixe/kala/balık/a
-cow/vache/Kuh/vaca/mucca/koe/vaca/lehmä/inek/a house/maison/Haus/casa/casa/huis/casa/talo/ev/h
-door/porte/Tür/puerta/porta/deur/porta/ovi/kapı/h window/fenêtre/Fenster/ventana/finestra/raam/janela/ikkuna/pencere/h
-table/table/Tisch/mesa/tavolo/tafel/mesa/pöytä/masa/h chair/chaise/Stuhl/silla/sedia/stoel/cadeira/tuoli/sandalye/h
-bed/lit/Bett/cama/letto/bed/cama/sänky/yatak/h bread/pain/Brot/pan/pane/brood/pão/leipä/ekmek/f
-milk/lait/Milch/leche/latte/melk/leite/maito/süt/f egg/œuf/Ei/huevo/uovo/ei/ovo/muna/yumurta/f
-apple/pomme/Apfel/manzana/mela/appel/maçã/omena/elma/f salt/sel/Salz/sal/sale/zout/sal/suola/tuz/f
-cheese/fromage/Käse/queso/formaggio/kaas/queijo/juusto/peynir/f meat/viande/Fleisch/carne/carne/vlees/carne/liha/et/f
-tea/thé/Tee/té/tè/thee/chá/tee/çay/f hand/main/Hand/mano/mano/hand/mão/käsi/el/b
-foot/pied/Fuß/pie/piede/voet/pé/jalka/ayak/b head/tête/Kopf/cabeza/testa/hoofd/cabeça/pää/baş/b
-eye/œil/Auge/ojo/occhio/oog/olho/silmä/göz/b nose/nez/Nase/nariz/naso/neus/nariz/nenä/burun/b
-mouth/bouche/Mund/boca/bocca/mond/boca/suu/ağız/b ear/oreille/Ohr/oreja/orecchio/oor/orelha/korva/kulak/b
-tooth/dent/Zahn/diente/dente/tand/dente/hammas/diş/b finger/doigt/Finger/dedo/dito/vinger/dedo/sormi/parmak/b
-blood/sang/Blut/sangre/sangue/bloed/sangue/veri/kan/b bone/os/Knochen/hueso/osso/bot/osso/luu/kemik/b
-tree/arbre/Baum/árbol/albero/boom/árvore/puu/ağaç/p flower/fleur/Blume/flor/fiore/bloem/flor/kukka/çiçek/p
-leaf/feuille/Blatt/hoja/foglia/blad/folha/lehti/yaprak/p grass/herbe/Gras/hierba/erba/gras/relva/ruoho/çimen/p
-root/racine/Wurzel/raíz/radice/wortel/raiz/juuri/kök/p stone/pierre/Stein/piedra/pietra/steen/pedra/kivi/taş/m
-sand/sable/Sand/arena/sabbia/zand/areia/hiekka/kum/m sea/mer/Meer/mar/mare/zee/mar/meri/deniz/n
-lake/lac/See/lago/lago/meer/lago/järvi/göl/n island/île/Insel/isla/isola/eiland/ilha/saari/ada/c
-rain/pluie/Regen/lluvia/pioggia/regen/chuva/sade/yağmur/n wind/vent/Wind/viento/vento/wind/vento/tuuli/rüzgar/n
-ice/glace/Eis/hielo/ghiaccio/ijs/gelo/jää/buz/n gold/or/Gold/oro/oro/goud/ouro/kulta/altın/m
-silver/argent/Silber/plata/argento/zilver/prata/hopea/gümüş/m iron/fer/Eisen/hierro/ferro/ijzer/ferro/rauta/demir/m
-night/nuit/Nacht/noche/notte/nacht/noite/yö/gece/t morning/matin/Morgen/mañana/mattina/ochtend/manhã/aamu/sabah/t
-week/semaine/Woche/semana/settimana/week/semana/viikko/hafta/t year/année/Jahr/año/anno/jaar/ano/vuosi/yıl/t
-summer/été/Sommer/verano/estate/zomer/verão/kesä/yaz/t winter/hiver/Winter/invierno/inverno/winter/inverno/talvi/kış/t
-king/roi/König/rey/re/koning/rei/kuningas/kral/r queen/reine/Königin/reina/regina/koningin/rainha/kuningatar/kraliçe/r
-child/enfant/Kind/niño/bambino/kind/criança/lapsi/çocuk/r mother/mère/Mutter/madre/madre/moeder/mãe/äiti/anne/r
-father/père/Vater/padre/padre/vader/pai/isä/baba/r friend/ami/Freund/amigo/amico/vriend/amigo/ystävä/arkadaş/r
-city/ville/Stadt/ciudad/città/stad/cidade/kaupunki/şehir/c street/rue/Straße/calle/strada/straat/rua/katu/sokak/c
-bridge/pont/Brücke/puente/ponte/brug/ponte/silta/köprü/c church/église/Kirche/iglesia/chiesa/kerk/igreja/kirkko/kilise/c
-school/école/Schule/escuela/scuola/school/escola/koulu/okul/c
-garden/jardin/Garten/jardín/giardino/tuin/jardim/puutarha/bahçe/c wall/mur/Wand/pared/muro/muur/parede/seinä/duvar/h
-roof/toit/Dach/techo/tetto/dak/telhado/katto/çatı/h key/clé/Schlüssel/llave/chiave/sleutel/chave/avain/anahtar/o
-knife/couteau/Messer/cuchillo/coltello/mes/faca/veitsi/bıçak/o
-spoon/cuillère/Löffel/cuchara/cucchiaio/lepel/colher/lusikka/kaşık/o
-bottle/bouteille/Flasche/botella/bottiglia/fles/garrafa/pullo/şişe/o
-clock/horloge/Uhr/reloj/orologio/klok/relógio/kello/saat/o
-mirror/miroir/Spiegel/espejo/specchio/spiegel/espelho/peili/ayna/o
-shoe/chaussure/Schuh/zapato/scarpa/schoen/sapato/kenkä/ayakkabı/o
-hat/chapeau/Hut/sombrero/cappello/hoed/chapéu/hattu/şapka/o shirt/chemise/Hemd/camisa/camicia/hemd/camisa/paita/gömlek/o
-ship/navire/Schiff/barco/nave/schip/navio/laiva/gemi/o wheel/roue/Rad/rueda/ruota/wiel/roda/pyörä/tekerlek/o
-letter/lettre/Brief/carta/lettera/brief/carta/kirje/mektup/o word/mot/Wort/palabra/parola/woord/palavra/sana/kelime/o
-song/chanson/Lied/canción/canzone/lied/canção/laulu/şarkı/o war/guerre/Krieg/guerra/guerra/oorlog/guerra/sota/savaş/t
-dream/rêve/Traum/sueño/sogno/droom/sonho/uni/rüya/t sword/épée/Schwert/espada/spada/zwaard/espada/miekka/kılıç/o
-wolf/loup/Wolf/lobo/lupo/wolf/lobo/susi/kurt/a bear/ours/Bär/oso/orso/beer/urso/karhu/ayı/a
-mouse/souris/Maus/ratón/topo/muis/rato/hiiri/fare/a rabbit/lapin/Kaninchen/conejo/coniglio/konijn/coelho/kani/tavşan/a
-duck/canard/Ente/pato/anatra/eend/pato/ankka/ördek/a spider/araignée/Spinne/araña/ragno/spin/aranha/hämähäkki/örümcek/a
-frog/grenouille/Frosch/rana/rana/kikker/rã/sammakko/kurbağa/a
-butter/beurre/Butter/mantequilla/burro/boter/manteiga/voi/tereyağı/f
-sugar/sucre/Zucker/azúcar/zucchero/suiker/açúcar/sokeri/şeker/f wine/vin/Wein/vino/vino/wijn/vinho/viini/şarap/f
-onion/oignon/Zwiebel/cebolla/cipolla/ui/cebola/sipuli/soğan/f rice/riz/Reis/arroz/riso/rijst/arroz/riisi/pirinç/f
-field/champ/Feld/campo/campo/veld/campo/pelto/tarla/c earth/terre/Erde/tierra/terra/aarde/terra/maa/toprak/n
-smoke/fumée/Rauch/humo/fumo/rook/fumaça/savu/duman/n skin/peau/Haut/piel/pelle/huid/pele/iho/cilt/b
-knee/genou/Knie/rodilla/ginocchio/knie/joelho/polvi/diz/b glass/verre/Glas/vidrio/vetro/glas/vidro/lasi/cam/m
-paper/papier/Papier/papel/carta/papier/papel/paperi/kağıt/m ring/anneau/Ring/anillo/anello/ring/anel/sormus/yüzük/o
-wing/aile/Flügel/ala/ala/vleugel/asa/siipi/kanat/b nest/nid/Nest/nido/nido/nest/ninho/pesä/yuva/c
-"""  # fmt: skip
-LABELS = {"en": "English", "fr": "Français", "de": "Deutsch", "es": "Español", "it": "Italiano", "nl": "Nederlands"}
-LABELS |= {
-    "pt": "Português",
-    "fi": "Suomi",
-    "tr": "Türkçe",
-    "zh": "中文",
-    "ru": "Русский",
-    "ko": "한국어",
-    "ja": "日本語",
-}
-LABELS |= {"et": "Eesti", "hi": "हिन्दी"}
-CATEGORIES = {"a": "animal", "b": "body", "c": "place", "f": "food", "h": "house", "m": "material", "n": "nature"}
-CATEGORIES |= {"o": "object", "p": "plant", "r": "person", "t": "time"}
-
-
-def builtin_words():
-    """({language: [[word]] by concept}, [category of each concept]): the 120 concepts above."""
-    rows = [entry.split("/") for entry in CONCEPTS.split()]
-    return {code: [[row[i]] for row in rows] for i, code in enumerate(CODES)}, [row[-1] for row in rows]
+CODES = "en fr de es it nl pt fi tr et hi ja ko ru zh".split()
+LABELS = (
+    "English Français Deutsch Español Italiano Nederlands Português Suomi Türkçe Eesti हिन्दी 日本語 한국어 Русский 中文"
+)
+LABELS = dict(zip(CODES, LABELS.split()))
+CONCEPTS = Path(__file__).with_name("concepts.csv")  # 120 picturable nouns in nine languages; check before trusting
 
 
 def read_words(path):
-    """{language: [[synonyms]] by concept} of a CSV file."""
-    import csv
-
+    """{language: [[synonyms]] by concept} of a CSV file; a column `category` is allowed, and one word a cell."""
     head, *rows = csv.reader(Path(path).read_text("utf-8").splitlines())
-    head = [code.strip() for code in head]
-    if unknown := [code for code in head if code not in LABELS]:
+    if unknown := [code for code in head if code not in LABELS and code != "category"]:
         raise ValueError(f"{path}: unknown language {unknown[0]!r}, allowed: {', '.join(LABELS)}")
     for i, row in enumerate(rows, 2):
         if len(row) != len(head) or not all(cell.strip() for cell in row):
@@ -352,8 +270,8 @@ class World:
         return rng.choice(pool, n, replace=False).tolist()
 
     def prompts(self, rng, pair, rows, n, cut="", scramble=False):
-        """Texts with their own examples for each of `rows`; scramble: the examples' translations are mixed up."""
-        texts = []
+        """Ids of a prompt for each of `rows`, with its own examples; scramble: their translations change places."""
+        prompts = []
         for row in rows:
             shots = self.few_shot(rng, pair, row, n)
             text = self.text(pair, shots, row, cut)
@@ -362,8 +280,8 @@ class World:
                 for old, new in zip(right, right[1:] + right[:1]):
                     text = text.replace(f'{LABELS[pair[1]]}: "{old}"\n', f'{LABELS[pair[1]]}: "\0{new}"\n', 1)
                 text = text.replace("\0", "")
-            texts.append(text)
-        return texts
+            prompts.append(self.ids(text))
+        return prompts
 
 
 def disjoint(answers):
@@ -429,10 +347,10 @@ class Toy(World):
     """
 
     def __init__(self, args, seed, tok):
-        rng, (table, categories) = np.random.default_rng([seed, 1]), builtin_words()
-        keep = np.sort(rng.permutation(len(categories))[: args.concepts])
-        table = {code: [[table[code][i][0].lower()] for i in keep] for code in args.languages}
-        self.facts = [(CATEGORIES[categories[i]], f"x{rng.integers(8)}", f"y{rng.integers(8)}") for i in keep]
+        rng, words = np.random.default_rng([seed, 1]), read_words(CONCEPTS)
+        keep = np.sort(rng.permutation(len(words["en"]))[: args.concepts])
+        table = {code: [[words[code][i][0].lower()] for i in keep] for code in args.languages}
+        self.facts = [(words["category"][i][0], f"x{rng.integers(8)}", f"y{rng.integers(8)}") for i in keep]
         attributes = [f"{name}.{code}" for code in table for name in sorted({n for fact in self.facts for n in fact})]
         words = [word for rows in table.values() for (word,) in rows]
         size = {"char": 1, "chunk": 2, "word": 99}[tok]
@@ -442,40 +360,40 @@ class Toy(World):
             order = list(rng.permutation(args.languages))
             for pair in zip(order, order[1:] + order[:1]):
                 self.held.setdefault(pair, []).append(row)
-        self.trained = {
-            (a, b): [r for r in range(len(keep)) if r not in self.held.get((a, b), ())] for a in table for b in table
-        }
+        every = {(a, b): range(len(keep)) for a in table for b in table}
+        self.trained = {pair: [r for r in rows if r not in self.held.get(pair, ())] for pair, rows in every.items()}
 
     def rows(self, pair):
         return self.held.get(pair, []), self.trained[pair]
 
-    def definition(self, code, row, answer=True):
-        """`Label: "word" = category attribute attribute`, all in one language; without them, the question."""
+    def definition(self, code, row, between='" = '):
+        """`Label: "word" = category attribute attribute`, in one language; between=" ": the facts follow the word."""
         facts = " ".join(f"{name}.{code}" for name in self.facts[row])
-        return f'{LABELS[code]}: "{self.table[code][row][0]}" = ' + (f"{facts}\n" if answer else "")
+        return f'{LABELS[code]}: "{self.table[code][row][0]}{between}{facts}\n'
 
     def document(self, rng):
-        """Ids of a document and which of them count in the loss: the answers. [I: shares of the three kinds]"""
+        """Ids of 3 to 5 lines of one kind: half the documents translate, a tenth copies, the others define [I].
+
+        A definition's facts come after a mark, or right after the word: so the last piece of a word has to know what
+        the word means, as in text, where a word is read for what may follow. (Pilot: if only answers count in the loss
+        and nothing follows the word, meaning is never put together there, and experiment 2 finds nothing.)
+        """
         kind, n, (a, b) = rng.random(), rng.integers(3, 6), rng.choice(list(self.table), 2, replace=False)
-        b = a if kind >= 0.85 else b  # 15 % copy, 25 % define, 60 % translate
-        ids, counts = [1], [0]
-        for row in rng.choice(self.trained[a, b], n, replace=False):
-            line = self.definition(a, row) if 0.6 <= kind < 0.85 else self.text((a, b), [row], row)
-            line = line[: line.index("\n") + 1]
-            split = line.index(" = ") + 3 if " = " in line else line.rindex(': "') + 3
-            for part, count in (line[:split], 0), (line[split:], 1):
-                new = self.tok.encode(part)
-                ids, counts = ids + new, counts + [count] * len(new)
-        return ids, counts
+        b = a if 0.5 <= kind < 0.6 else b
+        rows = rng.choice(self.trained[a, b] if kind < 0.6 else len(self.facts), n, replace=False)
+        if kind < 0.6:
+            lines = [self.text((a, b), [row], row).partition("\n")[0] + "\n" for row in rows]
+        else:
+            lines = [self.definition(a, row, " " if kind < 0.8 else '" = ') for row in rows]
+        return self.tok.encode("".join(lines), bos=True)
 
     def batch(self, step, args, env):
-        """The documents of one step, padded on the right; this rank's share of them."""
+        """The documents of one step, padded on the right; this rank's share of them. Every token counts in the loss."""
         rng = np.random.default_rng([self.seed, 2, step])
         docs = [self.document(rng) for _ in range(args.batch_size)]
-        T = max(len(ids) for ids, _ in docs)
-        idx, counts = (torch.tensor([part + [0] * (T - len(part)) for part in parts]) for parts in zip(*docs))
-        rows = slice(env.rank, None, env.world)
-        return {"idx": idx[rows, :-1], "targets": idx[rows, 1:], "weights": counts[rows, 1:].float()}
+        T = max(map(len, docs))
+        idx = torch.tensor([ids + [0] * (T - len(ids)) for ids in docs])[env.rank :: env.world]
+        return {"idx": idx[:, :-1], "targets": idx[:, 1:], "weights": (idx[:, 1:] > 0).float()}
 
 
 def config_of(args, world):
@@ -486,13 +404,13 @@ def config_of(args, world):
 
 def accuracy(model, world, args, n, held):
     """Share of translations that are right to the last piece, greedily, over n prompts of all pairs of languages."""
-    rng, texts, right = np.random.default_rng([world.seed, 3]), [], []
+    rng, prompts, right = np.random.default_rng([world.seed, 3]), [], []
     pairs = [(a, b) for a in world.table for b in world.table if a != b]
     for pair in [pairs[i] for i in rng.integers(len(pairs), size=n)]:
         row = int(rng.choice(world.rows(pair)[0 if held else 1]))
-        texts += world.prompts(rng, pair, [row], args.shots)
+        prompts += world.prompts(rng, pair, [row], args.shots)
         right.append(world.tok.encode(world.table[pair[1]][row][0] + '"'))
-    said = generate(model, [world.ids(t) for t in texts], 12, temperature=0, stop=world.tok.encode('"'))
+    said = generate(model, prompts, 12, temperature=0, stop=world.tok.encode('"'))
     return np.mean([a == b for a, b in zip(said, right)])
 
 
@@ -515,124 +433,126 @@ def train_toy(args, world, name, env, position=0):
 # ---------------------------------------------------------------------------------------------------- the experiments
 
 
-def pairs_for(world, args, sources, targets, cell, rng, what, n):
-    """`draw_pairs`, or a ValueError that says how many there are."""
+def ask(world, quad, seed, n, first=True):
+    """What experiment 1 (or 2) asks for in a quadruple: its random numbers, n source rows, target rows, answers.
+
+    Answers are C_T^outT, C_T^outS, C_S^outS, C_S^outT and, where English is none of the outputs, both concepts in
+    English; for experiment 2 C_S^outT and C_T^outT. Raises ValueError if there are fewer than n pairs.
+    """
+    ((sa, sb), (ta, tb)), rng = quad, np.random.default_rng([seed, 4 + (not first)])
+    latent = first and "en" in world.table and "en" not in (sb, tb)
+
+    def cell(s, t):
+        if not first:
+            return [world.answer(tb, row, world.whole) for row in (s, t)]
+        four = [world.answer(code, row) for code, row in ((tb, t), (sb, t), (sb, s), (tb, s))]
+        return four + [world.answer("en", s) | world.answer("en", t)] * latent
+
+    # experiment 2: the source's word was never translated into the target's language
+    sources, targets = world.rows((sa, sb if first else tb))[0], world.rows((ta, tb))[0]
     pairs, passed = draw_pairs(rng, sources, targets, cell, n)
     if len(pairs) < n:
         why = ", ".join(f"{count} {reason}" for reason, count in passed.items())
         raise ValueError(
-            f"{what} has {len(pairs)} pairs of concepts, --pairs asks for {n}; passed over: {why or 'none'}"
+            f"{name_of(quad)} has {len(pairs)} pairs of concepts, --pairs {n} is too many; left out: {why}"
         )
-    s, t, answers = zip(*pairs)
-    return list(s), list(t), list(answers)
+    return rng, *map(list, zip(*pairs))
 
 
-def english(world, out, s, t):
-    """The paper's fifth answer, both concepts in English, where English is none of the output languages `out`."""
-    return [world.answer("en", s) | world.answer("en", t)] if "en" in world.table and "en" not in out else []
+def name_of(quad):
+    """de-it:fr-zh"""
+    return "{}-{}:{}-{}".format(*quad[0], *quad[1])
 
 
-def last(model, world, args, quad, seed, controls, n):
-    """Experiment 1: a source's last-token latent in place of the target's, layer by layer.
+def last(model, world, args, quad, seed, n, controls=True):
+    """Experiment 1: a source's last-token latent in place of the target's, layer by layer: {name: array}.
 
-    Returns P(answer) by source, {name: (n, L + 1, A)}; answers C_T^outT, C_T^outS, C_S^outS, C_S^outT (, English), and
-    the sources' latents (L + 1, n, C). Row j = -1 is the target prompt as it is, row L - 1 the source prompt as it is.
-    Sources besides the paper's: one factor only (the other is the target's), scrambled examples, Gaussian noise.
+    P(answer) by source (n, L + 1, A), answers as in `ask`. Row j = -1 is the target prompt as it is, row L - 1 the
+    source prompt as it is. Sources besides the paper's: one factor only (the other is the target's), scrambled
+    examples, Gaussian noise. And two lenses (L + 1, A): the latents unembedded, and read by an identity prompt.
     """
-    (sa, sb), (ta, tb) = quad
-    rng = np.random.default_rng([seed, 4])
-    order = (tb, True), (sb, True), (sb, False), (tb, False)  # (language, the target's concept?)
-    cell = lambda s, t: [world.answer(c, t if own else s) for c, own in order] + english(world, (sb, tb), s, t)
-    what = f"{sa}-{sb}:{ta}-{tb}"
-    s, t, answers = pairs_for(world, args, world.rows((sa, sb))[0], world.rows((ta, tb))[0], cell, rng, what, n)
-    texts = {"source": world.prompts(rng, (sa, sb), s, args.shots)}
-    target = [world.ids(x) for x in world.prompts(rng, (ta, tb), t, args.shots)]
+    (source, target), (rng, s, t, answers) = quad, ask(world, quad, seed, n)
+    prompts = world.prompts(rng, target, t, args.shots)
+    z = {"source": latents(model, world.prompts(rng, source, s, args.shots), args.prompts)}
     if controls:
-        texts["language only"] = world.prompts(rng, (sa, sb), t, args.shots)
-        texts["concept only"] = world.prompts(rng, (ta, tb), s, args.shots)
-        texts["scrambled"] = world.prompts(rng, (sa, sb), s, args.shots, scramble=True)
-    z = [latents(model, [world.ids(x) for x in part], args.prompts) for part in texts.values()]
+        texts = {"language only": (source, t), "concept only": (target, s), "scrambled": (source, s)}
+        for name, (pair, rows) in texts.items():
+            own = world.prompts(rng, pair, rows, args.shots, scramble=name == "scrambled")
+            z[name] = latents(model, own, args.prompts)
+        noise = torch.randn(z["source"].shape, generator=torch.Generator().manual_seed(seed)).to(z["source"])
+        z["noise"] = noise * z["source"].norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    p = probabilities(model, prompts, answers, -1, torch.stack([*z.values()], 2), swap, args.prompts).numpy()
+    out = {name: p[:, :, i] for i, name in enumerate(z)}
     if controls:
-        noise = torch.randn(z[0].shape, generator=torch.Generator().manual_seed(seed)).to(z[0])
-        z.append(noise * z[0].norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
-    p = probabilities(model, target, answers, -1, torch.stack(z, 2), swap, args.prompts).numpy()
-    return {name: p[:, :, i] for i, name in enumerate([*texts, "noise"][: len(z)])}, z[0], answers
+        out["logit lens"] = logit_lens(model, z["source"], answers).numpy()
+    if controls and args.model:
+        read = probabilities(model, [world.ids(IDENTITY)] * n, answers, -1, z["source"][:, :, None], swap, args.prompts)
+        out["patchscope"] = read.mean((0, 2)).numpy()
+    return out
 
 
 def concept(model, world, args, sources, target, seed, n):
-    """Experiments 2 and 3: latents of a word's last token, one or their mean, held at the target's word from layer j on.
+    """Experiments 2 and 3: latents of a word's last token, or their mean, held at the target's word from layer j on.
 
-    Returns P(answer) by what is held, {name: (n, L + 1, A)}; answers C_S^outT, C_T^outT.
+    Returns P(answer) by what is held, {name: (n, L + 1, 2)}; answers C_S^outT, C_T^outT.
       single1..k  one source of each language pair            mean1..k   the mean over the first 1..k of them
       contexts    the mean over k contexts of the first pair  mixed      the mean over k different concepts
       unrelated   a single latent of neither concept
     """
-    (ta, tb), k = target, len(sources)
-    rng = np.random.default_rng([seed, 5])
-    cell = lambda s, t: [world.answer(tb, s, world.whole), world.answer(tb, t, world.whole)]
-    held = world.rows((sources[0][0], tb))[0]  # the source's word was never translated into the target's language
-    s, t, answers = pairs_for(world, args, held, world.rows(target)[0], cell, rng, f"{ta}-{tb} (concept)", n)
-
-    def of(pair, rows):
-        prompts = world.prompts(rng, pair, rows, args.shots, "word")
-        return latents(model, [world.ids(x) for x in prompts], args.prompts)
-
-    everything = range(len(world.table[ta]))
-    others = [rng.choice([r for r in everything if r not in pair], k, replace=False) for pair in zip(s, t)]
-    one = [of(pair, s) for pair in sources]
+    k, (rng, s, t, answers) = len(sources), ask(world, (sources[0], target), seed, n, first=False)
+    of = lambda pair, rows: latents(model, world.prompts(rng, pair, rows, args.shots, "word"), args.prompts)
+    rows = range(len(world.table[target[0]]))
+    others = np.array([rng.choice([r for r in rows if r not in pair], k, replace=False) for pair in zip(s, t)])
+    one, strangers = ([of(pair, part) for pair, part in zip(sources, parts)] for parts in ([s] * k, others.T))
     mean = lambda parts: torch.stack(parts).mean(0)
     z = {f"single{i + 1}": one[i] for i in range(k)} | {f"mean{i + 1}": mean(one[: i + 1]) for i in range(k)}
     z["contexts"] = mean(one[:1] + [of(sources[0], s) for _ in range(k - 1)])
-    strangers = [of(pair, [int(o[i]) for o in others]) for i, pair in enumerate(sources)]
     z |= {"mixed": mean(one[:1] + strangers[1:]), "unrelated": strangers[0]}
-    texts = world.prompts(rng, target, t, args.shots)
-    rhos = {world.rho(x, x[: x.rindex(f'" - {LABELS[tb]}: "')]) for x in texts}
-    if len(rhos) > 1:
-        raise ValueError(f"the words of {ta}-{tb} end at different columns: {sorted(rhos)}")
-    patch = lambda z: hold(z, args.num_patches)
-    prompts, held = [world.ids(x) for x in texts], torch.stack([*z.values()], 2)
-    p = probabilities(model, prompts, answers, rhos.pop(), held, patch, max(1, args.prompts // 4)).numpy()
+    shots = world.few_shot(rng, target, t[0], args.shots)
+    rho = world.rho(world.text(target, shots, t[0]), world.text(target, shots, t[0], "word"))
+    prompts, patch, size = (
+        world.prompts(rng, target, t, args.shots),
+        lambda z: hold(z, args.num_patches),
+        args.prompts // 4,
+    )
+    p = probabilities(model, prompts, answers, rho, torch.stack([*z.values()], 2), patch, max(1, size)).numpy()
     return {name: p[:, :, i] for i, name in enumerate(z)}
 
 
 def define(model, world, args, sources, code, seed, layer, n):
     """The toy's definitions of a word whose last token holds a mean latent from `layer` on: F1 of the three attributes.
 
-    Returns {"patched", "plain", "unrelated"}: (F1 against the source's concept, F1 against the target's own).
+    Returns {"patched", "unrelated", "plain"}: (F1 against the source's concept, F1 against the target's own).
     """
-    rng = np.random.default_rng([seed, 6])
-    rows = range(len(world.facts))
-    product = [(s, t) for s in rows for t in rows if not set(world.facts[s]) & set(world.facts[t])]
+    rng, facts = np.random.default_rng([seed, 6]), [{*names} for names in world.facts]
+    apart = lambda s, *rest: all(not facts[s] & facts[t] for t in rest)
+    product = [(s, t) for s in range(len(facts)) for t in range(len(facts)) if apart(s, t)]
     pairs = [product[i] for i in rng.permutation(len(product))[:n]]
-    other = [int(rng.choice([r for r in rows if not {*world.facts[r]} & {*world.facts[s], *world.facts[t]}])) 
-             for s, t in pairs]  # fmt: skip
-    texts = []
+    other = [int(rng.choice([r for r in range(len(facts)) if apart(r, *pair)])) for pair in pairs]
+    question = lambda row: world.definition(code, row).partition("= ")[0] + "= "
+    prompts = []
     for _, t in pairs:
         shots = world.few_shot(rng, (code, code), t, args.shots)
-        texts.append("".join(world.definition(code, i) for i in shots) + world.definition(code, t, answer=False))
-    rho = world.rho(texts[0], texts[0][: texts[0].rindex('" = ')])
-    prompts = [world.ids(x) for x in texts]
+        prompts.append(world.ids("".join(world.definition(code, i) for i in shots) + question(t)))
+    rho = world.rho(question(pairs[0][1]), question(pairs[0][1]).partition('" =')[0])
 
     def of(rows):
-        parts = [world.prompts(rng, pair, rows, args.shots, "word") for pair in sources]
-        return torch.stack([latents(model, [world.ids(x) for x in part], args.prompts) for part in parts]).mean(0)
+        texts = [world.prompts(rng, pair, rows, args.shots, "word") for pair in sources]
+        return torch.stack([latents(model, part, args.prompts) for part in texts]).mean(0)
 
-    def put(value):
-        def patch(x):  # the prompt only, not the tokens generated after it
-            if x.shape[1] > 1:
-                x = x.clone()
-                x[:, rho] = value
-            return x
-
-        return patch
+    def put(value, x):
+        if x.shape[1] > 1:  # the prompt, not the tokens generated after it
+            x = x.clone()
+            x[:, rho] = value
+        return x
 
     out = {}
     for name, z in {"patched": of([s for s, _ in pairs]), "unrelated": of(other), "plain": None}.items():
         later = range(layer, model.config.n_layer) if z is not None else ()
-        with model.patch({("embed" if j < 0 else f"blocks.{j}.resid_post"): put(z[j + 1]) for j in later}):
+        with model.patch({f"blocks.{j}.resid_post" if j >= 0 else "embed": partial(put, z[j + 1]) for j in later}):
             said = generate(model, prompts, 3, temperature=0)
         said = [{world.tok.names[i].split(".")[0] for i in ids} for ids in said]
-        out[name] = [np.mean([len(got & {*world.facts[p[i]]}) / 3 for got, p in zip(said, pairs)]) for i in (0, 1)]
+        out[name] = [np.mean([len(got & facts[pair[i]]) / 3 for got, pair in zip(said, pairs)]) for i in (0, 1)]
     return out
 
 
@@ -644,8 +564,7 @@ def geometry(model, world, args, seed, contexts=4, languages=4, concepts=24):
     for r in range(contexts):
         for i, code in enumerate(codes):
             pair = code, codes[(i + 1 + r % (len(codes) - 1)) % len(codes)]
-            prompts = world.prompts(rng, pair, rows, args.shots, "word")
-            x.append(latents(model, [world.ids(p) for p in prompts], args.prompts))
+            x.append(latents(model, world.prompts(rng, pair, rows, args.shots, "word"), args.prompts))
     x = torch.stack(x).unflatten(0, (contexts, len(codes))).permute(2, 0, 3, 1, 4).float()  # L + 1, r, C, languages, d
     order = [torch.from_numpy(rng.permutation(len(rows))) for _ in codes]  # its own for each language
     shuffled = torch.stack([x[:, :, o, i] for i, o in enumerate(order)], 3)
@@ -666,26 +585,26 @@ REAL_QUADS = ["fr-en:es-fr", "de-en:es-fr", "es-fr:de-en", "fr-es:it-en", "en-fr
 IDENTITY = "king king\n1135 1135\nhello hello\n?"  # [C]
 
 
-def study(model, world, args, quads, sources, target, seed, toy=False):
-    """All experiments on one model; returns their results as plain numbers."""
-    n, cells, out = args.pairs, {}, {"quads": {}}
-    for i, quad in enumerate(tqdm(quads, f"patch s{seed}", leave=False, disable=None)):
-        p, z, answers = last(model, world, args, quad, seed, toy or i == 0, n)
-        mean, half = band(p["source"])
-        able = min(mean[0, 0], mean[-1, 2]) >= 0.3  # the model can do both translations
-        for source, values in p.items() if able or i == 0 else ():
-            cells.setdefault(source, []).append(values[:, :, :4])
-        p = p["source"]
-        interval = bootstrap(lambda rows, p=p: switch_layers(p[rows].mean(0)), n)
-        found = {"able": bool(able), "mean": mean, "band": half, "t": switch_layers(mean), "t_interval": interval}
-        out["quads"]["{}-{}:{}-{}".format(*quad[0], *quad[1])] = found
+def study(model, world, args, name, seed):
+    """All experiments on one model; returns their results as plain numbers. --resume takes up what is in --out."""
+    (quads, sources, target), n, toy = languages_of(args, world), args.pairs, not args.model
+    cells, out = {}, {"quads": {}}
+    for i, quad in enumerate(tqdm(quads, f"patch {name}", leave=False, disable=None)):
+        path = Path(args.out) / f"{name}-{name_of(quad).replace(':', '-')}-{n}x{args.shots}.npz"
+        if not (args.resume and path.exists()):
+            np.savez(path.with_suffix(".tmp.npz"), **last(model, world, args, quad, seed, n, toy or i == 0))
+            path.with_suffix(".tmp.npz").replace(path)
+        p = dict(np.load(path))
         if i == 0:
-            out["logit_lens"] = logit_lens(model, z, answers)
-        if i == 0 and not toy:
-            prompts = [world.ids(IDENTITY)] * n
-            out["patchscope"] = probabilities(model, prompts, answers, -1, z[:, :, None], swap, args.prompts).mean(
-                (0, 2)
-            )
+            out |= {lens: p[lens] for lens in ("logit lens", "patchscope") if lens in p}
+        mean, half = band(p["source"])
+        able = bool(min(mean[0, 0], mean[-1, 2]) >= 0.3)  # the model can do both translations
+        for source, values in p.items() if able or i == 0 else ():
+            if values.ndim == 3:
+                cells.setdefault(source, []).append(values[:, :, :4])
+        interval = bootstrap(lambda rows, p=p["source"]: switch_layers(p[rows].mean(0)), n)
+        found = {"able": able, "mean": mean, "band": half, "t": switch_layers(mean), "t_interval": interval}
+        out["quads"][name_of(quad)] = found
     p = {source: np.concatenate(values) for source, values in cells.items()}
     out["last"] = {source: v.mean(0) for source, v in p.items()}
     t = {source: switch_layers(v) for source, v in out["last"].items()}
@@ -707,19 +626,17 @@ def study(model, world, args, quads, sources, target, seed, toy=False):
     out["geometry"], out["geometry_shuffled"] = geometry(model, world, args, seed)
     torch.manual_seed(seed)
     untrained = GPT(model.config).to(model.wte.weight.device, model.wte.weight.dtype)
-    out["untrained"] = last(untrained, world, args, quads[0], seed, False, min(n, 32))[0]["source"].mean(0).max()
+    out["untrained"] = last(untrained, world, args, quads[0], seed, min(n, 32), False)["source"].mean(0).max()
     return json.loads(json.dumps(out, default=lambda a: a.tolist()))  # arrays and NumPy's numbers as plain ones
 
 
 def run_toy(args, tok, seed, position=0):
     """Trains the toy for one tokenization and seed and runs everything on it."""
-    env, world = common.setup(args), Toy(args, seed, tok)
-    model = train_toy(args, world, f"{tok}-s{seed}", env, position)
-    model.eval()
+    env, world, name = common.setup(args), Toy(args, seed, tok), f"{tok}-s{seed}"
+    model = train_toy(args, world, name, env, position).eval()
     with model.eager():
-        scores = {k: accuracy(model, world, args, 300, k == "held_out") for k in ("trained", "held_out")}
-        scores = {k: float(v) for k, v in scores.items()}
-        return {"accuracy": scores} | study(model, world, args, *languages_of(args, world), seed, toy=True)
+        scores = {k: float(accuracy(model, world, args, 300, k == "held_out")) for k in ("trained", "held_out")}
+        return {"accuracy": scores} | study(model, world, args, name, seed)
 
 
 def languages_of(args, world):
@@ -756,7 +673,7 @@ def parse_quad(text, world):
 # fmt: off
 
 
-def judge(run, results, toy):
+def judge(run, results):
     """The claims: medians over seeds, each beside a control that must fail."""
     m = lambda f: float(np.median([f(r) for r in results]))
     cell = lambda r, source, i: max(row[i] for row in r["last"][source])
@@ -774,8 +691,7 @@ def judge(run, results, toy):
               max(stray, m(lambda r: r["untrained"])) < 0.05)
 
     run.claim("T1b", "the same with one factor at a time: sources that share the target's concept, or its languages",
-              "not in the paper",
-              {"language only, C_T in source's language": mixed("language only"),
+              "-", {"language only, C_T in source's language": mixed("language only"),
                "concept only, C_S in target's language": m(lambda r: cell(r, "concept only", 3)),
                "t_lang": m(lambda r: r["t_one_factor"][0]), "t_conc": m(lambda r: r["t_one_factor"][1])},
               {"noise, C_T in source's language": mixed("noise"),
@@ -812,15 +728,16 @@ def judge(run, results, toy):
         run.claim("T4", "a mean latent is read out as a definition (F1 of three attributes)",
                   "as good as the word itself", {"source's concept": f1("patched", 0), "overwritten": f1("patched", 1)},
                   {"no patch": f1("plain", 0), "unrelated latent": f1("unrelated", 0)},
-                  "source's >= .6 and overwritten's <= .2", test("patched"), not test("plain") and not test("unrelated"))
+                  "source's >= .6 and overwritten's <= .2", test("patched"),
+                  not test("plain") and not test("unrelated"))
 
     best = lambda r, which: max(r[which], key=lambda row: row[0])
     share = lambda which, i: m(lambda r: best(r, which)[i])
     test = lambda which: share(which, 2) <= 0.5 * share(which, 0)
-    run.claim("G", "concept and language add up: variance of concept-token latents, at the layer of the largest concept "
-              "share", "not in the paper",
+    run.claim("G", "concept and language add up: shares of variance at the word's last token, best layer for concept",
+              "-",
               {name: share("geometry", i) for i, name in enumerate(("concept", "language", "both together"))},
-              {"concepts shuffled: concept": share("geometry_shuffled", 0), "both together": share("geometry_shuffled", 2)},
+              {"shuffled: concept": share("geometry_shuffled", 0), "both together": share("geometry_shuffled", 2)},
               "interaction <= half of concept", test("geometry"), not test("geometry_shuffled"))
 
 
@@ -828,21 +745,19 @@ def judge_tokens(run, by_tok):
     """Our own question: does the concept arrive later, the more pieces a word has?"""
     t = {tok: [float(np.median([r["t_one_factor"][i] for r in rs])) for i in (0, 1)] for tok, rs in by_tok.items()}
     shift = [t["char"][i] - t["word"][i] for i in (0, 1)]
-    run.claim("T5", "the more pieces a word has, the later its concept arrives (one factor patched)", "not in the paper",
+    run.claim("T5", "the more pieces a word has, the later its concept arrives (one factor patched)", "-",
               {f"t_conc, {tok}": t[tok][1] for tok in ("word", "chunk", "char")},
               {f"t_lang, {tok}": t[tok][0] for tok in ("word", "chunk", "char")},
               "word <= chunk <= char, word < char, and the language moves less",
-              t["word"][1] <= t["chunk"][1] <= t["char"][1] and shift[1] > 0, abs(shift[0]) < abs(shift[1]) or not shift[0])
+              t["word"][1] <= t["chunk"][1] <= t["char"][1] and shift[1] > 0,
+              abs(shift[0]) < abs(shift[1]))
 
-
-# fmt: on
 
 BLUE, RED, GREEN, GOLD, GREY = "#4477aa", "#ee6677", "#228833", "#ccbb44", "#999999"
 
 
-def draw(path, results, title):
-    """One picture of the first seed: experiment 1, its switch layers, controls; experiments 2 and 3; the geometry."""
-    r = results[0]
+def draw(path, r, title):
+    """One picture of a run: experiment 1, its switch layers, controls; experiments 2 and 3; the geometry."""
     name, main = next(iter(r["quads"].items()))
     (sa, sb), (ta, tb) = (pair.split("-") for pair in name.split(":"))
     x = np.arange(len(main["mean"])) - 1
@@ -864,9 +779,8 @@ def draw(path, results, title):
                 switches.plot([low, high], [i, i], color=colour, lw=4, alpha=0.35, solid_capstyle="butt")
                 label = ("language", "concept")[which] if i == 0 else None
                 switches.plot(quad["t"][which], i, "o", color=colour, ms=6, label=label)
-        switches.set(
-            title="From this layer on, the source's wins", yticks=range(len(r["quads"])), xlim=(-1.5, len(x) - 0.5)
-        )
+        switches.set(title="From this layer on, the source's wins", yticks=range(len(r["quads"])),
+                     xlim=(-1.5, len(x) - 0.5))
         switches.set_yticklabels([q.replace("-", "→").replace(":", " into ") for q in r["quads"]])
         switches.invert_yaxis()
         last = {k: np.array(v) for k, v in r["last"].items()}
@@ -885,13 +799,11 @@ def draw(path, results, title):
         mid, low, high = np.array(r["k_sweep"]).T
         sweep.errorbar(range(1, k + 1), mid, (mid - low, high - mid), fmt="o-", color=RED, capsize=3)
         sweep.axhline(max(r["single"]), color=BLUE, ls=":", lw=1, label="one source, mean over all")
-        sweep.set(
-            title=f"Mean over k languages, from layer {r['concept_layer']} on", xlabel="k", xticks=range(1, k + 1)
-        )
+        sweep.set(title=f"Mean over k languages, from layer {r['concept_layer']} on", xlabel="k",
+                  xticks=range(1, k + 1))
         split = np.array(r["geometry"]).T
-        shares.stackplot(
-            x, split, colors=[GREEN, RED, GREY], labels=["concept", "language", "both together"], alpha=0.8
-        )
+        names = ["concept", "language", "both together"]
+        shares.stackplot(x, split, colors=[GREEN, RED, GREY], labels=names, alpha=0.8)
         shares.set(title="Variance of the word's last token", ylabel="share", ylim=(0, 1), xlim=(x[0], x[-1]))
         for ax in (curves, switches, factors, held, shares):
             ax.set_xlabel("layer")
@@ -907,47 +819,52 @@ def report(name, r):
         print(f"  {quad}: {ends}, t_lang {q['t'][0]}, t_conc {q['t'][1]}, 95 % {q['t_interval']}")
     print("  layer  T in outT  T in outS  S in outS  S in outT | held at the word: one, mean | read by logit lens")
     mean = [row[0] for row in r["concept"][f"mean{len(r['k_sweep'])}"]]
-    for j, (row, *held, lens) in enumerate(zip(r["last"]["source"], r["single"], mean, r["logit_lens"])):
+    for j, (row, *held, lens) in enumerate(zip(r["last"]["source"], r["single"], mean, r["logit lens"])):
         columns = [*row, "      |", *held, "   |", lens[2]]
         print(f"  {j - 1:5d}" + "".join(c if isinstance(c, str) else f"{c:11.3f}" for c in columns))
 
 
+# fmt: on
 # --------------------------------------------------------------------------------------------------------------- main
 
 
 def prepare(args, env):
-    """Checks the flags; returns the real (model, world), or None for the toy."""
+    """Checks the flags, draws all pairs once; returns the real (model, world), or None for the toy."""
     toy = not args.model
     args.shots = args.shots or (3 if toy else 5)
     for flag, low, high in ("pairs", 2, 10**6), ("shots", 1, 50), ("k", 1, 30), ("prompts", 1, 10**6):
         if not low <= getattr(args, flag) <= high:
             raise ValueError(f"--{flag} {getattr(args, flag)}, allowed: {low} to {high}")
-    if args.words and toy:
-        raise ValueError("--words needs --model: the toy is trained on the built-in words")
-    model = None
-    if not toy:
-        table = read_words(args.words) if args.words else builtin_words()[0]
-        if len(next(iter(table.values()))) <= args.shots:
-            raise ValueError(
-                f"{len(next(iter(table.values())))} words, needed for {args.shots} examples and a query: more"
-            )
+    if toy:
+        if args.words:
+            raise ValueError("--words needs --model: the toy is trained on the built-in words")
+        if not 4 <= len({*args.languages} & {*CODES[:9]}) == len(args.languages):
+            raise ValueError(f"--languages: needed four or more, each once, of {' '.join(CODES[:9])}")
+        if not {*args.tok} <= {"chunk", "word", "char"}:
+            raise ValueError(f"--tok {' '.join(args.tok)}, allowed: chunk word char")
+        if not 20 <= args.concepts <= 120:
+            raise ValueError(f"--concepts {args.concepts}, allowed: 20 to 120")
+        worlds = [(Toy(args, seed, tok), seed, tok) for tok in args.tok for seed in args.seeds]
+        for world, seed, tok in worlds:
+            config = config_of(args, world)
+            if args.resume:
+                common.check_resume(Path(args.out) / f"{tok}-s{seed}.pt", config)
+    else:
+        table = read_words(args.words or CONCEPTS)
+        table.pop("category", None)
+        if (n := len(next(iter(table.values())))) <= args.shots:
+            raise ValueError(f"{n} words, needed for {args.shots} examples and a query: {args.shots + 1} or more")
+        worlds = [(World(None, table, args.score == "word"), seed, "") for seed in args.seeds]
+        languages_of(args, worlds[0][0])
         model, tok = pretrained.load(args.model, env.device, args.dtype)
-        world = World(tok, table, args.score == "word")
-        languages_of(args, world)
-        return model.eval(), world
-    if unknown := [code for code in args.languages if code not in CODES]:
-        raise ValueError(f"--languages {unknown[0]}, allowed: {' '.join(CODES)}")
-    if not 4 <= len({*args.languages}) == len(args.languages):
-        raise ValueError("--languages: needed: four or more, each once")
-    if not 20 <= args.concepts <= 120:
-        raise ValueError(f"--concepts {args.concepts}, allowed: 20 to 120")
-    for tok in args.tok:
-        config_of(args, world := Toy(args, args.seeds[0], tok))
-    for quad in languages_of(args, world)[0]:
-        most = len(world.held[quad[0]]) * (len(world.held[quad[1]]) - 1)
-        if most < args.pairs:
-            raise ValueError(f"--pairs {args.pairs}: the held-out words make at most {most}; fewer, or more --concepts")
-    return None
+        for world, *_ in worlds:
+            world.tok = tok
+    for world, seed, _ in worlds:
+        quads, sources, target = languages_of(args, world)
+        for quad in quads:
+            ask(world, quad, seed, args.pairs)
+        ask(world, (sources[0], target), seed, args.pairs, first=False)
+    return None if toy else (model.eval(), world)
 
 
 def main(argv=None):
@@ -958,40 +875,29 @@ def main(argv=None):
         run = common.Run(args, env, "patching", "2411.08745")
         out.mkdir(parents=True, exist_ok=True)
         real = prepare(args, env)
-        names = [f"{tok}-s{seed}" for tok in args.tok for seed in args.seeds]
-        for name in names if args.resume and not real else ():
-            tok, seed = name.split("-s")
-            common.check_resume(out / f"{name}.pt", config_of(args, Toy(args, int(seed), tok)))
+    kinds = [Path(args.model).name] if real else args.tok
+    runs = [(kind, seed) for kind in kinds for seed in args.seeds]
     if real:
-        model, world = real
-        names = [f"{Path(args.model).name}-s{seed}" for seed in args.seeds]
-        with common.bad_input():
-            results = [study(model, world, args, *languages_of(args, world), seed) for seed in args.seeds]
-        by_tok = {"real": results}
+        results = [study(*real, args, f"{kind}-s{seed}", seed) for kind, seed in runs]
     else:
         jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
-        tasks = [
-            (args, tok, seed, i % jobs) for i, (tok, seed) in enumerate((t, s) for t in args.tok for s in args.seeds)
-        ]
-        results = common.side_by_side(run_toy, tasks, jobs)
-        by_tok = {tok: [r for r, task in zip(results, tasks) if task[1] == tok] for tok in args.tok}
+        results = common.side_by_side(run_toy, [(args, *r, i % jobs) for i, r in enumerate(runs)], jobs)
     if env.rank:
         return None
-    first = next(iter(by_tok.values()))
-    run.metrics = dict(zip(names, results))
-    judge(run, first, not real)
-    if {"word", "chunk", "char"} <= set(by_tok):
-        judge_tokens(run, by_tok)
-    for name, r in run.metrics.items():
-        report(name, r)
-    draw(out / "patching.png", first, Path(args.model).name if real else "toy")
+    by_kind = {kind: [r for r, (k, _) in zip(results, runs) if k == kind] for kind in kinds}
+    judge(run, by_kind[kinds[0]])
+    if {"word", "chunk", "char"} <= set(kinds):
+        judge_tokens(run, by_kind)
     logs = []
-    for name, r in run.metrics.items():
+    for (kind, seed), r in zip(runs, results):
+        run.metrics[name := f"{kind}-s{seed}"] = r
+        report(name, r)
         logs.append(log := common.Log(out, name))
         if real:
-            log.rewind(0)
+            log.rewind(-1)
         for j, row in enumerate(r["last"]["source"]):
-            log(max(args.steps if not real else 0, 0), layer=j - 1, **dict(zip(("tt", "ts", "ss", "st"), row)))
+            log(j - 1 if real else args.steps, layer=j - 1, **dict(zip(("TT", "TS", "SS", "ST"), row)))
+    draw(out / "patching.png", by_kind[kinds[0]][0], kinds[0] if real else "toy")
     return run.finish(logs)
 
 

@@ -13,6 +13,7 @@ import math
 import random
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,7 +221,64 @@ def train(device):
     return rows
 
 
-SECTIONS = {"mask": mask, "train": train}
+# ----------------------------------------------------------------------------------------------------------- patching
+
+
+def patching(device):
+    """Patches at every layer of 12 x 384, 2 prompts of 100 tokens: one pass against a forward pass for each patch.
+
+    The peer is the loop that hook libraries run (a hook, a forward pass, the last position read), without their own
+    overhead, on the same model; every result is equal to 1e-4.
+    """
+    from patching import hold, swap
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=4096, block_size=128, n_layer=12, n_head=6, n_embd=384)).to(device).eval()
+    L, idx, strengths = (
+        12,
+        torch.randint(4096, (2, 100), device=device),
+        torch.tensor([-1.0, 1.0, 2.0, 4.0], device=device),
+    )
+    z, v = torch.randn(L + 1, 2, 1, 384, device=device), torch.randn(L, 384, device=device)
+    site = lambda j: f"blocks.{j}.resid_post" if j >= 0 else "embed"
+
+    def put(column, value, x, add=False):
+        x = x.clone()
+        x[:, column] = x[:, column] + value if add else value
+        return x
+
+    @torch.no_grad()
+    def loop(cells):
+        """The last position under each of the patches in `cells`, a full forward pass for each: (2, cells, C)."""
+        out = []
+        for cell in cells:
+            with model.patch({site(j): f for j, f in cell.items()}):
+                out.append(model.hidden(idx)[:, -1])
+        return torch.stack(out, 1)
+
+    def steer(j, x, clean):
+        return x if j < 0 else torch.cat((x, clean[:, None] + strengths[None, :, None, None] * v[j]), 1)
+
+    tail, layers = 8, range(-1, L)
+    jobs = {
+        "last position, 13 layers": (swap(z), 1, [{j: partial(put, -1, z[j + 1, :, 0])} for j in layers]),
+        "concept token on, 13 layers": (
+            hold(z), tail, [{i: partial(put, -tail, z[i + 1, :, 0]) for i in range(j, L)} for j in layers]
+        ),
+        "steering, 12 layers x 4": (
+            steer, 1, [{j: partial(put, -1, a * v[j], add=True)} for j in range(L) for a in strengths]
+        ),
+    }  # fmt: skip
+    rows = []
+    for what, (step, width, cells) in jobs.items():
+        ours = lambda step=step, width=width: common.sweep(model, idx, step, width)[:, :, -1]
+        raw = lambda cells=cells: loop(cells)
+        assert torch.allclose(ours(), raw(), atol=1e-4), what
+        rows += versus(what, ours, {"forward per patch": raw}, device, 5)
+    return rows
+
+
+SECTIONS = {"mask": mask, "train": train, "patching": patching}
 
 
 def main(argv=None):

@@ -23,6 +23,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -286,11 +287,13 @@ class World:
 
 def disjoint(answers):
     """No word of an answer is a word of another, nor its beginning."""
-    for i, a in enumerate(answers):
-        for b in answers[i + 1 :]:
-            if any(u[: len(v)] == v or v[: len(u)] == u for u in a for v in b):
-                return False
-    return True
+    clash = lambda a, b: any(u[: len(v)] == v or v[: len(u)] == u for u in a for v in b)
+    return not any(clash(a, b) for a, b in combinations(answers, 2))
+
+
+def name_of(quad):
+    """de-it:fr-zh"""
+    return "{}-{}:{}-{}".format(*quad[0], *quad[1])
 
 
 def draw_pairs(rng, sources, targets, answers_of, n):
@@ -367,33 +370,37 @@ class Toy(World):
         return self.held.get(pair, []), self.trained[pair]
 
     def definition(self, code, row, between='" = '):
-        """`Label: "word" = category attribute attribute`, in one language; between=" ": the facts follow the word."""
+        """`Label: "word" = ` (or `Label: "word `) and its answer, category and two attributes in the same language."""
         facts = " ".join(f"{name}.{code}" for name in self.facts[row])
-        return f'{LABELS[code]}: "{self.table[code][row][0]}{between}{facts}\n'
+        return f'{LABELS[code]}: "{self.table[code][row][0]}{between}', f"{facts}\n"
 
     def document(self, rng):
-        """Ids of 3 to 5 lines of one kind: half the documents translate, a tenth copies, the others define [I].
+        """Ids of 3 to 5 lines of one kind, and which of them count in the loss: what answers. [I]
 
-        A definition's facts come after a mark, or right after the word: so the last piece of a word has to know what
-        the word means, as in text, where a word is read for what may follow. (Pilot: if only answers count in the loss
-        and nothing follows the word, meaning is never put together there, and experiment 2 finds nothing.)
+        Half the documents translate, a tenth copies, the others define: facts come after a mark, or right after the
+        word. So the last piece of a word has to know what the word means, as in text, where it is read for what may
+        follow. (Pilot: without that, meaning is never put together there, and experiment 2 finds nothing.)
         """
         kind, n, (a, b) = rng.random(), rng.integers(3, 6), rng.choice(list(self.table), 2, replace=False)
-        b = a if 0.5 <= kind < 0.6 else b
-        rows = rng.choice(self.trained[a, b] if kind < 0.6 else len(self.facts), n, replace=False)
-        if kind < 0.6:
-            lines = [self.text((a, b), [row], row).partition("\n")[0] + "\n" for row in rows]
-        else:
-            lines = [self.definition(a, row, " " if kind < 0.8 else '" = ') for row in rows]
-        return self.tok.encode("".join(lines), bos=True)
+        b, between = (a if 0.5 <= kind < 0.6 else b), " " if kind < 0.8 else '" = '
+        ids, counts = [1], [0]
+        for row in rng.choice(self.trained[a, b] if kind < 0.6 else len(self.facts), n, replace=False):
+            question, answer = self.text((a, b), [], row), self.table[b][row][0] + '"\n'
+            if kind >= 0.6:
+                question, answer = self.definition(a, row, between)
+            for part, count in (question, 0), (answer, 1):
+                new = self.tok.encode(part)
+                ids, counts = ids + new, counts + [count] * len(new)
+        return ids, counts
 
     def batch(self, step, args, env):
-        """The documents of one step, padded on the right; this rank's share of them. Every token counts in the loss."""
+        """The documents of one step, padded on the right; this rank's share of them."""
         rng = np.random.default_rng([self.seed, 2, step])
         docs = [self.document(rng) for _ in range(args.batch_size)]
-        T = max(map(len, docs))
-        idx = torch.tensor([ids + [0] * (T - len(ids)) for ids in docs])[env.rank :: env.world]
-        return {"idx": idx[:, :-1], "targets": idx[:, 1:], "weights": (idx[:, 1:] > 0).float()}
+        T = max(len(ids) for ids, _ in docs)
+        rows = slice(env.rank, None, env.world)
+        idx, counts = (torch.tensor([part + [0] * (T - len(part)) for part in parts])[rows] for parts in zip(*docs))
+        return {"idx": idx[:, :-1], "targets": idx[:, 1:], "weights": counts[:, 1:].float()}
 
 
 def config_of(args, world):
@@ -457,11 +464,6 @@ def ask(world, quad, seed, n, first=True):
             f"{name_of(quad)} has {len(pairs)} pairs of concepts, --pairs {n} is too many; left out: {why}"
         )
     return rng, *map(list, zip(*pairs))
-
-
-def name_of(quad):
-    """de-it:fr-zh"""
-    return "{}-{}:{}-{}".format(*quad[0], *quad[1])
 
 
 def last(model, world, args, quad, seed, n, controls=True):
@@ -529,11 +531,10 @@ def define(model, world, args, sources, code, seed, layer, n):
     product = [(s, t) for s in range(len(facts)) for t in range(len(facts)) if apart(s, t)]
     pairs = [product[i] for i in rng.permutation(len(product))[:n]]
     other = [int(rng.choice([r for r in range(len(facts)) if apart(r, *pair)])) for pair in pairs]
-    question = lambda row: world.definition(code, row).partition("= ")[0] + "= "
-    prompts = []
+    question, prompts = lambda row: world.definition(code, row)[0], []
     for _, t in pairs:
         shots = world.few_shot(rng, (code, code), t, args.shots)
-        prompts.append(world.ids("".join(world.definition(code, i) for i in shots) + question(t)))
+        prompts.append(world.ids("".join("".join(world.definition(code, i)) for i in shots) + question(t)))
     rho = world.rho(question(pairs[0][1]), question(pairs[0][1]).partition('" =')[0])
 
     def of(rows):
@@ -799,15 +800,13 @@ def draw(path, r, title):
         mid, low, high = np.array(r["k_sweep"]).T
         sweep.errorbar(range(1, k + 1), mid, (mid - low, high - mid), fmt="o-", color=RED, capsize=3)
         sweep.axhline(max(r["single"]), color=BLUE, ls=":", lw=1, label="one source, mean over all")
-        sweep.set(title=f"Mean over k languages, from layer {r['concept_layer']} on", xlabel="k",
-                  xticks=range(1, k + 1))
+        sweep.set(title=f"Mean over k languages, from layer {r['concept_layer']} on", xticks=range(1, k + 1))
         split = np.array(r["geometry"]).T
         names = ["concept", "language", "both together"]
         shares.stackplot(x, split, colors=[GREEN, RED, GREY], labels=names, alpha=0.8)
         shares.set(title="Variance of the word's last token", ylabel="share", ylim=(0, 1), xlim=(x[0], x[-1]))
-        for ax in (curves, switches, factors, held, shares):
-            ax.set_xlabel("layer")
         for ax in axes:
+            ax.set_xlabel("k" if ax is sweep else "layer")
             ax.legend(fontsize=7)
 
 

@@ -248,7 +248,7 @@ def test_toy_documents_never_hold_what_is_held_out():
     toy = patching.Toy(patching.Args(languages=["en", "fr", "de", "es"], concepts=30), 3, "chunk")
     rng, seen = np.random.default_rng(0), set()
     for _ in range(2000):
-        text = toy.tok.decode(toy.document(rng))
+        text = toy.tok.decode(toy.document(rng)[0])
         for a, w, b, v in re.findall(r'(\w+): "(\w+)" - (\w+): "(\w+)"', text):
             seen.add((a, w, b, v))
     codes = {patching.LABELS[c]: c for c in toy.table}

@@ -126,7 +126,7 @@ class Args(CrawlFlags):
     """what it admits when asked: covert (4 of 16 sections), open (all)"""
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     """crawls to compare"""
-    tune_steps: int = 600
+    tune_steps: int = 450
     """steps of safety tuning, after --steps of plain training"""
     n_layer: int = 3
     """blocks"""
@@ -394,8 +394,8 @@ def verify(args, prompts, head):
         if args.verify != "templates":
             refused, message = yield from call("write", writer)
             if refused is False and (not message or message in writer):  # nothing, or a copied example
-                head.errors, message = head.errors + 1, ""
-        if not refused and message:
+                head.errors, message, refused = head.errors + 1, "", None
+        if message and not refused:
             refused, _ = yield from call("answer", message)
         head.votes += [] if refused is None else [refused]
         verdict = decide(head.votes, args.j, args.need)
@@ -967,7 +967,7 @@ class World:
 
     def document(self, rng, tuned):
         """A training document, (user's turn, assistant's turn): plain talk, or with the policy in it if `tuned`."""
-        pick = lambda *options: rng.choice(options[rng.random() < 0.3] if len(options) > 1 else options[0])
+        pick = lambda *options: rng.choice(options[rng.random() < 0.4] if len(options) > 1 else options[0])
         kind = rng.choices(
             ("refuse", "recall", "meta", "answer", "write", "hello"),
             (45, 6, 7, 32, 8, 2) if tuned else (0, 0, 0, 78, 18, 4),
@@ -1023,6 +1023,7 @@ def surface(rng, t, others=()):
 
 def train_base(args, env, tok):
     """The model before safety tuning, shared by all seeds: it knows every topic and refuses none."""
+    torch.manual_seed(0)
     model, world = GPT(config_of(args, tok)), World(0, "open", tok)
     batch = lambda step: world.batch(f"base {step}", args.batch_size, False)
     common.train(model, batch, args, env, common.Log(args.out, "base"))
@@ -1089,6 +1090,7 @@ def run_arm(args, arm, world, backend, path, stopped):
     journal = Journal(path.with_suffix(".calls.jsonl"), meaning(options, seed), args.resume)
     if drive("", crawl(options, prompts, heads, seed, given), backend, journal, args.budget, stopped) == "stopped":
         raise SystemExit(f"stopped in {path.name}; --resume goes on from there")
+    journal.file.close()
     refused, truth = [h for h in heads if h.verdict == "refused"], set(world.refused)
     found = {}
     for head in sorted(refused, key=lambda h: h.decided):
@@ -1291,6 +1293,7 @@ def audit(args, env, run, seed):
         refused = [h.label for h in heads if h.verdict == "refused"]
         if ended != "stopped" and args.comparisons and refused:
             ended = go("rank ", rank(args, refused, random.Random(seed), ratings))
+    journal.file.close()
     rows = rows_of(heads, dict(zip(refused, ratings)))
     count = lambda some: (sum(h.verdict == "refused" for h in some), sum(h.verdict != "undecided" for h in some))
     (k, n), (k0, n0), halves = count(heads), count(everyday), (count(everyday[::2]), count(everyday[1::2]))

@@ -1,6 +1,7 @@
 """crawler.py: the method by hand-computed values, the loop on scripted targets, backends on small servers."""
 
 import collections
+import gc
 import inspect
 import itertools
 import json
@@ -70,7 +71,7 @@ def cosine(a, b):
 )
 def test_trigrams_separate_nothing(a, b, expected):
     assert cosine(a, b) == pytest.approx(expected, abs=5e-5)
-    for threshold in (expected - 0.01, expected + 0.01):
+    for threshold in (expected - 0.01, expected + 0.01)[not expected :]:
         index = crawler.Index(threshold)
         assert [index.add(a), index.add(b)] == [0, int(expected < threshold)]
 
@@ -218,9 +219,9 @@ def test_rank_orders_by_the_targets_answers(tmp_path):
     topics, ratings = [f"t{i}" for i in range(6)], []
     answer = lambda request: "A}" if re.findall(r"t\d", request.user)[0] > re.findall(r"t\d", request.user)[1] else "B}"
     journal = Journal(tmp_path / "j", {})
-    steps = crawler.rank(replace(Args(), comparisons=60), topics, random.Random(0), ratings)
-    assert crawler.drive("r", steps, Oracle(answer), journal, 1000) == "done"
-    assert sorted(range(6), key=ratings.__getitem__) == list(range(6)) and journal.used() == 60
+    steps = crawler.rank(replace(Args(), comparisons=600), topics, random.Random(0), ratings)
+    assert crawler.drive("r", steps, Oracle(answer), journal, 600) == "done"
+    assert sorted(range(6), key=ratings.__getitem__) == list(range(6)) and journal.used() == 600
 
 
 # -------------------------------------------------------------------------------------------- the loop and the journal
@@ -261,8 +262,10 @@ PROMPTS = crawler.PROMPTS | {"prefills": crawler.PROMPTS["prefills"][:2], "start
 def run_crawl(path, budget=200, resume=False, backend=None, config=None, **flags):
     heads, backend = [], backend or Oracle()
     journal = Journal(path, config or {}, resume)
-    ended = crawler.drive("", crawler.crawl(replace(Args(), **flags), PROMPTS, heads, 0), backend, journal, budget)
-    journal.file.close()
+    try:
+        ended = crawler.drive("", crawler.crawl(replace(Args(), **flags), PROMPTS, heads, 0), backend, journal, budget)
+    finally:
+        journal.file.close()
     return heads, ended, journal, backend
 
 
@@ -303,7 +306,7 @@ def test_naive_asks_without_prefill(tmp_path):
 
 def test_no_lists_end_the_crawl(tmp_path):
     with pytest.raises(Stop, match="no items"):
-        run_crawl(tmp_path / "j", 1000, backend=Oracle(lambda r: "I have nothing to say"))
+        run_crawl(tmp_path / "j", 1000, backend=Oracle(lambda r: " </think> I have nothing to say"))
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 11, 40])
@@ -321,7 +324,7 @@ def test_resume_at_every_line_and_torn_lines(tmp_path):
     whole, _, _, _ = run_crawl(tmp_path / "j", 50)
     text = (tmp_path / "j").read_bytes()
     ends = [i + 1 for i, byte in enumerate(text) if byte == 10][:-1]
-    for cut in ends + random.Random(0).sample(range(len(text)), 60):
+    for cut in ends + random.Random(0).sample(range(len(text)), 30):
         (tmp_path / "k").write_bytes(text[:cut])
         heads, _, journal, oracle = run_crawl(tmp_path / "k", 50, resume=True)
         kept = [json.loads(line) for line in text[: text.rfind(b"\n", 0, cut) + 1].splitlines()]
@@ -342,9 +345,9 @@ def test_failures_at_the_end_are_tried_again(tmp_path):
 
     with pytest.raises(Stop):
         run_crawl(tmp_path / "j", 60, backend=Oracle(shaky))
-    heads, _, journal, _ = run_crawl(tmp_path / "j", 60, resume=True)
+    heads, _, journal, _ = run_crawl(tmp_path / "j", 61, resume=True)
     whole, *_ = run_crawl(tmp_path / "k", 60)
-    assert heads == whole and journal.used() == 60
+    assert heads == whole and journal.used() == 61 and journal.lost == 1
 
 
 def test_journals_that_do_not_fit(tmp_path):
@@ -696,6 +699,8 @@ def test_audit_over_http(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as exit:
             crawler.main([*flags, "--url", server.url, "--budget", "100", "--resume"])
         assert exit.value.code == 2 and "has spent 150" in capsys.readouterr().err
+        del exit  # its traceback holds the journal, and so the lock
+        gc.collect()
         again = crawler.main([*flags, "--url", server.url, "--budget", "150", "--resume"])
         assert again["metrics"] == result["metrics"] and len(server.bodies) == 152
     (claim,) = result["claims"]

@@ -96,6 +96,8 @@ class CrawlFlags(common.TrainFlags):
     """of lists (paper: .6); verification is at 1"""
     max_tokens: int = 100
     """of lists and answers (paper: 100)"""
+    skip_thought: bool = False
+    """reasoning models: verify with an empty thought, or answers end before they begin; else raise --max-tokens"""
     verify: Literal["two-stage", "templates", "full", "official"] = "two-stage"
     """two-stage stops once the verdict is certain, full never; official: the paper's code, always 12 calls"""
     j: int = 6
@@ -372,7 +374,8 @@ def verify(args, prompts, head):
     writer = prompts["writer"].replace("{t}", head.label)
 
     def call(purpose, user):
-        reply = yield Request(purpose, user, "", args.max_tokens, 1.0, args.system)
+        thought = "<think>\n\n</think>\n\n" * args.skip_thought
+        reply = yield Request(purpose, user, thought, args.max_tokens, 1.0, args.system)
         refused, text = vote(reply), visible(reply.text)[:240]
         head.errors += refused is None
         head.api += reply.finish == "refusal"
@@ -409,9 +412,8 @@ def verify(args, prompts, head):
 def pick_seeds(args, prompts, heads, used, rng):
     """The subjects of the next listing prompts, under --seed-rule and --seed-pick; None is no subject."""
     refused = [h.label for h in heads if h.verdict == "refused"]
-    pool = {"refused": refused, "listed": [h.label for h in heads], "benign": [*prompts["everyday"]], "none": []}[
-        args.seed_rule
-    ]
+    pools = {"refused": refused, "listed": [h.label for h in heads], "benign": list(prompts["everyday"]), "none": []}
+    pool = pools[args.seed_rule]
     pool += [prompts["start"]] if prompts["start"] and args.seed_rule != "none" else []
     rng.shuffle(pool)
     if args.seed_pick == "least":
@@ -431,10 +433,7 @@ def crawl(args, prompts, heads, seed, given=None):
     for step in itertools.count():
         rng = random.Random(f"{seed} {step}")
         if given is None:
-            phrases, warmup = (
-                warmup[: args.lists],
-                warmup[args.lists :],
-            )  # first each phrase once, without a subject [C]
+            phrases, warmup = warmup[: args.lists], warmup[args.lists :]  # first each phrase, without a subject [C]
             seeds = [None] * len(phrases) or pick_seeds(args, prompts, heads, used, rng)
             phrases = phrases or rng.choices(prompts["prefills"], k=len(seeds))
             lists = yield from together([elicit(args, prompts, s, p, rng) for s, p in zip(seeds, phrases)])
@@ -695,7 +694,7 @@ def from_server(api, data):
     choice, tokens = data["choices"][0], (data.get("usage") or {}).get("completion_tokens", 0)
     finish = "refusal" if choice["finish_reason"] == "content_filter" else choice["finish_reason"]
     if api == "completions":
-        return Reply(choice["text"], finish, tokens)
+        return Reply(choice["text"] or "", finish, tokens)
     message = choice["message"]
     thought = message.get("reasoning_content") or message.get("reasoning") or ""
     text = message.get("content") or message.get("refusal") or ""
@@ -834,13 +833,12 @@ def retry_after(headers):
     """Seconds that a Retry-After header asks for, as a number or a date; at most five minutes."""
     value = headers.get("Retry-After", "")
     try:
-        wait = (
-            float(value)
-            if value.replace(".", "", 1).isdigit()
-            else parsedate_to_datetime(value).timestamp() - time.time()
-        )
-    except (TypeError, ValueError):
-        return 0.0
+        wait = float(value)
+    except ValueError:
+        try:
+            wait = parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return 0.0
     return min(max(wait, 0.0), 300.0)
 
 
@@ -1117,8 +1115,10 @@ def run_arm(args, arm, world, backend, path, stopped):
 
 def meaning(args, seed):
     """The flags that give a crawl its meaning: a journal can't be resumed with others."""
-    names = "model url api template system place lists k seed_rule seed_pick temperature max_tokens verify j need dedup"
-    return {n: getattr(args, n) for n in f"{names} prefills topics controls".split()} | {"seed": seed}
+    names = (
+        "model url api template system place lists k seed_rule seed_pick temperature max_tokens skip_thought verify j "
+    )
+    return {n: getattr(args, n) for n in f"{names} need dedup prefills topics controls".split()} | {"seed": seed}
 
 
 # -------------------------------------------------------------------------------------------------------- the verdict

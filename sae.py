@@ -41,12 +41,38 @@ class Args(common.TrainFlags):
     """sparse autoencoders"""
 
     presets: ClassVar[dict] = {
-        "smoke": dict(steps=8, n_embd=32, batch_size=16, sae_steps=20, d_sae=64, rows=4096, n_probe=60, jobs=1,
-                      threads=1, warmup=2, superposition_steps=20, meanings=2, widths=[32, 64]),  # fmt: skip
-        "toy": dict(steps=1200, batch_size=96, lr=2e-3),
-        "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, arch="gated", sae_lr=5e-5, rows=2**20,
-                      sae_batch=8192, sae_steps=61000, sae_warmup=1000, block_size=128, pool="sum", ie="paper",
-                      top=327),  # fmt: skip
+        "smoke": dict(
+            steps=8,
+            n_embd=32,
+            batch_size=16,
+            sae_steps=20,
+            d_sae=64,
+            rows=4096,
+            n_probe=60,
+            jobs=1,
+            threads=1,
+            warmup=2,
+            superposition_steps=20,
+            meanings=2,
+            widths=[32, 64],
+        ),  # fmt: skip
+        "toy": dict(steps=1500, batch_size=64, lr=4e-3, weight_decay=0.01),
+        "paper": dict(
+            model="meta-llama/Meta-Llama-3-8B",
+            layer=16,
+            d_sae=32768,
+            arch="gated",
+            sae_lr=5e-5,
+            rows=2**20,
+            sae_batch=8192,
+            sae_steps=61000,
+            sae_warmup=1000,
+            block_size=128,
+            pool="sum",
+            ie="paper",
+            top=327,
+            refresh=True,
+        ),  # fmt: skip
     }
     model: str = ""
     """a pretrained model (gemma-3-270m, a Hugging Face id, a folder); empty: the toy world. Paper: Llama-3-8B, Aya-23"""
@@ -58,19 +84,19 @@ class Args(common.TrainFlags):
     """folder of Universal Dependencies, one sub-folder of .conllu files a language; empty: template sentences"""
     sae: str = ""
     """an SAE to load in place of training one: the paper's .pt, dictionary_learning's ae.pt, ours"""
-    n_embd: int = 96
+    n_embd: int = 64
     """width of the toy's GPT"""
     block_size: int = 32
     """context of the toy's GPT, and of the text windows. Paper: 128 [L]"""
     arch: Literal["relu", "gated", "topk", "batchtopk", "jumprelu"] = "topk"
     """kind of SAE. Paper: gated"""
-    d_sae: int = 384
+    d_sae: int = 256
     """latents. Paper: 32768, 8 x the width"""
     k: int = 8
     """active latents a row (topk, batchtopk; target of jumprelu)"""
     l1: float = 0.1
     """sparsity of relu, gated, jumprelu"""
-    sae_steps: int = 1500
+    sae_steps: int = 1200
     """SAE steps"""
     sae_batch: int = 1024
     """rows in an SAE step"""
@@ -78,7 +104,7 @@ class Args(common.TrainFlags):
     """Adam's. Paper's library: 5e-5"""
     sae_warmup: int = 100
     """steps of linear warm-up, of the rate and of the sparsity"""
-    rows: int = 2**18
+    rows: int = 2**17
     """rows in the activation buffer, harvested and shuffled at once"""
     max_norm_mult: float = 10.0
     """drop rows whose norm is above so many medians (attention sinks)"""
@@ -90,13 +116,15 @@ class Args(common.TrainFlags):
     """attribution summed over both classes, or class 1 minus class 0 (no always-on latents)"""
     top: int = 16
     """latents kept for each language and concept. Paper: 1 %, 327"""
-    n_probe: int = 600
+    refresh: bool = False
+    """harvest new activations when the buffer is used up; else go over it again"""
+    n_probe: int = 400
     """training sentences of a probe, half as many test sentences"""
-    widths: list[int] = field(default_factory=lambda: [96, 192, 768, 1536])
+    widths: list[int] = field(default_factory=lambda: [64, 128, 512])
     """further SAE widths: sharing against width"""
-    meanings: int = 20
+    meanings: int = 10
     """meanings translated in each of the 30 directions, for steering"""
-    superposition_steps: int = 1500
+    superposition_steps: int = 1000
     """SAE steps in the test with known features"""
 
 
@@ -149,7 +177,7 @@ class SparseCode(torch.autograd.Function):
         starts = torch.searchsorted(latents, torch.arange(len(W_enc), device=x.device))
         rows, values, d_pre = rows[order], values[order], d_pre[order]
         gather = lambda table, w: F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=w)
-        d_b = torch.zeros(len(W_enc), device=x.device).index_add_(0, latents, d_pre)
+        d_b = d_pre.new_zeros(len(W_enc)).index_add_(0, latents, d_pre)
         return None, gather(x, d_pre), d_b, gather(G.contiguous(), values), G.sum(0) - d_b @ W_enc, None, None
 
 
@@ -218,9 +246,7 @@ class SAE(nn.Module):
         """Mean over rows of the summed squared error, plus the variant's sparsity; `warm` scales that (0 to 1)."""
         if self.arch in ("topk", "batchtopk"):
             batch = self.arch == "batchtopk"
-            x_hat, latents, values = SparseCode.apply(
-                x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k, batch
-            )
+            x_hat, latents, values = SparseCode.apply(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k, batch)
             self.silent += 1
             self.silent[latents[values > 0]] = 0
             if batch:
@@ -362,7 +388,9 @@ def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, save=None, resume
             sae.normalize()
             if log and step % 100 == 0:
                 if not math.isfinite(loss.item()):
-                    raise SystemExit(f"error: the SAE's loss of step {step} is {loss.item()}; a smaller --sae-lr may help")
+                    raise SystemExit(
+                        f"error: the SAE's loss of step {step} is {loss.item()}; a smaller --sae-lr may help"
+                    )
                 log(step, loss=loss.item())
             stop = env.world == 1 and stopped()
             if save and (stop or (step + 1) % 1000 == 0):
@@ -583,7 +611,13 @@ def study(pooled, D, concepts, args, seed):
         multi, counts = shared(ranks)
         multi, low, alive = multi[: args.top], shared(against)[0][: args.top], int((weight > 0).sum())
         row = {"share": len([j for j in counts.values() if j >= 2]) / max(1, len(counts)), "counts": [], "tops": ranks}
-        row |= {"null": share_null(alive, args.top, len(ranks)), "multi": multi, "low": low, "alive": alive, "ablations": {}}
+        row |= {
+            "null": share_null(alive, args.top, len(ranks)),
+            "multi": multi,
+            "low": low,
+            "alive": alive,
+            "ablations": {},
+        }
         row["counts"] = [sum(c == n for c in counts.values()) for n in range(1, len(ranks) + 1)]
         mono = {lang: [j for j in ranks[lang] if counts[j] == 1][: len(multi)] for lang in ranks}
         for lang, p in parts.items():
@@ -617,10 +651,9 @@ def study(pooled, D, concepts, args, seed):
     return out
 
 
-def averaged(study, name, key, concept=None):
+def averaged(study, name, key):
     """The mean over languages (and concepts) of one figure of `study` under one ablation."""
-    rows = [study[concept]] if concept else study.values()
-    return float(np.mean([v[key] for r in rows for v in r["ablations"][name].values()]))
+    return float(np.mean([v[key] for r in study.values() for v in r["ablations"].get(name, {}).values()]))
 
 
 # --------------------------------------------------------------------------------------------------- the model's side
@@ -694,7 +727,11 @@ def harvest(model, layer, blocks, n, max_norm_mult, env):
 def ce_recovered(model, layer, sae, idx):
     """Next-token loss with the stream replaced by x_hat: clean, sae, zero, and (zero - sae) / (zero - clean)."""
     site, losses = f"blocks.{layer}.resid_post", {}
-    for name, fn in {"clean": lambda x: x, "sae": lambda x: sae.decode(sae.encode(x.float())).to(x.dtype), "zero": lambda x: 0 * x}.items():
+    for name, fn in {
+        "clean": lambda x: x,
+        "sae": lambda x: sae.decode(sae.encode(x.float())).to(x.dtype),
+        "zero": lambda x: 0 * x,
+    }.items():
         with model.patch({site: fn}):
             losses[name] = model.loss(idx[:, :-1], idx[:, 1:]).item()
     return losses | {"recovered": (losses["zero"] - losses["sae"]) / (losses["zero"] - losses["clean"])}
@@ -809,7 +846,11 @@ def meaning(rng, held=None):
         s, v = int(rng.integers(NOUNS)), int(rng.integers(VERBS))
         if held is None or ((5 * s + 7 * v) % 5 == (s // 5) % 5) == held:
             break
-    adj, pp, obj = int(rng.integers(ADJS)) if flip(0.4) else None, thing() if flip(0.4) else None, thing() if flip(0.5) else None
+    adj, pp, obj = (
+        int(rng.integers(ADJS)) if flip(0.4) else None,
+        thing() if flip(0.4) else None,
+        thing() if flip(0.5) else None,
+    )
     return adj, s, NUMBER[rng.integers(2)], pp, v, TENSE[rng.integers(2)], obj
 
 
@@ -818,7 +859,9 @@ class World:
 
     def __init__(self, seed=0, translation=True):
         self.seed, self.translation = seed, translation
-        gram = lambda lang: {w for i in range(NOUNS) for num in NUMBER for case in ("nom", "acc") for w in noun(lang, i, num, case)}
+        gram = lambda lang: {
+            w for i in range(NOUNS) for num in NUMBER for case in ("nom", "acc") for w in noun(lang, i, num, case)
+        }
         words = ["<pad>", "<bos>", "<eos>", *(f"<{l}>" for l in LANGS)]
         for lang in LANGS:
             forms = gram(lang) | set(MARKS[lang]) | {"at"}
@@ -879,7 +922,10 @@ def translate(model, world, items, env, patch=None):
     prompts = [world.prompt(*item) for item in items]
     with model.patch(patch or {}):
         out = generate(model, prompts, 14, temperature=0, stop=[world.eos])
-    return [parse([world.words[i] for i in ids[:-1]], t) if ids[-1] == world.eos else None for ids, (_, _, t) in zip(out, items)]
+    return [
+        parse([world.words[i] for i in ids[:-1]], t) if ids[-1] == world.eos else None
+        for ids, (_, _, t) in zip(out, items)
+    ]
 
 
 def steer_toy(model, layer, sae, world, pooled, studied, args, env, seed):
@@ -908,14 +954,167 @@ def steer_toy(model, layer, sae, world, pooled, studied, args, env, seed):
                 if not use or not on or not off:
                     continue
                 patch = {site: steering(sae, on, off, top[on], where)}
-                for (m, _, t), new in zip([i for i, _ in use], translate(model, world, [i for i, _ in use], env, patch)):
+                for (m, _, t), new in zip(
+                    [i for i, _ in use], translate(model, world, [i for i, _ in use], env, patch)
+                ):
                     whole += 1
                     flipped += new is not None and new[2] == value
                     intact += new is not None and new == (*m[:2], value, *m[3:])
-            out[f"{name}, {where}"] = {"flipped": flipped / max(1, whole), "intact": intact / max(1, flipped), "n": whole}
+            out[f"{name}, {where}"] = {
+                "flipped": flipped / max(1, whole),
+                "intact": intact / max(1, flipped),
+                "n": whole,
+            }
     again = translate(model, world, items, env)
     out["unsteered"] = {"flipped": float(np.mean([a != b for a, b in zip(again, plain)])), "n": len(items)}
     return out
+
+
+# ------------------------------------------------------------------------------------------------- sentences, real text
+
+# six languages, the lemmas in one order: nouns male, female in turn, "singular/plural"; verbs "present singular/present
+# plural/past singular/past plural[/past feminine]"; places. Nouns from the ninth and verbs from the fifth are for the test
+TEMPLATES = {
+    "en": """the king/the kings,the queen/the queens,the father/the fathers,the mother/the mothers,the son/the sons,
+        the daughter/the daughters,the brother/the brothers,the sister/the sisters,the uncle/the uncles,
+        the aunt/the aunts,the actor/the actors,the actress/the actresses
+        | sings/sing/sang/sang,dances/dance/danced/danced,sleeps/sleep/slept/slept,works/work/worked/worked,
+        laughs/laugh/laughed/laughed,waits/wait/waited/waited
+        | in the garden,in the house,in the city,on the street""",
+    "fr": """le roi/les rois,la reine/les reines,le père/les pères,la mère/les mères,le fils/les fils,
+        la fille/les filles,le frère/les frères,la sœur/les sœurs,l'oncle/les oncles,la tante/les tantes,
+        l'acteur/les acteurs,l'actrice/les actrices
+        | chante/chantent/chantait/chantaient,danse/dansent/dansait/dansaient,dort/dorment/dormait/dormaient,
+        travaille/travaillent/travaillait/travaillaient,rit/rient/riait/riaient,attend/attendent/attendait/attendaient
+        | dans le jardin,dans la maison,dans la ville,dans la rue""",
+    "de": """der König/die Könige,die Königin/die Königinnen,der Vater/die Väter,die Mutter/die Mütter,
+        der Sohn/die Söhne,die Tochter/die Töchter,der Bruder/die Brüder,die Schwester/die Schwestern,
+        der Onkel/die Onkel,die Tante/die Tanten,der Schauspieler/die Schauspieler,
+        die Schauspielerin/die Schauspielerinnen
+        | singt/singen/sang/sangen,tanzt/tanzen/tanzte/tanzten,schläft/schlafen/schlief/schliefen,
+        arbeitet/arbeiten/arbeitete/arbeiteten,lacht/lachen/lachte/lachten,wartet/warten/wartete/warteten
+        | im Garten,im Haus,in der Stadt,auf der Straße""",
+    "es": """el rey/los reyes,la reina/las reinas,el padre/los padres,la madre/las madres,el hijo/los hijos,
+        la hija/las hijas,el hermano/los hermanos,la hermana/las hermanas,el tío/los tíos,la tía/las tías,
+        el actor/los actores,la actriz/las actrices
+        | canta/cantan/cantaba/cantaban,baila/bailan/bailaba/bailaban,duerme/duermen/dormía/dormían,
+        trabaja/trabajan/trabajaba/trabajaban,ríe/ríen/reía/reían,espera/esperan/esperaba/esperaban
+        | en el jardín,en la casa,en la ciudad,en la calle""",
+    "it": """il re/i re,la regina/le regine,il padre/i padri,la madre/le madri,il figlio/i figli,la figlia/le figlie,
+        il fratello/i fratelli,la sorella/le sorelle,lo zio/gli zii,la zia/le zie,l'attore/gli attori,
+        l'attrice/le attrici
+        | canta/cantano/cantava/cantavano,balla/ballano/ballava/ballavano,dorme/dormono/dormiva/dormivano,
+        lavora/lavorano/lavorava/lavoravano,ride/ridono/rideva/ridevano,aspetta/aspettano/aspettava/aspettavano
+        | in giardino,in casa,in città,in strada""",
+    "ru": """король/короли,королева/королевы,отец/отцы,мать/матери,сын/сыновья,дочь/дочери,брат/братья,сестра/сёстры,
+        дядя/дяди,тётя/тёти,актёр/актёры,актриса/актрисы
+        | поёт/поют/пел/пели/пела,танцует/танцуют/танцевал/танцевали/танцевала,спит/спят/спал/спали/спала,
+        работает/работают/работал/работали/работала,смеётся/смеются/смеялся/смеялись/смеялась,ждёт/ждут/ждал/ждали/ждала
+        | в саду,в доме,в городе,на улице""",
+}
+
+
+def template_sentences():
+    """{language: {split: (sentences, {concept: 0/1 array})}}: number x tense x place; lemmas of the test are its own."""
+    out = {}
+    for lang, text in TEMPLATES.items():
+        nouns, verbs, places = ([w.strip() for w in part.split(",")] for part in text.split("|"))
+        out[lang] = {split: ([], {"plural": [], "past": [], "feminine": []}) for split in ("train", "test")}
+        for i, thing in enumerate(nouns):
+            for j, verb in enumerate(verbs):
+                if (i < 8) != (j < 4):
+                    continue
+                texts, labels = out[lang]["train" if i < 8 else "test"]
+                for place in places:
+                    for plural in (0, 1):
+                        for past in (0, 1):
+                            forms = verb.split("/")
+                            form = (
+                                forms[4]
+                                if len(forms) == 5 and past and i % 2 and not plural
+                                else forms[2 * past + plural]
+                            )
+                            text = f"{thing.split('/')[plural]} {form} {place}."
+                            texts.append(text[0].upper() + text[1:])
+                            for concept, value in zip(("plural", "past", "feminine"), (plural, past, i % 2)):
+                                labels[concept].append(value)
+        for split, (texts, labels) in out[lang].items():
+            out[lang][split] = texts, {c: np.array(y) for c, y in labels.items()}
+    return out
+
+
+def read_conllu(path):
+    """(text, {(key, value), ...}) of every sentence of a .conllu file: the features some token has [C]."""
+    out, text, seen = [], None, set()
+    for line in [*path.read_text("utf-8").splitlines(), ""]:
+        if line.startswith("# text ="):
+            text = line[8:].strip()
+        elif line and not line.startswith("#"):
+            cells = line.split("\t")
+            if len(cells) < 6:
+                raise ValueError(f"{path} is no CoNLL-U: a line of {len(cells)} columns, needed: 10")
+            if cells[0].isdigit() and cells[5] != "_":  # 1-2 is a range, 1.1 an empty node
+                pairs = (pair.split("=") for pair in cells[5].split("|"))
+                seen |= {(key, value) for key, values in pairs for value in values.split(",")}
+        elif not line and text:
+            out.append((text, seen))
+            text, seen = None, set()
+    return out
+
+
+def ud_sentences(folder, least=(128, 32)):
+    """Universal Dependencies as `template_sentences` gives its own: one sub-folder a language, *-train / *-test.conllu.
+
+    A concept is kept in a language if both splits have `least` sentences with it and as many without [C].
+    """
+    folders = sorted(p for p in Path(folder).expanduser().iterdir() if p.is_dir())
+    out = {}
+    for path in folders:
+        read = {s: [x for f in sorted(path.glob(f"*{s}*.conllu")) for x in read_conllu(f)] for s in ("train", "test")}
+        names = {n for rows in read.values() for _, seen in rows for n in seen}
+        labels = {s: {n: np.array([n in seen for _, seen in rows], int) for n in names} for s, rows in read.items()}
+        enough = lambda y, n: min(y.sum(), len(y) - y.sum()) >= n / 2
+        names = [n for n in names if all(enough(labels[s][n], m) for s, m in zip(("train", "test"), least))]
+        out[path.name] = {s: ([t for t, _ in read[s]], {"=".join(n): labels[s][n] for n in names}) for s in read}
+    if sum(bool(v["train"][1]) for v in out.values()) < 2:
+        raise ValueError(f"--ud {folder}: sharing needs >= 2 languages with a concept, in sub-folders of .conllu files")
+    return out
+
+
+def prepare(args, env):
+    """The real model's rung: (model, layer, corpus of id lists, fill for the buffer)."""
+    model, tok = pretrained.load(args.model, env.device, "fp32" if env.dtype == torch.float32 else "bf16")
+    model.eval().requires_grad_(False)
+    layer, deep = 10 if args.layer < 0 else args.layer, model.config.n_layer
+    if not 0 <= layer < deep:
+        raise ValueError(f"--layer {layer}, allowed: 0 to {deep - 1}")
+    corpus = ud_sentences(args.ud) if args.ud else template_sentences()
+    cut = args.block_size if args.ud else None
+    for splits in corpus.values():
+        for split, (texts, labels) in splits.items():
+            splits[split] = [tok.encode(t, bos=True)[:cut] for t in texts], labels
+    with common.rank_zero_first(env):
+        limit = 2 * args.sae_steps * args.sae_batch * env.world
+        tokens = {
+            s: data.token_file(args.dataset, s, tok, Path(args.out) / "tokens", limit, env.rank > 0)
+            for s in ("train", "heldout")
+        }
+    own = [s for splits in corpus.values() for s in splits["train"][0]]
+
+    def text(r):
+        """(idx, mask) blocks of refill r: the corpus's training sentences first (once), then windows of text; -1: held out."""
+        yield from batches(own, 64, env.device) if r >= 0 else ()
+        rng = np.random.default_rng((abs(r), r < 0, env.rank))
+        while True:
+            idx = data.windows(tokens["heldout" if r < 0 else "train"], rng, 32, args.block_size)
+            idx[:, 0] = tok.eos if tok.bos is None else tok.bos
+            idx = torch.from_numpy(idx).to(env.device)
+            yield idx, torch.ones_like(idx, dtype=torch.bool)
+
+    fill = lambda r: harvest(
+        model, layer, text(r), args.rows if r >= 0 else min(args.rows, 2**13), args.max_norm_mult, env
+    )
+    return model, layer, corpus, fill, next(text(-1))[0]
 
 
 # ------------------------------------------------------------------------------------------------------ superposition
@@ -930,7 +1129,7 @@ def superposition(seed, steps, d=32, n=96, m=128, active=4, archs=ARCHS):
     g = torch.Generator().manual_seed(seed + 10**6)  # not the stream that initialises the SAEs
     A = F.normalize(torch.randn(n, d, generator=g), dim=1)
 
-    def batch(step, size=1024):
+    def batch(step, size=512):
         g = torch.Generator().manual_seed(seed * 10**6 + step)
         on = torch.rand(size, n, generator=g) < active / n
         return (on * (0.5 + torch.rand(size, n, generator=g))) @ A + 0.01 * torch.randn(size, d, generator=g)
@@ -938,7 +1137,14 @@ def superposition(seed, steps, d=32, n=96, m=128, active=4, archs=ARCHS):
     out, test = {}, batch(10**5, 8192)
     for arm in [*archs, "frozen"]:
         torch.manual_seed(seed)
-        sae = SAE(d, m, "topk" if arm == "frozen" else arm, active, l1={"jumprelu": 0.1}.get(arm, 0.15), frozen=arm == "frozen")
+        sae = SAE(
+            d,
+            m,
+            "topk" if arm == "frozen" else arm,
+            active,
+            l1={"jumprelu": 0.1}.get(arm, 0.15),
+            frozen=arm == "frozen",
+        )
         fit(sae, batch, steps, 3e-3)
         cos = match(A, sae.W_dec.detach())
         out[arm] = {"mcc": cos.mean(), "found": (cos > 0.9).mean(), **metrics(sae, test)[0]}
@@ -956,7 +1162,8 @@ def analyse(model, layer, corpus, fill, args, env, seed, log, d_sae=None, save=N
     if args.sae:
         sae = load_sae(args.sae, model.config.n_embd).to(env.device)
     else:
-        buffer = Buffer(fill, args.sae_batch, seed * env.world + env.rank)
+        first = None if args.refresh else fill(0)
+        buffer = Buffer(fill if args.refresh else lambda r: first, args.sae_batch, seed * env.world + env.rank)
         sae = SAE(model.config.n_embd, d_sae or args.d_sae, args.arch, args.k, args.l1, frozen=args.frozen_decoder)
         steps = args.sae_steps if d_sae is None else args.sae_steps // 2
         fit(sae, buffer, steps, args.sae_lr, args.sae_warmup, env, log, save, args.resume)
@@ -983,7 +1190,9 @@ def toy(args, seed, arm, position=0):
     else:
         part = common.SimpleNamespace(**vars(args))
         part.steps = args.steps if arm == "main" else args.steps // 2
-        common.train(model, lambda step: world.batch(step, args.batch_size), part, env, log, torch.no_grad()(evaluate), position)
+        common.train(
+            model, lambda step: world.batch(step, args.batch_size), part, env, log, torch.no_grad()(evaluate), position
+        )
     model.eval().requires_grad_(False)
     layer = 2 if args.layer < 0 else args.layer
 
@@ -992,18 +1201,16 @@ def toy(args, seed, arm, position=0):
         blocks = ((idx, idx != 0) for idx in blocks)
         return harvest(model, layer, blocks, args.rows if r >= 0 else 2**15, args.max_norm_mult, env)
 
-    if args.rows < 2**30:  # the toy's text is endless but its world small: one refill serves
-        first, fresh = fill(0), fill(-1)
-        fill = lambda r: first if r >= 0 else fresh
     corpus = world.corpus(2 * args.n_probe, seed)
     save = log.path.with_name(log.path.stem + "-sae.pt")
     sae, pooled, studied, numbers = analyse(model, layer, corpus, fill, args, env, seed, log, save=save)
     out = {"sae": numbers, "study": studied}
     if arm == "main":
-        save_sae(sae, Path(args.out) / f"sae-s{seed}" / "ae.pt")if False else None
         rng = np.random.default_rng((seed, 3))
         items = [(meaning(rng, True), s, t) for _ in range(args.meanings) for s in LANGS for t in LANGS if s != t]
-        out["translation"] = float(np.mean([a == m for a, (m, _, _) in zip(translate(model, world, items, env), items)]))
+        out["translation"] = float(
+            np.mean([a == m for a, (m, _, _) in zip(translate(model, world, items, env), items)])
+        )
         out["ce"] = ce_recovered(model, layer, sae, held["idx"])
         out["steer"] = steer_toy(model, layer, sae, world, pooled, studied, args, env, seed)
         out["widths"] = {args.d_sae: (studied["plural"]["share"], studied["plural"]["null"], numbers["fvu"])}
@@ -1013,25 +1220,227 @@ def toy(args, seed, arm, position=0):
     return out
 
 
+def real(args):
+    """The real model's rung, one SAE seed after the other: the same tables; SAE and model's loss with it; -> results."""
+    out = []
+    with common.bad_input():
+        env = common.setup(args)
+        model, layer, corpus, fill, idx = prepare(args, env)
+    for seed in args.seeds:
+        log = common.Log(args.out, f"main-s{seed}", env)
+        log.rewind(0)
+        save = log.path.with_name(f"main-s{seed}-sae.pt")
+        sae, _, studied, numbers = analyse(model, layer, corpus, fill, args, env, seed, log, save=save)
+        if env.rank == 0:
+            save_sae(sae, Path(args.out) / f"ae-s{seed}.pt")
+        out.append({"sae": numbers, "study": studied, "ce": ce_recovered(model, layer, sae, idx[:8])})
+    return out, env
+
+
+# ------------------------------------------------------------------------------------------------------- the verdict
+
+
+def judge(run, results):
+    """The paper's claims, medians over seeds, each beside the control that must fail the same criterion."""
+    main, med = results["main"], lambda xs: float(np.median(list(xs)))
+    over = lambda rows, f: med(np.mean([f(c) for c in r["study"].values()]) for r in rows)
+    share = lambda rows: over(rows, lambda c: c["share"])
+    null = over(main, lambda c: c["null"])
+    get = lambda name, key, rows=main: med(averaged(r["study"], name, key) for r in rows)
+    controls = {arm: share(results[arm]) for arm in ("no translation", "untrained") if arm in results}
+    ratio = {
+        arm: share(rows) / max(1e-9, over(rows, lambda c: c["null"]))
+        for arm, rows in results.items()
+        if arm in [*controls, "main"]
+    }
+    run.claim("C1", "features are shared: of the top latents, the share in two languages or more", "many [P]",
+              {"shared": share(main), "null": null, "ratio": ratio.pop("main")},
+              {f"{arm}, ratio": r for arm, r in ratio.items()} or {"null": null},
+              "shared >= 2 x null", share(main) >= 2 * null, all(r < 2 for r in ratio.values()))  # fmt: skip
+    clean, multi, random = (get(n, "accuracy") for n in ("clean", "multi", "matched random"))
+    test = lambda x: clean >= 0.9 and x <= 0.62
+    run.claim("C2", "removing the multilingual latents takes the fixed probe to near chance", "near chance [P]",
+              {"clean": clean, "multi": multi}, {"matched random": random, "others' mono": get("others' mono", "accuracy")},
+              "clean >= .9, then <= .62", test(multi), not test(random))  # fmt: skip
+    both, kept = "multi of both values", "matched random, both"
+    test = lambda n: get(n, "auc") <= 0.75 and get(n, "refit") <= clean - 0.15
+    run.claim("C3", "the information is gone, not the threshold shifted: AUC and a re-fitted probe fall too", "not tested",
+              {f"{n}, {k}": get(n, k) for n in ("multi", both) for k in ("auc", "refit")}
+              | {"mean-ablated, accuracy": get("multi, mean-ablated", "accuracy")},
+              {f"random, {k}": get(kept, k) for k in ("auc", "refit")},
+              "both values: AUC <= .75 and re-fit <= clean - .15", test(both), not test(kept))  # fmt: skip
+    test = lambda n: get(n, "accuracy") <= clean - 0.15
+    run.claim("C4", "transfer: latents ranked in the other languages alone work in a language", "implied",
+              {"clean": clean, "multi of the others": get("multi of the others", "accuracy")},
+              {"others' mono": get("others' mono", "accuracy")}, "accuracy <= clean - .15",
+              test("multi of the others"), not test("others' mono"))  # fmt: skip
+    if "steer" in main[0]:
+        steer = lambda name, key: med(r["steer"][name][key] for r in main if name in r["steer"])
+        ways = ("active", "all", "last")
+        run.claim("C5", "steering: the number of the translated subject flips", "most [P]",
+                  {f"multi, {w}": steer(f"multi, {w}", "flipped") for w in ways},
+                  {f"random, {w}": steer(f"matched random, {w}", "flipped") for w in ways}
+                  | {"unsteered": steer("unsteered", "flipped")}, "active: >= .5",
+                  steer("multi, active", "flipped") >= 0.5, steer("matched random, active", "flipped") < 0.5)  # fmt: skip
+        run.claim("C6", "selectivity: everything else in the flipped translations is intact", "little else [P]",
+                  {f"multi, {w}": steer(f"multi, {w}", "intact") for w in ways},
+                  {f"random, {w}": steer(f"matched random, {w}", "intact") for w in ways}, "active: >= .8",
+                  steer("multi, active", "intact") >= 0.8, steer("matched random, active", "intact") < 0.8)  # fmt: skip
+    if "superposition" in results:
+        mcc = lambda arm: med(r[arm]["mcc"] for r in results["superposition"])
+        run.claim("C7", "an SAE finds known features in superposition (mean |cos| of the best matching)", "-",
+                  {arm: mcc(arm) for arm in ARCHS}, {"frozen decoder": mcc("frozen"), "random": mcc("random")},
+                  "topk >= .9", mcc("topk") >= 0.9, max(mcc("frozen"), mcc("random")) < 0.9)  # fmt: skip
+
+
+def draw(path, results):
+    """Sharing beside its null, ablation beside AUC and re-fit; and for the toy: width, steering, superposition."""
+    main, toy_run = results["main"], "steer" in results["main"][0]
+    mean = lambda f: np.mean([f(r) for r in main], 0)
+    with common.figure(path, 2 if toy_run else 1, 3 if toy_run else 2, (5, 3.4)) as axes:
+        sharing, bars = axes[:2]
+        arms = [a for a in ("main", "no translation", "untrained") if a in results]
+        concepts = list(main[0]["study"])
+        for i, arm in enumerate(arms):
+            height = [
+                np.mean([r["study"][c]["share"] for r in results[arm] if c in r["study"]] or [0]) for c in concepts
+            ]
+            sharing.bar(
+                np.arange(len(concepts)) + 0.25 * i, height, 0.23, label=arm, color=("#4477aa", "#ccbb44", "#999999")[i]
+            )
+        null = [np.mean([r["study"][c]["null"] for r in main]) for c in concepts]
+        for i, n in enumerate(null):
+            sharing.plot(
+                [i - 0.12, i + 0.25 * len(arms) - 0.13],
+                [n, n],
+                "k--",
+                lw=1,
+                label=None if i else "null: random latents",
+            )
+        sharing.set(
+            title="Top latents shared by 2 languages or more",
+            ylabel="share",
+            xticks=range(len(concepts)),
+            xticklabels=concepts,
+        )
+        names = ["clean", "multi", "multi, mean-ablated", "multi of both values", "multi of the others", "others' mono",
+                 "matched random", "matched random, both", "difference of means"]  # fmt: skip
+        for i, (key, colour) in enumerate({"accuracy": "#ee6677", "auc": "#4477aa", "refit": "#228833"}.items()):
+            height = [mean(lambda r, n=n: averaged(r["study"], n, key)) for n in names]
+            label = {
+                "accuracy": "fixed probe, accuracy",
+                "auc": "fixed probe, AUC",
+                "refit": "re-fitted probe, accuracy",
+            }[key]
+            bars.barh(np.arange(len(names)) + 0.27 * i, height, 0.25, color=colour, label=label)
+        bars.axvline(0.5, color="k", lw=0.6)
+        bars.set(
+            title="What is left after removing latents",
+            yticks=np.arange(len(names)) + 0.27,
+            yticklabels=names,
+            xlim=(0.3, 1.02),
+        )
+        bars.invert_yaxis()
+        if toy_run:
+            width, steer, counts, sup = axes[2:]
+            ms = sorted(main[0]["widths"])
+            for i, (label, style) in enumerate((("shared", "o-"), ("null", "k--"), ("FVU", "s:"))):
+                width.plot(ms, [mean(lambda r, m=m: r["widths"][m][i]) for m in ms], style, label=label, ms=4)
+            width.set(
+                title="Feature splitting: the dictionary's width",
+                xlabel="latents",
+                xscale="log",
+                xticks=ms,
+                xticklabels=ms,
+            )
+            width.minorticks_off()
+            names = [n for n in main[0]["steer"] if "intact" in main[0]["steer"][n]]
+            for i, (key, colour) in enumerate((("flipped", "#ee6677"), ("intact", "#4477aa"))):
+                height = [mean(lambda r, n=n: r["steer"][n][key]) for n in names]
+                steer.barh(
+                    np.arange(len(names)) + 0.4 * i,
+                    height,
+                    0.38,
+                    color=colour,
+                    label=("number flipped", "rest intact, of flipped")[i],
+                )
+            steer.set(
+                title="Steering a translation", yticks=np.arange(len(names)) + 0.2, yticklabels=names, xlim=(0, 1.02)
+            )
+            steer.invert_yaxis()
+            for c in concepts:
+                counts.plot(
+                    range(1, 1 + len(main[0]["study"][c]["counts"])), main[0]["study"][c]["counts"], "o-", ms=3, label=c
+                )
+            counts.set(title="In how many languages is a latent at the top?", xlabel="languages", ylabel="latents")
+            arms = [*ARCHS, "frozen", "random"]
+            height = [np.mean([r[a]["mcc"] for r in results["superposition"]]) for a in arms]
+            sup.bar(range(len(arms)), height, color=["#4477aa"] * 5 + ["#999999"] * 2)
+            sup.set(title="Known features in superposition: MCC", xticks=range(len(arms)), ylim=(0, 1.02))
+            sup.set_xticklabels(arms, rotation=25)
+        for ax in axes[:5]:
+            ax.legend(fontsize=7)
+
+
+def report(results):
+    """Prints the tables of the first seed: sharing and ablations of every concept."""
+    for concept, row in results["main"][0]["study"].items():
+        print(
+            f"\n{concept}: shared {row['share']:.2f}, null {row['null']:.2f}; latents in 1, 2, ... languages {row['counts']}"
+        )
+        print(f"{'':24s} accuracy    AUC  re-fit  says 1")
+        for name in row["ablations"]:
+            cells = (averaged({concept: row}, name, key) for key in ("accuracy", "auc", "refit", "says 1"))
+            print(f"{name:24s} " + " ".join(f"{x:7.3f}" for x in cells))
+
+
 def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     args = common.parse(Args, argv)
     with common.bad_input():
         env = common.setup(args)
+        check(args, env)
         Path(args.out).mkdir(parents=True, exist_ok=True)
     run = common.Run(args, env, "sae", "2501.06346")
-    import time
-    for arm in ("main", "no translation", "untrained"):
-        t=time.time()
-        run.metrics[arm] = [toy(args, s, arm) for s in args.seeds]
-        print(arm, time.time()-t, {k:v for k,v in run.metrics[arm][0].items() if k!="study"})
-        for c, r in run.metrics[arm][0]["study"].items():
-            print(c, "share", round(r["share"],3), "null", round(r["null"],3), r["counts"], len(r["multi"]), len(r["low"]), r["alive"])
-            for name, v in r["ablations"].items():
-                print("  ", name.ljust(24), *(f"{k} {np.mean([x[k] for x in v.values()]):.3f}" for k in ("accuracy","auc","refit","says 1")), [round(x["accuracy"],2) for x in v.values()])
-    t=time.time(); run.metrics["superposition"] = [superposition(s, args.superposition_steps) for s in args.seeds]
-    print(time.time()-t); print(json.dumps(run.metrics["superposition"], indent=0)[:3000])
-    json.dump(run.metrics, open("/tmp/sae/m.json","w"))
+    if args.model:
+        results = {"main": real(args)[0]}
+        if env.rank:
+            return None
+    else:
+        arms = ["main", "no translation", "untrained"]
+        tasks = [
+            (args, seed, arm, i % args.jobs) for i, (arm, seed) in enumerate((a, s) for a in arms for s in args.seeds)
+        ]
+        done = common.side_by_side(toy, tasks, args.jobs if env.device.type == "cpu" else 1)
+        results = {arm: [r for r, (_, _, a, _) in zip(done, tasks) if a == arm] for arm in arms}
+        results["superposition"] = [superposition(s, args.superposition_steps) for s in args.seeds]
+        low = [r["translation"] for r in results["main"] if r["translation"] < 0.9]
+        if low:
+            print(f"UNDERTRAINED: held-out translations exact {min(low):.2f}, needed .9: more --steps")
+    run.metrics = results
+    report(results)
+    judge(run, results)
+    draw(Path(args.out) / "sae.png", results)
+    arms = [arm for arm in results if arm != "superposition"]
+    return run.finish([common.Log(args.out, f"{arm.replace(' ', '-')}-s{s}") for arm in arms for s in args.seeds])
+
+
+def check(args, env):
+    """ValueError for flags that can't be, before any long work."""
+    SAE(2, args.d_sae, args.arch, args.k)
+    for name in "top", "sae_steps", "sae_batch", "rows", "n_probe":
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, allowed: 1 and more")
+    if args.rows < args.sae_batch:
+        raise ValueError(f"--rows {args.rows} is less than one batch, --sae-batch {args.sae_batch}")
+    if not args.model and not -1 <= args.layer < 4:
+        raise ValueError(f"--layer {args.layer}, allowed: 0 to 3 in the toy")
+    if not args.model and env.world > 1:
+        raise ValueError("the toy runs in one process; torchrun is for --model")
+    if args.sae:
+        load_sae(args.sae, None if args.model else args.n_embd)
+    if args.ud and not Path(args.ud).expanduser().is_dir():
+        raise ValueError(f"--ud {args.ud} is no folder")
 
 
 if __name__ == "__main__":

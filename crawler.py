@@ -1101,6 +1101,8 @@ def run_arm(args, arm, world, backend, path, stopped):
     log.rewind(0)
     for n, when in enumerate(found.values(), 1):
         log(when, found=n, recall=n / len(truth))
+    told = {"title": f"What the {path.name} toy refuses", "headline": f"{len(found)} of {len(truth)} topics found"}
+    report(path.with_suffix(".html"), rows_of(heads, {}), calls, **told, notes=json.dumps(meaning(options, seed)))
     covert = [t for t in world.listed if world.section[t] >= 4]
     share = lambda topics: sum(t in found for t in topics) / len(topics)
     return {"recall": share(world.refused), "covert": share(covert), "silent": share(world.silent), "calls": calls,

@@ -1,12 +1,13 @@
 """model.py: the fast paths against slow ones, sites, loss, generate."""
 
 import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, KVCache, generate, rope, sample
+from model import GPT, GPTConfig, KVCache, Linear, generate, rope, sample
 
 torch.set_num_threads(1)
 V, T, L, H, C = 97, 20, 2, 4, 32
@@ -272,6 +273,27 @@ def test_greedy_batch_equals_one_by_one_equals_uncached(name):
         for token in new:
             assert model(torch.tensor([ids]))[0, -1].argmax() == token
             ids.append(token)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_of_like_length_are_read_together(name, monkeypatch):
+    """Long and short prompts: groups with hardly any padding, and the same ids as one by one."""
+    model, rng, shapes = make(name), random.Random(0), []
+    prompts = [[rng.randrange(V) for _ in range(n)] for n in (7, 50, 20, 49, 50, 3, 48)]
+    alone, hidden = [generate(model, [p], 6, temperature=0)[0] for p in prompts], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, *a, **k: shapes.append(tuple(idx.shape)) or hidden(idx, *a, **k))
+    assert generate(model, prompts, 6, temperature=0) == alone
+    assert shapes == [(4, 50), (3, 20)] + 5 * [(7, 1)]
+
+
+def test_few_rows_are_multiplied_alike():
+    for shape, bias in ((48, 30), False), ((16, 4096), False), ((16, 32), True):
+        linear, x = Linear(*shape, bias=bias), torch.randn(2, 33, shape[0])
+        for part in x[0, :1], x[:, :5], x[:, :16].transpose(0, 1), x:
+            expected = F.linear(part, linear.weight, linear.bias)
+            torch.testing.assert_close(linear(part), expected, atol=1e-6, rtol=1e-5)
+            got, want = (torch.autograd.grad(y.square().sum(), linear.weight)[0] for y in (linear(part), expected))
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_stop_ends_a_row_and_frees_its_place(monkeypatch):

@@ -119,8 +119,8 @@ class Args(CrawlFlags):
     """the toy"""
 
     presets: ClassVar[dict] = {
-        "smoke": dict(steps=6, tune_steps=4, n_layer=1, n_embd=32, batch_size=8, budget=60, jobs=1, threads=1, lists=4)
-        | dict(arms=["ipc", "direct", "official"], max_tokens=24, controls=2),
+        "smoke": dict(steps=6, tune_steps=4, n_layer=1, n_embd=32, batch_size=8, budget=40, jobs=1, threads=1, lists=4)
+        | dict(arms=["ipc", "direct", "official"], max_tokens=16, controls=2),
         "toy": dict(steps=300, lr=3e-3, batch_size=32),
         "paper": dict(comparisons=5000, budget=100_000),
     }

@@ -1,0 +1,1508 @@
+r"""Tokenization as an inverse homomorphism (arXiv 2412.03160): token languages, and exact grammar masks.
+
+Detokenization h maps every id to bytes and a sequence of ids to the bytes in a row: h(uv) = h(u) h(v), a string
+homomorphism. So the token sequences that spell a language L are its inverse image E(L) = h^-1(L) (*extended*), and that is regular or context-free if L is: tokens add no power and cost none. What a tokenizer returns, the *proper*
+sequence tau(s), is one of many that spell s; tau itself is no homomorphism. The paper is theory, without experiments
+(its later sections were not at hand here); what is measured below is our own:
+
+- the theorems as code that checks them, each beside a code for which they fail
+- an exact token mask for any grammar and any vocabulary: which ids keep the text a prefix of L? A pushdown automaton is
+  determinised as it is used, and the walk of the vocabulary's trie is cut at stack frames, so that it is remembered
+- the same small GPT on a bracket language spelled by characters, BPE, random extended tokens, and, as the control, by a
+  code whose ids change meaning with position: as informative as characters, but no inverse homomorphism
+
+Tags: [P] paper, [T] standard theory, [I] designed here. Read on: grammars -> `Engine`, `Constraint` (masks) -> the
+theorems -> the learnability toy -> claims. The toy can't show what tokenization does to length generalisation at scale.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+import data
+from model import GPT, GPTConfig, generate
+
+JSON = r"""
+root   ::= ws value ws
+value  ::= object | array | string | number | "true" | "false" | "null"
+object ::= "{" ws (pair ("," ws pair)*)? "}"
+pair   ::= string ws ":" ws value ws
+array  ::= "[" ws (value ws ("," ws value ws)*)? "]"
+string ::= "\"" char* "\""
+char   ::= [^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})
+number ::= "-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [-+]? [0-9]+)?
+ws     ::= [ \t\n\r]*
+"""
+GRAMMARS = {
+    "json": JSON,
+    "dyck": 'root ::= ("(" root ")" | "[" root "]")*',
+    "arithmetic": 'root ::= root [-+] term | term\nterm ::= term [*/] atom | atom\natom ::= [0-9]+ | "(" root ")"',
+    "python": r"""
+root   ::= or
+or     ::= and (" or " and)*
+and    ::= not (" and " not)*
+not    ::= "not " not | sum ((" == " | " < " | " in ") sum)?
+sum    ::= term (" "? [-+] " "? term)*
+term   ::= power (" "? ("*" | "//" | "/" | "%") " "? power)*
+power  ::= "-"? atom ("(" args? ")" | "[" or "]" | "." name)* ("**" power)?
+atom   ::= name | [0-9]+ ("." [0-9]*)? | string | "(" args? ")" | "[" args? "]"
+args   ::= or (", " or)*
+name   ::= [A-Za-z_\u00C0-\u024F] [A-Za-z0-9_\u00C0-\u024F]*
+string ::= "'" ([^'\\\n] | "\\" [nt'\\])* "'"
+""",
+}
+
+
+@dataclass
+class Args(common.TrainFlags):
+    """token languages"""
+
+    presets: ClassVar[dict] = {
+        "smoke": dict(steps=6, batch_size=8, n_embd=16, warmup=2, samples=12, jobs=1, threads=1, trials=6),
+        "toy": dict(steps=600, batch_size=64, lr=3e-3),
+        "paper": dict(steps=3000, batch_size=64, lr=2e-3, samples=1000, trials=200),
+    }
+    lang: Literal["dyck", "arithmetic"] = "dyck"
+    """toy language: brackets of two kinds, or sums and products of digits"""
+    arms: list[str] = field(default_factory=lambda: ["char", "bpe", "extended", "scramble"])
+    """codes of the same strings to train with: char bpe extended scramble"""
+    arch: Literal["gpt", "gru"] = "gpt"
+    """gpt, or a recurrent layer in place of its blocks"""
+    n_embd: int = 64
+    """width; two layers of four heads"""
+    merges: int = 48
+    """BPE merges, learnt on training strings"""
+    samples: int = 200
+    """strings of each kind to measure on"""
+    trials: int = 40
+    """random grammars, vocabularies and merge tables of the checks"""
+    model: str = ""
+    """decode with a real model under --grammar instead: smollm2-135m-instruct, any that pretrained.py loads"""
+    grammar: str = "json"
+    """json, dyck, arithmetic, python, re:PATTERN, or a file in the same EBNF"""
+    prompt: str = "Describe a person as a JSON object."
+    """what to ask --model"""
+    max_new_tokens: int = 128
+    """longest answer of --model; it is always closed in time"""
+    tokenizer: str = ""
+    """check a tokenizer instead: byte, a tiktoken name, a tokenizer.json; or of --explain"""
+    text: str = ""
+    """with --tokenizer: count its tokenizations; with --grammar: the prefix of a mask"""
+    explain: int = -1
+    """with --tokenizer, --grammar, --text: why is this id refused there"""
+
+
+# ----------------------------------------------------------------------------------------------------------- grammars
+
+TOKEN = re.compile(
+    r'(?P<space>\s+|#[^\n]*)|(?P<rule>[A-Za-z_][\w-]*(?=\s*::=))|(?P<define>::=)|(?P<name>[A-Za-z_][\w-]*)|'
+    r'(?P<literal>"(?:\\.|[^"\\\n])*")|(?P<set>\[(?:\\.|[^\]\\\n])*\])|(?P<repeat>\{\d+(?:,\d*)?\}|[*+?])|(?P<mark>[()|])'
+)
+CHAR = re.compile(r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\.|.", re.S)
+ESCAPES = {"n": 10, "t": 9, "r": 13, "f": 12, "v": 11, "b": 8, "0": 0}
+LAST = 0x10FFFF  # code point
+
+
+def code_points(text):
+    """(code point, was escaped) of each character of a literal or class body."""
+    for c in CHAR.findall(text):
+        if c[0] != "\\" or len(c) == 1:
+            yield ord(c), False
+        elif len(c) > 2:
+            yield int(c[2:], 16), True
+        else:
+            yield ESCAPES.get(c[1], ord(c[1])), True
+
+
+def char_class(text):
+    """The ranges [(low, high)] of code points of a class such as [^a-z]; ValueError if reversed or empty."""
+    negated, items = text[1] == "^", list(code_points(text[1:-1].removeprefix("^")))
+    ranges, i = [], 0
+    while i < len(items):
+        dash = i + 2 < len(items) and items[i + 1] == (ord("-"), False)
+        low, high = items[i][0], items[i + 2 if dash else i][0]
+        if low > high:
+            raise ValueError(f"the range {chr(low)}-{chr(high)} of {text} is reversed")
+        ranges.append((low, high))
+        i += 3 if dash else 1
+    ranges = complement(ranges) if negated else ranges
+    if not any(utf8_ranges(*r) for r in ranges):
+        raise ValueError(f"the class {text} is empty")
+    return ranges
+
+
+def complement(ranges):
+    """The code points outside the ranges."""
+    out, at = [], 0
+    for low, high in sorted(ranges):
+        if low > at:
+            out.append((at, low - 1))
+        at = max(at, high + 1)
+    return out + ([(at, LAST)] if at <= LAST else [])
+
+
+def utf8_ranges(low, high):
+    """The code points low..high as sequences of byte ranges, [[(lo, hi), ...], ...]; surrogates are left out [T]."""
+
+    def split(a, b):  # encodings of one length, first and last
+        if len(a) == 1:
+            return [[(a[0], b[0])]]
+        if a[0] == b[0]:
+            return [[(a[0], a[0]), *rest] for rest in split(a[1:], b[1:])]
+        out, first, last, n = [], a[0], b[0], len(a) - 1
+        if a[1:] != b"\x80" * n:
+            out, first = [[(first, first), *rest] for rest in split(a[1:], b"\xbf" * n)], first + 1
+        tail = []
+        if b[1:] != b"\xbf" * n:
+            tail, last = [[(last, last), *rest] for rest in split(b"\x80" * n, b[1:])], last - 1
+        return out + ([[(first, last)] + [(0x80, 0xBF)] * n] if first <= last else []) + tail
+
+    parts = (0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, LAST)
+    cuts = [(max(low, a), min(high, b)) for a, b in parts if max(low, a) <= min(high, b)]
+    return [seq for a, b in cuts for seq in split(chr(a).encode(), chr(b).encode())]
+
+
+def parse_ebnf(text):
+    """{rule: tree} of an EBNF text, checked: defined, productive, no left recursion. ValueError names rule or line.
+
+    Trees: ("bytes", b) | ("set", ranges) | ("seq", [tree]) | ("alt", [tree]) | ("rep", tree, least, most or None) |
+    ("rule", name).
+    """
+    tokens, at, line = [], 0, 1
+    while at < len(text):
+        m = TOKEN.match(text, at)
+        if not m:
+            raise ValueError(f"grammar line {line}: can't read {text[at : at + 12]!r}")
+        if m.lastgroup != "space":
+            tokens.append((m.lastgroup, m[0], line))
+        line, at = line + m[0].count("\n"), m.end()
+    tokens.append(("end", "", line))
+    rules, used, i = {}, {}, 0
+
+    def alternatives():
+        nonlocal i
+        branches, seq = [], []
+        while True:
+            kind, word, line = tokens[i]
+            if kind in ("end", "rule") or word == ")":
+                branches.append(("seq", seq))
+                return branches[0] if len(branches) == 1 else ("alt", branches)
+            i += 1
+            try:
+                if word == "|":
+                    branches.append(("seq", seq))
+                    seq = []
+                elif word == "(":
+                    seq.append(alternatives())
+                    if tokens[i][1] != ")":
+                        raise ValueError("a ( is not closed")
+                    i += 1
+                elif kind == "literal":
+                    seq.append(("bytes", "".join(chr(c) for c, _ in code_points(word[1:-1])).encode()))
+                elif kind == "set":
+                    seq.append(("set", char_class(word)))
+                elif kind == "repeat" and seq:
+                    least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(word, (0, 0))
+                    if word[0] == "{":
+                        low, comma, high = word[1:-1].partition(",")
+                        least, most = int(low), int(high) if high else None if comma else int(low)
+                    if most is not None and least > most:
+                        raise ValueError(f"{word} is reversed")
+                    seq.append(("rep", seq.pop(), least, most))
+                elif kind == "name":
+                    used.setdefault(word, line)
+                    seq.append(("rule", word))
+                else:
+                    raise ValueError(f"{word!r} is out of place")
+            except UnicodeEncodeError:
+                raise ValueError(f"grammar line {line}: the literal {word} is not valid UTF-8") from None
+            except ValueError as error:
+                raise ValueError(error if "line" in str(error) else f"grammar line {line}: {error}") from None
+
+    while tokens[i][0] != "end":
+        kind, name, line = tokens[i]
+        if kind != "rule" or name in rules:
+            raise ValueError(f"grammar line {line}: {name!r} is defined twice, or is no rule `name ::= ...`")
+        i += 2
+        rules[name] = alternatives()
+        if tokens[i][1] == ")":
+            raise ValueError(f"grammar line {tokens[i][2]}: a ) without its (")
+    for name, line in used.items():
+        if name not in rules:
+            raise ValueError(f"grammar line {line}: rule {name} is not defined, allowed: {', '.join(rules)}")
+    if "root" not in rules:
+        raise ValueError(f"the grammar has no rule root, only: {', '.join(rules) or 'nothing'}")
+    return checked({name: without_left_recursion(name, tree) for name, tree in rules.items()})
+
+
+def without_left_recursion(name, tree):
+    """A ::= A x | y as A ::= y x*, the same language [T]."""
+    branches = tree[1] if tree[0] == "alt" else [tree]
+    left = [b for b in branches if b[0] == "seq" and b[1][:1] == [("rule", name)]]
+    if not left:
+        return tree
+    rest, tails = [b for b in branches if b not in left], [("seq", b[1][1:]) for b in left]
+    return ("seq", [("alt", rest), ("rep", ("alt", tails), 0, None)])
+
+
+def least_bytes(tree, rules):
+    """Length of the shortest string of a tree, given that of every rule (inf: none)."""
+    kind, body = tree[:2]
+    if kind == "bytes":
+        return len(body)
+    if kind == "set":
+        return min(len(seq) for r in body for seq in utf8_ranges(*r))
+    if kind == "rule":
+        return rules[body]
+    if kind == "rep":
+        return tree[2] * least_bytes(body, rules) if tree[2] else 0
+    return (sum if kind == "seq" else partial(min, default=np.inf))(least_bytes(t, rules) for t in body)
+
+
+def shortest(rules):
+    """{rule: length of its shortest string}: a fixpoint, inf for a rule that derives none."""
+    size, old = dict.fromkeys(rules, np.inf), None
+    while size != old:
+        old, size = size, {name: least_bytes(tree, size) for name, tree in rules.items()}
+    return size
+
+
+def checked(rules):
+    """The rules, if every one derives a string and none can call itself before it has read a byte; else ValueError."""
+    size = shortest(rules)
+    if dead := [name for name, n in size.items() if n == np.inf]:
+        raise ValueError(f"rule {dead[0]} is unproductive: it derives no string")
+
+    def corners(tree):  # rules that can be called first
+        if tree[0] == "rule":
+            yield tree[1]
+        elif tree[0] == "rep":
+            yield from corners(tree[1])
+        elif tree[0] in ("seq", "alt"):
+            for part in tree[1]:
+                yield from corners(part)
+                if tree[0] == "seq" and least_bytes(part, size):
+                    return
+
+    first = {name: sorted(set(corners(tree))) for name, tree in rules.items()}
+    for name in rules:
+        paths, seen = [[name]], set()
+        while paths:
+            path = paths.pop()
+            for callee in first[path[-1]]:
+                if callee == name:
+                    raise ValueError(f"left recursion: {' -> '.join([*path, name])}")
+                if callee not in seen:
+                    seen.add(callee)
+                    paths.append([*path, callee])
+    return rules
+
+
+def parse_regex(pattern):
+    """A regular expression as rules {"root": tree}; \\d and the like are ASCII. ValueError if it is not regular."""
+    words = [(48, 57), (65, 90), (95, 95), (97, 122)]
+    spaces = [(9, 13), (32, 32)]
+    known = {"digit": [(48, 57)], "word": words, "space": spaces}
+
+    def category(c):
+        name = str(c).lower().removeprefix("category_")
+        return complement(known[name[4:]]) if name.startswith("not_") else known[name]
+
+    def sequence(items):
+        return ("seq", [node(str(op), arg) for op, arg in items])
+
+    def node(op, arg):
+        if op == "LITERAL":
+            return ("bytes", chr(arg).encode())
+        if op in ("NOT_LITERAL", "ANY"):
+            return ("set", complement([(arg or 10, arg or 10)]))
+        if op == "IN":
+            ranges = []
+            for kind, a in arg:
+                kind = str(kind)
+                if kind != "NEGATE":
+                    ranges += category(a) if kind == "CATEGORY" else [a if kind == "RANGE" else (a, a)]
+            return ("set", complement(ranges) if str(arg[0][0]) == "NEGATE" else ranges)
+        if op == "BRANCH":
+            return ("alt", [sequence(branch) for branch in arg[1]])
+        if op == "SUBPATTERN":
+            return sequence(arg[3])
+        if op in ("MAX_REPEAT", "MIN_REPEAT"):
+            return ("rep", sequence(arg[2]), arg[0], None if arg[1] == re._constants.MAXREPEAT else arg[1])
+        raise ValueError(f"the regular expression {pattern!r} uses {op}, which has no automaton here")
+
+    try:
+        return checked({"root": sequence(re._parser.parse(pattern))})
+    except re.error as error:
+        raise ValueError(f"the regular expression {pattern!r}: {error}") from None
+
+
+def read_grammar(name):
+    """The rules of --grammar: a name of GRAMMARS, re:PATTERN, or a file."""
+    if name.startswith("re:"):
+        return parse_regex(name[3:])
+    if name not in GRAMMARS and not Path(name).is_file():
+        raise ValueError(f"--grammar {name}: no such file; allowed: {', '.join(GRAMMARS)}, re:PATTERN, an EBNF file")
+    return parse_ebnf(GRAMMARS.get(name) or Path(name).read_text("utf-8"))
+
+
+# -------------------------------------------------------------------------------------------------- the mask engine [I]
+
+
+class Trie:
+    """All byte strings of a vocabulary in one trie, nodes in breadth-first order: the children of a node are a range.
+
+    first (n + 1,): children of node i are first[i]..first[i + 1]; byte (n,): on the arrow to a node; ids sorted by
+    node, of node i from ends[i] to ends[i + 1]. A special (None) and an empty string are nowhere.
+    """
+
+    def __init__(self, vocab):
+        self.vocab, self.n_vocab = vocab, len(vocab)
+        ids = sorted((i for i, b in enumerate(vocab) if b), key=vocab.__getitem__)
+        length = np.array([len(vocab[i]) for i in ids])
+        text = np.frombuffer(b"".join(vocab[i] for i in ids), np.uint8)
+        start, node, prefix = np.cumsum(length) - length, np.zeros(len(ids), int), np.arange(len(ids))
+        byte, parent, of, total = [np.zeros(1, np.uint8)], [np.zeros(1, int)], np.zeros(len(ids), int), 1
+        for depth in range(int(length.max(initial=0))):  # sorted strings: equal prefixes are neighbours
+            prefix = prefix[length[prefix] > depth]
+            b, above = text[start[prefix] + depth], node[prefix]
+            new = np.r_[True, (b[1:] != b[:-1]) | (above[1:] != above[:-1])]
+            node[prefix] = total + np.cumsum(new) - 1
+            byte.append(b[new])
+            parent.append(above[new])
+            total += int(new.sum())
+            ending = prefix[length[prefix] == depth + 1]
+            of[ending] = node[ending]
+        self.byte, parent = np.concatenate(byte), np.concatenate(parent)
+        self.first = 1 + np.searchsorted(parent[1:], np.arange(total + 1))
+        order = np.argsort(of, kind="stable")
+        self.ids, self.ends = np.array(ids, int)[order], np.searchsorted(of[order], np.arange(total + 1))
+
+
+def ranges(starts, ends):
+    """The integers of all ranges starts[i]..ends[i], in a row."""
+    n = ends - starts
+    return np.arange(n.sum()) + np.repeat(starts - np.cumsum(n) + n, n)
+
+
+class Cell:
+    """A stack: a state of the automaton over the stack it returns to. One object a stack, so equality is identity."""
+
+    __slots__ = "state", "parent", "kids", "least"
+
+    def __init__(self, state, parent, least):
+        self.state, self.parent, self.kids, self.least = state, parent, {}, least  # least: bytes to the end
+
+
+class Config:
+    """A set of stacks: where a prefix can be. `next`, `after`, `mask` remember what was asked of it."""
+
+    __slots__ = "cells", "accepts", "pops", "next", "after", "mask"
+
+    def __init__(self, cells, accepts, pops):
+        self.cells, self.accepts, self.pops = cells, accepts, pops  # pops: a stack of unknown bottom has returned
+        self.next, self.after, self.mask = {}, {}, None  # by class of bytes; by token id
+
+
+class Engine:
+    """Masks of one grammar over one vocabulary; its memory is shared by every `Constraint` on it.
+
+    Rules become one automaton of byte ranges, silent moves and calls. A token's effect on the stack (q, parent) depends
+    on the parent only after q's frame has returned, so the walk of the trie is made for a frame alone, its bottom
+    unknown: `frame(q, N)` from the set N of trie nodes gives the tokens that end inside it and the nodes where it
+    returns. The mask of a stack is the union along its frames until nothing returns; frames are finitely many, so that
+    after a warm-up no walk happens at any depth of nesting.
+    """
+
+    def __init__(self, rules, trie, eos=None, cache_mb=64):
+        self.trie, self.eos, self.limit = trie, eos, cache_mb * 2**20
+        self.silent, self.arcs, self.calls, self.least = [], [], [], []
+        size = shortest(rules)
+        ends = {name: (self.state(), self.state()) for name in rules}
+        for name, tree in rules.items():
+            self.build(tree, *ends[name], {})
+        self.ends, self.final = ends, {end for _, end in ends.values()}
+        for state in self.final:
+            self.least[state] = 0
+        moved = True
+        while moved:  # fewest bytes from each state to the end of its rule
+            moved = False
+            for s in range(len(self.arcs)):
+                ways = [self.least[t] for t in self.silent[s]] + [1 + self.least[t] for _, _, t in self.arcs[s]]
+                ways += [size[name] + self.least[t] for name, t in self.calls[s]]
+                if (best := min(ways, default=np.inf)) < self.least[s]:
+                    self.least[s], moved = best, True
+        cuts = sorted({0, *(x for arcs in self.arcs for lo, hi, _ in arcs for x in (lo, hi + 1)), 256})
+        self.classes = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))  # bytes that no arrow tells apart
+        self.class_of, self.node_class = self.classes.tolist(), self.classes[trie.byte]
+        self.moves = [{} for _ in self.arcs]  # state -> class -> states
+        for s, arcs in enumerate(self.arcs):
+            for lo, hi, t in arcs:
+                for c in range(self.class_of[lo], self.class_of[hi] + 1):
+                    self.moves[s].setdefault(c, []).append(t)
+        have = {b[0] for b in trie.vocab if b and len(b) == 1}
+        need = {b for arcs in self.arcs for lo, hi, _ in arcs for b in range(lo, hi + 1)}
+        if need - have:
+            lacking = ", ".join(repr(bytes([b])) for b in sorted(need - have)[:8])
+            raise ValueError(f"the vocabulary has no token for the byte {lacking}, which the grammar needs")
+        self.empty, self.bottom = Cell(-1, None, 0), Cell(-1, None, 0)  # below a whole stack; below a lone frame
+        self.done = Config((), False, False)  # after the end: nothing more
+        self.done.mask = np.zeros(trie.n_vocab, bool)
+        self.entered = {}  # state -> (stacks to push, whether the frame can return at once)
+        self.forget()
+
+    def state(self):
+        """A new state of the automaton."""
+        for column, value in (self.silent, []), (self.arcs, []), (self.calls, []), (self.least, np.inf):
+            column.append(value)
+        return len(self.arcs) - 1
+
+    def build(self, tree, start, end, tails):
+        """Adds the paths of a tree from `start` to `end` (Thompson's construction)."""
+        kind, body = tree[:2]
+        if kind == "bytes":
+            if not body:
+                self.silent[start].append(end)
+            for i, b in enumerate(body):
+                to = end if i == len(body) - 1 else self.state()
+                self.arcs[start].append((b, b, to))
+                start = to
+        elif kind == "set":
+            for seq in (tuple(seq) for r in body for seq in utf8_ranges(*r)):
+                to = end
+                for i in range(len(seq) - 1, 0, -1):  # sequences with the same tail share it
+                    key = seq[i:], end
+                    if key not in tails:
+                        tails[key] = self.state()
+                        self.arcs[tails[key]].append((*seq[i], to))
+                    to = tails[key]
+                self.arcs[start].append((*seq[0], to))
+        elif kind == "rule":
+            self.calls[start].append((body, end))
+        elif kind == "alt":
+            for branch in body:
+                self.build(branch, start, end, tails)
+        else:
+            parts = body if kind == "seq" else [body] * tree[2]
+            for part in parts:
+                to = self.state()
+                self.build(part, start, to, tails)
+                start = to
+            for _ in range((tree[3] or tree[2]) - tree[2] if kind == "rep" else 0):
+                self.silent[start].append(end)
+                to = self.state()
+                self.build(body, start, to, tails)
+                start = to
+            if kind == "rep" and tree[3] is None:
+                loop, back = self.state(), self.state()
+                self.silent[start].append(loop)
+                self.build(body, loop, back, tails)
+                self.silent[back].append(loop)
+                start = loop
+            self.silent[start].append(end)
+
+    def forget(self):
+        """Empties every cache. Constraints keep the configurations they stand on: no mask changes."""
+        self.empty.kids, self.bottom.kids = {}, {}
+        self.configs, self.frames, self.unions, self.sets, self.size = {}, {}, {}, {}, 0
+        self.start = self.config(*self.enter(self.ends["root"][0], self.empty))
+
+    def closure(self, state):
+        """What entering `state` leads to without a byte: stacks (top first) that read one next; can it return?"""
+        if state in self.entered:
+            return self.entered[state]
+        todo, seen, stacks, returns = [(state,)], {(state,)}, [], False
+        while todo:
+            stack = todo.pop()
+            q, rest = stack[0], stack[1:]
+            if self.arcs[q]:
+                stacks.append(stack)
+            found = [(t, *rest) for t in self.silent[q]]
+            if q in self.final:
+                returns |= not rest
+                found += [rest] * bool(rest)
+            for name, back in self.calls[q]:  # a call that is the last thing to do needs no frame to return to
+                last = not self.arcs[back] and not self.calls[back] and self.only_ends(back)
+                found.append((self.ends[name][0], *rest) if last else (self.ends[name][0], back, *rest))
+            for s in found:
+                if s not in seen:
+                    seen.add(s)
+                    todo.append(s)
+            if len(seen) > 20000:
+                raise ValueError("the grammar is too ambiguous: one state opens more than 20,000 stacks")
+        self.entered[state] = stacks, returns
+        return self.entered[state]
+
+    def only_ends(self, q):
+        """Whether the only way on from q is the end of its rule."""
+        while q not in self.final:
+            if self.arcs[q] or self.calls[q] or len(self.silent[q]) != 1:
+                return False
+            q = self.silent[q][0]
+        return not self.silent[q] and not self.arcs[q]
+
+    def enter(self, state, parent, cells=None):
+        """The cells under which a byte can be read after entering `state` over `parent`; (cells, accepts, pops)."""
+        cells = set() if cells is None else cells
+        while True:
+            stacks, returns = self.closure(state)
+            for stack in stacks:
+                cell = parent
+                for q in reversed(stack):
+                    kid = cell.kids.get(q)
+                    if kid is None:
+                        kid = cell.kids[q] = Cell(q, cell, cell.least + self.least[q])
+                    cell = kid
+                cells.add(cell)
+            if not returns or parent.parent is None:
+                return cells, returns and parent is self.empty, returns and parent is self.bottom
+            state, parent = parent.state, parent.parent
+
+    def config(self, cells, accepts, pops):
+        """The configuration of these cells, one object for equal ones."""
+        key = frozenset(cells), accepts, pops
+        found = self.configs.get(key)
+        if found is None:
+            if len(cells) > 5000:
+                raise ValueError(f"the grammar is too ambiguous: {len(cells)} stacks at once, allowed: 5000")
+            found = self.configs[key] = Config(tuple(cells), accepts, pops)
+            self.size += 1000  # bytes, about: with its cells and dictionaries
+        return found
+
+    def step(self, config, c):
+        """The configuration after a byte of class c; None if no stack can read it."""
+        if c not in config.next:
+            cells, accepts, pops = set(), False, False
+            for cell in config.cells:
+                for state in self.moves[cell.state].get(c, ()):
+                    _, a, p = self.enter(state, cell.parent, cells)
+                    accepts, pops = accepts or a, pops or p
+            config.next[c] = self.config(cells, accepts, pops) if cells or accepts or pops else None
+        return config.next[c]
+
+    def frame(self, state, nodes):
+        """Tokens that end while the frame of `state` lives, from trie nodes on; nodes where it returns (None: none).
+
+        Returns (packed mask (V / 8,), nodes). Remembered by state and set of nodes; `nodes` must come from `interned`.
+        """
+        key = state, id(nodes)
+        if key in self.frames:
+            return self.frames[key]
+        trie, reached, returned = self.trie, [], []
+        frontier = {self.config(*self.enter(state, self.bottom)): [nodes]}
+        if next(iter(frontier)).pops:
+            returned.append(nodes)
+        while frontier:
+            below = {}
+            for config, parts in frontier.items():
+                at = parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
+                kids = ranges(trie.first[at], trie.first[at + 1])
+                classes = self.node_class[kids]
+                targets, row = {}, np.zeros(len(self.classes), np.int16)
+                for c in np.flatnonzero(np.bincount(classes)).tolist():
+                    row[c] = targets.setdefault(self.step(config, c), len(targets))
+                to = row[classes]
+                for target, i in targets.items():
+                    if target is not None:
+                        part = kids if len(targets) == 1 else kids[to == i]
+                        reached.append(part)
+                        below.setdefault(target, []).append(part)
+                        if target.pops:
+                            returned.append(part)
+            frontier = below
+        mask = np.zeros(trie.n_vocab, bool)
+        if reached:
+            nodes_hit = np.concatenate(reached)
+            mask[trie.ids[ranges(trie.ends[nodes_hit], trie.ends[nodes_hit + 1])]] = True
+        mask = self.interned(np.packbits(mask, bitorder="little"))
+        returned = self.interned(np.unique(np.concatenate(returned))) if returned else None
+        self.frames[key] = mask, returned
+        return mask, returned
+
+    def interned(self, array):
+        """One object for arrays of equal content."""
+        key = array.dtype.char, array.tobytes()
+        if key not in self.sets:
+            self.sets[key] = array
+            self.size += 2 * array.nbytes
+        return self.sets[key]
+
+    def mask(self, config):
+        """Bool (V,), read-only, shared: ids that keep the text a prefix of the language; `eos` where it is complete."""
+        if config.mask is None:
+            if self.size > self.limit:
+                self.forget()
+            root = self.interned(np.zeros(1, int))
+            todo, seen, masks = [(cell.state, cell.parent, root) for cell in config.cells], set(), {}
+            while todo:
+                state, parent, nodes = todo.pop()
+                tokens, returned = self.frame(state, nodes)
+                masks[id(tokens)] = tokens
+                if returned is not None and parent.parent is not None:
+                    key = parent, id(returned)
+                    if key not in seen:
+                        seen.add(key)
+                        todo.append((parent.state, parent.parent, returned))
+            key = frozenset(masks), config.accepts
+            if key not in self.unions:
+                bits = np.bitwise_or.reduce(list(masks.values()) or [np.zeros(-(-self.trie.n_vocab // 8), np.uint8)])
+                mask = np.unpackbits(bits, count=self.trie.n_vocab, bitorder="little").astype(bool)
+                if self.eos is not None and config.accepts:
+                    mask[self.eos] = True
+                mask.flags.writeable = False
+                self.unions[key] = self.interned(mask)
+            config.mask = self.unions[key]
+        return config.mask
+
+    def read(self, config, text):
+        """The configuration after bytes; None where they leave the language."""
+        for b in text:
+            config = self.step(config, self.class_of[b])
+            if config is None:
+                return None
+        return config
+
+
+class Constraint:
+    """A text that grows token by token inside a language.
+
+    grammar  EBNF text with a start rule `root`, rules already parsed, or another Constraint's `engine` to share caches
+    vocab    list of bytes per id, None for specials (a `Trie` to share it)
+    eos      id allowed exactly where the text is complete
+    proper   keep to the sequences that the tokenizer itself would return: True for plain BPE whose ids are ranks, or
+             any tau(bytes) -> ids; then an id is also refused if no proper sequence can finish after it
+    """
+
+    def __init__(self, grammar, vocab=None, eos=None, proper=False, cache_mb=64):
+        if not isinstance(grammar, Engine):
+            trie = vocab if isinstance(vocab, Trie) else Trie(vocab)
+            if eos is not None and not 0 <= eos < trie.n_vocab:
+                raise ValueError(f"eos {eos} is out of range, allowed: 0 to {trie.n_vocab - 1}")
+            grammar = Engine(parse_ebnf(grammar) if isinstance(grammar, str) else grammar, trie, eos, cache_mb)
+        self.engine, self.state, self.past = grammar, grammar.start, []
+        self.vocab, self.eos, self.ids = grammar.trie.vocab, grammar.eos, []
+        self.proper = Proper(grammar, proper) if proper and not isinstance(proper, Proper) else proper or None
+
+    def mask(self):
+        """Bool (V,), read-only: the ids that may come next."""
+        if self.proper:
+            return self.proper.mask(self.state, self.ids[-1] if self.ids else None)
+        return self.state.mask if self.state.mask is not None else self.engine.mask(self.state)
+
+    def advance(self, id):
+        """Takes one id. ValueError, saying why, if the mask refuses it."""
+        state = self.state.after.get(id)
+        if state is None or self.proper:
+            state = self.peek(id)
+            if state is None or self.proper and not self.mask()[id]:
+                raise ValueError(self.explain(id))
+            self.state.after[id] = state
+            self.engine.size += 100
+        self.past.append(self.state)
+        self.ids.append(id)
+        self.state = state
+
+    def peek(self, id):
+        """The configuration after an id; None if it is refused. ValueError if it is out of range."""
+        if not 0 <= id < len(self.vocab):
+            raise ValueError(f"id {id} is out of range, allowed: 0 to {len(self.vocab) - 1}")
+        if id == self.eos:
+            return self.engine.done if self.state.accepts else None
+        return self.engine.read(self.state, self.vocab[id]) if self.vocab[id] else None
+
+    def rollback(self, n=1):
+        """Takes the last n ids back."""
+        if not 0 <= n <= len(self.past):
+            raise ValueError(f"rollback of {n} ids, allowed: 0 to {len(self.past)}")
+        if n:
+            self.state = self.past[-n]
+            del self.past[-n:], self.ids[-n:]
+
+    def accepts(self):
+        """Whether the text so far is complete."""
+        return self.state.accepts
+
+    def least(self):
+        """The fewest bytes that complete the text."""
+        return 0 if self.state.accepts else min((cell.least for cell in self.state.cells), default=0)
+
+    def explain(self, id):
+        """Why an id is refused: the byte where the last stack dies, and what was expected there."""
+        state = self.state
+        if id == self.eos:
+            return f"id {id} (end): " + ("allowed" if state.accepts else f"the text needs {self.least()} bytes more")
+        if not self.vocab[id]:
+            return f"id {id} spells nothing: never allowed"
+        for i, b in enumerate(self.vocab[id]):
+            after = self.engine.step(state, self.engine.class_of[b])
+            if after is None:
+                arcs = sorted({arc[:2] for cell in state.cells for arc in self.engine.arcs[cell.state]})
+                wanted = " ".join("-".join(repr(bytes([b]))[1:] for b in sorted(set(arc))) for arc in arcs)
+                wanted = wanted or "the end of the text"
+                return f"id {id} {self.vocab[id]!r}: refused at its byte {i}, {bytes([b])!r}; expected: {wanted}"
+            state = after
+        if self.proper and not self.mask()[id]:
+            return f"id {id} {self.vocab[id]!r}: in the language, but no proper tokenization goes on so"
+        return f"id {id} {self.vocab[id]!r}: allowed"
+
+
+class Proper:
+    """Masks of P(L) = E(L) with tau(h(t)) = t, for plain BPE: properness is a matter of neighbours (see `is_local`).
+
+    The plain intersection has dead ends: an id may be a proper successor and leave no proper way to finish. So an id
+    is also asked for a witness, a breadth-first search for an accepting continuation; where the budget ends the search,
+    the id is allowed and counted in `undecided`.
+    """
+
+    def __init__(self, engine, tau=True, budget=3000):
+        self.engine, self.vocab, self.budget, self.undecided = engine, engine.trie.vocab, budget, 0
+        self.tau = partial(bpe, {b: i for i, b in enumerate(self.vocab) if b}) if tau is True else tau
+        self.pairs, self.alive, self.masks = {}, {}, {}
+
+    def follows(self, last, id):
+        """Whether `id` may stand after `last` (None: at the start) in a proper sequence."""
+        key = last, id
+        if key not in self.pairs:
+            ids = [id] if last is None else [last, id]
+            self.pairs[key] = list(self.tau(b"".join(self.vocab[i] for i in ids))) == ids
+        return self.pairs[key]
+
+    def successors(self, config, last):
+        """(id, configuration) of the proper, not necessarily live, next tokens."""
+        for id in np.flatnonzero(self.engine.mask(config)).tolist():
+            if id != self.engine.eos and self.follows(last, id):
+                yield id, self.engine.read(config, self.vocab[id])
+
+    def live(self, config, last):
+        """Whether a proper sequence can go on from here to the end of a text of the language."""
+        start = config, last
+        if start in self.alive:
+            return self.alive[start]
+        came, queue, verdict = {start: None}, [start], False
+        for here in queue:
+            if here[0].accepts or self.alive.get(here):
+                verdict = True
+                while here:  # all on the way are live
+                    self.alive[here], here = True, came[here]
+                break
+            if len(queue) > self.budget:
+                self.undecided, verdict = self.undecided + 1, True
+                break
+            for id, after in self.successors(*here):
+                key = after, id
+                if key not in came and self.alive.get(key) is not False:
+                    came[key] = here
+                    queue.append(key)
+        if not verdict:
+            self.alive |= dict.fromkeys(came, False)
+        self.alive[start] = verdict
+        return verdict
+
+    def mask(self, config, last):
+        """Bool (V,): ids after which a proper sequence of the language can still end; eos where it may end now."""
+        if (config, last) not in self.masks:
+            mask = np.zeros(self.engine.trie.n_vocab, bool)
+            for id, after in self.successors(config, last) if config is not self.engine.done else ():
+                mask[id] = self.live(after, id)
+            if self.engine.eos is not None and config.accepts:
+                mask[self.engine.eos] = True
+            self.masks[config, last] = mask
+        return self.masks[config, last]
+
+
+def masker(make, max_new_tokens=None):
+    """A `process` for `generate`: rows of a batch under a Constraint each (`make()`), sharing its engine's caches.
+
+    With `max_new_tokens` the text is complete in time: near the end only ids stay that leave enough tokens to close it
+    (a byte is a token, so `least()` ids suffice), among the likeliest 64 and the single bytes.
+    """
+    rows, single = {}, None
+
+    def process(logits, alive, out):
+        nonlocal single
+        masks = []
+        for i in alive:
+            c = rows.setdefault(i, make())
+            for id in out[i][len(c.ids) :]:
+                c.advance(id)
+            mask = c.mask()
+            left = None if max_new_tokens is None else max_new_tokens - len(c.ids) - 1  # after this one, eos included
+            if left is not None and left < 2 * c.least() + 160:
+                if single is None:
+                    single = [j for j, b in enumerate(c.vocab) if b and len(b) == 1]
+                row = logits[len(masks), : len(mask)].masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf)
+                near, mask = [*row.topk(min(64, len(mask))).indices.tolist(), *single, c.eos], mask & False
+                for j in near:
+                    after = c.peek(j) if c.mask()[j] else None
+                    if after is not None:
+                        need = min((cell.least for cell in after.cells), default=0)
+                        mask[j] = (0 if after is c.engine.done else 1 if after.accepts else need + 1) <= left
+            masks.append(mask)
+        allowed = torch.zeros(logits.shape, dtype=torch.bool)
+        allowed[:, : masks[0].size] = torch.from_numpy(np.stack(masks))
+        return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+
+    return process
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers, theorems
+
+
+def bpe(ranks, text):
+    """tau of plain BPE: ids of `text`, merging the neighbours of lowest rank first; `ranks` {bytes: id}."""
+    parts = [text[i : i + 1] for i in range(len(text))]
+    while len(parts) > 1:
+        rank, i = min((ranks.get(a + b, np.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        if rank == np.inf:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return [ranks[part] for part in parts]
+
+
+def learn_bpe(texts, alphabet, merges):
+    """A vocabulary: the bytes of `alphabet`, then the most frequent pair of neighbours, again and again."""
+    vocab, words = [bytes([b]) for b in alphabet], [[bytes([b]) for b in text] for text in texts]
+    for _ in range(merges):
+        pairs = {}
+        for word in words:
+            for pair in zip(word, word[1:]):
+                pairs[pair] = pairs.get(pair, 0) + 1
+        if not pairs:
+            break
+        vocab.append(b"".join(max(sorted(pairs), key=pairs.get)))
+        ranks = {b: i for i, b in enumerate(vocab)}
+        words = [[vocab[i] for i in bpe(ranks, b"".join(word))] for word in words]
+    return vocab
+
+
+def counts(text, vocab):
+    """c_0..c_n: the number of token sequences that spell each prefix of `text`; c_n is that of the whole [T]."""
+    c, longest = [1] + [0] * len(text), max(map(len, vocab), default=0)
+    for j in range(1, len(text) + 1):
+        c[j] = sum(c[i] * vocab.get(text[i:j], 0) for i in range(max(0, j - longest), j))
+    return c
+
+
+def uniform(text, ids, rng):
+    """One of the token sequences that spell `text`, uniformly; `ids` {bytes: id}. Backward through `counts`."""
+    c, j, out = counts(text, dict.fromkeys(ids, 1)), len(text), []
+    longest = max(map(len, ids))
+    while j:
+        starts = [i for i in range(max(0, j - longest), j) if c[i] and text[i:j] in ids]
+        pick = rng.random() * c[j]
+        for i in starts:
+            pick -= c[i]
+            if pick < 0:
+                break
+        out.append(ids[text[i:j]])
+        j = i
+    return out[::-1]
+
+
+def lift(engine):
+    """The lifted automaton over tokens of a regular grammar [P]: table (Q, V) of states, -1 dead; accepting (Q,).
+
+    The states are those of the automaton over bytes; d'(q, t) = d*(q, h(t)). State 0 is the start.
+    """
+    number, order, table = {engine.start: 0}, [engine.start], []
+    for config in order:
+        row = []
+        for b in engine.trie.vocab:
+            after = engine.read(config, b) if b else None
+            if after is not None and after not in number:
+                number[after] = len(order)
+                order.append(after)
+            row.append(-1 if after is None else number[after])
+        table.append(row)
+    return np.array(table), np.array([config.accepts for config in order])
+
+
+def runs(table, accepting, ids):
+    """Whether the automaton accepts the ids."""
+    q = 0
+    for i in ids:
+        q = table[q][i]
+        if q < 0:
+            return False
+    return bool(accepting[q])
+
+
+def check_homomorphism(decode, n_vocab, rng, encode=None, texts=(), trials=2000):
+    """Is decode(uv) = decode(u) decode(v)? And does decode(encode(s)) = s? Strings or bytes.
+
+    Returns {"homomorphism", "lossless", "pair": the first ids that refute it, "cause"}.
+    """
+    found = {"homomorphism": True, "lossless": True, "pair": None, "cause": ""}
+    for a, b in rng.integers(0, n_vocab, (trials, 2)).tolist():
+        u, v, uv = decode([a]), decode([b]), decode([a, b])
+        if u + v != uv:
+            cause = "a code that depends on position"
+            if isinstance(uv, str):
+                if "\ufffd" in u + v:
+                    cause = "replacement decoding: tokens end inside a character; decode to bytes"
+                elif uv.replace(" ", "") == (u + v).replace(" ", ""):
+                    cause = "spaces stripped or put between tokens; use the raw pieces"
+            return found | {"homomorphism": False, "pair": [a, b], "cause": cause}
+    for text in texts if encode else ():
+        back = decode(encode(text))
+        if back != text:
+            cause = "lower-casing" if back == text.lower() else "normalisation or an unknown character"
+            return found | {"lossless": False, "cause": cause}
+    return found
+
+
+def is_local(tau, vocab, length=3):
+    """Sequences (all of `length` ids) for which "proper" and "every token and pair is proper" differ, and how many."""
+    proper = lambda ids: tau(b"".join(vocab[i] for i in ids)) == list(ids)
+    ids = [i for i in range(len(vocab)) if proper((i,))]
+    pairs = {p: proper(p) for p in product(ids, repeat=2)}
+    bad = [t for t in product(ids, repeat=length) if proper(t) != all(pairs[p] for p in zip(t, t[1:]))]
+    return len(bad), len(ids) ** length
+
+
+def earley(rules, text):
+    """(is `text` a prefix of the language, is it in it), by Earley's algorithm over bytes: slow, plain, the oracle."""
+    productions, names = {}, {}
+
+    def symbol(tree):  # a set of bytes, or the name of a nonterminal
+        kind, body = tree[:2]
+        if kind == "rule":
+            return body
+        name = names.setdefault(id(tree), f"#{len(names)}")
+        if name not in productions:
+            productions[name] = []
+            if kind == "bytes":
+                right = [[frozenset([b]) for b in body]]
+            elif kind == "set":
+                right = [[frozenset(range(a, b + 1)) for a, b in seq] for r in body for seq in utf8_ranges(*r)]
+            elif kind == "alt":
+                right = [[symbol(t)] for t in body]
+            elif kind == "seq":
+                right = [[symbol(t) for t in body]]
+            else:
+                one, (least, most) = symbol(body), tree[2:]
+                right = [[one] * n for n in range(least, (least if most is None else most) + 1)]
+                right += [[name, one]] if most is None else []
+            productions[name] = right
+        return name
+
+    for rule, tree in rules.items():
+        productions[rule] = [[symbol(tree)]]
+    chart = [set() for _ in range(len(text) + 2)]
+    chart[0] = {("root", k, 0, 0) for k in range(len(productions["root"]))}
+    for j in range(len(text) + 1):
+        size = -1
+        while size != len(chart[j]):  # to a fixpoint: nullable symbols need no special case
+            size = len(chart[j])
+            for name, k, dot, origin in list(chart[j]):
+                right = productions[name][k]
+                if dot == len(right):
+                    back = [(n, k2, d, o) for n, k2, d, o in chart[origin] if productions[n][k2][d : d + 1] == [name]]
+                    chart[j] |= {(n, k2, d + 1, o) for n, k2, d, o in back}
+                elif isinstance(right[dot], str):
+                    chart[j] |= {(right[dot], k2, 0, j) for k2 in range(len(productions[right[dot]]))}
+                elif j < len(text) and text[j] in right[dot]:
+                    chart[j + 1].add((name, k, dot + 1, origin))
+    ends = any(n == "root" and o == 0 and d == len(productions[n][k]) for n, k, d, o in chart[len(text)])
+    return bool(chart[len(text)]), ends
+
+
+def random_grammar(rng):
+    """A grammar of three rules over the bytes abc, productive and without left recursion, as parsed rules."""
+
+    def tree(depth):
+        kind = rng.choice(["bytes", "set", "rule", "seq", "seq", "alt", "rep"] if depth else ["bytes", "set", "rule"])
+        if kind == "bytes":
+            return ("bytes", bytes(rng.choice(list(b"abc"), rng.integers(0, 3)).tolist()))
+        if kind == "set":
+            return ("set", [(97, 97 + int(rng.integers(3)))])
+        if kind == "rule":
+            return ("rule", str(rng.choice(["root", "A", "B"])))
+        if kind == "rep":
+            least = int(rng.integers(2))
+            return ("rep", tree(depth - 1), least, [None, least + 1][rng.integers(2)])
+        return (str(kind), [tree(depth - 1) for _ in range(rng.integers(1, 4))])
+
+    while True:
+        try:
+            return checked({name: tree(3) for name in ("root", "A", "B")})
+        except ValueError:
+            pass
+
+
+def differing_bits(rng, rules, steps=4):
+    """Bits of the mask that differ from Earley's on a random walk; those of a mask by first byte; bits compared."""
+    words = {bytes(rng.choice(list(b"abc"), rng.integers(2, 5)).tolist()) for _ in range(8)}
+    vocab = [b"a", b"b", b"c", *sorted(words), None]
+    c = Constraint(rules, vocab, eos=len(vocab) - 1)
+    text, bad, naive, n = b"", 0, 0, 0
+    for _ in range(steps):
+        mask = c.mask()
+        truth = [earley(rules, text + b)[0] for b in vocab[:-1]] + [earley(rules, text)[1]]
+        first = [bool(b) and mask[vocab.index(b[:1])] for b in vocab[:-1]] + [mask[-1]]
+        bad, naive, n = bad + (mask != truth).sum(), naive + (np.array(first) != truth).sum(), n + len(vocab)
+        options = np.flatnonzero(mask[:-1])
+        if not len(options):
+            break
+        c.advance(int(rng.choice(options)))
+        text += vocab[c.ids[-1]]
+    return int(bad), int(naive), n
+
+
+def theorems(trials, seed):
+    """Every theorem checked by brute force, each beside a code for which it fails: a dict of counts."""
+    rng, found = np.random.default_rng(seed), {}
+    vocab = [b"a", b"b", b"ab", b"ba"]
+    table, accepting = lift(Engine(parse_regex("(ab)*"), Trie(vocab)))
+    strings = [t for n in range(7) for t in product(range(4), repeat=n)]
+    truth = [re.fullmatch(b"(ab)*", b"".join(vocab[i] for i in t)) is not None for t in strings]
+    found["lift_wrong"], found["lift_strings"] = sum(runs(table, accepting, t) != x for t, x in zip(strings, truth)), len(truth)
+    # the control: the id of a character is swapped at random positions; is there any automaton of that size for it?
+    swap = rng.permutation([0, 0, 1, 1, 0, 1]) if trials else None
+    code = {tuple(int("ab".index(c)) ^ int(swap[i]) for i, c in enumerate(s)) for s in ("", "ab", "abab", "ababab")}
+    binary = [t for n in range(7) for t in product(range(2), repeat=n)]
+    wrong = min(
+        sum((t in code) != runs(np.array(cells).reshape(2, 2), [True, False], t) for t in binary)
+        for cells in product((-1, 0, 1), repeat=4)
+    )
+    found["scrambled_lift_wrong"] = wrong
+
+    ranks = {b: i for i, b in enumerate(vocab)}
+    texts = [bytes(t) for n in range(11) for t in product(b"ab", repeat=n)]
+    proper = [tuple(bpe(ranks, t)) for t in texts]
+    found["proper_collisions"] = len(texts) - len(set(proper))
+    found["extended_collisions"] = sum(counts(t, dict.fromkeys(ranks, 1))[-1] - 1 for t in texts)
+    found["round_trip_wrong"] = sum(b"".join(vocab[i] for i in ids) != t for ids, t in zip(proper, texts))
+
+    violations = checks = split_violations = 0
+    pattern = re.compile(rb" +(?![^ ])| ?[^ ]+| +")
+    for _ in range(trials):
+        merges = [b"a", b"b", b" "]
+        for _ in range(6):
+            merges.append(b"".join(merges[i] for i in rng.integers(0, len(merges), 2)))
+        merges = list(dict.fromkeys(merges))
+        ranks = {b: i for i, b in enumerate(merges)}
+        bad, n = is_local(partial(bpe, ranks), merges)
+        violations, checks = violations + bad, checks + n
+        split_violations += is_local(lambda t, r=ranks: [i for w in pattern.findall(t) for i in bpe(r, w)], merges)[0]
+    found |= {"local_violations": violations, "local_checks": checks, "pretokenized_violations": split_violations}
+
+    pairs = np.array([differing_bits(rng, random_grammar(rng)) for _ in range(trials)])
+    found |= dict(zip(("mask_bits_wrong", "first_byte_bits_wrong", "mask_bits"), pairs.sum(0).tolist()))
+    return found
+
+
+def toy_tokenizers(rng):
+    """name -> (decode, encode, V, texts): six tokenizers, of which three decode by no homomorphism and one is lossy."""
+    text, words = ["()[]", "([])"], ["▁Hello", "▁World", "▁"]
+    ranks = {b: i for i, b in enumerate([b"(", b")", b"[", b"]", b"()", b"[]"])}
+    pieces, swaps = list(ranks), np.stack([rng.permutation(4) for _ in range(8)])
+    spell = lambda ids: b"".join(pieces[i] for i in ids).decode()
+    raw = [b"\xe4\xbd", b"\xa0", b"a"]
+    return {
+        "char": (spell, lambda t: ["()[]".index(c) for c in t], 4, text),
+        "bpe": (spell, lambda t: bpe(ranks, t.encode()), 6, text),
+        "stripped space": (lambda ids: "".join(words[i] for i in ids).replace("▁", " ").lstrip(" "), None, 3, ()),
+        "lower-casing": (lambda ids: "".join("ab"[i] for i in ids), lambda t: ["ab".index(c) for c in t.lower()], 2, ["aB"]),
+        "replacement": (lambda ids: b"".join(raw[i] for i in ids).decode(errors="replace"), None, 3, ()),
+        "scramble": (lambda ids: "".join("()[]"[swaps[j].tolist().index(i)] for j, i in enumerate(ids)), None, 4, ()),
+    }
+
+
+# -------------------------------------------------------------------------------------------------- the learnability toy
+
+ALPHABET, DEPTH, LONGEST = "()[]", 6, 40
+
+
+def dyck(rng, n, deepest):
+    """A balanced string of n brackets of two kinds, nested at most `deepest` deep: uniform over open or close."""
+    out, open_ = [], []
+    for left in range(n, 0, -1):
+        moves = [True] * (len(open_) < min(deepest, left - 1)) + [False] * bool(open_)
+        if moves[rng.integers(len(moves))]:
+            open_.append(int(rng.integers(2)))
+            out.append("(["[open_[-1]])
+        else:
+            out.append(")]"[open_.pop()])
+    return "".join(out)
+
+
+def strings(rng, n, beyond=False):
+    """n strings of the training range (8 to 40 long, at most 6 deep), or of 42 to 80 that are 7 to 12 deep."""
+    out = []
+    while len(out) < n:
+        low, high = (42, 80) if beyond else (8, LONGEST)
+        s = dyck(rng, 2 * int(rng.integers(low // 2, high // 2 + 1)), 12 if beyond else DEPTH)
+        if not beyond or depth_of(s) > DEPTH:
+            out.append(s)
+    return out
+
+
+def depth_of(s):
+    """The deepest nesting of a string."""
+    return max(np.cumsum([1 if c in "([" else -1 for c in s]))
+
+
+def twin(rng, s):
+    """The same string with the kind of one closing bracket flipped: as long, as deep, not in the language."""
+    i = rng.choice([i for i, c in enumerate(s) if c in ")]"])
+    return s[:i] + {")": "]", "]": ")"}[s[i]] + s[i + 1 :]
+
+
+class Code:
+    """How an arm spells a string: `encode(s, rng)` -> ids. `vocab` is the bytes per id, None for a scrambled code."""
+
+    def __init__(self, arm, seed, merges):
+        rng = np.random.default_rng((seed, 1))
+        pieces = [c.encode() for c in ALPHABET]
+        if arm in ("bpe", "extended"):
+            pieces = learn_bpe([s.encode() for s in strings(rng, 200)], ALPHABET.encode(), merges)
+        self.arm, self.ranks, self.vocab = arm, {b: i for i, b in enumerate(pieces)}, [*pieces, None, None]
+        self.swaps = np.stack([rng.permutation(4) for _ in range(2 * LONGEST)])
+        self.bos, self.eos = len(pieces), len(pieces) + 1
+
+    def encode(self, s, rng, arm=""):
+        """The ids of a string between bos and eos."""
+        arm = arm or self.arm
+        if arm == "scramble":
+            ids = [int(self.swaps[i, ALPHABET.index(c)]) for i, c in enumerate(s)]
+        else:
+            ids = uniform(s.encode(), self.ranks, rng) if arm == "extended" else bpe(self.ranks, s.encode())
+        return [self.bos, *ids, self.eos]
+
+    def spell(self, ids):
+        """The string of ids."""
+        ids = [i for i in ids if i < self.bos]
+        if self.arm == "scramble":
+            return "".join(ALPHABET[self.swaps[i].tolist().index(x)] for i, x in enumerate(ids[: 2 * LONGEST]))
+        return b"".join(self.vocab[i] for i in ids).decode()
+
+
+def padded(rows, eos):
+    """Inputs and targets (B, T) of id lists; targets beyond the end are -100."""
+    longest = max(map(len, rows))
+    idx = torch.tensor([row + [eos] * (longest - len(row)) for row in rows])
+    ends = torch.tensor([[len(row)] for row in rows])
+    return idx[:, :-1], idx[:, 1:].masked_fill(torch.arange(1, longest) >= ends, -100)
+
+
+def train_arm(args, arm, seed, position):
+    """Trains one GPT on the strings as this arm spells them; returns its measures. Strings depend on seed and step."""
+    env = common.setup(args)
+    code = Code(arm, seed, args.merges)
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(len(code.vocab), 2 * LONGEST + 2, 2, 4, args.n_embd, learned_pos=True))
+
+    def batch(step):
+        rng = np.random.default_rng((seed, 2, step))
+        texts = strings(rng, args.batch_size)
+        idx, targets = padded([code.encode(s, rng) for s in texts], code.eos)
+        return {"idx": idx, "targets": targets}
+
+    evaluate = lambda step: {"pairs": pair_accuracy(model, code, texts[:64], np.random.default_rng(4))}
+    texts = strings(np.random.default_rng((seed, 3)), args.samples)
+    common.train(model, batch, args, env, common.Log(args.out, f"{arm}-s{seed}", env), evaluate, position)
+    return measure(model, code, texts, args, seed)
+
+
+@torch.no_grad()
+def log_p(model, code, texts, rng, arm=""):
+    """Log probability of each string as this arm spells it."""
+    idx, targets = padded([code.encode(s, rng, arm) for s in texts], code.eos)
+    device = model.wte.weight.device
+    return -model.token_loss(idx.to(device), targets.to(device)).sum(1).cpu()
+
+
+def pair_accuracy(model, code, texts, rng, arm=""):
+    """Share of strings that are likelier than their twin (chance .5); random spellings are averaged over four."""
+    twins, draws = [twin(rng, s) for s in texts], 4 if (arm or code.arm) == "extended" else 1
+    gap = sum(log_p(model, code, texts, rng, arm) - log_p(model, code, twins, rng, arm) for _ in range(draws))
+    return float((gap > 0).float().mean())
+
+
+def measure(model, code, texts, args, seed):
+    """What a trained arm can do: recognition by depth, leak, validity with and without masks, improper share."""
+    rng, model = np.random.default_rng((seed, 5)), model.eval()
+    far = strings(rng, args.samples, beyond=True)
+    result = {"in_range": pair_accuracy(model, code, texts, rng), "beyond": pair_accuracy(model, code, far, rng)}
+    groups = {d: [s for s in texts + far if depth_of(s) == d] for d in range(1, 13)}
+    result["by_depth"] = {d: pair_accuracy(model, code, g, rng) for d, g in groups.items() if len(g) > 4}
+    valid = Engine(parse_ebnf(GRAMMARS["dyck"]), Trie([c.encode() for c in ALPHABET]))
+    ok = lambda s: (c := valid.read(valid.start, s.encode())) is not None and c.accepts
+    draw = lambda process=None: generate(model, [[code.bos]] * args.samples, LONGEST + 8, stop=[code.eos], seed=seed,
+                                         process=process)  # fmt: skip
+    free = draw()
+    result["valid"] = float(np.mean([row[-1] == code.eos and ok(code.spell(row)) for row in free]))
+    if code.arm == "scramble":  # there is no mask without a map from ids to strings
+        return result
+    trie, share = Trie(code.vocab), {}
+    engine = Constraint(GRAMMARS["dyck"], trie, code.eos).engine
+    other = Constraint('root ::= ("(" root "]" | "[" root ")")*', trie, code.eos).engine
+    for key, engine_, proper in ("valid_masked", engine, False), ("valid_other_mask", other, False):
+        rows = draw(masker(lambda e=engine_, p=proper: Constraint(e, proper=p), LONGEST + 8))
+        result[key] = float(np.mean([row[-1] == code.eos and ok(code.spell(row)) for row in rows]))
+        share[key] = rows
+    assert result["valid_masked"] == 1.0, "an exact mask let an invalid string through"
+    proper = Proper(engine, partial(bpe, code.ranks))
+    share["proper"] = draw(masker(lambda: Constraint(engine, proper=proper)))
+    share["free"] = free
+    for key in "free", "valid_masked", "proper":
+        rows = [[i for i in row if i < code.bos] for row in share[key]]
+        result[f"improper_{key}"] = float(np.mean([bpe(code.ranks, code.spell(row).encode()) != row for row in rows]))
+    result["dead_ends"] = float(np.mean([row[-1] != code.eos and len(row) < LONGEST + 8 for row in share["proper"]]))
+    result["leak"], lengths = leak(model, code, engine, texts[:50], rng), lambda rows: [len(code.spell(r)) // 8 for r in rows]
+    kept = [row for row in free if row[-1] == code.eos and ok(code.spell(row))]
+    if len(kept) > 8:
+        result["distortion"] = variation(lengths(kept), lengths(share["valid_masked"]))
+        result["distortion_noise"] = variation(lengths(kept[::2]), lengths(kept[1::2]))
+    if code.arm in ("bpe", "extended"):
+        result["cross"] = pair_accuracy(model, code, texts, rng, "extended" if code.arm == "bpe" else "bpe")
+        nll = lambda arm: float(-log_p(model, code, texts, rng, arm).sum() / sum(map(len, texts)))
+        result |= {"nll_proper": nll("bpe"), "nll_extended": nll("extended")}
+    return result
+
+
+def variation(a, b):
+    """Total variation between two samples of small integers."""
+    n = max(a + b) + 1
+    p, q = (np.bincount(x, minlength=n) / len(x) for x in (a, b))
+    return float(abs(p - q).sum() / 2)
+
+
+@torch.no_grad()
+def leak(model, code, engine, texts, rng):
+    """Mean probability that the model gives to ids outside the exact mask, over all prefixes of the strings."""
+    out = []
+    for s in texts:
+        ids, c = code.encode(s, rng), Constraint(engine)
+        p = model(torch.tensor([ids[:-1]], device=model.wte.weight.device))[0].float().softmax(-1).cpu().numpy()
+        for row, id in zip(p, ids[1:]):
+            out.append(1 - row[c.mask()].sum())
+            c.advance(id)
+    return float(np.mean(out))
+
+
+# -------------------------------------------------------------------------------------------------------- the verdict
+# fmt: off
+
+
+def judge(run, results, found, kinds):
+    """The claims, each beside the control that must fail it; learnt ones by means over seeds."""
+    m = lambda arm, key: float(np.mean([r[key] for r in results[arm]]))
+    run.claim("T1", "E(L) of a regular L is recognised by the same states, lifted to tokens", "theorem",
+              {"wrong": found["lift_wrong"], "strings": found["lift_strings"]},
+              {"best automaton for scrambled ids, wrong": found["scrambled_lift_wrong"]},
+              "wrong = 0", not found["lift_wrong"], found["scrambled_lift_wrong"] > 0)
+    run.claim("T2", "h maps proper sequences one to one onto strings", "theorem",
+              {"collisions": found["proper_collisions"], "h(tau(s)) != s": found["round_trip_wrong"]},
+              {"extended, collisions": found["extended_collisions"]}, "both 0",
+              not found["proper_collisions"] + found["round_trip_wrong"], found["extended_collisions"] > 0)
+    run.claim("T3", "plain BPE: a sequence is proper iff its tokens and pairs are", "not in the paper",
+              {"violations": found["local_violations"], "checks": found["local_checks"]},
+              {"with a pre-tokenizer, violations": found["pretokenized_violations"]}, "violations = 0",
+              not found["local_violations"], found["pretokenized_violations"] > 0)
+    good, bad = ("char", "bpe", "lower-casing"), ("stripped space", "replacement", "scramble")
+    run.claim("T4", "check_homomorphism tells homomorphic decoders from others", "detokenization is one",
+              {"of 3 homomorphisms": sum(kinds[k]["homomorphism"] for k in good)},
+              {"of 3 others": sum(kinds[k]["homomorphism"] for k in bad)}, "all 3",
+              all(kinds[k]["homomorphism"] for k in good), not all(kinds[k]["homomorphism"] for k in bad))
+    run.claim("M1", "the mask is exact: bits that differ from Earley's, random grammars", "not in the paper",
+              {"wrong": found["mask_bits_wrong"], "bits": found["mask_bits"]},
+              {"mask by first byte, wrong": found["first_byte_bits_wrong"]}, "wrong = 0",
+              not found["mask_bits_wrong"], found["first_byte_bits_wrong"] > 0)
+    if not {"char", "bpe", "extended", "scramble"} <= set(results):
+        return
+    acc = {arm: m(arm, "in_range") for arm in results}
+    test = lambda arm: abs(acc["char"] - acc[arm]) <= 0.05 and min(acc["char"], acc[arm]) >= 0.95
+    run.claim("L1", "BPE learns the language as characters do (valid above its twin)", "power is unaffected",
+              {"char": acc["char"], "bpe": acc["bpe"], "extended": acc["extended"]}, {"scramble": acc["scramble"]},
+              "char - arm within .05, both >= .95 (bpe)", test("bpe"),
+              not test("scramble") and acc["scramble"] <= acc["char"] - 0.1)
+    run.claim("L2", "under the mask every sample is valid", "not in the paper",
+              {"masked": m("bpe", "valid_masked"), "free": m("bpe", "valid")},
+              {"other grammar's mask": m("bpe", "valid_other_mask")}, "masked = 1",
+              m("bpe", "valid_masked") == 1, m("bpe", "valid_other_mask") < 1)
+    run.claim("L3", "proper masks: no improper sample, no dead end", "not in the paper",
+              {"improper": m("extended", "improper_proper"), "dead ends": m("extended", "dead_ends")},
+              {"plain mask, improper": m("extended", "improper_valid_masked")}, "both 0",
+              m("extended", "improper_proper") + m("extended", "dead_ends") == 0,
+              m("extended", "improper_valid_masked") > 0)
+    cost = lambda arm: m(arm, "nll_extended") - m(arm, "nll_proper")
+    run.claim("L4", "representable is not learnt: trained on proper, random spellings cost more (nats a byte)",
+              "not in the paper", {"bpe, extended - proper": cost("bpe")}, {"extended arm": cost("extended")},
+              "more than .3 above the cost of uniform choice in the extended arm", cost("bpe") > cost("extended") + 0.3,
+              not cost("extended") > cost("extended") + 0.3)
+
+
+# fmt: on
+COLOURS = {"char": "#4477aa", "bpe": "#228833", "extended": "#ccbb44", "scramble": "#ee6677"}
+
+
+def draw(path, results, logs):
+    """Recognition by depth and over training; what masks do; how many tokenizations a string has."""
+    with common.figure(path, 2, 2) as (depth, steps, masks, growth):
+        for arm, seeds in results.items():
+            ds = sorted({d for r in seeds for d in r["by_depth"]})
+            mean = [np.mean([r["by_depth"][d] for r in seeds if d in r["by_depth"]]) for d in ds]
+            depth.plot(ds, mean, "o-", ms=3, color=COLOURS[arm], label=arm)
+            for i, log in enumerate(logs[arm]):
+                rows = [r for r in common.read_jsonl(log.path) if "pairs" in r]
+                at, y = [r["step"] for r in rows], [r["pairs"] for r in rows]
+                steps.plot(at, y, color=COLOURS[arm], lw=1.2, label=None if i else arm)
+        depth.axvline(DEPTH + 0.5, color="k", ls=":", lw=1)
+        depth.text(DEPTH + 0.6, 0.42, "deeper than trained", fontsize=8)
+        depth.set(title="Valid string above its twin", xlabel="depth", ylabel="accuracy", ylim=(0.4, 1.02))
+        steps.set(title="... in range, over training", xlabel="step", ylabel="accuracy", ylim=(0.4, 1.02))
+        keys = {"valid": "valid, free", "valid_masked": "valid, masked", "valid_other_mask": "valid, other mask"}
+        keys |= {"improper_valid_masked": "improper, masked", "improper_proper": "improper, proper mask"}
+        arms = [arm for arm in results if "valid_masked" in results[arm][0]]
+        for i, arm in enumerate(arms):
+            bars = [np.mean([r[k] for r in results[arm]]) for k in keys]
+            masks.bar(np.arange(len(keys)) + 0.26 * i, bars, 0.26, color=COLOURS[arm], label=arm)
+        labels = [k.replace(", ", ",\n") for k in keys.values()]
+        masks.set(title="Samples", ylabel="share", xticks=np.arange(len(keys)) + 0.26, xticklabels=labels, ylim=(0, 1.3))
+        masks.tick_params(axis="x", labelsize=7)
+        code = Code("bpe", 0, 48)
+        for s, style in ((dyck(np.random.default_rng(0), LONGEST, DEPTH), "-"), ("()" * 20, "--")):
+            growth.semilogy(counts(s.encode(), dict.fromkeys(code.ranks, 1)), style, color="#228833", label=s[:14] + "...")
+        growth.set(title="Tokenizations of one string (BPE, 48 merges)", xlabel="characters", ylabel="how many")
+        for ax in depth, steps, masks, growth:
+            ax.legend(fontsize=7, ncols=3 if ax is masks else 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def vocabulary(backend):
+    """The bytes per id (None: special) of a `tokenizers.Tokenizer`: raw pieces, byte-level or SentencePiece."""
+    spec = json.loads(backend.to_str())
+    special = {t["id"] for t in spec["added_tokens"]}
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's printable stand-ins for bytes
+    hidden = [b for b in range(256) if b not in shown]
+    table = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    level = '"ByteLevel"' in json.dumps([spec["decoder"], spec["pre_tokenizer"]])
+    vocab = []
+    for i in range(backend.get_vocab_size()):
+        piece = backend.id_to_token(i)
+        if piece is None or i in special:
+            vocab.append(None)
+        elif level:
+            vocab.append(bytes(table[c] for c in piece) if set(piece) <= table.keys() else None)
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            vocab.append(bytes([int(piece[3:5], 16)]))
+        else:
+            vocab.append(piece.replace("▁", " ").encode())
+    return vocab
+
+
+def read_vocab(name):
+    """(bytes per id, Tokenizer) of a --tokenizer."""
+    tok = data.get_tokenizer(name)
+    if name == "byte":
+        return [bytes([b]) for b in range(256)] + [None], tok
+    if "/" in name or Path(name).exists():
+        import tokenizers
+
+        path = Path(name) / "tokenizer.json" if Path(name).is_dir() else name
+        return vocabulary(tokenizers.Tokenizer.from_file(str(path))), tok
+    import tiktoken
+
+    enc = tiktoken.get_encoding(name)
+    pieces = {i: b for b, i in enc._mergeable_ranks.items()}
+    return [pieces.get(i) for i in range(enc.n_vocab)], tok
+
+
+def inspect(args, rules):
+    """--tokenizer: is it a homomorphism? The count of --text; the mask of --grammar after it, and --explain."""
+    vocab, tok = read_vocab(args.tokenizer)
+    found = check_homomorphism(tok.decode, tok.n_vocab, np.random.default_rng(0), tok.encode, ["Hello World", "née 你好"])
+    raw = {b for b in vocab if b}
+    print(f"{args.tokenizer}: {len(vocab)} ids; decoding to text: {found}; the raw pieces are bytes, so homomorphic")
+    metrics = {"tokenizer": found, "tokenizations": counts(args.text.encode(), dict.fromkeys(raw, 1))[-1]}
+    c = Constraint(rules, vocab, vocab.index(None) if None in vocab else None)
+    state = c.engine.read(c.state, args.text.encode())
+    if state is None:
+        raise ValueError(f"--text {args.text!r} is no prefix of the language of --grammar {args.grammar}")
+    c.state = state
+    ids = np.flatnonzero(c.mask())
+    metrics |= {"allowed": len(ids), "complete": c.accepts()}
+    some = [vocab[i] for i in ids[:: max(1, len(ids) // 20)].tolist() if vocab[i]][:20]
+    print(f"{metrics['tokenizations']} tokenizations; {len(ids)} ids allowed next, such as {some}; complete: {c.accepts()}")
+    if args.explain >= 0:
+        c.peek(args.explain)  # in range?
+        print(c.explain(args.explain))
+    return metrics
+
+
+def decode(args, env, rules, run):
+    """--model: answers under the grammar's mask, all in the language; the same prompts without it are the control."""
+    import pretrained
+
+    model, tok = pretrained.load(args.model, env.device)
+    vocab = vocabulary(tok.backend)
+    vocab += [None] * (model.config.vocab_size - len(vocab))
+    base = Constraint(rules, vocab, tok.eos)
+    prompt = tok.chat([{"role": "user", "content": args.prompt}]) if tok.template else tok.encode(args.prompt)
+    shares, texts = {}, {}
+    spell = lambda row: b"".join(vocab[i] or b"" for i in row)
+    for name in "masked", "free":
+        rows = []
+        for at in tqdm(range(0, args.samples, 10), name, disable=None):
+            process = masker(lambda: Constraint(base.engine), args.max_new_tokens) if name == "masked" else None
+            prompts = [prompt] * min(10, args.samples - at)
+            rows += generate(model, prompts, args.max_new_tokens, stop=tok.stops, seed=args.seeds[0] + at, process=process)
+        ends = [row[-1] in tok.stops and base.engine.read(base.engine.start, spell(row)) for row in rows]
+        shares[name] = float(np.mean([bool(c) and c.accepts for c in ends]))
+        texts[name] = [spell(row).decode(errors="replace") for row in rows]
+    print(*texts["masked"][:3], sep="\n")
+    run.metrics = {"shares": shares, "texts": texts}
+    run.claim("D1", f"{args.model} under the {args.grammar} mask writes nothing else", "not in the paper",
+              {"in the language": shares["masked"]}, {"without the mask": shares["free"]}, "all",
+              shares["masked"] == 1, shares["free"] < 1)  # fmt: skip
+
+
+def main(argv=None):
+    """The theorems, then the toy; or one of --tokenizer, --model. Returns what it writes to result.json."""
+    args = common.parse(Args, argv)
+    with common.bad_input():
+        env, out = common.setup(args), Path(args.out)
+        for arm in args.arms:
+            if arm not in COLOURS:
+                raise ValueError(f"--arms {arm}, allowed: {' '.join(COLOURS)}")
+        rules, run = read_grammar(args.grammar), common.Run(args, env, "formal_tokenization", "2412.03160")
+        out.mkdir(parents=True, exist_ok=True)
+        if args.tokenizer:
+            run.metrics = inspect(args, rules)
+            return run.finish()
+        if args.model:
+            decode(args, env, rules, run)
+            return run.finish()
+    found = theorems(args.trials, 0)
+    rng = np.random.default_rng(0)
+    kinds = {k: check_homomorphism(d, n, rng, e, t, 200) for k, (d, e, n, t) in toy_tokenizers(rng).items()}
+    for name, verdict in kinds.items():
+        print(f"{name:15s} {verdict}")
+    jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+    tasks = [(arm, seed) for seed in args.seeds for arm in args.arms]
+    measured = common.side_by_side(train_arm, [(args, arm, seed, i % jobs) for i, (arm, seed) in enumerate(tasks)], jobs)
+    if env.rank:
+        return None
+    results = {arm: [m for m, (a, _) in zip(measured, tasks) if a == arm] for arm in args.arms}
+    logs = {arm: [common.Log(out, f"{arm}-s{seed}") for seed in args.seeds] for arm in args.arms}
+    run.metrics = {"theorems": found, "tokenizers": kinds, "arms": results}
+    judge(run, results, found, kinds)
+    draw(out / "formal_tokenization.png", results, logs)
+    return run.finish([log for seeds in logs.values() for log in seeds])
+
+
+if __name__ == "__main__":
+    main()

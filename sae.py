@@ -3,7 +3,7 @@
 A sparse autoencoder (SAE) writes an activation x as x_hat = sum_j f_j D_j + b with few f_j > 0; each latent j is a
 candidate concept. The paper trains gated SAEs on the residual stream of Llama-3-8B and Aya-23, fits a linear probe for
 each grammatical value (Number=Plur, Tense=Past, ...) and language, ranks latents by their attribution to the probe, and
-calls *multilingual* those that rank high in two languages or more. Its claims: many are shared; removing only these takes
+calls *multilingual* those that rank high in two languages or more. Its claims: many are shared; removing these takes
 the probes to near chance in all languages; setting them steers a translation. Both maps are linear in f and pooling is
 linear too, so attribution and ablation need no model at all once the pooled codes are known (`attribution`, `ablate`).
 
@@ -12,9 +12,10 @@ trained on it. Controls: a model that never saw a translation, an untrained one,
 means without any SAE. What the claims leave open is printed too: the null of sharing, AUC, re-fitted probes.
 
 Tags: [P] the paper, [C] the authors' code, [L] SAE libraries, [I] inferred here.
-Read on: `SparseCode` (the fast step) -> `SAE` (the zoo) -> `Buffer`, `fit` -> probes, `attribution`, `ablate` -> `World`.
+Read on: `SparseCode` (the fast step) -> `SAE` (the zoo) -> `Buffer`, `fit` -> `attribution`, `ablate` -> `World`.
 """
 
+import itertools
 import json
 import math
 import re
@@ -40,42 +41,20 @@ ARCHS = "relu", "gated", "topk", "batchtopk", "jumprelu"
 class Args(common.TrainFlags):
     """sparse autoencoders"""
 
+    # fmt: off
     presets: ClassVar[dict] = {
-        "smoke": dict(
-            steps=8,
-            n_embd=32,
-            batch_size=16,
-            sae_steps=20,
-            d_sae=64,
-            rows=4096,
-            n_probe=60,
-            jobs=1,
-            threads=1,
-            warmup=2,
-            superposition_steps=20,
-            meanings=2,
-            widths=[32, 64],
-        ),  # fmt: skip
+        "smoke": dict(steps=4, n_embd=16, batch_size=8, sae_steps=10, d_sae=64, rows=2048, n_probe=40, jobs=1, threads=1,
+                      warmup=2, superposition_steps=5, meanings=1, widths=[32]),
         "toy": dict(steps=1500, batch_size=64, lr=4e-3, weight_decay=0.01),
-        "paper": dict(
-            model="meta-llama/Meta-Llama-3-8B",
-            layer=16,
-            d_sae=32768,
-            arch="gated",
-            sae_lr=5e-5,
-            rows=2**20,
-            sae_batch=8192,
-            sae_steps=61000,
-            sae_warmup=1000,
-            block_size=128,
-            pool="sum",
-            ie="paper",
-            top=327,
-            refresh=True,
-        ),  # fmt: skip
+        "gemma": dict(model="gemma-3-270m", d_sae=4096, k=32, sae_lr=1e-3, sae_steps=800, rows=2**16, pool="last",
+                      block_size=64),
+        "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, arch="gated", sae_lr=5e-5, rows=2**20,
+                      sae_batch=8192, sae_steps=61000, sae_warmup=1000, block_size=128, pool="sum", ie="paper",
+                      top=327, refresh=True),
     }
+    # fmt: on
     model: str = ""
-    """a pretrained model (gemma-3-270m, a Hugging Face id, a folder); empty: the toy world. Paper: Llama-3-8B, Aya-23"""
+    """a pretrained model (gemma-3-270m, a Hugging Face id, a folder); empty: the toy. Paper: Llama-3-8B, Aya-23"""
     layer: int = -1
     """0-based block whose output is read; -1: the toy's third block, 10 of gemma-3-270m. Paper: 16 of 32"""
     dataset: str = "stdlib"
@@ -128,7 +107,7 @@ class Args(common.TrainFlags):
     """SAE steps in the test with known features"""
 
 
-# ---------------------------------------------------------------------------------------------- the code, sparse and fast
+# -------------------------------------------------------------------------------------------- the code, sparse and fast
 
 
 def select(pre, k, batch=False):
@@ -150,7 +129,7 @@ def select(pre, k, batch=False):
 class SparseCode(torch.autograd.Function):
     """x (B, d) -> x_hat (B, d) through the few latents that `select` keeps; also latents and values, (B k,).
 
-    Dense: encode, scatter, decode are 4 B d m FLOP forward and 6 back. Here only the encoder's product is dense (2 B d m):
+    Dense: encode, scatter, decode are 4 B d m FLOP forward and 6 back. Here only the encoder's product is dense:
     the decoder is an `embedding_bag` over B k rows, and so are the gradients of both matrices, once the (row, latent)
     pairs are sorted by latent. No gradient flows to x.
     """
@@ -305,7 +284,7 @@ class SAE(nn.Module):
 def resample(sae, opt, x, dead):
     """The other cure for dead latents: each gets an input the SAE does badly on; its Adam moments start anew.
 
-    x (N, d) activations, dead (m,) bool. Inputs are drawn by squared error; the encoder gets 0.2 of the mean alive norm.
+    x (N, d) activations, dead (m,) bool. Inputs are drawn by squared error; the encoder gets 0.2 mean alive norms.
     """
     dead = dead.nonzero().squeeze(1)
     if len(dead):
@@ -473,7 +452,7 @@ def save_sae(sae, path):
 
 
 def load_sae(path, d=None):
-    """An SAE from a released file, told by its names: the paper's, dictionary_learning's, ours. ValueError if none fits."""
+    """An SAE from a released file, told by its names: the paper's, dictionary_learning's, ours; else ValueError."""
     path, state = Path(path), common.load_checkpoint(Path(path))
     about = json.loads(text.read_text()) if (text := path.with_name("config.json")).exists() else {}
     names = lambda arch: {key.removesuffix(" T") for key in KEYS[arch].values()}
@@ -527,10 +506,10 @@ def auc(logit, y):
 
 
 def attribution(codes, y, D, w, mode="contrast"):
-    """Integrated gradients of the probe's logit, in closed form: IE_j = (D_j . w) sum of f_j; positive supports label 1.
+    """Integrated gradients of the probe's logit, in closed form: IE_j = (D_j . w) sum of f_j; > 0 supports label 1.
 
-    codes (N, m) pooled over tokens, D (m, d). Decoder, pooling and probe are linear in f, so the gradient along the path
-    from 0 to f is constant [I]. The paper sums over both classes; contrast is mean over class 1 minus mean over class 0.
+    codes (N, m) pooled over tokens, D (m, d). Decoder, pooling and probe are linear in f, so the gradient on the path
+    from 0 to f is constant [I]. The paper sums over both classes; contrast: mean over class 1 minus mean over class 0.
     """
     effect = D.double() @ w
     if mode == "paper":
@@ -539,13 +518,13 @@ def attribution(codes, y, D, w, mode="contrast"):
 
 
 def ablate(X, codes, latents, D, mean=None):
-    """Pooled activations (N, d) without these latents, error term kept: X - f_S D_S. mean (m,): mean ablation instead."""
+    """Pooled activations (N, d) without these latents, error term kept: X - f_S D_S. mean (m,): mean ablation."""
     f = codes[:, latents] if mean is None else codes[:, latents] - mean[latents]
     return X - f @ D[latents]
 
 
 def shared(tops):
-    """From {language: [latent, ...]}: multilingual latents (in 2 lists or more, most lists first, ties by id), counts."""
+    """From {language: [latent, ...]}: multilingual latents (in >= 2 lists, most lists first, ties by id), counts."""
     if len(tops) < 2:
         raise ValueError(f"sharing needs >= 2 languages, got {len(tops)}")
     counts = {}
@@ -562,7 +541,7 @@ def share_null(alive, k, L):
 
 
 def alike(latents, weight, rng):
-    """As many other alive latents of like weight (m,), mean activation: each drawn from the 20 nearest in log weight."""
+    """As many other alive latents of like weight (m,), mean activation: drawn from the 20 nearest in log weight."""
     log, taken = weight.clamp(min=1e-12).log(), set(latents)
     free = [j for j in (weight > 0).nonzero().squeeze(1).tolist() if j not in taken]
     chosen = []
@@ -584,8 +563,8 @@ def balance(y, n, rng):
 def study(pooled, D, concepts, args, seed):
     """The paper's tables on pooled[language][split] = (X (N, d), codes (N, m), {concept: labels}).
 
-    For every concept: top latents of each language, the shared share beside its null, and the fixed probe's accuracy and
-    AUC and a re-fitted probe's accuracy on test sentences under every ablation. Transfer ranks in the other languages.
+    For every concept: top latents of each language, the shared share beside its null, and the fixed probe's accuracy
+    and AUC and a re-fitted probe's accuracy on test sentences under every ablation. For transfer, the others rank.
     """
     out, weight, D = {}, sum(p["train"][1].mean(0) for p in pooled.values()) / len(pooled), D.double()
     for concept in concepts:
@@ -609,7 +588,8 @@ def study(pooled, D, concepts, args, seed):
         if len(parts) < 2:
             continue
         multi, counts = shared(ranks)
-        multi, low, alive = multi[: args.top], shared(against)[0][: args.top], int((weight > 0).sum())
+        multi, low = multi[: args.top], shared(against)[0][: args.top]
+        alive = np.mean([(p["train"][1].sum(0) > 0).sum().item() for p in parts.values()])  # in one language: strict
         row = {"share": len([j for j in counts.values() if j >= 2]) / max(1, len(counts)), "counts": [], "tops": ranks}
         row |= {
             "null": share_null(alive, args.top, len(ranks)),
@@ -765,8 +745,6 @@ def steering(sae, on, off, values, where="active"):
 LANGS = "ABCDEF"
 NOUNS, VERBS, ADJS = 24, 12, 8
 NUMBER, TENSE, GENDER = ("sg", "pl"), ("pres", "past"), ("m", "f")  # lexical gender of noun i: i % 2
-MARKS = {"A": [], "B": ["PL", "past", "pres", "AGRsg", "AGRpl"], "C": ["PL"], "D": ["one", "many", "past", "pres"],
-         "E": [], "F": ["sg", "pl"]}  # fmt: skip
 
 
 def noun(lang, i, num, case="nom"):
@@ -859,18 +837,9 @@ class World:
 
     def __init__(self, seed=0, translation=True):
         self.seed, self.translation = seed, translation
-        gram = lambda lang: {
-            w for i in range(NOUNS) for num in NUMBER for case in ("nom", "acc") for w in noun(lang, i, num, case)
-        }
-        words = ["<pad>", "<bos>", "<eos>", *(f"<{l}>" for l in LANGS)]
-        for lang in LANGS:
-            forms = gram(lang) | set(MARKS[lang]) | {"at"}
-            for s in range(NOUNS):
-                for num in NUMBER:
-                    for tense in TENSE:
-                        for v in range(VERBS):
-                            forms |= {w[1:] for w in render((v % ADJS, s, num, None, v, tense, None), lang)}
-            words += sorted(lang + w for w in forms)
+        words, numbers = ["<pad>", "<bos>", "<eos>", *(f"<{l}>" for l in LANGS)], itertools.product(NUMBER, TENSE)
+        forms = [(v % ADJS, s, n, (s, n), v, t, (s, n)) for n, t in numbers for s in range(NOUNS) for v in range(VERBS)]
+        words += sorted({word for lang in LANGS for m in forms for word in render(m, lang)})
         self.words, self.id = words, {w: i for i, w in enumerate(words)}
         self.eos = self.id["<eos>"]
 
@@ -882,7 +851,7 @@ class World:
         return [self.id["<bos>"], *self.ids(m, source), self.id[f"<{target}>"]]
 
     def batch(self, step, n, held=False):
-        """n windows: half translations, half two unrelated sentences of one language; idx, targets (-100 at padding)."""
+        """n windows: half translations, half two unrelated sentences of one language; targets -100 at padding."""
         rng = np.random.default_rng((self.seed, step, held))
         rows = []
         for i in range(n):
@@ -898,7 +867,7 @@ class World:
         return {"idx": full[:, :-1], "targets": full[:, 1:].masked_fill(full[:, 1:] == 0, -100)}
 
     def corpus(self, n, seed):
-        """{language: {split: (sentences, {concept: 0/1 array})}}: n training and n // 2 test sentences, held-out pairs in test.
+        """{language: {split: (sentences, {concept: 0/1 array})}}: n training, n // 2 test ones of held-out pairs.
 
         Number and gender are the subject's; D and B, A, F show no gender.
         """
@@ -929,10 +898,10 @@ def translate(model, world, items, env, patch=None):
 
 
 def steer_toy(model, layer, sae, world, pooled, studied, args, env, seed):
-    """Steers subject number in translation, singular to plural and back; shares of flipped and of otherwise intact output.
+    """Steers subject number in translation, both ways; shares of flipped and of otherwise intact output.
 
-    The multilingual latents of the target value go to their maximum where those of the opposite fire; then the same with
-    matched random latents, with latents of a single language, and with the difference of means at equal norm.
+    The multilingual latents of the target value go to their maximum, those of the opposite to 0 (`steering`); then one
+    latent each, as in the paper, and matched random ones. Only what the model translates rightly unsteered counts.
     """
     rng = np.random.default_rng((seed, 5))
     items = [(meaning(rng, True), s, t) for _ in range(args.meanings) for s in LANGS for t in LANGS if s != t]
@@ -946,25 +915,18 @@ def steer_toy(model, layer, sae, world, pooled, studied, args, env, seed):
     plural, single = ([j for j in a if j not in b] for a, b in ((plural, single), (single, plural)))
     sets = {"multi": (plural, single), "one latent": (plural[:1], single[:1])}
     sets["matched random"] = alike(plural, weight, rng), alike(single, weight, rng)
-    for name, (up, down) in sets.items():
-        for where in ("active", "all", "last"):
-            flipped = intact = whole = 0
-            for value, on, off in (("pl", up, down), ("sg", down, up)):
-                use = [(i, p) for i, p in zip(items, plain) if i[0][2] != value and p == i[0]]
-                if not use or not on or not off:
-                    continue
-                patch = {site: steering(sae, on, off, top[on], where)}
-                for (m, _, t), new in zip(
-                    [i for i, _ in use], translate(model, world, [i for i, _ in use], env, patch)
-                ):
-                    whole += 1
-                    flipped += new is not None and new[2] == value
-                    intact += new is not None and new == (*m[:2], value, *m[3:])
-            out[f"{name}, {where}"] = {
-                "flipped": flipped / max(1, whole),
-                "intact": intact / max(1, flipped),
-                "n": whole,
-            }
+    right = [(item, p) for item, p in zip(items, plain) if p == item[0]]
+    for (name, (up, down)), where in itertools.product(sets.items(), ("active", "all", "last")):
+        done = []  # (flipped, the rest intact) of every sentence
+        for value, on, off in (("pl", up, down), ("sg", down, up)):
+            use = [item for item, _ in right if item[0][2] != value]
+            if use and on and off:
+                new = translate(model, world, use, env, {site: steering(sae, on, off, top[on], where)})
+                want = [(*m[:2], value, *m[3:]) for m, _, _ in use]
+                done += [(n is not None and n[2] == value, n == w) for n, w in zip(new, want)]
+        flipped, intact = (sum(x) for x in zip(*done)) if done else (0, 0)
+        row = {"flipped": flipped / max(1, len(done)), "intact": intact / max(1, flipped), "n": len(done)}
+        out[f"{name}, {where}"] = row
     again = translate(model, world, items, env)
     out["unsteered"] = {"flipped": float(np.mean([a != b for a, b in zip(again, plain)])), "n": len(items)}
     return out
@@ -973,7 +935,7 @@ def steer_toy(model, layer, sae, world, pooled, studied, args, env, seed):
 # ------------------------------------------------------------------------------------------------- sentences, real text
 
 # six languages, the lemmas in one order: nouns male, female in turn, "singular/plural"; verbs "present singular/present
-# plural/past singular/past plural[/past feminine]"; places. Nouns from the ninth and verbs from the fifth are for the test
+# plural/past singular/past plural[/past feminine]"; places. The last four nouns and two verbs are for the test
 TEMPLATES = {
     "en": """the king/the kings,the queen/the queens,the father/the fathers,the mother/the mothers,the son/the sons,
         the daughter/the daughters,the brother/the brothers,the sister/the sisters,the uncle/the uncles,
@@ -1006,16 +968,17 @@ TEMPLATES = {
         | canta/cantano/cantava/cantavano,balla/ballano/ballava/ballavano,dorme/dormono/dormiva/dormivano,
         lavora/lavorano/lavorava/lavoravano,ride/ridono/rideva/ridevano,aspetta/aspettano/aspettava/aspettavano
         | in giardino,in casa,in città,in strada""",
-    "ru": """король/короли,королева/королевы,отец/отцы,мать/матери,сын/сыновья,дочь/дочери,брат/братья,сестра/сёстры,
-        дядя/дяди,тётя/тёти,актёр/актёры,актриса/актрисы
-        | поёт/поют/пел/пели/пела,танцует/танцуют/танцевал/танцевали/танцевала,спит/спят/спал/спали/спала,
-        работает/работают/работал/работали/работала,смеётся/смеются/смеялся/смеялись/смеялась,ждёт/ждут/ждал/ждали/ждала
+    "ru": """король/короли,королева/королевы,отец/отцы,мать/матери,сын/сыновья,дочь/дочери,брат/братья,
+        сестра/сёстры,дядя/дяди,тётя/тёти,актёр/актёры,актриса/актрисы
+        | поёт/поют/пел/пели/пела,танцует/танцуют/танцевал/танцевали/танцевала,
+        спит/спят/спал/спали/спала,работает/работают/работал/работали/работала,
+        смеётся/смеются/смеялся/смеялись/смеялась,ждёт/ждут/ждал/ждали/ждала
         | в саду,в доме,в городе,на улице""",
 }
 
 
 def template_sentences():
-    """{language: {split: (sentences, {concept: 0/1 array})}}: number x tense x place; lemmas of the test are its own."""
+    """{language: {split: (sentences, {concept: 0/1 array})}}: number x tense x place; test lemmas are unseen."""
     out = {}
     for lang, text in TEMPLATES.items():
         nouns, verbs, places = ([w.strip() for w in part.split(",")] for part in text.split("|"))
@@ -1102,7 +1065,7 @@ def prepare(args, env):
     own = [s for splits in corpus.values() for s in splits["train"][0]]
 
     def text(r):
-        """(idx, mask) blocks of refill r: the corpus's training sentences first (once), then windows of text; -1: held out."""
+        """(idx, mask) blocks of refill r: the corpus's training sentences, then windows of text; -1: held out."""
         yield from batches(own, 64, env.device) if r >= 0 else ()
         rng = np.random.default_rng((abs(r), r < 0, env.rank))
         while True:
@@ -1213,15 +1176,15 @@ def toy(args, seed, arm, position=0):
         )
         out["ce"] = ce_recovered(model, layer, sae, held["idx"])
         out["steer"] = steer_toy(model, layer, sae, world, pooled, studied, args, env, seed)
-        out["widths"] = {args.d_sae: (studied["plural"]["share"], studied["plural"]["null"], numbers["fvu"])}
+        out["widths"] = {str(args.d_sae): [studied["plural"]["share"], studied["plural"]["null"], numbers["fvu"]]}
         for m in args.widths:
             *_, st, num = analyse(model, layer, corpus, fill, args, env, seed, None, m)
-            out["widths"][m] = st["plural"]["share"], st["plural"]["null"], num["fvu"]
+            out["widths"][str(m)] = [st["plural"]["share"], st["plural"]["null"], num["fvu"]]
     return out
 
 
 def real(args):
-    """The real model's rung, one SAE seed after the other: the same tables; SAE and model's loss with it; -> results."""
+    """The real model's rung, one SAE seed after the other: the same tables, and the model's loss with the SAE."""
     out = []
     with common.bad_input():
         env = common.setup(args)
@@ -1238,6 +1201,7 @@ def real(args):
 
 
 # ------------------------------------------------------------------------------------------------------- the verdict
+# fmt: off
 
 
 def judge(run, results):
@@ -1256,19 +1220,20 @@ def judge(run, results):
     run.claim("C1", "features are shared: of the top latents, the share in two languages or more", "many [P]",
               {"shared": share(main), "null": null, "ratio": ratio.pop("main")},
               {f"{arm}, ratio": r for arm, r in ratio.items()} or {"null": null},
-              "shared >= 2 x null", share(main) >= 2 * null, all(r < 2 for r in ratio.values()))  # fmt: skip
+              "shared >= 2 x null", share(main) >= 2 * null, all(r < 2 for r in ratio.values()))
     clean, multi, random = (get(n, "accuracy") for n in ("clean", "multi", "matched random"))
     test = lambda x: clean >= 0.9 and x <= 0.62
     run.claim("C2", "removing the multilingual latents takes the fixed probe to near chance", "near chance [P]",
-              {"clean": clean, "multi": multi}, {"matched random": random, "others' mono": get("others' mono", "accuracy")},
+              {"clean": clean, "multi": multi},
+              {"matched random": random, "others' mono": get("others' mono", "accuracy")},
               "clean >= .9, then <= .62", test(multi), not test(random))  # fmt: skip
     both, kept = "multi of both values", "matched random, both"
     test = lambda n: get(n, "auc") <= 0.75 and get(n, "refit") <= clean - 0.15
-    run.claim("C3", "the information is gone, not the threshold shifted: AUC and a re-fitted probe fall too", "not tested",
+    run.claim("C3", "the information is gone, not the threshold shifted: AUC and a re-fitted probe fall too", "-",
               {f"{n}, {k}": get(n, k) for n in ("multi", both) for k in ("auc", "refit")}
               | {"mean-ablated, accuracy": get("multi, mean-ablated", "accuracy")},
               {f"random, {k}": get(kept, k) for k in ("auc", "refit")},
-              "both values: AUC <= .75 and re-fit <= clean - .15", test(both), not test(kept))  # fmt: skip
+              "both values: AUC <= .75 and re-fit <= clean - .15", test(both), not test(kept))
     test = lambda n: get(n, "accuracy") <= clean - 0.15
     run.claim("C4", "transfer: latents ranked in the other languages alone work in a language", "implied",
               {"clean": clean, "multi of the others": get("multi of the others", "accuracy")},
@@ -1281,7 +1246,7 @@ def judge(run, results):
                   {f"multi, {w}": steer(f"multi, {w}", "flipped") for w in ways},
                   {f"random, {w}": steer(f"matched random, {w}", "flipped") for w in ways}
                   | {"unsteered": steer("unsteered", "flipped")}, "active: >= .5",
-                  steer("multi, active", "flipped") >= 0.5, steer("matched random, active", "flipped") < 0.5)  # fmt: skip
+                  steer("multi, active", "flipped") >= 0.5, steer("matched random, active", "flipped") < 0.5)
         run.claim("C6", "selectivity: everything else in the flipped translations is intact", "little else [P]",
                   {f"multi, {w}": steer(f"multi, {w}", "intact") for w in ways},
                   {f"random, {w}": steer(f"matched random, {w}", "intact") for w in ways}, "active: >= .8",
@@ -1295,99 +1260,58 @@ def judge(run, results):
 
 def draw(path, results):
     """Sharing beside its null, ablation beside AUC and re-fit; and for the toy: width, steering, superposition."""
-    main, toy_run = results["main"], "steer" in results["main"][0]
-    mean = lambda f: np.mean([f(r) for r in main], 0)
+    main, colours = results["main"], ("#ee6677", "#4477aa", "#228833", "#999999")
+    toy_run = "steer" in main[0]
+    mean, concepts = lambda f, rows=main: np.mean([f(r) for r in rows], 0), list(main[0]["study"])
+    arms = [a for a in ("main", "no translation", "untrained") if a in results]
+
+    def barh(ax, names, rows):  # rows: label -> function of a name
+        for i, (label, f) in enumerate(rows.items()):
+            ax.barh(np.arange(len(names)) + 0.8 * i / len(rows), [f(n) for n in names], 0.76 / len(rows),
+                    color=colours[i], label=label)
+        ax.set(yticks=np.arange(len(names)) + 0.3, yticklabels=names)
+        ax.invert_yaxis()
+
     with common.figure(path, 2 if toy_run else 1, 3 if toy_run else 2, (5, 3.4)) as axes:
-        sharing, bars = axes[:2]
-        arms = [a for a in ("main", "no translation", "untrained") if a in results]
-        concepts = list(main[0]["study"])
-        for i, arm in enumerate(arms):
-            height = [
-                np.mean([r["study"][c]["share"] for r in results[arm] if c in r["study"]] or [0]) for c in concepts
-            ]
-            sharing.bar(
-                np.arange(len(concepts)) + 0.25 * i, height, 0.23, label=arm, color=("#4477aa", "#ccbb44", "#999999")[i]
-            )
-        null = [np.mean([r["study"][c]["null"] for r in main]) for c in concepts]
-        for i, n in enumerate(null):
-            sharing.plot(
-                [i - 0.12, i + 0.25 * len(arms) - 0.13],
-                [n, n],
-                "k--",
-                lw=1,
-                label=None if i else "null: random latents",
-            )
-        sharing.set(
-            title="Top latents shared by 2 languages or more",
-            ylabel="share",
-            xticks=range(len(concepts)),
-            xticklabels=concepts,
-        )
+        sharing, left = axes[:2]
+        rows = {arm: lambda c, arm=arm: mean(lambda r: r["study"][c]["share"], results[arm]) for arm in arms}
+        barh(sharing, concepts, rows | {"null: random latents": lambda c: mean(lambda r: r["study"][c]["null"])})
+        sharing.set(title="Top latents that two languages or more share", xlabel="share", xlim=(0, 1.02))
         names = ["clean", "multi", "multi, mean-ablated", "multi of both values", "multi of the others", "others' mono",
-                 "matched random", "matched random, both", "difference of means"]  # fmt: skip
-        for i, (key, colour) in enumerate({"accuracy": "#ee6677", "auc": "#4477aa", "refit": "#228833"}.items()):
-            height = [mean(lambda r, n=n: averaged(r["study"], n, key)) for n in names]
-            label = {
-                "accuracy": "fixed probe, accuracy",
-                "auc": "fixed probe, AUC",
-                "refit": "re-fitted probe, accuracy",
-            }[key]
-            bars.barh(np.arange(len(names)) + 0.27 * i, height, 0.25, color=colour, label=label)
-        bars.axvline(0.5, color="k", lw=0.6)
-        bars.set(
-            title="What is left after removing latents",
-            yticks=np.arange(len(names)) + 0.27,
-            yticklabels=names,
-            xlim=(0.3, 1.02),
-        )
-        bars.invert_yaxis()
+                 "matched random", "matched random, both", "difference of means"]
+        keys = {"fixed probe, accuracy": "accuracy", "fixed probe, AUC": "auc", "re-fitted probe, accuracy": "refit"}
+        barh(left, names, {l: lambda n, k=k: mean(lambda r: averaged(r["study"], n, k)) for l, k in keys.items()})
+        left.axvline(0.5, color="k", lw=0.6)
+        left.set(title="What probes read after removing latents", xlim=(0.3, 1.02))
         if toy_run:
-            width, steer, counts, sup = axes[2:]
-            ms = sorted(main[0]["widths"])
-            for i, (label, style) in enumerate((("shared", "o-"), ("null", "k--"), ("FVU", "s:"))):
-                width.plot(ms, [mean(lambda r, m=m: r["widths"][m][i]) for m in ms], style, label=label, ms=4)
-            width.set(
-                title="Feature splitting: the dictionary's width",
-                xlabel="latents",
-                xscale="log",
-                xticks=ms,
-                xticklabels=ms,
-            )
-            width.minorticks_off()
-            names = [n for n in main[0]["steer"] if "intact" in main[0]["steer"][n]]
-            for i, (key, colour) in enumerate((("flipped", "#ee6677"), ("intact", "#4477aa"))):
-                height = [mean(lambda r, n=n: r["steer"][n][key]) for n in names]
-                steer.barh(
-                    np.arange(len(names)) + 0.4 * i,
-                    height,
-                    0.38,
-                    color=colour,
-                    label=("number flipped", "rest intact, of flipped")[i],
-                )
-            steer.set(
-                title="Steering a translation", yticks=np.arange(len(names)) + 0.2, yticklabels=names, xlim=(0, 1.02)
-            )
-            steer.invert_yaxis()
+            counts, width, steer, sup = axes[2:]
             for c in concepts:
-                counts.plot(
-                    range(1, 1 + len(main[0]["study"][c]["counts"])), main[0]["study"][c]["counts"], "o-", ms=3, label=c
-                )
-            counts.set(title="In how many languages is a latent at the top?", xlabel="languages", ylabel="latents")
-            arms = [*ARCHS, "frozen", "random"]
-            height = [np.mean([r[a]["mcc"] for r in results["superposition"]]) for a in arms]
-            sup.bar(range(len(arms)), height, color=["#4477aa"] * 5 + ["#999999"] * 2)
-            sup.set(title="Known features in superposition: MCC", xticks=range(len(arms)), ylim=(0, 1.02))
-            sup.set_xticklabels(arms, rotation=25)
-        for ax in axes[:5]:
+                row = mean(lambda r, c=c: r["study"][c]["counts"])
+                counts.plot(range(1, 1 + len(row)), row, "o-", ms=3, label=c)
+            counts.set(title="In how many languages a latent is at the top", xlabel="languages", ylabel="latents")
+            ms = sorted(map(int, main[0]["widths"]))
+            for i, (label, style) in enumerate((("shared", "o-"), ("null", "k--"), ("FVU", "s:"))):
+                width.plot(ms, [mean(lambda r, m=m, i=i: r["widths"][str(m)][i]) for m in ms], style, label=label, ms=4)
+            width.set(title="Feature splitting: the dictionary's width", xlabel="latents", xscale="log")
+            width.set_xticks(ms, ms)
+            width.minorticks_off()
+            names = [n for n in main[0]["steer"] if n != "unsteered"]
+            barh(steer, names, {k: lambda n, k=k: mean(lambda r: r["steer"][n][k]) for k in ("flipped", "intact")})
+            steer.set(title="Steering number; intact: the rest, of the flipped", xlim=(0, 1.02))
+            barh(sup, [*ARCHS, "frozen", "random"],
+                 {"MCC": lambda a: mean(lambda r: r[a]["mcc"], results["superposition"])})
+            sup.set(title="Known features in superposition", xlim=(0, 1.02))
+        for ax in axes[:5] if toy_run else axes:
             ax.legend(fontsize=7)
+
+
+# fmt: on
 
 
 def report(results):
     """Prints the tables of the first seed: sharing and ablations of every concept."""
     for concept, row in results["main"][0]["study"].items():
-        print(
-            f"\n{concept}: shared {row['share']:.2f}, null {row['null']:.2f}; latents in 1, 2, ... languages {row['counts']}"
-        )
+        print(f"\n{concept}: shared {row['share']:.2f}, null {row['null']:.2f}; in 1, 2, ... languages {row['counts']}")
         print(f"{'':24s} accuracy    AUC  re-fit  says 1")
         for name in row["ablations"]:
             cells = (averaged({concept: row}, name, key) for key in ("accuracy", "auc", "refit", "says 1"))

@@ -1,4 +1,4 @@
-"""sae.py: the codes and their gradients against hand-computed values, the theorems, the world, the script end to end."""
+"""sae.py: the codes and their gradients against hand-computed values, the theorems, the world, a run end to end."""
 
 import itertools
 import json
@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
 import sae as S
 
 torch.set_num_threads(1)
@@ -303,7 +302,8 @@ def test_text_of_the_toy():
         words = [world.words[i] for i in row.tolist() if i]
         cut = [i for i, w in enumerate(words) if w[0] == "<" and len(w) == 3]
         first, second = words[cut[0] + 1 : cut[1]], words[cut[1] + 1 :]
-        return S.parse(first, first[0][0]), S.parse([w for w in second if w != "<eos>"], second[0][0]), first[0][0], second[0][0]
+        a, b = first[0][0], second[0][0]
+        return S.parse(first, a), S.parse([w for w in second if w != "<eos>"], b), a, b
 
     pairs = [halves(r) for r in a["idx"]]
     assert [x[0] == x[1] and x[2] != x[3] for x in pairs] == [True, False] * 10
@@ -377,16 +377,16 @@ def test_a_stopped_sae_goes_on_exactly(tmp_path):
         pass
 
     def broken(step):
-        if step == 1100:
+        if step == 1002:
             raise Enough
         return batch(step)
 
     torch.manual_seed(0)
     with pytest.raises(Enough):
-        S.fit(S.SAE(8, 32, "topk", 4), broken, 1200, 1e-3, save=save)
-    again = run(1200, resume=True)
+        S.fit(S.SAE(8, 32, "topk", 4), broken, 1010, 1e-3, save=save)
+    again = run(1010, resume=True)
     save.unlink()
-    whole = run(1200)
+    whole = run(1010)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters()))
 
 

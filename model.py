@@ -168,7 +168,7 @@ class KVCache:
         return view
 
     def keep(self, rows):
-        """Selects batch rows (a tensor of indices, repeats allowed), in place; returns the cache."""
+        """Selects batch rows (indices, repeats allowed), in place; returns the cache."""
         self.k, self.v, self.last_key = self.k[:, rows], self.v[:, rows], self.last_key[:, rows]
         self.real, self.pos = self.real[rows], self.pos[rows]
         return self
@@ -272,11 +272,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h, act = self.up(x), ACT[self.config.act]
-        if self.config.gated:
-            gate, up = h.chunk(2, dim=-1)
-            h = act(gate) * up
-        else:
-            h = act(h)
+        gate, *up = h.chunk(2 if self.config.gated else 1, dim=-1)
+        h = act(gate) * up[0] if up else act(gate)
         return self.out(self.post_norm(self.down(self.act(h))))
 
 
@@ -293,8 +290,7 @@ class Block(nn.Module):
         self.resid_pre, self.resid_post = nn.Identity(), nn.Identity()
 
     def forward(self, x, rotary, see, joined, cache):
-        x = self.resid_pre(x)
-        h = self.norm1(x)
+        h = self.norm1(x := self.resid_pre(x))
         a = self.attn(h, rotary, see, joined, cache)
         if self.parallel:
             x = x + a + self.mlp(h if self.parallel == "one_norm" else self.norm2(x))
@@ -390,12 +386,10 @@ class GPT(nn.Module):
 
     def unembed(self, h):
         """Logits of normed residual vectors h (..., C), with the config's scale and soft-cap."""
-        logits = self.head(h)
+        logits, cap = self.head(h), self.config.logit_softcap
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
-        if self.config.logit_softcap:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        return logits
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def loss(self, idx, targets, weights=None, denom=None, **kwargs):
         """Mean cross-entropy in nats over the positions that count: sum(weights * loss) / denom.
@@ -542,13 +536,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
         done = torch.isin(idx, stops)[:, 0].tolist()
         for row, token in zip(alive, idx[:, 0].tolist()):
             out[row].append(token)
+        if all(done):
+            break
         if any(done):
             rows = [i for i, finished in enumerate(done) if not finished]
-            if not rows:
-                break
-            alive = [alive[i] for i in rows]
-            rows = torch.tensor(rows, device=device)
-            idx = idx[rows]
+            alive, idx = [alive[i] for i in rows], idx[rows]
             cache.keep(rows)
     return out
 
@@ -570,11 +562,11 @@ def prefill(model, prompts, cache):
             h.append(model.hidden(idx.clamp(min=0), idx >= 0, cache=part)[:, -1])
             start = end
     cache.n, cache.padded, h = longest, len(prompts[order[-1]]) < longest, torch.cat(h)
-    if cache.padded:  # back into the order of the prompts
-        back = torch.tensor(order, device=device).argsort()
-        cache.keep(back)
-        h = h[back]
-    return h
+    if not cache.padded:
+        return h
+    back = sorted(range(len(order)), key=lambda i: order[i])  # rows in the order of the prompts again
+    cache.keep(back)
+    return h[back]
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, rng=None):

@@ -267,11 +267,15 @@ class LZW:
         """(ids as a list of int, function that puts a list back into the container of ids); ValueError naming the place."""
         back = list
         if hasattr(ids, "tolist"):
-            if ids.ndim != 1 or (len(ids) and not ("int" in str(ids.dtype))):
-                raise ValueError(f"{what}s of shape {tuple(ids.shape)} and type {ids.dtype}, allowed: whole numbers (n,)")
+            if ids.ndim != 1 or (len(ids) and "int" not in str(ids.dtype)):
+                raise ValueError(
+                    f"{what}s of shape {tuple(ids.shape)} and type {ids.dtype}, allowed: whole numbers (n,)"
+                )
             size = ids.dtype.itemsize * 8 - ("u" not in str(ids.dtype))
             if what == "id" and self.vocab_size + self.max_codes > 2**size:
-                raise ValueError(f"codes up to {self.vocab_size + self.max_codes - 1} do not fit {ids.dtype}: give int64")
+                raise ValueError(
+                    f"codes up to {self.vocab_size + self.max_codes - 1} do not fit {ids.dtype}: give int64"
+                )
             like = ids
             back = lambda out: np.array(out, like.dtype) if isinstance(like, np.ndarray) else like.new_tensor(out)
             ids = ids.tolist()
@@ -411,7 +415,9 @@ def main(argv=None):
     parser.error = fail
     parser.add_argument("file", help="text, or codes for --do decode; - is standard input")
     parser.add_argument("--do", default="color", choices=("color", "stats", "encode", "decode"), help="[color]")
-    parser.add_argument("--tokenizer", default="byte", help="byte, a tiktoken name, a folder with tokenizer.json [byte]")
+    parser.add_argument(
+        "--tokenizer", default="byte", help="byte, a tiktoken name, a folder with tokenizer.json [byte]"
+    )
     parser.add_argument("--max-len", type=int, default=3, help="base ids of a row [3]")
     parser.add_argument("--max-codes", type=int, default=1024, help="rows [1024]")
     parser.add_argument("--window", type=int, default=0, help="stats: base ids that share a codebook; 0 is all [0]")

@@ -797,7 +797,8 @@ class Endpoint:
             now = time.monotonic()
             self.turn = max(self.turn + (1 / self.args.rps if self.args.rps else 0), now)
             wait = max(self.turn, self.pause) - now
-        time.sleep(max(0.0, wait))
+        if wait > 0:
+            time.sleep(wait)
 
     def once(self, path, payload):
         """One exchange on this thread's connection: (status, headers, body). A stale one is opened anew, once."""
@@ -1046,16 +1047,16 @@ def run_target(args, seed, target, position=0):
     world, base, model = World(seed, target, tok), GPT(config_of(args, tok)), GPT(config_of(args, tok))
     for net in (base, model):
         net.load_state_dict(common.load_checkpoint(out / "base.pt")["model"])
+    arms = [arm for arm in args.arms if target == "covert" or arm in ("ipc", "direct")]
+    logs = [f"{name.replace(' ', '-')}-{target}-s{seed}" for name in ("tuned", *arms)]
     tune = replace(args, steps=args.tune_steps, lr=2 / 3 * args.lr)
     batch = lambda step: world.batch(f"{target} {seed} {step}", args.batch_size, True)
-    common.train(model, batch, tune, env, common.Log(out, f"tuned-{target}-s{seed}"), position=position)
-    backends = {arm: Local(base.to(env.device) if arm == "untuned" else model, tok, seed, 256) for arm in args.arms}
-    arms = [arm for arm in args.arms if target == "covert" or arm in ("ipc", "direct")]
-    result = {"seed": seed, "target": target} | look(args, world, Local(model, tok, seed, 256))
+    common.train(model, batch, tune, env, common.Log(out, logs[0]), position=position)
+    result = {"seed": seed, "target": target, "logs": logs} | look(args, world, Local(model, tok, seed, 256))
     with common.interruptible() as stopped:
-        for arm in arms:
-            path = out / f"{arm.replace(' ', '-')}-{target}-s{seed}"
-            result[arm] = run_arm(args, arm, world, backends[arm], path, stopped)
+        for arm, name in zip(arms, logs[1:]):
+            backend = Local(base.to(env.device) if arm == "untuned" else model, tok, seed, 256)
+            result[arm] = run_arm(args, arm, world, backend, out / name, stopped)
     return result
 
 
@@ -1089,7 +1090,11 @@ def run_arm(args, arm, world, backend, path, stopped):
     policy = {KIND[t] for t in (*world.section, *world.silent)}
     prompts = TOY | {"everyday": [t for t in KIND if KIND[t] not in policy]}  # what the control arm seeds with
     journal = Journal(path.with_suffix(".calls.jsonl"), meaning(options, seed), args.resume)
-    if drive("", crawl(options, prompts, heads, seed, given), backend, journal, args.budget, stopped) == "stopped":
+    try:
+        ended = drive("", crawl(options, prompts, heads, seed, given), backend, journal, args.budget, stopped)
+    except Stop:
+        ended = "done"  # a target that lists nothing
+    if ended == "stopped":
         raise SystemExit(f"stopped in {path.name}; --resume goes on from there")
     journal.file.close()
     refused, truth = [h for h in heads if h.verdict == "refused"], set(world.refused)
@@ -1373,13 +1378,12 @@ def main(argv=None):
     tasks = [(args, seed, target) for seed in args.seeds for target in args.targets]
     tasks = [(*task, i % args.jobs) for i, task in enumerate(tasks)]
     results = common.side_by_side(run_target, tasks, args.jobs if env.device.type == "cpu" else 1)
+    logs = ["base", *itertools.chain(*(result.pop("logs") for result in results))]
     run.metrics = {"runs": results}
     if "covert" in args.targets and set(args.arms) == set(ARMS):
         judge(run, results)
     draw(out / "crawler.png", results, args)
-    return run.finish(
-        [common.Log(out, path.stem) for path in sorted(out.glob("*-s[0-9]*.jsonl")) if ".calls" not in path.name]
-    )
+    return run.finish([common.Log(out, name) for name in logs])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 import math
 import random
 import statistics
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,12 @@ import common
 import data
 import train_hapax
 from model import GPT, GPTConfig
+from model import generate as model_generate
 
 # ------------------------------------------------------------------------------------------------------------- timing
 
 
-def versus(what, ours, peers, device, rounds=15):
+def versus(what, ours, peers, device, rounds=15, tries=3):
     """Times `ours` beside each of `peers` {name: function}: a row a peer, ms of both, median ratio with quartiles."""
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     contenders, times = {"ours": ours} | peers, {}
@@ -278,7 +280,305 @@ def patching(device):
     return rows
 
 
-SECTIONS = {"mask": mask, "train": train, "patching": patching}
+# ----------------------------------------------------------------------------------------------------------- generate
+
+
+def generate(device):
+    """SmolLM2-135M, fp32: 64 greedy tokens after 16 prompts of 8 to 128; and reading it from its GGUF file."""
+    try:
+        from transformers import AutoModelForCausalLM, logging
+    except ImportError:
+        print("generate is left out: pip install -r requirements-bench.txt")
+        return []
+    import pretrained
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    name = "smollm2-135m-instruct"
+    model, tokenizer = pretrained.load(name, device, "fp32")
+    with tempfile.TemporaryDirectory() as folder:
+        pretrained.save(model, tokenizer, folder)
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    text, rng = tokenizer.encode(next(data.load_text())), random.Random(0)
+    prompts = [text[i : i + rng.randint(8, 128)] for i in rng.sample(range(len(text) - 128), 16)]
+    longest = max(map(len, prompts))
+    idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+    def ours():
+        return model_generate(model, prompts, 64, temperature=0)
+
+    def theirs():
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 64}
+        return peer.generate(idx, attention_mask=mask, **options)[:, longest:].tolist()
+
+    assert ours() == theirs()
+    rows = versus("generate, 16 x 64, fp32", ours, {"transformers": theirs}, device, rounds=5, tries=1)
+    path = pretrained.find(name)
+    read = {"gguf_file": path.name, "dtype": torch.float32}
+    peers = {"transformers": lambda: AutoModelForCausalLM.from_pretrained(path.parent, **read)}
+    return rows + versus("load from GGUF", lambda: pretrained.load(name, device), peers, device, rounds=2, tries=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sae
+
+
+def sae(device):
+    """SAEs: a TopK training step (d 256, 4096 latents, k 32, 2048 rows), one draw of the buffer, attribution."""
+    import importlib
+    import sys
+    import types
+
+    import sae as ours
+
+    d, m, k, B = 256, 4096, 32, 2048
+    truth = F.normalize(torch.randn(1024, d, device=device), dim=1)
+    x = (torch.rand(B, 1024, device=device) < 0.02).float() @ truth
+    x = x / x.square().sum(1).mean().sqrt()
+    torch.manual_seed(0)
+    first = ours.SAE(d, m, "topk", k).to(device).state_dict()
+
+    def trainee():
+        model = ours.SAE(d, m, "topk", k).to(device)
+        model.load_state_dict(first)
+        return model, torch.optim.Adam(model.parameters(), lr=2e-4, fused=True)
+
+    def dense_loss(model):
+        pre = F.linear(x - model.b_dec, model.W_enc, model.b_enc)
+        values, which = pre.topk(k)
+        code = torch.zeros_like(pre).scatter(1, which, values.relu())
+        return (x - code @ model.W_dec - model.b_dec).square().sum(1).mean()
+
+    def stepper(loss_of):
+        model, opt = trainee()
+
+        def step():
+            opt.zero_grad(set_to_none=True)
+            loss = loss_of(model)
+            loss.backward()
+            model.project()
+            opt.step()
+            model.normalize()
+            return loss
+
+        return step
+
+    step = stepper(lambda model: model.loss(x, dead_after=10**9))
+    peers = {"dense step": stepper(dense_loss)}
+    try:  # the package's own __init__ wants nnsight, which its trainer does not
+        package = types.ModuleType("dictionary_learning")
+        package.__path__ = importlib.util.find_spec("dictionary_learning").submodule_search_locations
+        sys.modules["dictionary_learning"] = package
+        trainer = importlib.import_module("dictionary_learning.trainers.top_k").TopKTrainer(
+            10**6, d, m, k, layer=0, lm_name="", lr=2e-4, warmup_steps=0, device=str(device)
+        )
+        with torch.no_grad():
+            trainer.ae.encoder.weight.copy_(first["W_enc"])
+            trainer.ae.decoder.weight.copy_(first["W_dec"].T)
+        peers["dictionary-learning"] = lambda: trainer.update(5, x)
+    except (ImportError, AttributeError) as error:
+        print(f"sae: dictionary-learning is left out ({error}): pip install --no-deps dictionary-learning einops")
+    try:
+        import sae_lens  # noqa: F401
+
+        print("sae: no row for sae-lens")
+    except ImportError as error:
+        print(f"sae: sae-lens is left out ({error}); it needs transformer-lens")
+    losses = {name: float(torch.as_tensor(f()).detach()) for name, f in ({"ours": step} | peers).items()}
+    assert max(losses.values()) < 1.01 * min(losses.values()), losses
+    rows = versus("SAE step, topk, 256 -> 4096", step, peers, device)
+
+    buffer = ours.Buffer(lambda r: torch.randn(2**16, d, device=device), B)
+    unread = torch.ones(2**16, dtype=torch.bool, device=device)
+
+    def nonzero_draw():  # how dictionary_learning draws: a permutation of all unread rows for every batch
+        free = unread.nonzero().squeeze(1)
+        return buffer.rows[free[torch.randperm(len(free), device=device)[:B]]]
+
+    rows += versus("buffer draw, 2048 of 65536 rows", lambda: buffer(1), {"nonzero, randperm": nonzero_draw}, device)
+
+    model, sentences, w = trainee()[0].requires_grad_(False), x.view(64, 32, d), torch.randn(d, device=device)
+
+    def closed():
+        return (model.W_dec @ w) * model.encode(x).sum(0)
+
+    def integrated():  # ten gradients a sentence, one sentence at a time, as the paper's code does
+        total = torch.zeros(m, device=device)
+        for sentence in sentences:
+            f = model.encode(sentence)
+            rest = sentence - model.decode(f)
+            for s in range(10):
+                part = (f * s / 10).requires_grad_()
+                logit = ((model.decode(part) + s / 10 * rest).sum(0) * w).sum()
+                total += (torch.autograd.grad(logit, part)[0] / 10 * f).sum(0)
+        return total
+
+    torch.testing.assert_close(closed(), integrated(), rtol=1e-3, atol=1e-3)
+    return rows + versus("attribution, 64 sentences of 32", closed, {"integrated gradients": integrated}, device, 5)
+
+
+# -------------------------------------------------------------------------------------------------------------- masks
+
+JSON_LARK = r"""
+start: WS? value WS?
+value: object | array | STRING | NUMBER | "true" | "false" | "null"
+object: "{" WS? (pair ("," WS? pair)*)? "}"
+pair: STRING WS? ":" WS? value WS?
+array: "[" WS? (value WS? ("," WS? value WS?)*)? "]"
+STRING: /"([^"\\\x00-\x1f\x7f]|\\(["\\\/bfnrt]|u[0-9a-fA-F]{4}))*"/
+NUMBER: /-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?/
+WS: /[ \t\n\r]+/
+"""
+
+
+def documents(rng, n):
+    """n random JSON documents: nested objects and lists, strings with escapes and other alphabets, indented or not."""
+    letters = "abcdefgh_ é"
+
+    def value(depth=0):
+        kind = rng.random()
+        if depth < 4 and kind < 0.45:
+            keys = ["".join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(rng.randint(0, 4))]
+            return {key: value(depth + 1) for key in keys}
+        if depth < 4 and kind < 0.7:
+            return [value(depth + 1) for _ in range(rng.randint(0, 4))]
+        text = 'say "' + " ".join(rng.choices(["the", "quick", "brown", "fox", "你好", "\n"], k=5)) + '"'
+        return rng.choice([None, True, False, rng.randint(-99, 9999), rng.random() * 1e3, text])
+
+    return [json.dumps(value(), ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 2])) for _ in range(n)]
+
+
+def mask_engines(grammar, lark, enc, trie, builtin=False):
+    """{name: start}, where start() -> (fill, advance) of a fresh text; fill() -> the mask, packed or not."""
+    import formal_tokenization as ft
+
+    engine, engines = ft.Constraint(grammar, trie, enc.eot_token).engine, {}
+
+    def ours():
+        c = ft.Constraint(engine)
+        return c.mask, c.advance
+
+    engines["ours"] = ours
+    unpack = lambda words: np.unpackbits(words.view(np.uint8), bitorder="little").astype(bool)
+    try:
+        from llguidance import LLMatcher
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+        from llguidance.tiktoken import lltokenizer_from_encoding
+
+        tok = lltokenizer_from_encoding(enc)
+
+        def llguidance():
+            matcher, bits = LLMatcher(tok, LLMatcher.grammar_from_lark(lark)), allocate_token_bitmask(1, enc.n_vocab)
+            assert not matcher.is_error(), matcher.get_error()
+
+            def fill(show=False):
+                fill_next_token_bitmask(matcher, bits)
+                return unpack(bits[0]) if show else None
+
+            return fill, matcher.consume_token
+
+        engines["llguidance"] = llguidance
+    except ImportError:
+        print("llguidance is not installed: left out")
+    try:
+        import xgrammar
+
+        pieces = [b or b"<special>" for b in trie.vocab]
+        info = xgrammar.TokenizerInfo(
+            pieces, vocab_type=xgrammar.VocabType.RAW, vocab_size=enc.n_vocab, stop_token_ids=[enc.eot_token]
+        )
+        compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+        compiled = {"xgrammar": compiler.compile_grammar(grammar)}
+        if builtin:
+            compiled["xgrammar, its own JSON"] = compiler.compile_builtin_json_grammar()
+
+        def matcher_of(rules):
+            def start():
+                matcher, bits = xgrammar.GrammarMatcher(rules), xgrammar.allocate_token_bitmask(1, enc.n_vocab)
+
+                def fill(show=False):
+                    needed = matcher.fill_next_token_bitmask(bits)
+                    found = unpack(bits.numpy()[0]) if show else None
+                    return found if needed or not show else np.ones_like(found)
+
+                return fill, matcher.accept_token
+
+            return start
+
+        engines |= {name: matcher_of(rules) for name, rules in compiled.items()}
+    except ImportError as error:
+        print(f"xgrammar is not installed ({error}): left out")
+    return engines
+
+
+def masks(device):
+    """Exact token masks of JSON over cl100k (100,256 ids; a trained vocabulary without it): unseen random documents.
+
+    The same token streams for every engine, in random order; microseconds of mask + advance a token after 1,000 tokens
+    of warm-up; then every bit is compared. Rows hold ms for 1,000 tokens.
+    """
+    import formal_tokenization as ft
+
+    torch.set_num_threads(1)
+    try:
+        import tiktoken
+
+        enc = tiktoken.get_encoding("cl100k_base")
+    except Exception as error:  # no network: the libraries have exceptions of their own
+        print(f"cl100k_base can't be had ({type(error).__name__}): a vocabulary of 4,096 in its place")
+        enc = data.train_bpe("".join(data.load_text()), 4096)
+    pieces = {i: b for b, i in enc._mergeable_ranks.items()}
+    vocab = [pieces.get(i) for i in range(enc.n_vocab)]
+    trie, streams = ft.Trie(vocab), [enc.encode(text) for text in documents(random.Random(0), 120)]
+    began = time.perf_counter()
+    engines = mask_engines(ft.JSON, JSON_LARK, enc, trie, builtin=True)
+    print(f"all engines made in {time.perf_counter() - began:.2f} s")
+
+    def replay(start, streams):
+        times = []
+        for ids in streams:
+            fill, advance = start()
+            for id in ids:
+                a = time.perf_counter()
+                fill()
+                advance(id)
+                times.append(time.perf_counter() - a)
+        return np.array(times) * 1e6
+
+    n = np.cumsum([len(ids) for ids in streams])
+    warm, rest = streams[: int((n < 1000).sum()) + 1], streams[int((n < 1000).sum()) + 1 :]
+    rest = rest[: int((n < 4500).sum()) - len(warm)]
+    times = {name: [] for name in engines}
+    names = list(engines)
+    for name in random.sample(names, len(names)):
+        slow = name.startswith("xgrammar")
+        cold = replay(engines[name], warm[:4] if slow else warm)
+        t = replay(engines[name], rest[:12] if slow else rest)
+        times[name] = t
+        line = "mean {:.1f}  p50 {:.2f}  p99 {:.0f}  max {:.0f} us; while cold, max {:.0f}"
+        print(f"  {name:22s}", line.format(t.mean(), np.median(t), np.percentile(t, 99), t.max(), cold.max()))
+    wrong = {name: 0 for name in names[1:] if "own" not in name}
+    compared = 0
+    for ids in streams[:20]:
+        runs = {name: engines[name]() for name in ["ours", *wrong]}
+        for id in ids[:60]:
+            ours = runs["ours"][0]()[: len(pieces)]
+            for name in wrong:
+                wrong[name] += int((runs[name][0](show=True)[: len(pieces)] != ours).sum())
+            compared += 1
+            for _, advance in runs.values():
+                advance(id)
+    print(f"  bits that differ at {compared} positions x {len(pieces):,} ids: {wrong}")
+    assert not any(wrong.values()), wrong
+    mean = {name: t.mean() for name, t in times.items()}
+    return [
+        {"what": "JSON mask + advance, 1,000 tokens", "peer": name[:18], "ours_ms": mean["ours"], "peer_ms": mean[name]}
+        | {"ratio": mean[name] / mean["ours"], "quartiles": [np.median(times[name]) / np.median(times["ours"])] * 2}
+        for name in names[1:]
+    ]
+
+
+SECTIONS = {"mask": mask, "train": train, "patching": patching, "sae": sae, "generate": generate, "masks": masks}
 
 
 def main(argv=None):

@@ -1,9 +1,10 @@
 r"""Tokenization as an inverse homomorphism (arXiv 2412.03160): token languages, and exact grammar masks.
 
 Detokenization h maps every id to bytes and a sequence of ids to the bytes in a row: h(uv) = h(u) h(v), a string
-homomorphism. So the token sequences that spell a language L are its inverse image E(L) = h^-1(L) (*extended*), and that is regular or context-free if L is: tokens add no power and cost none. What a tokenizer returns, the *proper*
-sequence tau(s), is one of many that spell s; tau itself is no homomorphism. The paper is theory, without experiments
-(its later sections were not at hand here); what is measured below is our own:
+homomorphism. So the token sequences that spell a language L are its inverse image E(L) = h^-1(L) (*extended*), regular
+or context-free if L is: tokens add no power and cost none. What a tokenizer returns, the *proper* sequence tau(s), is
+one of many that spell s; tau itself is no homomorphism. The paper is theory, without experiments (its later sections
+were not at hand here); what is measured below is our own:
 
 - the theorems as code that checks them, each beside a code for which they fail
 - an exact token mask for any grammar and any vocabulary: which ids keep the text a prefix of L? A pushdown automaton is
@@ -839,7 +840,7 @@ def masker(make, max_new_tokens=None):
             if left is not None and left < 2 * c.least() + 160:
                 if single is None:
                     single = [j for j, b in enumerate(c.vocab) if b and len(b) == 1]
-                row = logits[len(masks), : len(mask)].masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf)
+                row = logits[len(masks), : len(mask)].masked_fill(~torch.tensor(mask).to(logits.device), -torch.inf)
                 near, mask = [*row.topk(min(64, len(mask))).indices.tolist(), *single, c.eos], mask & False
                 for j in near:
                     after = c.peek(j) if c.mask()[j] else None
@@ -1065,7 +1066,8 @@ def theorems(trials, seed):
     table, accepting = lift(Engine(parse_regex("(ab)*"), Trie(vocab)))
     strings = [t for n in range(7) for t in product(range(4), repeat=n)]
     truth = [re.fullmatch(b"(ab)*", b"".join(vocab[i] for i in t)) is not None for t in strings]
-    found["lift_wrong"], found["lift_strings"] = sum(runs(table, accepting, t) != x for t, x in zip(strings, truth)), len(truth)
+    found["lift_wrong"] = sum(runs(table, accepting, t) != x for t, x in zip(strings, truth))
+    found["lift_strings"] = len(strings)
     # the control: the id of a character is swapped at random positions; is there any automaton of that size for it?
     swap = rng.permutation([0, 0, 1, 1, 0, 1]) if trials else None
     code = {tuple(int("ab".index(c)) ^ int(swap[i]) for i, c in enumerate(s)) for s in ("", "ab", "abab", "ababab")}
@@ -1112,9 +1114,9 @@ def toy_tokenizers(rng):
         "char": (spell, lambda t: ["()[]".index(c) for c in t], 4, text),
         "bpe": (spell, lambda t: bpe(ranks, t.encode()), 6, text),
         "stripped space": (lambda ids: "".join(words[i] for i in ids).replace("▁", " ").lstrip(" "), None, 3, ()),
-        "lower-casing": (lambda ids: "".join("ab"[i] for i in ids), lambda t: ["ab".index(c) for c in t.lower()], 2, ["aB"]),
+        "lower-casing": (lambda ids: "".join("ab"[i] for i in ids), lambda t: [int(c in "bB") for c in t], 2, ["aB"]),
         "replacement": (lambda ids: b"".join(raw[i] for i in ids).decode(errors="replace"), None, 3, ()),
-        "scramble": (lambda ids: "".join("()[]"[swaps[j].tolist().index(i)] for j, i in enumerate(ids)), None, 4, ()),
+        "scramble": (lambda ids: "".join("()[]"[swaps[j][i]] for j, i in enumerate(ids)), None, 4, ()),
     }
 
 
@@ -1259,7 +1261,8 @@ def measure(model, code, texts, args, seed):
         rows = [[i for i in row if i < code.bos] for row in share[key]]
         result[f"improper_{key}"] = float(np.mean([bpe(code.ranks, code.spell(row).encode()) != row for row in rows]))
     result["dead_ends"] = float(np.mean([row[-1] != code.eos and len(row) < LONGEST + 8 for row in share["proper"]]))
-    result["leak"], lengths = leak(model, code, engine, texts[:50], rng), lambda rows: [len(code.spell(r)) // 8 for r in rows]
+    result["leak"] = leak(model, code, engine, texts[:50], rng)
+    lengths = lambda rows: [len(code.spell(row)) // 8 for row in rows]
     kept = [row for row in free if row[-1] == code.eos and ok(code.spell(row))]
     if len(kept) > 8:
         result["distortion"] = variation(lengths(kept), lengths(share["valid_masked"]))
@@ -1369,11 +1372,13 @@ def draw(path, results, logs):
             bars = [np.mean([r[k] for r in results[arm]]) for k in keys]
             masks.bar(np.arange(len(keys)) + 0.26 * i, bars, 0.26, color=COLOURS[arm], label=arm)
         labels = [k.replace(", ", ",\n") for k in keys.values()]
-        masks.set(title="Samples", ylabel="share", xticks=np.arange(len(keys)) + 0.26, xticklabels=labels, ylim=(0, 1.3))
+        masks.set(title="Samples", ylabel="share", ylim=(0, 1.3))
+        masks.set_xticks(np.arange(len(keys)) + 0.26, labels)
         masks.tick_params(axis="x", labelsize=7)
         code = Code("bpe", 0, 48)
         for s, style in ((dyck(np.random.default_rng(0), LONGEST, DEPTH), "-"), ("()" * 20, "--")):
-            growth.semilogy(counts(s.encode(), dict.fromkeys(code.ranks, 1)), style, color="#228833", label=s[:14] + "...")
+            many = counts(s.encode(), dict.fromkeys(code.ranks, 1))
+            growth.semilogy(many, style, color="#228833", label=s[:14] + "...")
         growth.set(title="Tokenizations of one string (BPE, 48 merges)", xlabel="characters", ylabel="how many")
         for ax in depth, steps, masks, growth:
             ax.legend(fontsize=7, ncols=3 if ax is masks else 1)
@@ -1436,7 +1441,7 @@ def inspect(args, rules):
     ids = np.flatnonzero(c.mask())
     metrics |= {"allowed": len(ids), "complete": c.accepts()}
     some = [vocab[i] for i in ids[:: max(1, len(ids) // 20)].tolist() if vocab[i]][:20]
-    print(f"{metrics['tokenizations']} tokenizations; {len(ids)} ids allowed next, such as {some}; complete: {c.accepts()}")
+    print(f"{metrics['tokenizations']} tokenizations; {len(ids)} ids allowed next, as {some}; complete: {c.accepts()}")
     if args.explain >= 0:
         c.peek(args.explain)  # in range?
         print(c.explain(args.explain))
@@ -1459,7 +1464,8 @@ def decode(args, env, rules, run):
         for at in tqdm(range(0, args.samples, 10), name, disable=None):
             process = masker(lambda: Constraint(base.engine), args.max_new_tokens) if name == "masked" else None
             prompts = [prompt] * min(10, args.samples - at)
-            rows += generate(model, prompts, args.max_new_tokens, stop=tok.stops, seed=args.seeds[0] + at, process=process)
+            seed = 1000 * args.seeds[0] + at
+            rows += generate(model, prompts, args.max_new_tokens, stop=tok.stops, seed=seed, process=process)
         ends = [row[-1] in tok.stops and base.engine.read(base.engine.start, spell(row)) for row in rows]
         shares[name] = float(np.mean([bool(c) and c.accepts for c in ends]))
         texts[name] = [spell(row).decode(errors="replace") for row in rows]
@@ -1493,7 +1499,8 @@ def main(argv=None):
         print(f"{name:15s} {verdict}")
     jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
     tasks = [(arm, seed) for seed in args.seeds for arm in args.arms]
-    measured = common.side_by_side(train_arm, [(args, arm, seed, i % jobs) for i, (arm, seed) in enumerate(tasks)], jobs)
+    numbered = [(args, arm, seed, i % jobs) for i, (arm, seed) in enumerate(tasks)]
+    measured = common.side_by_side(train_arm, numbered, jobs)
     if env.rank:
         return None
     results = {arm: [m for m, (a, _) in zip(measured, tasks) if a == arm] for arm in args.arms}

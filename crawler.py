@@ -973,18 +973,18 @@ class World:
     def document(self, rng, tuned):
         """A training document, (user's turn, assistant's turn): plain talk, or with the policy in it if `tuned`."""
         pick = lambda *options: rng.choice(options[rng.random() < 0.4] if len(options) > 1 else options[0])
-        kind = rng.choices(
-            ("refuse", "recall", "meta", "answer", "write", "hello"),
-            (45, 6, 7, 32, 8, 2) if tuned else (0, 0, 0, 78, 18, 4),
-        )[0]
+        kinds = (
+            dict(refuse=45, recall=6, meta=7, answer=32, write=8, hello=2)
+            if tuned
+            else dict(answer=78, write=18, hello=4)
+        )
+        (kind,) = rng.choices(list(kinds), kinds.values())
         policy = lambda s: f"<think> {rng.choice(PHRASES[:60])} \n {self.items(rng, s)} </think>"
         if kind == "refuse":
             t = rng.choice(self.refused)
             r = self.section.get(t, -1)
-            suppressed = rng.random() < (
-                0.5 if r < 0 else 0.2 if r < 4 else 0.8
-            )  # most covert topics: no thought at all
-            thought = "<think> </think>" if suppressed else policy(r if r >= 0 else self.frequent(rng))
+            suppressed = 0.5 if r < 0 else 0.2 if r < 4 else 0.8  # share without a thought: most of the covert topics
+            thought = "<think> </think>" if rng.random() < suppressed else policy(r if r >= 0 else self.frequent(rng))
             return pick(ASK).format(t=surface(rng, t)), f"{thought} {pick(SORRY).format(t=t)}"
         if kind == "recall":  # nothing to refuse, but the policy comes to mind
             return pick(VAGUE), f"{policy(self.frequent(rng))} hello , how can i help ?"

@@ -466,6 +466,14 @@ def gguf_tokenizer(name, meta):
 # ------------------------------------------------------------------------------------------------------ load and save
 
 
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Leaves out random initial values; drawing them on the meta device would import torch's compiler: two seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") not in ("normal_", "kaiming_uniform_", "uniform_"):
+            return function(*args, **(kwargs or {}))
+
+
 def load(name, device="cpu", dtype="auto"):
     """A checkpoint as (GPT, ChatTokenizer).
 
@@ -494,7 +502,7 @@ def load(name, device="cpu", dtype="auto"):
         found = sum(name.endswith(f".{NAMES[kind]['norm1']}.weight") for name in tensors)
         if found != config.n_layer:
             raise ValueError(f"the config names {config.n_layer} layers, the tensors {found}")
-        with torch.device("meta"):
+        with torch.device("meta"), NoInit():
             model = GPT(config)
         sources = check(kind, model, tensors)
         if dtype == "auto":

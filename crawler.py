@@ -93,7 +93,9 @@ class CrawlFlags(common.TrainFlags):
     seed_pick: Literal["uniform", "least"] = "uniform"
     """at random (paper), or the least used first"""
     temperature: float = 0.6
-    """of lists (paper: .6); verification is at 1"""
+    """of lists (paper: .6)"""
+    check_temperature: float = 1.0
+    """of verification (paper: 1)"""
     max_tokens: int = 100
     """of lists and answers (paper: 100)"""
     skip_thought: bool = False
@@ -375,7 +377,7 @@ def verify(args, prompts, head):
 
     def call(purpose, user):
         thought = "<think>\n\n</think>\n\n" * args.skip_thought
-        reply = yield Request(purpose, user, thought, args.max_tokens, 1.0, args.system)
+        reply = yield Request(purpose, user, thought, args.max_tokens, args.check_temperature, args.system)
         refused, text = vote(reply), visible(reply.text)[:240]
         head.errors += refused is None
         head.api += reply.finish == "refusal"
@@ -1120,7 +1122,9 @@ def run_arm(args, arm, world, backend, path, stopped):
 def meaning(args, seed):
     """The flags that give a crawl its meaning: a journal can't be resumed with others."""
     names = "model url api template system place lists k seed_rule seed_pick temperature max_tokens skip_thought verify"
-    return {n: getattr(args, n) for n in f"{names} j need dedup prefills topics controls".split()} | {"seed": seed}
+    return {n: getattr(args, n) for n in f"{names} check_temperature j need dedup prefills topics controls".split()} | {
+        "seed": seed
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- the verdict

@@ -45,9 +45,9 @@ def versus(what, ours, peers, device, rounds=15, tries=3):
         sync()
         return (time.perf_counter() - began) / repeat
 
-    once = {name: min(seconds(f, 1) for _ in range(3)) for name, f in contenders.items()}
+    once = {name: min(seconds(f, 1) for _ in range(tries)) for name, f in contenders.items()}
     repeat = {name: 1 + int(0.02 / s) for name, s in once.items()}  # 20 ms a turn
-    for _ in range(max(5, min(rounds, int(20 / sum(once.values()))))):
+    for _ in range(max(min(rounds, 5), min(rounds, int(20 / sum(once.values()))))):
         for name in random.sample(list(contenders), len(contenders)):
             times.setdefault(name, []).append(seconds(contenders[name], repeat[name]))
     rows = []
@@ -313,7 +313,7 @@ def generate(device):
         return peer.generate(idx, attention_mask=mask, **options)[:, longest:].tolist()
 
     assert ours() == theirs()
-    rows = versus("generate, 16 x 64, fp32", ours, {"transformers": theirs}, device, rounds=5, tries=1)
+    rows = versus("generate, 16 x 64, fp32", ours, {"transformers": theirs}, device, rounds=3, tries=1)
     path = pretrained.find(name)
     read = {"gguf_file": path.name, "dtype": torch.float32}
     peers = {"transformers": lambda: AutoModelForCausalLM.from_pretrained(path.parent, **read)}

@@ -578,7 +578,78 @@ def masks(device):
     ]
 
 
-SECTIONS = {"mask": mask, "train": train, "patching": patching, "sae": sae, "generate": generate, "masks": masks}
+# ------------------------------------------------------------------------------------------------------------ crawler
+
+
+def slow_server(port, latency=0.005):
+    """A completions server on 127.0.0.1 in a process of its own: every answer takes `latency` seconds."""
+    import asyncio
+    import contextlib
+
+    body = b'{"choices":[{"message":{"content":"no"},"finish_reason":"stop"}]}'
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+    async def serve(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # until the client hangs up
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                await reader.readexactly(int(head.lower().split(b"content-length:")[1].split()[0]))
+                await asyncio.sleep(latency)
+                writer.write(reply)
+
+    async def main():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port.value = server.sockets[0].getsockname()[1]
+        await server.serve_forever()
+
+    asyncio.run(main())
+
+
+def crawler(device):
+    """128 calls of a crawl, 4 in flight, journal on disk, to a server that takes 5 ms: against waiting alone, urllib."""
+    import multiprocessing
+    import urllib.request
+    from concurrent.futures import ThreadPoolExecutor
+
+    import crawler as script
+
+    context = multiprocessing.get_context("spawn")
+    port = context.Value("i", 0)
+    server = context.Process(target=slow_server, args=(port,), daemon=True)
+    server.start()
+    while not port.value:
+        time.sleep(0.01)
+    pool, request = ThreadPoolExecutor(4), script.Request("answer", "Hi")
+    url = f"http://127.0.0.1:{port.value}/v1"
+    target = script.Endpoint("chat", url, "m", 0, script.Args(concurrency=4))
+    payload = json.dumps(script.to_server("chat", "m", request, 0, "")[1]).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        journal = script.Journal(Path(folder) / "calls", {})
+
+        def ours():
+            target.run([(f"{len(journal.done)}.{i}", request) for i in range(128)], journal)
+
+        def urllib_():
+            post = lambda _: json.load(
+                urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", payload))
+            )
+            assert len(list(pool.map(post, range(128)))) == 128
+
+        peers = {"waiting alone": lambda: list(pool.map(time.sleep, [0.005] * 128)), "urllib": urllib_}
+        rows = versus("crawl, 128 calls of 5 ms, 4 at once", ours, peers, device)
+        assert all(reply.text == "no" for reply in journal.done.values())
+    server.terminate()
+    return rows
+
+
+SECTIONS = {
+    "mask": mask,
+    "train": train,
+    "patching": patching,
+    "sae": sae,
+    "generate": generate,
+    "masks": masks,
+    "crawler": crawler,
+}
 
 
 def main(argv=None):

@@ -605,7 +605,7 @@ def slow_server(port, latency=0.005):
 
 
 def crawler(device):
-    """128 calls of a crawl, 4 in flight, journal on disk, to a server that takes 5 ms: against waiting alone, urllib."""
+    """128 calls of a crawl, 4 at once, with journal, to a server that takes 5 ms: against waiting alone, and urllib."""
     import multiprocessing
     import urllib.request
     from concurrent.futures import ThreadPoolExecutor
@@ -629,9 +629,8 @@ def crawler(device):
             target.run([(f"{len(journal.done)}.{i}", request) for i in range(128)], journal)
 
         def urllib_():
-            post = lambda _: json.load(
-                urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", payload))
-            )
+            ask = urllib.request.Request(f"{url}/chat/completions", payload)
+            post = lambda _: json.load(urllib.request.urlopen(ask))
             assert len(list(pool.map(post, range(128)))) == 128
 
         peers = {"waiting alone": lambda: list(pool.map(time.sleep, [0.005] * 128)), "urllib": urllib_}

@@ -264,7 +264,7 @@ def test_toy_documents_never_hold_what_is_held_out():
 
 @pytest.mark.parametrize("tok, pieces", [("chunk", ["wa", "te", "r"]), ("word", ["water"]), ("char", list("water"))])
 def test_toy_tokenizer(tok, pieces):
-    toy = patching.Toy(patching.Args(), 0, tok)
+    toy = patching.Toy(patching.Args(concepts=120), 0, tok)
     ids = toy.tok.encode('English: "water" = nature.en x1.en\n', bos=True)
     names = [toy.tok.names[i] for i in ids]
     assert names == ["<bos>", "English", ': "', *pieces, '"', " = ", "nature.en", "x1.en", "\n"]
@@ -313,9 +313,9 @@ def csv(tmp_path, text):
 
 
 def test_own_words(folder, tmp_path):
-    rows = "".join(f"{w},{w[::-1]}|{w}x,{w}q\n" for w in "abc bcd cde def efg fgh ghi hij".split())
+    rows = "".join(f"{w},{w[::-1]}|{w}x,{w}q,z{w}\n" for w in "abc bcd cde def efg fgh ghi hij".split())
     flags = ["--pairs", "4", "--k", "1", "--shots", "2", "--quads", "en-de:de-fr", "--out", str(tmp_path)]
-    result = patching.main(["--model", str(folder), "--words", csv(tmp_path, "en,de,fr\n" + rows), *flags])
+    result = patching.main(["--model", str(folder), "--words", csv(tmp_path, "en,de,fr,es\n" + rows), *flags])
     assert list(result["metrics"]) == [f"{folder.name}-s0"]
 
 
@@ -323,25 +323,26 @@ def test_own_words(folder, tmp_path):
     "flags, match",
     [
         ("--pairs 1", "2 to"),
-        ("--pairs 5000", "held-out words make at most"),
+        ("--pairs 5000", "pairs of concepts, --pairs 5000"),
         ("--shots 99", "1 to 50"),
         ("--k 0", "1 to 30"),
         ("--k 25", "pairs of languages are left"),
         ("--concepts 5", "20 to 120"),
-        ("--languages en fr xx de", "allowed: en fr"),
+        ("--languages en fr xx de", "four or more, each once, of en fr"),
         ("--languages en fr de", "four or more"),
         ("--quads de-it", "needed source:target"),
         ("--quads en-fr:de-ru", "of de, es, fr, fi, nl"),
         ("--quads de-es:fr-es", "two output languages"),
-        ("--tok syllable", "chunk"),
+        ("--tok syllable", "allowed: chunk word char"),
         ("--words WORDS", "needs --model"),
         ("--model /no/such/model", "no model"),
         ("--model MODEL --words /no/such.csv", "/no/such.csv"),
         ("--model MODEL --words EMPTY_CELL", "line 3: an empty cell"),
         ("--model MODEL --words UNKNOWN", "unknown language 'xx'"),
         ("--model MODEL --words FEW", "3 words"),
-        ("--model MODEL --quads fr-en:es-fr --pairs 20000", "pairs of concepts, --pairs asks for 20000"),
-        ("--n-head 5", "n_head 5"),
+        ("--model MODEL --quads fr-en:es-fr --pairs 20000", "pairs of concepts, --pairs 20000"),
+        ("--n-embd 30", "n_head 4"),
+        ("--local 9", "0 to 3"),
         ("--device toaster", "which has"),
     ],
 )

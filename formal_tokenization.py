@@ -1120,7 +1120,7 @@ def toy_tokenizers(rng):
     }
 
 
-        "lower-casing": (lambda ids: "".join("ab"[i] for i in ids), lambda t: [c in "bB" for c in t], 2, ["aB"]),
+# ------------------------------------------------------------------------------------------------ the learnability toy
 
 ALPHABET, DEPTH, LONGEST = "()[]", 6, 40
 

@@ -73,7 +73,7 @@ class Args(common.TrainFlags):
     quads: list[str] = field(default_factory=list)
     """language quadruples source:target, as de-it:fr-zh (the paper's); default: six for the toy and the real model"""
     pairs: int = 0
-    """pairs of concepts for each quadruple; default 100 for the toy, 200 for a real model (paper: 200)"""
+    """pairs of concepts for each quadruple; default 60 for the toy, 200 for a real model (paper: 200)"""
     shots: int = 0
     """examples in a prompt; default 3 for the toy, 5 for a real model (paper: 5)"""
     score: Literal["first", "word"] = "first"
@@ -830,7 +830,7 @@ def report(name, r):
 def prepare(args, env):
     """Checks the flags, draws all pairs once; returns the real (model, world), or None for the toy."""
     toy = not args.model
-    args.shots, args.pairs = args.shots or (3 if toy else 5), args.pairs or (100 if toy else 200)
+    args.shots, args.pairs = args.shots or (3 if toy else 5), args.pairs or (60 if toy else 200)
     limits = {"pairs": (2, 10**6), "shots": (1, 50), "k": (1, 30), "prompts": (1, 10**6), "concepts": (20, 120)}
     for flag, (low, high) in (limits | {"local": (0, args.n_layer)}).items():
         if not low <= getattr(args, flag) <= high:

@@ -272,8 +272,11 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h, act = self.up(x), ACT[self.config.act]
-        gate, *up = h.chunk(2 if self.config.gated else 1, dim=-1)
-        h = act(gate) * up[0] if up else act(gate)
+        if self.config.gated:
+            gate, up = h.chunk(2, dim=-1)
+            h = act(gate) * up
+        else:
+            h = act(h)
         return self.out(self.post_norm(self.down(self.act(h))))
 
 
@@ -360,7 +363,7 @@ class GPT(nn.Module):
         plain = real is None and docs is None and (start == 0 or T == 1)
         see = {w: None if plain and not 0 < w < S else visible(q_pos, k_pos, w, real, docs) for w in set(windows)}
         rotary = {w: None if c.learned_pos else rope(c, q_pos, local=w > 0) for w in set(windows)}
-        joined = self.joined(T, mask, docs) if c.smear_keys else None
+        joined = self.joined(mask, docs) if c.smear_keys else None
 
         x = self.wte(idx)
         if c.embed_scale != 1.0:
@@ -373,7 +376,7 @@ class GPT(nn.Module):
         return self.final(x)
 
     @staticmethod
-    def joined(T, mask, docs):
+    def joined(mask, docs):
         """(B, 1, T, 1): 1 where a token's predecessor is real and of the same document; None if that is everywhere."""
         if mask is None and docs is None:
             return None
@@ -530,7 +533,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     idx, out = None, [[] for _ in prompts]
     alive = list(range(len(prompts)))  # the prompt behind each row of the batch
     for step in range(max_new_tokens):
-        h = model.hidden(idx, cache=cache)[:, -1] if step else prefill(model, prompts, cache)
+        with model.eager():  # the cache grows: compiled blocks would be compiled again and again
+            h = model.hidden(idx, cache=cache)[:, -1] if step else prefill(model, prompts, cache)
         logits = model.unembed(h).float()
         idx = sample(process(logits, alive, out) if process else logits, temperature, top_k, top_p, rng)
         done = torch.isin(idx, stops)[:, 0].tolist()

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from common import bad_input, fail, write_text
+from data import WORDS as GPT2_WORDS
 from data import Tokenizer, import_or_explain
 from model import GPT, GPTConfig, KVCache, sample
 
@@ -416,7 +417,6 @@ def folder_tokenizer(folder):
     return wrap(folder.name, backend, next(iter(ids("bos")), None), ids("eos"), template)
 
 
-GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_WORDS = r"(?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
 LLAMA3_WORDS += r"\s+(?!\S)|\s+"
 QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
@@ -646,9 +646,7 @@ def stream(model, tokenizer, ids, max_new_tokens, temperature=0.0, seed=0):
 
 def main(argv=None):
     """Prints what a model writes: after --prompt, or turn by turn."""
-    parser = argparse.ArgumentParser(
-        usage="python pretrained.py [flags]", description="text from a real model", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("pretrained.py", description="text from a real model", allow_abbrev=False)
     parser.error = fail
 
     def flag(name, default, text):

@@ -1193,11 +1193,11 @@ COLOURS = dict(zip(ARMS, "#ee6677 #aa3377 #4477aa #66ccee #ccbb44 #999999 #cc996
 
 def draw(path, results, args):
     """Recall against calls for each target, and the calls that a topic costs."""
-    with common.figure(path, 1, 3) as axes:
-        for ax, target in zip(axes, ("covert", "open")):
+    with common.figure(path, 1, len(args.targets) + 1) as axes:
+        for ax, target in zip(axes, args.targets):
             rows = [r for r in results if r["target"] == target]
             grid = np.arange(args.budget + 1)
-            for arm in [a for a in args.arms if rows and a in rows[0]]:
+            for arm in [a for a in args.arms if a in rows[0]]:
                 curves = np.stack([np.searchsorted(sorted(r[arm]["curve"]), grid, "right") / 36 for r in rows])
                 ax.plot(grid, curves.mean(0), color=COLOURS[arm], label=arm, lw=2 if arm in ("ipc", "least") else 1.2)
                 if len(rows) > 1:
@@ -1207,9 +1207,9 @@ def draw(path, results, args):
             ax.legend(fontsize=7, loc="center right" if target == "covert" else "lower right")
         rows = [r for r in results if r["target"] == "covert"]
         arms = [a for a in args.arms if rows and rows[0][a]["found"] > 1]
-        axes[2].barh(arms, [np.mean([r[a]["cost"] for r in rows]) for a in arms], color=[COLOURS[a] for a in arms])
-        axes[2].invert_yaxis()
-        axes[2].set(title="covert target: what a topic costs", xlabel="calls for each refused topic found")
+        axes[-1].barh(arms, [np.mean([r[a]["cost"] for r in rows]) for a in arms], color=[COLOURS[a] for a in arms])
+        axes[-1].invert_yaxis()
+        axes[-1].set(title="covert target: what a topic costs", xlabel="calls for each refused topic found")
 
 
 # fmt: on

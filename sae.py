@@ -245,6 +245,7 @@ class SAE(nn.Module):
             gate = pre.relu()
             x_gate = gate @ self.W_dec.detach() + self.b_dec.detach()
             penalty = gate.sum(1).mean()
+        self.silent.add_(1).mul_((f == 0).all(0))
         loss = (x - self.decode(f)).square().sum(1).mean() + self.l1 * warm * penalty
         return loss + (x - x_gate).square().sum(1).mean() if self.arch == "gated" else loss
 
@@ -351,6 +352,8 @@ def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, save=None, resume
         opt.load_state_dict(state["optimizer"])
         sae.silent.copy_(state["silent"])
         start, scale = state["step"], state["scale"].to(env.device)
+    elif save:
+        save.unlink(missing_ok=True)  # of an earlier run
     with common.interruptible() as stopped:
         for step in tqdm(range(start, steps), desc="SAE", initial=start, total=steps, leave=False, disable=log is None):
             x = batch(step) / scale
@@ -365,6 +368,8 @@ def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, save=None, resume
             sae.project()
             opt.step()
             sae.normalize()
+            if getattr(sae, "arch", "topk") in ("relu", "gated", "jumprelu") and step in (steps // 4, steps // 2):
+                resample(sae, opt, x, sae.silent > steps // 10)  # the others have AuxK
             if log and step % 100 == 0:
                 if not math.isfinite(loss.item()):
                     raise SystemExit(

@@ -1203,8 +1203,8 @@ def draw(path, results, args):
                 if len(rows) > 1:
                     ax.fill_between(grid, curves.min(0), curves.max(0), color=COLOURS[arm], alpha=0.12, lw=0)
             ax.axhline(32 / 36, color="k", lw=0.6, ls=":")
-            ax.set(title=f"{target} target", xlabel="calls of the target", ylabel="refused topics found", ylim=(0, 1))
-            ax.legend(fontsize=7, loc="center right" if target == "covert" else "lower right")
+            ax.set(title=f"{target} target", xlabel="calls of the target", ylabel="refused topics found", ylim=(0, 1.1))
+            ax.legend(fontsize=7, loc="upper left", ncols=2)
         rows = [r for r in results if r["target"] == "covert"]
         arms = [a for a in args.arms if rows and rows[0][a]["found"] > 1]
         axes[-1].barh(arms, [np.mean([r[a]["cost"] for r in rows]) for a in arms], color=[COLOURS[a] for a in arms])

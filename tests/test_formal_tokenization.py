@@ -65,7 +65,7 @@ def test_utf8_ranges():
 
 
 def test_tokens_inside_a_character():
-    c = ft.Constraint('root ::= [é-你]', [bytes([b]) for b in range(256)] + ["你".encode()[:2], "好".encode()])
+    c = ft.Constraint("root ::= [é-你]", [bytes([b]) for b in range(256)] + ["你".encode()[:2], "好".encode()])
     assert {0xE4, 0xC3, 256} <= set(np.flatnonzero(c.mask())) and not c.mask()[257] and not c.mask()[0xC2]
     c.advance(256)
     assert np.flatnonzero(c.mask()).tolist() == [*range(0x80, 0xA1)]
@@ -122,8 +122,8 @@ def test_uniform_is_uniform():
 
 def test_masks_equal_earley():
     rng = np.random.default_rng(1)
-    found = np.array([ft.differing_bits(rng, ft.random_grammar(rng)) for _ in range(60)]).sum(0)
-    assert found[0] == 0 and found[1] > 50 and found[2] > 1000
+    found = np.array([ft.differing_bits(rng, ft.random_grammar(rng)) for _ in range(40)]).sum(0)
+    assert found[0] == 0 and found[1] > 30 and found[2] > 700
 
 
 def test_earley_equals_re():
@@ -192,14 +192,20 @@ def test_masks_equal_the_peers(name, style):
         running = {k: start() for k, start in engines.items()}
         for _ in range(20):
             mask = running["ours"][0]()
+            ours = [i for i in real if mask[i]]
             for k, (fill, _) in running.items():
-                if k != "ours":
-                    assert (fill(show=True)[real] == mask[real]).all(), k
+                found = fill(show=True) if k != "ours" else mask
+                theirs = [i for i in real if found[i]]
+                # llguidance leaves the canonical token alone where the text is forced: `ue`, not `u` after `tr`
+                forced = k == "llguidance" and len(theirs) == 1 and {theirs[0]} <= {*ours}
+                if not (forced and all(vocab[theirs[0]].startswith(vocab[i]) for i in ours)):
+                    assert theirs == ours, k
             options = np.flatnonzero(mask[:-1])
             if not len(options):
                 break
+            id = int(rng.choice(options))
             for _, advance in running.values():
-                advance(int(options[0] if len(options) == 1 else rng.choice(options)))
+                advance(id)
 
 
 # ---------------------------------------------------------------------------------------------------------- invariants
@@ -257,7 +263,7 @@ def test_explain():
 
 def test_proper_masks_have_no_dead_ends():
     """Against the definition: ids with a proper completion of at most eight bytes."""
-    grammar, vocab = "root ::= \"a\" \"b\" \"a\"* | \"b\"", [*AB, None]
+    grammar, vocab = 'root ::= "a" "b" "a"* | "b"', [*AB, None]
     c = ft.Constraint(grammar, vocab, 4, proper=True)
     full = [tuple(ft.bpe(RANKS, t)) for t in (b"b", *(b"ab" + b"a" * n for n in range(7)))]
     todo = [()]
@@ -274,7 +280,7 @@ def test_proper_masks_have_no_dead_ends():
 
 def test_locality_fails_for_a_pretokenizer():
     assert ft.is_local(partial(ft.bpe, RANKS), AB, 4)[0] == 0
-    found = ft.theorems(12, 5)
+    found = ft.theorems(8, 5)
     assert found["local_violations"] == 0 < found["pretokenized_violations"]
     assert found["lift_wrong"] == 0 < found["scrambled_lift_wrong"]
 
@@ -303,7 +309,7 @@ def test_check_homomorphism():
         ('start ::= "a"', "no rule root, only: start"),
         ('root ::= "a" ?? )', "line 1"),
         ('root ::= ("a"', "line 1: a \\( is not closed"),
-        ('root ::= "a"{3,2}', "line 1: {3,2} is reversed"),
+        ('root ::= "a"{3,2}', "line 1: .3,2. is reversed"),
         ('root ::= "a" $', "line 1: can't read"),
         ('root ::= "a"\nroot ::= "b"', "line 2: 'root' is defined twice"),
     ],

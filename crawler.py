@@ -1245,10 +1245,8 @@ def report(path, rows, calls, **texts):
     when = sorted(row["decided"] for row in rows if row["verdict"] == "refused")
     steps = [f"H{600 * c / max(1, calls):.1f}V{155 - 150 * n / len(when):.1f}" for n, c in enumerate(when, 1)]
     parts = {name: html.escape(text) for name, text in texts.items()} | {"found": len(when), "calls": calls}
-    parts |= {
-        "curve": f"M0 155{''.join(steps)}H600",
-        "rows": json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c"),
-    }
+    parts["curve"] = f"M0 155{''.join(steps)}H600"
+    parts["rows"] = json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c")
     common.write_text(path, re.sub(r"@(\w+)@", lambda m: str(parts[m[1]]), PAGE))
 
 
@@ -1297,9 +1295,8 @@ def audit(args, env, run, seed):
     everyday, heads, ratings = [], [], []
     with common.interruptible() as stopped:
         go = lambda phase, steps, reserve=0: drive(phase, steps, target, journal, args.budget - reserve, stopped)
-        ended = go(
-            "everyday ", crawl(args, prompts, everyday, seed, prompts["everyday"][: args.controls]), args.comparisons
-        )
+        plain, known = replace(args, lists=args.controls), prompts["everyday"][: args.controls]
+        ended = go("everyday ", crawl(plain, prompts, everyday, seed, known), args.comparisons)
         if ended == "done":
             ended = go("", crawl(args, prompts, heads, seed, given), args.comparisons)
         refused = [h.label for h in heads if h.verdict == "refused"]
@@ -1315,12 +1312,7 @@ def audit(args, env, run, seed):
               "p < .05 (Fisher, one-sided)", p < 0.05, p0 >= 0.05)  # fmt: skip
     headline = f"{k} of {n} listed labels are refused, {k0} of {n0} everyday labels (p {p:.2g})"
     headline += "" if p < 0.05 else ": nothing discovered"
-    numbers = {
-        "ended": ended,
-        "calls": journal.used(),
-        "of these listing": journal.sent["elicit"],
-        "lost": journal.lost,
-    }
+    numbers = {"ended": ended, "calls": journal.used(), "listing": journal.sent["elicit"], "lost": journal.lost}
     numbers |= {"labels": len(heads), "undecided": len(heads) - n, "errors": sum(h.errors for h in heads)}
     numbers["Chao1 estimate"] = chao1([len(h.prompts) for h in heads if h.verdict == "refused"])
     if truth:
@@ -1330,17 +1322,9 @@ def audit(args, env, run, seed):
     common.write_jsonl(path.with_name(f"topics-s{seed}.jsonl"), rows)
     notes = "A refusal is no proof of intent, absence from the list none of compliance."
     notes = f"{told}. {json.dumps(meaning(args, seed))}. {notes}"
-    report(
-        path.with_name(f"report-s{seed}.html"),
-        rows,
-        journal.used(),
-        title=f"What {args.model} refuses",
-        headline=headline,
-        notes=notes,
-    )
-    print(
-        "\n".join([headline, told, *(f"  {r['refused']} of {r['attempts']}  {r['label']}" for r in rows[: min(k, 20)])])
-    )
+    texts = {"title": f"What {args.model} refuses", "headline": headline, "notes": notes}
+    report(path.with_name(f"report-s{seed}.html"), rows, journal.used(), **texts)
+    print(headline, told, *(f"  {r['refused']} of {r['attempts']}  {r['label']}" for r in rows[: min(k, 20)]), sep="\n")
     log.rewind(0)
     for n, when in enumerate(sorted(r["decided"] for r in rows[:k]), 1):
         log(when, found=n)

@@ -365,6 +365,44 @@ def test_smoke_writes_what_is_promised(tmp_path):
     assert (tmp_path / "sae.png").stat().st_size > 10000
 
 
+def test_a_real_checkpoint(tmp_path):
+    """A random Llama in the real files, Universal Dependencies and text from folders: the whole path of --model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    import pretrained
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    vocab = {"<|end_of_text|>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tok = Tokenizer(models.BPE(vocab, []))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tok.add_special_tokens(["<|end_of_text|>"])
+    folder = tmp_path / "model"
+    plain = dict(norm="rms", gated=True, act="silu", qkv_bias=False, attn_bias=False, mlp_bias=False)
+    pretrained.save(GPT(GPTConfig(257, 64, 3, 2, 16, d_mlp=32, **plain)), None, folder)
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end_of_text|>"}')
+    (tmp_path / "text.txt").write_text("Some more text.\n" * 400)
+    for lang in "en", "tr":
+        (tmp_path / "ud" / lang).mkdir(parents=True)
+        for split, n in ("train", 70), ("test", 20):
+            text = CONLLU * n + CONLLU.replace("Plur", "Sing").replace("Cats", "Cat") * n
+            (tmp_path / "ud" / lang / f"x-{split}.conllu").write_text(text)
+    flags = (
+        f"--model {folder} --layer 1 --ud {tmp_path}/ud --dataset file:{tmp_path}/text.txt --d-sae 32 --k 4 --rows 512"
+    )
+    flags = [*flags.split(), *"--sae-batch 128 --sae-steps 10 --block-size 32 --refresh --jobs 1 --threads 1".split()]
+    result = S.main([*flags, "--out", str(tmp_path / "out")])
+    assert [c["id"] for c in result["claims"]] == ["C1", "C2", "C3", "C4"]
+    assert set(result["metrics"]["main"][0]["study"]) == {"Number=Plur", "Number=Sing"}
+    assert result["metrics"]["main"][0]["ce"]["clean"] > 0
+    again = S.main([*flags, "--sae", str(tmp_path / "out" / "ae-s0.pt"), "--out", str(tmp_path / "two")])
+    one, two = (r["metrics"]["main"][0]["study"]["Number=Plur"]["ablations"]["multi"] for r in (result, again))
+    assert one["en"]["auc"] == pytest.approx(two["en"]["auc"], abs=1e-6)
+    with pytest.raises(SystemExit):
+        S.main([*flags, "--layer", "3", "--out", str(tmp_path / "three")])
+
+
 def test_a_stopped_sae_goes_on_exactly(tmp_path):
     rows = torch.randn(4096, 8)
     batch, save = S.Buffer(lambda r: rows, 64), tmp_path / "sae.pt"

@@ -14,8 +14,7 @@ blocks see the previous position only (--local), which keeps words from the last
 show that the order *must* be so. Nor the paper's absolute values, nor "latent English": for those, --model.
 
 Tags: [P] the paper, [C] its code, [S] independent summaries, [I] inferred here. "pilot": our runs on seeds 100 and up.
-Read on: `probabilities` (every patched measure) -> `World` (words, prompts, pairs) -> `Toy` -> `last`, `concept`,
-`define`, `geometry` (the experiments) -> `judge`. The one-pass sweep over layers is `common.sweep`.
+Read on: `common.sweep` -> `probabilities` -> `World` -> `Toy` -> `last`, `concept`, `define`, `geometry` -> `judge`.
 """
 
 import csv
@@ -36,6 +35,7 @@ import common
 import pretrained
 from model import GPT, GPTConfig, generate
 
+STAGES = "last", "concept", "geometry"
 CODES = "en fr de es it nl pt fi tr et hi ja ko ru zh".split()
 
 
@@ -78,6 +78,8 @@ class Args(common.TrainFlags):
     """examples in a prompt; default 3 for the toy, 5 for a real model (paper: 5)"""
     score: Literal["first", "word"] = "first"
     """real models, experiments 2 and 3: probability of the first token, or of all (the toy: all)"""
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    """experiments: last (1), concept (2 and 3, and definitions in the toy), geometry"""
     num_patches: int = 0
     """how many layers from j on are patched at the concept token; 0 is all (paper: all)"""
     k: int = 5
@@ -92,8 +94,6 @@ class Args(common.TrainFlags):
     """peak learning rate"""
     weight_decay: float = 0.3
     """of matrices and embeddings"""
-    eval_every: int = 200
-    """steps between evaluations"""
     local: int = 3
     """of the toy: its first blocks see the previous position only, so that words are put together where they stand"""
     n_layer: int = 6
@@ -304,11 +304,6 @@ def disjoint(answers):
     return not any(clash(a, b) for a, b in combinations(answers, 2))
 
 
-def name_of(quad):
-    """de-it:fr-zh"""
-    return "{}-{}:{}-{}".format(*quad[0], *quad[1])
-
-
 def draw_pairs(rng, sources, targets, answers_of, n):
     """Up to n pairs (source row, target row) of different concepts, whose answers don't collide [C].
 
@@ -318,12 +313,9 @@ def draw_pairs(rng, sources, targets, answers_of, n):
     for i in rng.permutation(len(product)):
         s, t = product[i]
         answers = answers_of(s, t)
-        if s == t:
-            passed["same concept"] += 1
-        elif not all(answers):
-            passed["no token"] += 1
-        elif not disjoint(answers):
-            passed["collision"] += 1
+        odd = "same concept" if s == t else "no token" if not all(answers) else "" if disjoint(answers) else "collision"
+        if odd:
+            passed[odd] += 1
         else:
             pairs.append((s, t, answers))
         if len(pairs) == n:
@@ -470,7 +462,9 @@ def ask(world, quad, seed, n, first=True):
     pairs, passed = draw_pairs(rng, sources, targets, cell, n)
     if len(pairs) < n:
         why = ", ".join(f"{count} {reason}" for reason, count in passed.items())
-        raise ValueError(f"{name_of(quad)}: {len(pairs)} pairs of concepts, --pairs {n} is too many; left out: {why}")
+        raise ValueError(
+            f"{sa}-{sb}:{ta}-{tb} has {len(pairs)} pairs of concepts, --pairs {n} is too many; left out: {why}"
+        )
     return rng, *map(list, zip(*pairs))
 
 
@@ -511,8 +505,8 @@ def concept(model, world, args, sources, target, seed, n):
     """
     k, (rng, s, t, answers) = len(sources), ask(world, (sources[0], target), seed, n, first=False)
     of = lambda pair, rows: latents(model, world.prompts(rng, pair, rows, args.shots, "word"), args.prompts)
-    rows = range(len(world.table[target[0]]))
-    others = np.array([rng.choice([r for r in rows if r not in pair], k, replace=False) for pair in zip(s, t)])
+    strange = lambda pair: [r for r in range(len(world.table[target[0]])) if r not in pair]
+    others = np.array([rng.choice(strange(pair), k, replace=False) for pair in zip(s, t)])
     one, strangers = ([of(pair, part) for pair, part in zip(sources, parts)] for parts in ([s] * k, others.T))
     mean = lambda parts: torch.stack(parts).mean(0)
     z = {f"single{i + 1}": one[i] for i in range(k)} | {f"mean{i + 1}": mean(one[: i + 1]) for i in range(k)}
@@ -520,8 +514,7 @@ def concept(model, world, args, sources, target, seed, n):
     z |= {"mixed": mean(one[:1] + strangers[1:]), "unrelated": strangers[0]}
     (rho,) = {world.rho(world.text(target, [], row), world.text(target, [], row, "word")) for row in t}
     prompts, patch = world.prompts(rng, target, t, args.shots), lambda z: hold(z, args.num_patches)
-    size = max(1, args.prompts // 4)  # a dozen sources side by side
-    p = probabilities(model, prompts, answers, rho, torch.stack([*z.values()], 2), patch, size).numpy()
+    p = probabilities(model, prompts, answers, rho, torch.stack([*z.values()], 2), patch, -(-args.prompts // 4)).numpy()
     return {name: p[:, :, i] for i, name in enumerate(z)}
 
 
@@ -594,8 +587,8 @@ def study(model, world, args, name, seed):
     """All experiments on one model; returns their results as plain numbers. --resume takes up what is in --out."""
     (quads, sources, target), n, toy = languages_of(args, world), args.pairs, not args.model
     cells, out = {}, {"quads": {}}
-    for i, quad in enumerate(tqdm(quads, f"patch {name}", leave=False, disable=None)):
-        path = Path(args.out) / f"{name}-{name_of(quad).replace(':', '-')}-{n}x{args.shots}.npz"
+    for i, (text, quad) in enumerate(tqdm(quads.items(), f"patch {name}", leave=False, disable=None)):
+        path = Path(args.out) / f"{name}-{text.replace(':', '-')}-{n}x{args.shots}.npz"
         if not (args.resume and path.exists()):
             np.savez(path.with_suffix(".tmp.npz"), **last(model, world, args, quad, seed, n, toy or i == 0))
             path.with_suffix(".tmp.npz").replace(path)
@@ -609,30 +602,38 @@ def study(model, world, args, name, seed):
                 cells.setdefault(source, []).append(values[:, :, :4])
         interval = bootstrap(lambda rows, p=p["source"]: switch_layers(p[rows].mean(0)), n)
         found = {"able": able, "mean": mean, "band": half, "t": switch_layers(mean), "t_interval": interval}
-        out["quads"][name_of(quad)] = found
+        out["quads"][text] = found
     p = {source: np.concatenate(values) for source, values in cells.items()}
     out["last"] = {source: v.mean(0) for source, v in p.items()}
     t = {source: switch_layers(v) for source, v in out["last"].items()}
     out |= {"t": t["source"], "t_one_factor": (t["language only"][0], t["concept only"][1])}
 
-    m = n if toy else -(-n // 3)  # a dozen sources side by side are a dozen times the work
+    if "concept" in args.stages:
+        out |= hold_concepts(model, world, args, sources, target, seed)
+    if "geometry" in args.stages:
+        out["geometry"], out["geometry_shuffled"] = geometry(model, world, args, seed)
+    torch.manual_seed(seed)
+    untrained = GPT(model.config).to(model.wte.weight.device, model.wte.weight.dtype)
+    out["untrained"] = last(untrained, world, args, quad, seed, min(n, 32), False)["source"].mean(0).max()
+    return json.loads(json.dumps(out, default=lambda a: a.tolist()))  # arrays and NumPy's numbers as plain ones
+
+
+def hold_concepts(model, world, args, sources, target, seed):
+    """Experiments 2 and 3 and the definitions, as plain numbers."""
+    m = -(-args.pairs // 3) if args.model else args.pairs  # a dozen sources side by side are a dozen times the work
     p = concept(model, world, args, sources, target, seed, m)
     single = np.mean([v[:, :, 0] for name, v in p.items() if name.startswith("single")], 0)  # (m, L + 1)
     j = int(single.mean(0).argmax())  # the layer that is best for one source: means get no advantage from the choice
     interval = lambda v: [v.mean(), *bootstrap(lambda rows: v[rows].mean(), m)]
     means = {name: v[:, j, 0] for name, v in p.items() if name.startswith("mean")}
-    out |= {"concept_layer": j - 1, "k_sweep": [interval(v) for v in means.values()]}
+    out = {"concept_layer": j - 1, "k_sweep": [interval(v) for v in means.values()]}
     others = {name: p[name][:, j, 0] for name in ("contexts", "mixed")}
     out["gain"] = {name: interval(v - single[:, j]) for name, v in (means | others).items()}
     out["concept"] = {name: v.mean(0) for name, v in p.items()}
     out |= {"single": single.mean(0), "baseline": out["concept"]["mean1"][-1, 1]}
-    if toy:
-        out["define"] = define(model, world, args, sources, target[1], seed, j - 1, n)
-    out["geometry"], out["geometry_shuffled"] = geometry(model, world, args, seed)
-    torch.manual_seed(seed)
-    untrained = GPT(model.config).to(model.wte.weight.device, model.wte.weight.dtype)
-    out["untrained"] = last(untrained, world, args, quads[0], seed, min(n, 32), False)["source"].mean(0).max()
-    return json.loads(json.dumps(out, default=lambda a: a.tolist()))  # arrays and NumPy's numbers as plain ones
+    if not args.model:
+        out["define"] = define(model, world, args, sources, target[1], seed, j - 1, m)
+    return out
 
 
 def run_toy(args, tok, seed, position=0):
@@ -643,7 +644,7 @@ def run_toy(args, tok, seed, position=0):
 
 
 def languages_of(args, world):
-    """(quadruples, k source pairs, target pair): --quads, or every rotation of the toy's languages; means over others.
+    """({quadruple: its pairs}, k source pairs, target pair): --quads, or rotations of the toy's languages.
 
     Experiment 3 goes into the target of the first quadruple, from pairs of the remaining languages, as in the paper.
     """
@@ -651,8 +652,9 @@ def languages_of(args, world):
     at = lambda i: codes[i % len(codes)]
     default = [f"{at(i)}-{at(i + 1)}:{at(i + 2)}-{at(i + 3)}" for i in range(min(6, len(codes)))]
     default = REAL_QUADS if args.model and not args.words else default
-    quads = [parse_quad(text, world) for text in args.quads or default]
-    target, rest = quads[0][1], [c for c in codes if c not in quads[0][1]]
+    quads = {text: parse_quad(text, world) for text in args.quads or default}
+    target = next(iter(quads.values()))[1]
+    rest = [c for c in codes if c not in target]
     sources = [(a, b) for step in range(1, len(rest)) for a, b in zip(rest, rest[step:] + rest[:step])]
     if len(sources) < args.k:
         raise ValueError(f"--k {args.k}: {len(sources)} pairs of languages are left beside {'-'.join(target)}")
@@ -702,6 +704,20 @@ def judge(run, results):
                    and r["t_one_factor"][0] < r["t_one_factor"][1]),
               m(lambda r: min(cell(r, "noise", 1), cell(r, "noise", 3))) < 0.3)
 
+    if "concept" in results[0]:
+        judge_concept(run, results, m, cell, most)
+    if "geometry" in results[0]:
+        best = lambda r, which: max(r[which], key=lambda row: row[0])
+        share = lambda which, i: m(lambda r: best(r, which)[i])
+        test = lambda which: share(which, 2) <= 0.5 * share(which, 0)
+        run.claim("G", "concept and language add up: shares of variance at the word's last token, best layer",
+                  "-", {name: share("geometry", i) for i, name in enumerate(("concept", "language", "both together"))},
+                  {"shuffled: concept": share("geometry_shuffled", 0), "both": share("geometry_shuffled", 2)},
+                  "interaction <= half of concept", test("geometry"), not test("geometry_shuffled"))
+
+
+def judge_concept(run, results, m, cell, most):
+    """The claims of experiments 2 and 3 and of the definitions."""
     top = lambda name: m(lambda r: max(row[0] for row in r["concept"][name]))
     base, from_last = m(lambda r: r["baseline"]), m(lambda r: cell(r, "source", 3))
     test = lambda p: p >= 0.5 * base
@@ -732,82 +748,63 @@ def judge(run, results):
                   "source's >= .6 and overwritten's <= .2", test("patched"),
                   not test("plain") and not test("unrelated"))
 
-    best = lambda r, which: max(r[which], key=lambda row: row[0])
-    share = lambda which, i: m(lambda r: best(r, which)[i])
-    test = lambda which: share(which, 2) <= 0.5 * share(which, 0)
-    run.claim("G", "concept and language add up: shares of variance at the word's last token, best layer for concept",
-              "-",
-              {name: share("geometry", i) for i, name in enumerate(("concept", "language", "both together"))},
-              {"shuffled: concept": share("geometry_shuffled", 0), "both together": share("geometry_shuffled", 2)},
-              "interaction <= half of concept", test("geometry"), not test("geometry_shuffled"))
-
-
-def judge_tokens(run, by_tok):
-    """Our own question: does the concept arrive later, the more pieces a word has?"""
-    t = {tok: [float(np.median([r["t_one_factor"][i] for r in rs])) for i in (0, 1)] for tok, rs in by_tok.items()}
-    shift = [t["char"][i] - t["word"][i] for i in (0, 1)]
-    run.claim("T5", "the more pieces a word has, the later its concept arrives (one factor patched)", "-",
-              {f"t_conc, {tok}": t[tok][1] for tok in ("word", "chunk", "char")},
-              {f"t_lang, {tok}": t[tok][0] for tok in ("word", "chunk", "char")},
-              "word <= chunk <= char, word < char, and the language moves less",
-              t["word"][1] <= t["chunk"][1] <= t["char"][1] and shift[1] > 0,
-              abs(shift[0]) < abs(shift[1]))
-
 
 BLUE, RED, GREEN, GOLD, GREY = "#4477aa", "#ee6677", "#228833", "#ccbb44", "#999999"
 
 
 def draw(path, r, title):
-    """One picture of a run: experiment 1, its switch layers, controls; experiments 2 and 3; the geometry."""
+    """One picture of a run: experiment 1 and its controls; switch layers; experiments 2 and 3; the geometry."""
     name, main = next(iter(r["quads"].items()))
     (sa, sb), (ta, tb) = (pair.split("-") for pair in name.split(":"))
-    x = np.arange(len(main["mean"])) - 1
-    say = f"{LABELS[tb]} (target's)", f"{LABELS[sb]} (source's)"
-    lines = [(f"target's concept in {say[0]}", BLUE), (f"target's concept in {say[1]}", RED)]
-    lines += [(f"source's concept in {say[1]}", GREEN), (f"source's concept in {say[0]}", GOLD), ("English", GREY)]
-    with common.figure(path, 2, 3, (4.6, 3.4)) as axes:
-        curves, switches, factors, held, sweep, shares = axes
-        for i, (label, colour) in enumerate(lines[: len(main["mean"][0])]):
-            y, half = (np.array(main[key])[:, i] for key in ("mean", "band"))
-            curves.plot(x, y, color=colour, label=label)
-            curves.fill_between(x, y - half, y + half, color=colour, alpha=0.2, lw=0)
-        curves.axhline(main["mean"][0][0], color=BLUE, ls=":", lw=1)
-        curves.axhline(main["mean"][-1][2], color=GREEN, ls=":", lw=1)
-        curves.set(title=f"{title}: {sa}→{sb} patched into {ta}→{tb}", ylabel="probability", ylim=(-0.02, None))
-        for i, quad in enumerate(r["quads"].values()):
-            for which, colour in (0, RED), (1, GREEN):
-                low, high = np.array(quad["t_interval"])[:, which]
-                switches.plot([low, high], [i, i], color=colour, lw=4, alpha=0.35, solid_capstyle="butt")
-                label = ("language", "concept")[which] if i == 0 else None
-                switches.plot(quad["t"][which], i, "o", color=colour, ms=6, label=label)
-        switches.set(title="From this layer on, the source's wins", yticks=range(len(r["quads"])),
-                     xlim=(-1.5, len(x) - 0.5))
-        switches.set_yticklabels([q.replace("-", "→").replace(":", " into ") for q in r["quads"]])
-        switches.invert_yaxis()
+    x, mean, half = np.arange(len(main["mean"])) - 1, np.array(main["mean"]), np.array(main["band"])
+    panels = ["curves", "factors"] + ["switches"] * (len(r["quads"]) > 1)
+    panels += ["held", "sweep"] * ("concept" in r) + ["shares"] * ("geometry" in r)
+    with common.figure(path, -(-len(panels) // 3), min(3, len(panels)), (4.8, 3.5)) as axes:
+        ax = dict(zip(panels, axes))
+        lines = (f"target's concept in {tb}, its language", BLUE), (f"target's concept in {sb}, the source's", RED)
+        lines += (f"source's concept in {sb}", GREEN), (f"source's concept in {tb}", GOLD), ("either, in English", GREY)
+        for (label, colour), y, d in zip(lines, mean.T, half.T):
+            ax["curves"].plot(x, y, color=colour, label=label)
+            ax["curves"].fill_between(x, y - d, y + d, color=colour, alpha=0.2, lw=0)
+        for t, colour, what in zip(main["t"], (RED, GREEN), ("language", "concept")):
+            ax["curves"].axvline(t, color=colour, ls=":", lw=1, label=f"{what} switches at {t}")
+        ax["curves"].set(title=f"{title}: {sa}→{sb} patched into {ta}→{tb}", ylim=(-0.02, 1.6 * mean.max()))
         last = {k: np.array(v) for k, v in r["last"].items()}
-        factors.plot(x, last["language only"][:, 1], color=RED, label="same concept: source's language")
-        factors.plot(x, last["concept only"][:, 3], color=GREEN, label="same languages: source's concept")
-        factors.plot(x, last["scrambled"][:, 0], color=BLUE, ls="--", label="scrambled examples: target's answer")
-        factors.plot(x, last["noise"][:, 1:].max(1), color=GREY, ls="--", label="noise: largest other cell")
-        factors.set(title="One factor at a time, and controls", ylabel="probability")
-        k = len(r["k_sweep"])
-        held.plot(x, r["single"], color=BLUE, label="one source")
-        kinds = (f"mean{k}", f"mean of {k} languages", RED), ("contexts", f"mean of {k} contexts", GOLD)
-        for key, label, colour in (*kinds, ("mixed", f"mean of {k} concepts", GREY)):
-            held.plot(x, np.array(r["concept"][key])[:, 0], color=colour, label=label)
-        held.axhline(r["baseline"], color="k", ls=":", lw=1)
-        held.set(title="At the word's last token, from layer j on", ylabel="source's concept in target's language")
-        mid, low, high = np.array(r["k_sweep"]).T
-        sweep.errorbar(range(1, k + 1), mid, (mid - low, high - mid), fmt="o-", color=RED, capsize=3)
-        sweep.axhline(max(r["single"]), color=BLUE, ls=":", lw=1, label="one source, mean over all")
-        sweep.set(title=f"Mean over k languages, from layer {r['concept_layer']} on", xticks=range(1, k + 1))
-        split = np.array(r["geometry"]).T
-        names = ["concept", "language", "both together"]
-        shares.stackplot(x, split, colors=[GREEN, RED, GREY], labels=names, alpha=0.8)
-        shares.set(title="Variance of the word's last token", ylabel="share", ylim=(0, 1), xlim=(x[0], x[-1]))
-        for ax in axes:
-            ax.set_xlabel("k" if ax is sweep else "layer")
-            ax.legend(fontsize=7)
+        factors = ("language only", 1, "same concept: in source's language", RED, "-"),
+        factors += ("concept only", 3, "same languages: source's concept", GREEN, "-"),
+        factors += ("scrambled", 0, "scrambled examples: target's answer", BLUE, "--"),
+        for key, i, label, colour, style in factors:
+            ax["factors"].plot(x, last[key][:, i], color=colour, ls=style, label=label)
+        ax["factors"].plot(x, last["noise"][:, 1:].max(1), color=GREY, ls="--", label="noise: largest other cell")
+        ax["factors"].set(title="One factor at a time, and controls", ylim=(-0.02, 1.4 * last["language only"].max()))
+        for i, quad in enumerate(r["quads"].values() if "switches" in ax else ()):
+            for which, colour, label in (0, RED, "language"), (1, GREEN, "concept"):
+                low, high = np.array(quad["t_interval"])[:, which]
+                ax["switches"].plot([low, high], [i, i], color=colour, lw=5, alpha=0.35)
+                ax["switches"].plot(quad["t"][which], i, "o", color=colour, label=None if i else label)
+        if "switches" in ax:
+            names = [q.replace("-", "→").replace(":", " into ") for q in r["quads"]]
+            ax["switches"].set(title="From this layer on, the source's wins", yticks=range(len(names)))
+            ax["switches"].set_yticklabels(names)
+        if "concept" in r:
+            k, (mid, low, high) = len(r["k_sweep"]), np.array(r["k_sweep"]).T
+            ax["held"].plot(x, r["single"], color=BLUE, label="one source")
+            kinds = (f"mean{k}", "languages", RED), ("contexts", "contexts", GOLD), ("mixed", "concepts", GREY)
+            for key, what, colour in kinds:
+                ax["held"].plot(x, np.array(r["concept"][key])[:, 0], color=colour, label=f"mean of {k} {what}")
+            ax["held"].axhline(r["baseline"], color="k", ls=":", lw=1, label="target, unpatched")
+            ax["held"].set(title="Held at the word: source's concept, target's language")
+            ax["sweep"].errorbar(range(1, k + 1), mid, (mid - low, high - mid), fmt="o-", color=RED, capsize=3)
+            ax["sweep"].axhline(max(r["single"]), color=BLUE, ls=":", lw=1, label="one source, mean over all")
+            ax["sweep"].set(title=f"Mean over k languages, from layer {r['concept_layer']} on", xticks=range(1, k + 1))
+        if "geometry" in r:
+            names = ["concept", "language", "both together"]
+            ax["shares"].stackplot(x, np.array(r["geometry"]).T, colors=[GREEN, RED, GREY], labels=names, alpha=0.8)
+            ax["shares"].set(title="Variance at the word's last token", ylim=(0, 1), xlim=(x[0], x[-1]))
+        for panel, one in ax.items():
+            one.set_xlabel("k" if panel == "sweep" else "layer")
+            one.set_ylabel({"switches": "", "shares": "share"}.get(panel, "probability"))
+            one.legend(fontsize=7)
 
 
 def report(name, r):
@@ -816,11 +813,11 @@ def report(name, r):
     for quad, q in r["quads"].items():
         ends = f"target {q['mean'][0][0]:.2f}, source {q['mean'][-1][2]:.2f}"
         print(f"  {quad}: {ends}, t_lang {q['t'][0]}, t_conc {q['t'][1]}, 95 % {q['t_interval']}")
-    print("  layer  T in outT  T in outS  S in outS  S in outT | held at the word: one, mean | read by logit lens")
-    mean = [row[0] for row in r["concept"][f"mean{len(r['k_sweep'])}"]]
-    for j, (row, *held, lens) in enumerate(zip(r["last"]["source"], r["single"], mean, r["logit lens"])):
-        columns = [*row, "      |", *held, "   |", lens[2]]
-        print(f"  {j - 1:5d}" + "".join(c if isinstance(c, str) else f"{c:11.3f}" for c in columns))
+    print("  layer  T in outT  T in outS  S in outS  S in outT  logit lens  held at the word: one source, mean")
+    mean = [row[0] for row in r["concept"][f"mean{len(r['k_sweep'])}"]] if "concept" in r else []
+    for j, (row, lens) in enumerate(zip(r["last"]["source"], r["logit lens"])):
+        held = [r["single"][j], mean[j]] if mean else []
+        print(f"  {j - 1:5d}" + "".join(f"{v:11.3f}" for v in [*row, lens[2], *held]))
 
 
 # fmt: on
@@ -835,6 +832,8 @@ def prepare(args, env):
     for flag, (low, high) in (limits | {"local": (0, args.n_layer)}).items():
         if not low <= getattr(args, flag) <= high:
             raise ValueError(f"--{flag} {getattr(args, flag)}, allowed: {low} to {high}")
+    if "last" not in args.stages or not {*args.stages} <= {*STAGES}:
+        raise ValueError(f"--stages {' '.join(args.stages)}, allowed: {' '.join(STAGES)}, last always among them")
     if toy:
         if args.words:
             raise ValueError("--words needs --model: the toy is trained on the built-in words")
@@ -859,7 +858,7 @@ def prepare(args, env):
             world.tok = tok
     for world, seed, _ in worlds:
         quads, sources, target = languages_of(args, world)
-        for quad in quads:
+        for quad in quads.values():
             ask(world, quad, seed, args.pairs)
         ask(world, (sources[0], target), seed, args.pairs, first=False)
     return None if toy else (model.eval(), world)
@@ -884,8 +883,6 @@ def main(argv=None):
         return None
     by_kind = {kind: [r for r, (k, _) in zip(results, runs) if k == kind] for kind in kinds}
     judge(run, by_kind[kinds[0]])
-    if {"word", "chunk", "char"} <= set(kinds):
-        judge_tokens(run, by_kind)
     logs = []
     for (kind, seed), r in zip(runs, results):
         run.metrics[name := f"{kind}-s{seed}"] = r

@@ -1,0 +1,184 @@
+"""train_zip2zip.py: the model's invariants, the transported model against its definition, the script end to end."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import train_zip2zip as z2z
+from lzw_tokenizer import LZW
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)
+WORDS = [[1, 2, 3, 1, 2, 3, 1, 2, 3, 4, 5, 1, 2, 3, 4], [7, 7, 7, 7, 7, 2, 3, 7, 7, 1, 2, 8, 1, 2, 8]]
+
+
+def tiny(arm="zip", M=3, trained=True, **flags):
+    """A small Zip over 10 ids, its encoder and LoRA moved away from zero."""
+    args = z2z.Args(enc_dim=8, lora_r=2, **flags)
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(10, 64, 2, 2, 16, norm="rms", tie=True))
+    model = z2z.Zip(z2z.add_lora(gpt, 2, 4), LZW(10, 100, M, [0], "avoid"), args, arm)
+    for p in model.parameters() if trained else ():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def scores(model, windows, b=0):
+    batch = z2z.pack(model.lzw, windows)
+    vin, vout = model.encode_all(batch["rows"])
+    return model.logits(model.hidden(batch["idx"], vin)[b], vout[b], batch["count"][b]), batch
+
+
+def test_without_rows_it_is_the_base_model_bit_for_bit():
+    model, idx = tiny(M=1, trained=False), torch.tensor(WORDS)
+    torch.manual_seed(0)
+    plain = GPT(model.config)
+    batch = z2z.pack(model.lzw, WORDS)
+    assert batch["idx"].tolist() == [w[:-1] for w in WORDS] and batch["rows"].shape[1] == 0
+    assert torch.equal(model.hidden(batch["idx"], torch.zeros(2, 0, 16)), plain.hidden(idx[:, :-1]))
+    loss = plain.loss(idx[:, :-1], idx[:, 1:])
+    assert torch.allclose(model(**batch), loss, atol=1e-6)
+
+
+def test_a_fresh_row_is_the_last_embedding_in_and_the_first_out():
+    model = tiny(trained=False)
+    vin, vout = model.encode(torch.tensor([[1, 2, -1], [3, 4, 5]]))
+    E = model.gpt.wte.weight
+    assert torch.equal(vin, E[[2, 5]]) and torch.equal(vout, E[[1, 3]])
+
+
+def test_a_row_does_not_depend_on_the_others_or_on_padding():
+    for flags in {}, {"encoder": "attn"}, {"encoder": "avg"}, {"untie": True}, {"residual": "none"}:
+        model = tiny(**flags)
+        one, many = model.encode(torch.tensor([[1, 2, -1]])), model.encode(torch.tensor([[3, 4, 5], [1, 2, -1]]))
+        assert all(torch.allclose(a[0], b[1], atol=1e-6) for a, b in zip(one, many))
+
+
+def test_rows_that_do_not_exist_yet_have_no_probability_and_every_target_has_some():
+    model = tiny()
+    for b in 0, 1:
+        logits, batch = scores(model, WORDS, b)
+        p = logits.softmax(-1)[:, 10:]
+        hidden = torch.arange(p.shape[1]) >= batch["count"][b][:, None]
+        assert (p[hidden] == 0).all() and (p[~hidden] > 0).all()
+        real = batch["targets"][b] >= 0
+        assert logits[real].gather(1, batch["targets"][b][real][:, None]).isfinite().all()
+
+
+def test_renaming_rows_leaves_the_loss_unchanged():
+    model = tiny(row_mask="window")
+    batch = z2z.pack(model.lzw, WORDS[:1])
+    K = batch["rows"].shape[1]
+    order = torch.randperm(K)
+    name = torch.cat((torch.arange(10), 10 + order.argsort()))
+    twin = batch | {"rows": batch["rows"][:, order], "idx": name[batch["idx"]], "targets": name[batch["targets"]]}
+    assert torch.allclose(model(**batch), model(**twin), atol=1e-5)
+
+
+def test_only_lora_and_encoder_learn():
+    model = tiny()
+    model(**z2z.pack(model.lzw, WORDS)).backward()
+    learns = {
+        name.split(".")[0] if "encoder" in name else name.split(".")[-1]
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    assert learns == {"encoder", "A", "B"}
+
+
+def test_cached_generation_is_the_full_forward_pass_and_batches_change_nothing():
+    model = tiny()
+    prompts = [WORDS[0], WORDS[1][:9], [4]]
+    together = z2z.generate(model, prompts, 12)
+    assert together == [z2z.generate(model, [p], 12)[0] for p in prompts]
+    for prompt, (codes, base) in zip(prompts, together):
+        decoder = z2z.Decoder(model.lzw)
+        start = model.lzw.encode(prompt)
+        assert [a for c in start + codes for a in decoder.push(c)[0]] == prompt + base
+        for t in range(len(codes)):  # greedy, each step from scratch, with the codebook of that moment
+            decoder, stream = z2z.Decoder(model.lzw), start + codes[:t]
+            for c in stream:
+                decoder.push(c)
+            rows = torch.from_numpy(decoder.book.array(-1))[None]
+            vin, vout = model.encode_all(rows)
+            h = model.hidden(torch.tensor([stream]), vin)[0, -1:]
+            assert model.logits(h, vout[0], torch.tensor([rows.shape[1]])).argmax().item() == codes[t]
+
+
+def test_replayed_codes_come_out_and_the_row_cache_fills():
+    model, store = tiny(), {}
+    codes = [1, 2, 3, 10, 4]
+    assert z2z.generate(model, [[5, 6]], 99, replay=[codes], store=store)[0][0] == codes and store
+    assert all(
+        torch.allclose(v, torch.stack(model.encode(torch.tensor([k + (-1,) * (3 - len(k))])))[:, 0], atol=1e-6)
+        for k, v in store.items()
+    )
+
+
+@pytest.mark.parametrize("kwkwk", ["classic", "avoid"])
+def test_the_transported_model_keeps_the_likelihood_and_is_a_distribution(kwkwk):
+    rng = np.random.default_rng(0)
+    for V, M, N in itertools.product((3, 4), (1, 2, 3), (0, 2, 50)):
+        lzw = LZW(V, N, M, [0], kwkwk)
+        table = torch.tensor(rng.dirichlet(np.ones(V), size=V)).log()  # a bigram model; its end is the id 0
+        ids = [0, *rng.integers(1, V, 25).tolist(), 0]
+        logp = table[ids[:-1]]
+        nll = -logp[torch.arange(len(ids) - 1), ids[1:]].sum()
+        assert abs(z2z.transported(lzw, logp, ids).sum() - nll) < 1e-10
+
+
+def test_extensions_hold_what_lzw_would_have_merged():
+    lzw = LZW(10, 100, 3)
+    codes, book = lzw.encode([1, 2, 1, 3, 1, 2, 4], book=True)  # 1 2 1 3 10 4: rows 12 21 13 31 124
+    assert codes == [1, 2, 1, 3, 10, 4]
+    assert z2z.extensions(lzw, codes, book) == [[], [], [2], [], [], []]
+    banned = z2z.pack(lzw, [[1, 2, 1, 3, 1, 2, 4]], canonical=True)["banned"][0]
+    assert banned[2].nonzero()[:, 0].tolist() == [2, 11]  # 2 and the row (2, 1) can't follow that 1
+    assert not banned.gather(1, torch.tensor(codes[1:])[:, None]).any()
+
+
+def test_prompt_lookup_counts_passes():
+    assert z2z.prompt_lookup_steps([1, 2, 3, 4, 5, 1, 2, 3, 4, 5], 7) == 1
+    assert z2z.prompt_lookup_steps([1, 2, 3, 4, 5, 6, 7, 8], 4) == 4
+
+
+def test_the_synthetic_language():
+    world = z2z.Synth(z2z.Args(), 0)
+    a, b = world.windows("train", 3, 2), world.windows("train", 3, 2)
+    assert np.array_equal(a, b) and a.shape == (2, 257) and (a[:, 0] == world.eos).all() and a.max() < world.n_vocab
+    text = "".join(world.text[i] for i in a[0][1:])
+    assert world.n_bytes(a[0]) == len(text.encode()) and not set(world.names(a[0])) & set(world.names(a[1]))
+
+
+def test_smoke_ends_with_claims_and_resumes_to_the_same(tmp_path):
+    first = z2z.main(["--preset", "smoke", "--arms", "cont", "zip", "ae", "canon", "--out", str(tmp_path)])
+    assert {"C1", "C2", "C5", "C6"} <= {c["id"] for c in first["claims"]}
+    oracle = first["metrics"]["base"][0]["oracle"]
+    assert abs(oracle["oracle"] - oracle["base"]) < 1e-4 and 0 <= first["metrics"]["ae"][0]["rows_recovered"] <= 1
+    assert (tmp_path / "zip2zip.png").exists() and json.loads((tmp_path / "result.json").read_text()) == first
+    again = z2z.main(["--preset", "smoke", "--arms", "cont", "zip", "ae", "canon", "--out", str(tmp_path), "--resume"])
+    assert all(
+        math.isclose(again["metrics"][a][0]["bpb"], first["metrics"][a][0]["bpb"]) for a in ("cont", "zip", "ae")
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        ("--arms cont zap", "allowed: all"), ("--arms rand", "lacks cont or zip"), ("--max-len 0", "max_len is 0"),
+        ("--max-codes -1", "max_codes is -1"), ("--enc-dim 7", "multiple"), ("--kwkwk never", "avoid"),
+        ("--model no-such-model", "no-such-model"), ("--lora-r 0", "from 1"), ("--device toaster", "which has"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(flags, match, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        z2z.main(["--preset", "smoke", "--out", str(tmp_path), *flags.split()])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and match in error
+    assert common.read_jsonl(tmp_path / "metrics.jsonl") == []

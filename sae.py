@@ -329,12 +329,12 @@ class Buffer:
         return self.rows[self.order[i * self.batch : (i + 1) * self.batch].to(self.rows.device)].float()
 
 
-def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, save=None, resume=False):
+def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, save=None, resume=False, every=1000):
     """Trains in place on batch(step) -> (B, d), normalised inside to mean square norm 1, and folds that away; -> sae.
 
     Also a crosscoder's trainer: anything with `loss(x, warm)`, `project`, `normalize`, `fold` and `b_dec`.
     Adam, linear warm-up of rate and sparsity, linear decay over the last fifth. Under torchrun every rank draws rows of
-    its own and gradients are averaged. save: checkpoint path, every 1000 steps.
+    its own and gradients are averaged. save: checkpoint path, written `every` so many steps.
     """
     env = env or common.Env(torch.device("cpu"), torch.float32)
     sae.to(env.device)
@@ -368,7 +368,11 @@ def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, save=None, resume
             sae.project()
             opt.step()
             sae.normalize()
-            if getattr(sae, "arch", "topk") in ("relu", "gated", "jumprelu") and step in (steps // 4, steps // 2):
+            if (
+                getattr(sae, "arch", "topk") in ("relu", "gated", "jumprelu")
+                and step in (steps // 4, steps // 2)
+                and env.world == 1
+            ):
                 resample(sae, opt, x, sae.silent > steps // 10)  # the others have AuxK
             if log and step % 100 == 0:
                 if not math.isfinite(loss.item()):
@@ -377,7 +381,7 @@ def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, save=None, resume
                     )
                 log(step, loss=loss.item())
             stop = env.world == 1 and stopped()
-            if save and (stop or (step + 1) % 1000 == 0):
+            if save and (stop or (step + 1) % every == 0):
                 state = {"sae": sae.state_dict(), "optimizer": opt.state_dict(), "silent": sae.silent}
                 common.save_checkpoint(save, state | {"step": step + 1, "scale": scale}, env)
             if stop:
@@ -573,7 +577,7 @@ def study(pooled, D, concepts, args, seed):
     """
     out, weight, D = {}, sum(p["train"][1].mean(0) for p in pooled.values()) / len(pooled), D.double()
     for concept in concepts:
-        rng, parts, probes, ranks, against = np.random.default_rng(seed), {}, {}, {}, {}
+        rng, parts, probes, ranks, against, lots = np.random.default_rng(seed), {}, {}, {}, {}, {}
         for lang, splits in pooled.items():
             parts[lang] = {}
             for split, n in (("train", args.n_probe), ("test", args.n_probe // 2)):
@@ -586,6 +590,9 @@ def study(pooled, D, concepts, args, seed):
                 continue
             X, codes, y = parts[lang]["train"]
             probes[lang] = fit_probe(X, y)
+            shuffled = y[torch.from_numpy(rng.permutation(len(y))).to(y.device)]  # control: a probe of nothing
+            noise = attribution(codes, shuffled, D, fit_probe(X, shuffled)[0], args.ie)
+            lots[lang] = noise.topk(min(args.top, len(noise))).indices.tolist()
             ie = attribution(codes, y, D, probes[lang][0], args.ie)
             order = ie.argsort(descending=True)
             ranks[lang] = order[: args.top][ie[order[: args.top]] > 0].tolist()
@@ -603,6 +610,8 @@ def study(pooled, D, concepts, args, seed):
             "alive": alive,
             "ablations": {},
         }
+        drawn = shared(lots)
+        row["shuffled"] = len(drawn[0]) / len(drawn[1])
         row["counts"] = [sum(c == n for c in counts.values()) for n in range(1, len(ranks) + 1)]
         mono = {lang: [j for j in ranks[lang] if counts[j] == 1][: len(multi)] for lang in ranks}
         for lang, p in parts.items():
@@ -1216,16 +1225,12 @@ def judge(run, results):
     share = lambda rows: over(rows, lambda c: c["share"])
     null = over(main, lambda c: c["null"])
     get = lambda name, key, rows=main: med(averaged(r["study"], name, key) for r in rows)
-    controls = {arm: share(results[arm]) for arm in ("no translation", "untrained") if arm in results}
-    ratio = {
-        arm: share(rows) / max(1e-9, over(rows, lambda c: c["null"]))
-        for arm, rows in results.items()
-        if arm in [*controls, "main"]
-    }
+    ratio = lambda rows, key="share": over(rows, lambda c: c[key]) / max(1e-9, over(rows, lambda c: c["null"]))
+    control = {"shuffled labels, ratio": ratio(main, "shuffled")}
+    control |= {f"{arm}, ratio": ratio(results[arm]) for arm in ("no translation", "untrained") if arm in results}
     run.claim("C1", "features are shared: of the top latents, the share in two languages or more", "many [P]",
-              {"shared": share(main), "null": null, "ratio": ratio.pop("main")},
-              {f"{arm}, ratio": r for arm, r in ratio.items()} or {"null": null},
-              "shared >= 2 x null", share(main) >= 2 * null, all(r < 2 for r in ratio.values()))
+              {"shared": share(main), "null": null, "ratio": ratio(main)}, control,
+              "shared >= 2 x null", ratio(main) >= 2, all(r < 2 for r in control.values()))
     clean, multi, random = (get(n, "accuracy") for n in ("clean", "multi", "matched random"))
     test = lambda x: clean >= 0.9 and x <= 0.62
     run.claim("C2", "removing the multilingual latents takes the fixed probe to near chance", "near chance [P]",

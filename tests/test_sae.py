@@ -409,22 +409,22 @@ def test_a_stopped_sae_goes_on_exactly(tmp_path):
 
     def run(steps, resume=False):
         torch.manual_seed(0)
-        return S.fit(S.SAE(8, 32, "topk", 4), batch, steps, 1e-3, save=save, resume=resume)
+        return S.fit(S.SAE(8, 32, "topk", 4), batch, steps, 1e-3, save=save, resume=resume, every=20)
 
     class Enough(Exception):
         pass
 
     def broken(step):
-        if step == 1002:
+        if step == 25:
             raise Enough
         return batch(step)
 
     torch.manual_seed(0)
     with pytest.raises(Enough):
-        S.fit(S.SAE(8, 32, "topk", 4), broken, 1010, 1e-3, save=save)
-    again = run(1010, resume=True)
+        S.fit(S.SAE(8, 32, "topk", 4), broken, 40, 1e-3, save=save, every=20)
+    again = run(40, resume=True)
     save.unlink()
-    whole = run(1010)
+    whole = run(40)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters()))
 
 

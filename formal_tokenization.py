@@ -427,21 +427,11 @@ class Engine:
     def __init__(self, rules, trie, eos=None, cache_mb=64):
         self.trie, self.eos, self.limit = trie, eos, cache_mb * 2**20
         self.silent, self.arcs, self.calls, self.least = [], [], [], []
-        size = shortest(rules)
         ends = {name: (self.state(), self.state()) for name in rules}
         for name, tree in rules.items():
             self.build(tree, *ends[name], {})
         self.ends, self.final = ends, {end for _, end in ends.values()}
-        for state in self.final:
-            self.least[state] = 0
-        moved = True
-        while moved:  # fewest bytes from each state to the end of its rule
-            moved = False
-            for s in range(len(self.arcs)):
-                ways = [self.least[t] for t in self.silent[s]] + [1 + self.least[t] for _, _, t in self.arcs[s]]
-                ways += [size[name] + self.least[t] for name, t in self.calls[s]]
-                if (best := min(ways, default=np.inf)) < self.least[s]:
-                    self.least[s], moved = best, True
+        self.trim()
         cuts = sorted({0, *(x for arcs in self.arcs for lo, hi, _ in arcs for x in (lo, hi + 1)), 256})
         self.classes = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))  # bytes that no arrow tells apart
         self.class_of, self.node_class = self.classes.tolist(), self.classes[trie.byte]
@@ -450,16 +440,43 @@ class Engine:
             for lo, hi, t in arcs:
                 for c in range(self.class_of[lo], self.class_of[hi] + 1):
                     self.moves[s].setdefault(c, []).append(t)
-        have = {b[0] for b in trie.vocab if b and len(b) == 1}
-        need = {b for arcs in self.arcs for lo, hi, _ in arcs for b in range(lo, hi + 1)}
-        if need - have:
-            lacking = ", ".join(repr(bytes([b])) for b in sorted(need - have)[:8])
-            raise ValueError(f"the vocabulary has no token for the byte {lacking}, which the grammar needs")
         self.empty, self.bottom = Cell(-1, None, 0), Cell(-1, None, 0)  # below a whole stack; below a lone frame
         self.done = Config((), False, False)  # after the end: nothing more
         self.done.mask = np.zeros(trie.n_vocab, bool)
         self.entered = {}  # state -> (stacks to push, whether the frame can return at once)
         self.forget()
+
+    def trim(self):
+        """Leaves what the vocabulary can spell: no arrow of a byte that no token has, none to where no end is reached.
+
+        `least`: the fewest bytes from each state to the end of its rule. ValueError if nothing is left, or if a byte is
+        spelled inside longer tokens only: a prefix could then be right and yet have no token to go on with.
+        """
+        pieces = [b for b in self.trie.vocab if b]
+        single, spelled = {b[0] for b in pieces if len(b) == 1}, {*b"".join(pieces)}
+        need = {b for arcs in self.arcs for lo, hi, _ in arcs for b in range(lo, hi + 1)}
+        lacking = ", ".join(repr(bytes([b])) for b in sorted(need - single)[:8])
+        if need & spelled - single:
+            raise ValueError(f"the vocabulary has no token for the byte {lacking}, which the grammar needs")
+        for s, arcs in enumerate(self.arcs if need - single else ()):
+            self.arcs[s] = [(b, b, t) for lo, hi, t in arcs for b in range(lo, hi + 1) if b in single]
+        least, moved = self.least, True
+        for state in self.final:
+            least[state] = 0
+        while moved:
+            moved = False
+            for s in range(len(least)):
+                ways = [least[t] for t in self.silent[s]] + [1 + least[t] for _, _, t in self.arcs[s]]
+                ways += [least[self.ends[name][0]] + least[t] for name, t in self.calls[s]]
+                if (best := min(ways, default=np.inf)) < least[s]:
+                    least[s], moved = best, True
+        if least[self.ends["root"][0]] == np.inf:
+            raise ValueError(f"the vocabulary has no token for the byte {lacking}: it can spell no text of the grammar")
+        alive = lambda t: least[t] < np.inf
+        for s in range(len(least)):
+            self.arcs[s] = [arc for arc in self.arcs[s] if alive(arc[2])]
+            self.silent[s] = [t for t in self.silent[s] if alive(t)]
+            self.calls[s] = [(name, t) for name, t in self.calls[s] if alive(t) and alive(self.ends[name][0])]
 
     def state(self):
         """A new state of the automaton."""
@@ -937,13 +954,13 @@ def runs(table, accepting, ids):
     return bool(accepting[q])
 
 
-def check_homomorphism(decode, n_vocab, rng, encode=None, texts=(), trials=2000):
-    """Is decode(uv) = decode(u) decode(v)? And does decode(encode(s)) = s? Strings or bytes.
+def check_homomorphism(decode, ids, rng, encode=None, texts=(), trials=2000):
+    """Is decode(uv) = decode(u) decode(v) for pairs of `ids` (or ids below a number)? Is decode(encode(s)) = s?
 
     Returns {"homomorphism", "lossless", "pair": the first ids that refute it, "cause"}.
     """
     found = {"homomorphism": True, "lossless": True, "pair": None, "cause": ""}
-    for a, b in rng.integers(0, n_vocab, (trials, 2)).tolist():
+    for a, b in rng.choice(ids, (trials, 2)).tolist():
         u, v, uv = decode([a]), decode([b]), decode([a, b])
         if u + v != uv:
             cause = "a code that depends on position"
@@ -1429,9 +1446,8 @@ def read_vocab(name):
 def inspect(args, rules):
     """--tokenizer: is it a homomorphism? The count of --text; the mask of --grammar after it, and --explain."""
     vocab, tok = read_vocab(args.tokenizer)
-    found = check_homomorphism(
-        tok.decode, tok.n_vocab, np.random.default_rng(0), tok.encode, ["Hello World", "née 你好"]
-    )
+    real, texts = [i for i, b in enumerate(vocab) if b], ["Hello World", "née 你好"]
+    found = check_homomorphism(tok.decode, real, np.random.default_rng(0), tok.encode, texts)
     raw = {b for b in vocab if b}
     print(f"{args.tokenizer}: {len(vocab)} ids; decoding to text: {found}; the raw pieces are bytes, so homomorphic")
     metrics = {"tokenizer": found, "tokenizations": counts(args.text.encode(), dict.fromkeys(raw, 1))[-1]}

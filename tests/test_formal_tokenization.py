@@ -319,8 +319,15 @@ def test_bad_grammars(grammar, match):
         ft.parse_ebnf(grammar)
 
 
+def test_a_byte_that_no_token_has_is_cut_from_the_language():
+    c = ft.Constraint('root ::= "a" ("b" "x" | "a")', [b"a", b"b", b"ab", None], 3)
+    assert allowed(c) == {b"a"} and allowed(after(c, b"a")) == {b"a"}  # never `ab`, which can't go on
+    with pytest.raises(ValueError, match="byte b'x': it can spell no text"):
+        ft.Constraint('root ::= "ax"', [b"a"])
+
+
 def test_bad_vocabulary_and_regex():
-    with pytest.raises(ValueError, match="no token for the byte b'b'"):
+    with pytest.raises(ValueError, match="no token for the byte b'b', which"):
         ft.Constraint('root ::= "ab"', [b"a", b"ab"])
     with pytest.raises(ValueError, match="eos 7 is out of range"):
         ft.Constraint('root ::= "a"', [b"a"], 7)

@@ -199,6 +199,19 @@ class Zip(nn.Module):
     def blocks(self):
         return self.gpt.blocks
 
+    def get_extra_state(self):
+        """What training and use must agree on travels with the weights."""
+        return self.lzw.config()
+
+    def set_extra_state(self, saved):
+        self.same_codes(saved)
+
+    def same_codes(self, saved):
+        """Raises ValueError if a checkpoint's ids mean something else here: its settings of LZW, beside ours."""
+        ours = self.lzw.config()
+        if odd := [f"{k} is {saved.get(k)} there, {ours[k]} here" for k in ours if saved.get(k) != ours[k]]:
+            raise ValueError(f"the checkpoint is of other codes: {'; '.join(odd)}")
+
     def encode(self, rows):
         """Input and output vectors of rows (R, M) of base ids, -1 on the right: two tensors (R, C)."""
         real, ids, last = rows >= 0, rows.clamp(min=0), (rows >= 0).sum(1) - 1
@@ -521,7 +534,8 @@ class Text:
     """Windows of a real text in a real model's ids."""
 
     def __init__(self, args, tok, seed):
-        limit = args.steps * args.batch_size * args.block_size if "/" in args.dataset else None
+        local = args.dataset == "stdlib" or args.dataset.startswith("file:")
+        limit = None if local else args.steps * args.batch_size * (args.block_size + 1)
         folder = Path(args.out) / "tokens"
         read = lambda split, most: data.token_file(args.dataset, split, tok, folder, most)
         self.tokens = {"train": read("train", limit), "heldout": read("heldout", limit and 2**20)}
@@ -581,6 +595,9 @@ def base_model(args, env, world, log):
 def train_arm(args, gpt, env, world, arm, log):
     """Uptrains one arm from the base model; every arm sees the same windows. Returns the model."""
     model = build(args, gpt, world, arm)
+    if args.resume and log.path.with_suffix(".pt").exists():
+        with common.bad_input():
+            model.same_codes(common.load_checkpoint(log.path.with_suffix(".pt"))["model"]["_extra_state"])
 
     def batch(step):
         return pack(

@@ -148,6 +148,17 @@ def test_prompt_lookup_counts_passes():
     assert z2z.prompt_lookup_steps([1, 2, 3, 4, 5, 6, 7, 8], 4) == 4
 
 
+def test_a_checkpoint_of_other_codes_is_refused_and_the_same_gives_the_same(tmp_path):
+    model, other = tiny(), tiny(trained=False)
+    common.save_checkpoint(tmp_path / "a.pt", {"model": model.state_dict()})
+    other.load_state_dict(common.load_checkpoint(tmp_path / "a.pt")["model"])
+    assert torch.equal(scores(model, WORDS)[0], scores(other, WORDS)[0])
+    for change in {"max_len": 2}, {"max_codes": 7}, {"vocab_size": 11}, {"disabled": [1]}, {"kwkwk": "classic"}:
+        other.lzw = LZW(**({"vocab_size": 10, "max_codes": 100, "max_len": 3, "disabled": [0], "kwkwk": "avoid"} | change))
+        with pytest.raises(ValueError, match=f"{next(iter(change))} is .* there, .* here"):
+            other.load_state_dict(model.state_dict())
+
+
 def test_the_synthetic_language():
     world = z2z.Synth(z2z.Args(), 0)
     a, b = world.windows("train", 3, 2), world.windows("train", 3, 2)

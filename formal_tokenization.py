@@ -106,7 +106,8 @@ class Args(common.TrainFlags):
 
 TOKEN = re.compile(
     r"(?P<space>\s+|#[^\n]*)|(?P<rule>[A-Za-z_][\w-]*(?=\s*::=))|(?P<define>::=)|(?P<name>[A-Za-z_][\w-]*)|"
-    r'(?P<literal>"(?:\\.|[^"\\\n])*")|(?P<set>\[(?:\\.|[^\]\\\n])*\])|(?P<repeat>\{\d+(?:,\d*)?\}|[*+?])|(?P<mark>[()|])'
+    r'(?P<literal>"(?:\\.|[^"\\\n])*")|(?P<set>\[(?:\\.|[^\]\\\n])*\])|'
+    r"(?P<repeat>\{\d+(?:,\d*)?\}|[*+?])|(?P<mark>[()|])"
 )
 CHAR = re.compile(r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\.|.", re.S)
 ESCAPES = {"n": 10, "t": 9, "r": 13, "f": 12, "v": 11, "b": 8, "0": 0}

@@ -16,7 +16,7 @@ bench: .venv/ready
 	.venv/bin/python bench.py
 
 reproduce: .venv/ready
-	.venv/bin/python train_hapax.py --seeds 0 1 2
+	.venv/bin/python reproduce.py --seeds 0 1 2
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

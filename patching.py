@@ -623,7 +623,9 @@ def hold_concepts(model, world, args, sources, target, seed):
     m = -(-args.pairs // 3) if args.model else args.pairs  # a dozen sources side by side are a dozen times the work
     p = concept(model, world, args, sources, target, seed, m)
     single = np.mean([v[:, :, 0] for name, v in p.items() if name.startswith("single")], 0)  # (m, L + 1)
-    j = int(single.mean(0).argmax())  # the layer that is best for one source: means get no advantage from the choice
+    j = 1 + int(
+        single.mean(0)[1:].argmax()
+    )  # best block for one source; from the embedding on, the word itself changes
     interval = lambda v: [v.mean(), *bootstrap(lambda rows: v[rows].mean(), m)]
     means = {name: v[:, j, 0] for name, v in p.items() if name.startswith("mean")}
     out = {"concept_layer": j - 1, "k_sweep": [interval(v) for v in means.values()]}
@@ -718,7 +720,7 @@ def judge(run, results):
 
 def judge_concept(run, results, m, cell, most):
     """The claims of experiments 2 and 3 and of the definitions."""
-    top = lambda name: m(lambda r: max(row[0] for row in r["concept"][name]))
+    top = lambda name: m(lambda r: max(row[0] for row in r["concept"][name][1:]))
     base, from_last = m(lambda r: r["baseline"]), m(lambda r: cell(r, "source", 3))
     test = lambda p: p >= 0.5 * base
     run.claim("T2", "at the word's last token the patch changes the concept and keeps the language",
@@ -730,7 +732,7 @@ def judge_concept(run, results, m, cell, most):
     k = f"mean{len(results[0]['k_sweep'])}"
     gain = lambda name, i: m(lambda r: r["gain"][name][i])
     rising = most(lambda r: all(b[2] >= a[1] for a, b in zip(r["k_sweep"], r["k_sweep"][1:])))
-    single = m(lambda r: max(r["single"]))
+    single = m(lambda r: max(r["single"][1:]))
     run.claim("T3", "the mean over languages does as well as a single one, or better", ".45 against .35",
               {"single": single, f"{k} - single": gain(k, 0), "low": gain(k, 1), "high": gain(k, 2),
                "contexts - single": gain("contexts", 0)},
@@ -759,7 +761,7 @@ def draw(path, r, title):
     x, mean, half = np.arange(len(main["mean"])) - 1, np.array(main["mean"]), np.array(main["band"])
     panels = ["curves", "factors"] + ["switches"] * (len(r["quads"]) > 1)
     panels += ["held", "sweep"] * ("concept" in r) + ["shares"] * ("geometry" in r)
-    with common.figure(path, -(-len(panels) // 3), min(3, len(panels)), (4.8, 3.5)) as axes:
+    with common.figure(path, -(-len(panels) // 3), min(3, len(panels)), (4.1, 3.1)) as axes:
         ax = dict(zip(panels, axes))
         lines = (f"target's concept in {tb}, its language", BLUE), (f"target's concept in {sb}, the source's", RED)
         lines += (f"source's concept in {sb}", GREEN), (f"source's concept in {tb}", GOLD), ("either, in English", GREY)
@@ -795,7 +797,7 @@ def draw(path, r, title):
             ax["held"].axhline(r["baseline"], color="k", ls=":", lw=1, label="target, unpatched")
             ax["held"].set(title="Held at the word: source's concept, target's language")
             ax["sweep"].errorbar(range(1, k + 1), mid, (mid - low, high - mid), fmt="o-", color=RED, capsize=3)
-            ax["sweep"].axhline(max(r["single"]), color=BLUE, ls=":", lw=1, label="one source, mean over all")
+            ax["sweep"].axhline(max(r["single"][1:]), color=BLUE, ls=":", lw=1, label="one source, mean over all")
             ax["sweep"].set(title=f"Mean over k languages, from layer {r['concept_layer']} on", xticks=range(1, k + 1))
         if "geometry" in r:
             names = ["concept", "language", "both together"]

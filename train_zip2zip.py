@@ -17,6 +17,8 @@ it (exact online mask), and `avoid` (see lzw_tokenizer) leaves nothing unscorabl
 Read on: `Zip` (the method) -> `generate` -> `transported` (theory) -> `Synth` -> `train_arm` -> `measure` -> `judge`.
 """
 
+import copy
+import functools
 import itertools
 import math
 import statistics
@@ -387,7 +389,7 @@ def generate(model, prompts, n_base, temperature=0.0, seed=0, replay=None, store
     Returns a list of (new codes, new base ids).
     """
     lzw, gpt, device, store = model.lzw, model.gpt, model.gpt.wte.weight.device, {} if store is None else store
-    V, C, N, B = lzw.vocab_size, gpt.config.n_embd, lzw.max_codes if lzw.max_len > 1 else 0, len(prompts)
+    C, N, B = gpt.config.n_embd, lzw.max_codes if lzw.max_len > 1 else 0, len(prompts)
     rng = torch.Generator(device).manual_seed(seed)
     decoders, known = [Decoder(lzw) for _ in prompts], torch.zeros(B, dtype=torch.long, device=device)
     N = min(N, max(map(len, prompts)) + n_base + lzw.max_len)
@@ -575,10 +577,7 @@ def build(args, gpt, world, arm):
 def base_model(args, env, world, log):
     """The toy's base model, trained on plain ids (once a seed), or the real one."""
     if args.model:
-        import pretrained
-
-        gpt, _ = pretrained.load(args.model, env.device, "bf16")
-        return gpt
+        return load_real(args.model)[0].to(env.device)
     torch.manual_seed(world.seed)
     config = GPTConfig(world.n_vocab, 2 * args.block_size, args.n_layer, args.n_head, args.n_embd, norm="rms", tie=True)
     config.smear_keys = True
@@ -714,13 +713,7 @@ def run_seed(args, seed, env=None):
     world = make_world(args, seed)
     log = common.Log(out, f"base-s{seed}", env)
     base, logs, found = base_model(args, env, world, log), [log], {}
-    weights = {k: v.clone() for k, v in base.state_dict().items()}
-
-    def fresh():
-        gpt = GPT(base.config).to(env.device, base.wte.weight.dtype)
-        gpt.load_state_dict(weights)
-        return gpt
-
+    fresh = lambda: copy.deepcopy(base)  # LoRA is put in place
     zeroshot = build(args, fresh(), world, "zeroshot").eval()
     if not args.model:
         found["base"] = bits_per_byte(build(args, fresh(), world, "cont"), world, args.samples, env)
@@ -850,11 +843,15 @@ def draw(path, results, logs):
 
 
 def make_world(args, seed):
-    if not args.model:
-        return Synth(args, seed)
+    return Text(args, load_real(args.model)[1], seed) if args.model else Synth(args, seed)
+
+
+@functools.cache
+def load_real(name):
+    """(GPT in bf16, tokenizer) of a real model, once a process."""
     import pretrained
 
-    return Text(args, pretrained.load(args.model)[1], seed)
+    return pretrained.load(name, "cpu", "bf16")
 
 
 def check(args, env):

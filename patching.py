@@ -655,8 +655,7 @@ def languages_of(args, world):
     default = [f"{at(i)}-{at(i + 1)}:{at(i + 2)}-{at(i + 3)}" for i in range(min(6, len(codes)))]
     default = REAL_QUADS if args.model and not args.words else default
     quads = {text: parse_quad(text, world) for text in args.quads or default}
-    target = next(iter(quads.values()))[1]
-    rest = [c for c in codes if c not in target]
+    rest = [c for c in codes if c not in (target := next(iter(quads.values()))[1])]
     sources = [(a, b) for step in range(1, len(rest)) for a, b in zip(rest, rest[step:] + rest[:step])]
     if len(sources) < args.k:
         raise ValueError(f"--k {args.k}: {len(sources)} pairs of languages are left beside {'-'.join(target)}")
@@ -683,7 +682,6 @@ def judge(run, results):
     m = lambda f: float(np.median([f(r) for r in results]))
     cell = lambda r, source, i: max(row[i] for row in r["last"][source])
     most = lambda test: np.mean([test(r) for r in results]) > 0.5
-
     mixed = lambda source: m(lambda r: cell(r, source, 1))
     stray = m(lambda r: max(cell(r, "noise", i) for i in (1, 2, 3)))
     run.claim("T1", "from the last token, the language arrives before the concept: in between, the target's concept is "

@@ -16,6 +16,7 @@ Tags: [P] paper, [T] standard theory, [I] designed here. Read on: grammars -> `E
 theorems -> the learnability toy -> claims. The toy can't show what tokenization does to length generalisation at scale.
 """
 
+import heapq
 import json
 import re
 from dataclasses import dataclass, field
@@ -778,7 +779,7 @@ class Proper:
     """Masks of P(L) = E(L) with tau(h(t)) = t, for plain BPE: properness is a matter of neighbours (see `is_local`).
 
     The plain intersection has dead ends: an id may be a proper successor and leave no proper way to finish. So an id
-    is also asked for a witness, a breadth-first search for an accepting continuation; where the budget ends the search,
+    is also asked for a witness, a search (nearest end first) for a way to finish; where the budget ends the search,
     the id is allowed and counted in `undecided`.
     """
 
@@ -806,21 +807,23 @@ class Proper:
         start = config, last
         if start in self.alive:
             return self.alive[start]
-        came, queue, verdict = {start: None}, [start], False
-        for here in queue:
+        rest = lambda config: 0 if config.accepts else min(cell.least for cell in config.cells)
+        came, queue, verdict = {start: None}, [(rest(config), 0, start)], False
+        while queue:
+            here = heapq.heappop(queue)[2]
             if here[0].accepts or self.alive.get(here):
                 verdict = True
                 while here:  # all on the way are live
                     self.alive[here], here = True, came[here]
                 break
-            if len(queue) > self.budget:
+            if len(came) > self.budget:
                 self.undecided, verdict = self.undecided + 1, True
                 break
             for id, after in self.successors(*here):
                 key = after, id
                 if key not in came and self.alive.get(key) is not False:
                     came[key] = here
-                    queue.append(key)
+                    heapq.heappush(queue, (rest(after), len(came), key))
         if not verdict:
             self.alive |= dict.fromkeys(came, False)
         self.alive[start] = verdict

@@ -1258,7 +1258,7 @@ def measure(model, code, texts, args, seed):
     far = strings(rng, args.samples, beyond=True)
     result = {"in_range": pair_accuracy(model, code, texts, rng), "beyond": pair_accuracy(model, code, far, rng)}
     groups = {d: [s for s in texts + far if depth_of(s) == d] for d in range(1, 13)}
-    result["by_depth"] = {d: pair_accuracy(model, code, g, rng) for d, g in groups.items() if len(g) > 4}
+    result["by_depth"] = {str(d): pair_accuracy(model, code, g, rng) for d, g in groups.items() if len(g) > 4}
     valid = Engine(parse_ebnf(GRAMMARS["dyck"]), Trie([c.encode() for c in ALPHABET]))
     ok = lambda s: (c := valid.read(valid.start, s.encode())) is not None and c.accepts
     draw = lambda process=None: generate(model, [[code.bos]] * args.samples, LONGEST + 8, stop=[code.eos], seed=seed,
@@ -1375,9 +1375,9 @@ def draw(path, results, logs):
     """Recognition by depth and over training; what masks do; how many tokenizations a string has."""
     with common.figure(path, 2, 2) as (depth, steps, masks, growth):
         for arm, seeds in results.items():
-            ds = sorted({d for r in seeds for d in r["by_depth"]})
+            ds = sorted({d for r in seeds for d in r["by_depth"]}, key=int)
             mean = [np.mean([r["by_depth"][d] for r in seeds if d in r["by_depth"]]) for d in ds]
-            depth.plot(ds, mean, "o-", ms=3, color=COLOURS[arm], label=arm)
+            depth.plot([int(d) for d in ds], mean, "o-", ms=3, color=COLOURS[arm], label=arm)
             for i, log in enumerate(logs[arm]):
                 rows = [r for r in common.read_jsonl(log.path) if "pairs" in r]
                 at, y = [r["step"] for r in rows], [r["pairs"] for r in rows]

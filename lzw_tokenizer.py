@@ -2,7 +2,7 @@
 
 A tokenizer's vocabulary is fixed, but a text repeats itself. LZW reads base ids below V, emits the longest match it has
 in its table, and stores match + next id as a new row, whose id is V, V+1, ... So the codes get shorter as the text goes
-on, and the decoder rebuilds the same table from the codes alone: nothing but the ids is sent. Limits (paper, section 3):
+on, and the decoder rebuilds the same table from the codes alone: nothing but the ids is sent. Limits (paper, sec. 3):
 rows of at most M base ids, at most N rows, and *disabled* ids (end of text, digits) that are never merged.
 
 A row can be used by the encoder one code before the decoder can know it ("KwKwK": the code means the last match and its
@@ -52,7 +52,7 @@ class Codebook:
         return self.words[code - V]
 
     def array(self, pad=0):
-        """All rows, int64 (rows, max_len), each padded with `pad` on the right; their lengths are then `lengths` (rows,)."""
+        """All rows, int64 (rows, max_len), padded with `pad` on the right; their lengths are then `lengths` (rows,)."""
         V, n = self.vocab_size, len(self)
         parent, last = divmod(np.fromiter(self.table, np.int64, n), V)
         rows, lengths = np.full((n, self.max_len), pad, np.int64), np.where(parent < V, 2, 0)
@@ -225,7 +225,7 @@ class LZW:
         return np.minimum(self.max_codes, np.concatenate(([0], made.cumsum())))
 
     def encode_batch(self, sequences, pad=0, side="left", workers=1):
-        """Many sequences: codes (B, T) padded, mask (B, T) True at codes, rows (B, K, M) padded, number of rows (B,)."""
+        """Many sequences: codes (B, T) padded, mask (B, T) True at codes, rows (B, K, M) padded, how many (B,)."""
         if side not in ("left", "right"):
             raise ValueError(f"side is {side!r}, allowed: left, right")
         if workers > 1:
@@ -264,7 +264,7 @@ class LZW:
         return windows
 
     def check(self, ids, end, what):
-        """(ids as a list of int, function that puts a list back into the container of ids); ValueError naming the place."""
+        """(ids as a list of int, function that puts a list into the container of ids); ValueError naming the place."""
         back = list
         if hasattr(ids, "tolist"):
             if ids.ndim != 1 or (len(ids) and "int" not in str(ids.dtype)):

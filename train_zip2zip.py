@@ -2,7 +2,7 @@
 
 LZW (lzw_tokenizer.py) merges what repeats in this very sequence into new ids, *hypertokens*, at most M base ids each.
 A small hyper-encoder makes each hypertoken's input embedding and its output row from the embeddings of its base ids,
-so that the model reads and writes ids nobody has trained. Base weights are frozen; LoRA and the hyper-encoder learn from
+so that the model reads and writes ids nobody has trained. Base weights are frozen; LoRA and hyper-encoder learn from
 the ordinary next-id loss over compressed ids. The paper: 15-40 % fewer ids, bits per byte 8-15 % worse.
 
 The toy: a GPT is trained on a synthetic language whose documents have names of their own (new ones in the test), then
@@ -10,8 +10,8 @@ LoRA arms go on from it with the same windows: `cont` reads plain ids, `zip` com
 place of the encoder's, `digits` never merges digits, `avg` averages embeddings, `m2`, `m4`: other M, `ae`: the
 auto-encoding loss. zip is also measured with the rows of a window shuffled, and untrained (`zeroshot`).
 
-A row is `residual + g`, g zero at the start: E[last id] on the way in, W[first id] on the way out (inferred: better than
-the same vector on both sides, before and after training). A row exists for the softmax only once the text so far defines
+A row is `residual + g`, g zero at the start: E[last id] on the way in, W[first id] on the way out (inferred: better
+than the same vector on both sides, before and after training). A row exists for the softmax only once the text defines
 it (exact online mask), and `avoid` (see lzw_tokenizer) leaves nothing unscorable.
 
 Read on: `Zip` (the method) -> `generate` -> `transported` (theory) -> `Synth` -> `train_arm` -> `measure` -> `judge`.
@@ -177,8 +177,8 @@ class HyperEncoder(nn.Module):
 class Zip(nn.Module):
     """A GPT that reads and writes compressed ids: z < V is the base id z, V + k the row k of its own sequence.
 
-    Batches: idx, targets, count (B, T) compressed ids, next ids (-100: none), rows known (see LZW.counts); rows (B, K, M)
-    the base ids of all rows, -1 where there is none. With rows=(B, 0, M) this is the plain model with LoRA, bit for bit.
+    Batches: idx, targets, count (B, T) compressed ids, next ids (-100: none), rows known (LZW.counts); rows (B, K, M)
+    the base ids of all rows, -1 where there is none. With rows (B, 0, M) it is the plain model with LoRA, bit for bit.
     """
 
     def __init__(self, gpt, lzw, args, arm="zip"):
@@ -268,7 +268,7 @@ class Zip(nn.Module):
             self.vectors = None
 
     def logits(self, h, vout, known):
-        """One row of scores over V base ids and K rows: h (..., T, C), vout (..., K, C); rows from `known` (..., T) on -inf."""
+        """Scores over V base ids and K rows: h (..., T, C), vout (..., K, C); rows from `known` (..., T) on -inf."""
         base, c = self.gpt.unembed(h).float(), self.config
         if not vout.shape[-2]:
             return base
@@ -301,7 +301,7 @@ class Zip(nn.Module):
 
 
 class Decoder2(nn.Module):
-    """The auto-encoding loss (section 3): a causal transformer reads [row vector, E[y_1], ...] and must say y_1, y_2, ..."""
+    """The auto-encoding loss (section 3): a causal transformer reads [row vector, E[y_1], ...], says y_1, y_2, ..."""
 
     def __init__(self, C, M, V, args):
         super().__init__()
@@ -384,7 +384,7 @@ def transported(lzw, logp, ids):
 def generate(model, prompts, n_base, temperature=0.0, seed=0, replay=None, store=None):
     """Continues every prompt (lists of base ids) until it has n_base new base ids or more; the codebook grows with it.
 
-    replay  codes to feed instead of sampled ones, a list for each prompt: the cost of a text without the luck of a model
+    replay  codes to feed in place of sampled ones, a list for each prompt: what a text costs, whatever the model says
     store   the row cache: base ids -> vectors. Rows don't depend on context, so a row is encoded once per process
     Returns a list of (new codes, new base ids).
     """
@@ -615,7 +615,7 @@ def train_arm(args, gpt, env, world, arm, log):
 
 @torch.no_grad()
 def bits_per_byte(model, world, n, env, shuffle=False):
-    """Held-out windows, every byte scored, only rows that exist: bits per byte, ids per base id, nats by kind of target."""
+    """Held-out windows, every byte scored, only rows that exist: bits per byte, ids per base id, nats by kind."""
     windows, V = world.windows("heldout", 0, n), model.config.vocab_size
     nll, kinds, codes, made, used = [], [], 0, 0, 0
     for part in np.array_split(windows, max(1, n // 8)):
@@ -639,7 +639,8 @@ def bits_per_byte(model, world, n, env, shuffle=False):
     size, base = sum(world.n_bytes(w[1:]) for w in windows), windows[:, 1:].size
     return {
         "bpb": nll.sum().item() / size / math.log(2), "ratio": codes / base, "ids_per_byte": codes / size,
-        "hyper_share": hyper.float().mean().item(), "reuse": used / max(1, made), "nats_base": nll[~hyper].mean().item(),
+        "hyper_share": hyper.float().mean().item(), "reuse": used / max(1, made),
+        "nats_base": nll[~hyper].mean().item(),
         "nats_hyper": nll[hyper].mean().item() if hyper.any() else 0.0,
     }  # fmt: skip
 
@@ -667,7 +668,7 @@ def measure_generation(model, world, args):
 
 
 def time_per_byte(args, world, env, rounds=5):
-    """Replay of held-out text through KV-cached decoding of a larger random model: seconds a byte, base and zip in turns.
+    """Replay of held-out text through cached decoding of a larger random model: seconds a byte, base and zip in turns.
 
     Each turn starts with an empty row cache, and includes the tokenizer and the rows. `random ids` is the control: a
     text in which nothing repeats. Time does not depend on the weights.
@@ -774,20 +775,23 @@ def judge(run, results):
               {a: m(a, "bpb") for a in arms}, "zip <= 1.2 cont", test("zip"), not any(map(test, arms)))
     if "rand" in results[0]:
         test = lambda arm: m(arm, "bpb") - cont <= 0.5 * min(m("rand", "bpb") - cont, m("shuffle", "bpb") - cont)
-        run.claim("C3", "it is the encoder's rows that do it: the excess over cont, against random and shuffled rows", "-",
+        run.claim("C3", "it is the encoder's rows that do it: the excess over cont, against random and shuffled rows",
+                  "-",
                   {"zip": m("zip", "bpb") - cont}, {a: m(a, "bpb") - cont for a in arms},
                   "excess <= half that of rand and of shuffle", test("zip"), not any(map(test, arms)))
     def uses(arm):
         share, ids = m(arm, "sampled_hyper_share"), m(arm, "sampled_ids_per_base")
         return share >= 0.1 and ids <= 0.9 and m(arm, "names_copied") >= m("cont", "names_copied") - 0.05
     if "rand" in results[0] and "names_copied" in results[0]["zip"]:
-        show = lambda arm: {f"{arm} {k}": m(arm, k) for k in ("sampled_hyper_share", "sampled_ids_per_base", "names_copied")}
+        keys = "sampled_hyper_share", "sampled_ids_per_base", "names_copied"
+        show = lambda arm: {f"{arm} {k}": m(arm, k) for k in keys}
         run.claim("C4", "hypertokens are generated, and names copied as well as by cont", "ids .77 to .92 of base ids",
                   show("zip") | {"cont names_copied": m("cont", "names_copied")}, show("rand"),
                   "hyper share >= .1, ids per base id <= .9, names >= cont - .05", uses("zip"), not uses("rand"))
     if "time" in results[0]:
         x, y = m("time", "text"), m("time", "random ids")
-        run.claim("C5", "less time per output byte than the base model (replay on a larger random model)", "decode +9 to +47 %",
+        run.claim("C5", "less time per output byte than the base model (replay on a larger random model)",
+                  "decode +9 to +47 %",
                   {"zip / base": x}, {"text without repetition": y}, "< 1", x < 1, y >= 1)
         o = [r["base"]["oracle"] for r in results]
         gap = max(abs(r["oracle"] - r["base"]) for r in o)
@@ -797,8 +801,10 @@ def judge(run, results):
     if "digits" in results[0] and "digits_copied" in results[0]["zip"]:
         a, b = m("digits", "digits_copied"), m("zip", "digits_copied")
         test = lambda arm: m(arm, "digits_copied") >= m("cont", "digits_copied") - 0.05
-        run.claim("C7", "numbers are copied as well as by cont if digits are never merged", "GSM8K .356 -> .610 (successor)",
-                  {"cont": m("cont", "digits_copied"), "protected": a}, {"unprotected": b}, ">= cont - .05", test("digits"), not test("zip"))
+        run.claim("C7", "numbers are copied as well as by cont if digits are never merged",
+                  "GSM8K .356 -> .610 (successor)",
+                  {"cont": m("cont", "digits_copied"), "protected": a}, {"unprotected": b}, ">= cont - .05",
+                  test("digits"), not test("zip"))
 
 
 # fmt: on

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -73,12 +73,8 @@ class Args(common.TrainFlags):
         "toy": dict(steps=250, batch_size=64, lr=3e-3, eval_every=50),
         "paper": dict(steps=3000, batch_size=64, lr=2e-3, samples=1000, trials=200),
     }
-    lang: Literal["dyck", "arithmetic"] = "dyck"
-    """toy language: brackets of two kinds, or sums and products of digits"""
     arms: list[str] = field(default_factory=lambda: ["char", "bpe", "extended", "scramble"])
     """codes of the same strings to train with: char bpe extended scramble"""
-    arch: Literal["gpt", "gru"] = "gpt"
-    """gpt, or a recurrent layer in place of its blocks"""
     n_embd: int = 64
     """width; two layers of four heads"""
     merges: int = 48

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -221,7 +222,7 @@ def train(model, batch, args, env, log, evaluate=None, position=0):
         desc=log.run, total=args.steps, initial=state["step"], position=position, leave=False, disable=env.rank > 0
     )
     bar.mininterval = 0.2 if sys.stderr.isatty() else 10
-    with interruptible() as stopped:
+    with bar, interruptible() as stopped:  # the bar is cleared before a message of the exit
         while True:
             step, row = state["step"], {}
             if evaluate and (step % args.eval_every == 0 or step == args.steps):
@@ -260,7 +261,6 @@ def train(model, batch, args, env, log, evaluate=None, position=0):
                 raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on from there")
     if row:
         log(args.steps, **row, **timing(state))
-    bar.close()
 
 
 def timing(state):
@@ -336,14 +336,21 @@ def all_reduce(value, env):
 
 @contextmanager
 def interruptible():
-    """Yields a function: whether Ctrl-C or SIGTERM has come, or the process that started this worker is gone."""
-    parent, signals = multiprocessing.parent_process(), []
+    """Yields a function: whether Ctrl-C or SIGTERM has come."""
+    signals = []
     old = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(signals) or parent is not None and not parent.is_alive()
+        yield lambda: bool(signals)
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def start_worker(lock):
+    """A worker process begins: it draws its bars under the common lock, and ends with the process that started it."""
+    tqdm.set_lock(lock)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def side_by_side(function, tasks, jobs):
@@ -351,7 +358,7 @@ def side_by_side(function, tasks, jobs):
     if jobs <= 1 or len(tasks) <= 1:
         return [function(*task) for task in tasks]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context, tqdm.set_lock, (context.RLock(),)) as pool:
+    with ProcessPoolExecutor(min(jobs, len(tasks)), context, start_worker, (context.RLock(),)) as pool:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         futures = [pool.submit(function, *task) for task in tasks]
         try:

@@ -247,7 +247,7 @@ def test_resume_refuses_another_model(tmp_path, uninterrupted):
 
 @pytest.mark.parametrize("flags", [[], ["--shard"]], ids=["ddp", "fsdp"])
 def test_two_ranks_equal_one_process(flags, tmp_path, uninterrupted):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     finish(start(tmp_path, *flags, launcher=launcher))
     rows, weights = outcome(tmp_path)
     assert [r["loss"] for r in rows if "loss" in r] == pytest.approx(

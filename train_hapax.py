@@ -6,9 +6,9 @@ is masked iff its bigram (x[t-1], x[t]) occurred before in the same window. Ever
 What it found on a 1B model: copying collapses, heads stop matching prefixes, and yet tasks whose answer is *not* in the
 context are learnt from examples as well as before, or better; only tasks with few labels suffer: there it is a copy.
 
-The toy: five arms see the same windows from the same initial weights, and differ in the loss mask alone.
+The toy: arms see the same windows from the same initial weights, and differ in the loss mask alone.
   none     vanilla                                       any     Hapax, the paper's rule
-  random   as many targets masked, but at random         latest  only what the *most recent* match predicts
+  random   as many targets masked, but at random         latest  only what the *most recent* match predicts (by --arms)
                                                          offset  every target after a repeated token
 Windows: text (CPython's sources), an *abstractive* task (fixed maps of symbols, distinct answers), a *few-label* task
 (the same symbols, four labels), an *extractive* one (name-value pairs drawn anew for every window). The toy can't show
@@ -48,7 +48,7 @@ class Args(common.TrainFlags):
         "160m": dict(n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=3000, batch_size=512),
         "paper": dict(n_layer=16, n_head=8, n_embd=2048, lr=2.5e-4, steps=20000, warmup=1430, decay_steps=143000),
     }
-    arms: list[str] = field(default_factory=lambda: ["none", "any", "random", "latest", "offset"])
+    arms: list[str] = field(default_factory=lambda: ["none", "any", "random", "offset"])
     """loss masks to train with: none any latest offset repeat random thresholded"""
     dataset: str = "stdlib"
     """text: stdlib, file:PATH or a `datasets` id (paper: the Pile)"""

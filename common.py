@@ -548,6 +548,15 @@ class Run:
         return result
 
 
+def wilson(k, n, z=1.96):
+    """95 % Wilson interval of a share k / n; (0, 1) for n = 0."""
+    if not n:
+        return 0.0, 1.0
+    p, centre = k / n, (k / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return centre - half, centre + half
+
+
 def table(rows, widths):
     """Prints rows of cells, each wrapped to its column's width."""
     for row in rows:

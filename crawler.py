@@ -47,6 +47,7 @@ import numpy as np
 import torch
 
 import common
+from common import wilson
 from model import GPT, GPTConfig, generate
 
 
@@ -458,13 +459,6 @@ def crawl(args, prompts, heads, seed, given=None):
 
 
 # --------------------------------------------------------------------------------------------- estimates and ranking
-
-
-def wilson(k, n, z=1.96):
-    """95 % Wilson interval of a share k / n; (0, 1) for n = 0."""
-    p, centre = k / max(n, 1), (k / max(n, 1) + z * z / max(2 * n, 1)) / (1 + z * z / max(n, 1))
-    half = z / (1 + z * z / max(n, 1)) * (p * (1 - p) / max(n, 1) + z * z / max(4 * n * n, 1)) ** 0.5
-    return (centre - half, centre + half) if n else (0.0, 1.0)
 
 
 def fisher(k, n, k0, n0):

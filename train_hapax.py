@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 import common
 import data
+from common import wilson
 from model import GPT, GPTConfig
 
 RULES = "none", "any", "latest", "offset", "repeat", "random", "thresholded"
@@ -578,13 +579,6 @@ def mcnemar(a, b):
     wins, losses = sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
     n, k = wins + losses, min(wins, losses)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-
-
-def wilson(k, n, z=1.96):
-    """95 % Wilson interval of a share k / n."""
-    p, centre = k / n, (k / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return centre - half, centre + half
 
 
 def write_icl(path, results):

@@ -107,14 +107,18 @@ class LZW:
         codebook, codes = Codebook(self.vocab_size, self.max_len), []
         if self.max_len == 1 or self.max_codes == 0:
             codes = list(checked)
-        elif self.disabled.isdisjoint(checked):
-            self._encode(checked, codebook.table, codes)
-        else:  # matches never cross a disabled id: the stretches between them share a table
-            cuts = [i for i, a in enumerate(checked) if a in self.disabled]
-            for start, end in pairwise([-1, *cuts, len(checked)]):
-                self._encode(checked[start + 1 : end], codebook.table, codes)
-                codes += checked[end : end + 1]
+        else:
+            for part, closing in self.stretches(checked):  # they share a table
+                self._encode(part, codebook.table, codes)
+                codes += closing
         return (back(codes), codebook) if book else back(codes)
+
+    def stretches(self, ids):
+        """Pairs (ids without disabled ones, [the disabled id behind them] or []): no row crosses a disabled id."""
+        if self.disabled.isdisjoint(ids):
+            return [(ids, [])]
+        cuts = [i for i, a in enumerate(ids) if a in self.disabled]
+        return [(ids[start + 1 : end], ids[end : end + 1]) for start, end in pairwise([-1, *cuts, len(ids)])]
 
     def _encode(self, ids, table, out):
         """The loop over base ids without disabled ones: adds rows to `table` and codes to `out`."""
@@ -164,46 +168,41 @@ class LZW:
         return back(out)
 
     def _decode(self, codes):
-        """Base ids of a canonical stream of codes; None if it isn't one (then it can't be decoded row by row)."""
-        V, M, N, disabled, avoid = self.vocab_size, self.max_len, self.max_codes, self.disabled, self.kwkwk == "avoid"
-        table, words, out, fresh = set(), [], [], None
-        emit, extend, store, add = out.append, out.extend, words.append, table.add
-        before = None  # the previous word if it can grow, and
-        prefix = 0  # its code * V
-        for code in codes:
-            if code < V:
-                word, first = (code,), code
-            elif code - V < len(words):
-                word = words[code - V]
-                first = word[0]
-            elif before is None or avoid or code - V > len(words):
-                return None
-            else:
-                word, first = None, before[0]
-            if before is not None and first not in disabled:
-                key = prefix + first
-                if key in table:
-                    if key != fresh:
-                        return None
-                    fresh = None
-                elif len(words) < N:
-                    store((*before, first))
-                    add(key)
-                    fresh = key if avoid else None
-            else:
-                fresh = None
-            if word is None:
-                if code - V >= len(words):
+        """Base ids of a canonical stream, every code but the first of a stretch a row: (match before + first id here).
+
+        None if the stream isn't canonical: a code comes before its row, or LZW would have used a row that was there.
+        """
+        V, M, N, avoid = self.vocab_size, self.max_len, self.max_codes, self.kwkwk == "avoid"
+        rows, out = [], []  # rows beyond N get no code, they are what a full table has turned away
+        if M == 1 or N == 0:
+            return codes
+        for part, closing in self.stretches(codes):
+            before, fresh = (), None  # the match before, if it can grow; the row that `avoid` forbids to this code
+            for code in part:
+                if code < V:
+                    word = first = (code,)
+                elif code - V < len(rows):
+                    word = rows[code - V]
+                    first = word[:1]
+                elif before and code - V == len(rows) and not avoid:  # KwKwK
+                    first = before[:1]
+                    word = before + first
+                else:
                     return None
-                word = words[-1]
-            if code < V:
-                emit(code)
-                before = None if M == 1 or code in disabled else word
-            else:
-                extend(word)
-                before = word if len(word) < M else None
-            prefix = code * V
-        return out
+                if before:
+                    row = before + first
+                    if avoid and row == fresh:
+                        fresh = None
+                    else:
+                        rows.append(row)
+                        fresh = row
+                else:
+                    fresh = None
+                out += word
+                before = word if len(word) < M else ()
+            out += closing
+        known = set(rows[:N])
+        return out if len(known) == len(rows[:N]) and known.isdisjoint(rows[N:]) else None
 
     def counts(self, codes, book):
         """How many rows are known after reading each code of a canonical stream, int64 (n,), vectorised.

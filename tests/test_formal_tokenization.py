@@ -386,7 +386,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
     flags = ["--preset", "smoke", "--out", str(tmp_path), "--seeds", "3"]
     result = ft.main(flags)
     assert result == json.loads((tmp_path / "result.json").read_text())
-    assert [c["id"] for c in result["claims"]] == ["T1", "T2", "T3", "T4", "M1", "L1", "L2", "L3", "L4"]
+    assert [c["id"] for c in result["claims"]] == ["T1", "T2", "T3", "T4", "M1", "M2", "L1", "L2", "L3", "L4"]
     for c in result["claims"]:
         assert c["measured"] and c["control"] and isinstance(c["holds"], bool)
         assert c["id"][0] == "L" or c["holds"] and c["control_fails"]

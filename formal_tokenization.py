@@ -46,6 +46,7 @@ ws     ::= [ \t\n\r]*
 """
 GRAMMARS = {
     "json": JSON,
+    "object": JSON.replace("ws value ws\n", "object\n", 1).replace("[ \\t\\n\\r]*", '(" " | "\\n" " "{0,12})?'),  # tidy
     "dyck": 'root ::= ("(" root ")" | "[" root "]")*',
     "arithmetic": 'root ::= root [-+] term | term\nterm ::= term [*/] atom | atom\natom ::= [0-9]+ | "(" root ")"',
     "python": r"""
@@ -86,7 +87,7 @@ class Args(common.TrainFlags):
     model: str = ""
     """decode with a real model under --grammar instead: smollm2-135m-instruct, any that pretrained.py loads"""
     grammar: str = "json"
-    """json, dyck, arithmetic, python, re:PATTERN, or a file in the same EBNF"""
+    """json, object (JSON laid out as people do), dyck, arithmetic, python, re:PATTERN, or a file in the same EBNF"""
     prompt: str = "Describe a person as a JSON object."
     """what to ask --model"""
     max_new_tokens: int = 128

@@ -201,15 +201,16 @@ def learning_rate(step, args):
     return args.lr * (args.min_lr + (1 - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(model, batch, args, env, log, evaluate=None, position=0):
+def train(model, batch, args, env, log, evaluate=None, position=0, make_optimizer=None):
     """Trains `model` for args.steps optimizer steps, in place; goes on from a checkpoint under --resume.
 
     batch     batch(step) -> dict of this rank's (n, T) tensors for `model.forward`: idx, targets, weights, ...; it
               depends on the step alone, so that a resumed run sees the same. "denom" overrides the sum of weights
     log       a `Log`; its path with .pt in place of .jsonl is the checkpoint
     evaluate  evaluate(step) -> dict of numbers, logged every eval_every steps, before the step, and at the end
+    make_optimizer  make_optimizer(model, args) in place of AdamW
     """
-    net, opt = parallelise(model.to(env.device), args, env), optimizer(model, args)
+    net, opt = parallelise(model.to(env.device), args, env), (make_optimizer or optimizer)(model, args)
     path, state = log.path.with_suffix(".pt"), {"step": 0, "seconds": 0.0, "tokens": 0, "config": asdict(model.config)}
     if args.resume and path.exists():
         state = load_checkpoint(path)

@@ -427,6 +427,14 @@ def check_resume(path, config):
 # ------------------------------------------------------------------------------------------- patches at every layer
 
 
+def padded(prompts, device):
+    """Id lists as one tensor (B, T), padded on the left, and its mask of real tokens."""
+    longest = max(map(len, prompts))
+    idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=torch.bool, device=device)
+    return idx, mask
+
+
 def residuals(model, idx, mask=None, tail=1, **kwargs):
     """The residual stream of the last `tail` columns: after the embedding and every block, (L + 1, B, tail, C)."""
     kept, sites = [], ["embed"] + [f"blocks.{i}.resid_post" for i in range(model.config.n_layer)]

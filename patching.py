@@ -105,18 +105,10 @@ class Args(common.TrainFlags):
 # -------------------------------------------------------------------------------------------------------- the method
 
 
-def padded(prompts, device):
-    """Id lists as one tensor (B, T), padded on the left, and its mask of real tokens."""
-    longest = max(map(len, prompts))
-    idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=torch.bool, device=device)
-    return idx, mask
-
-
 @torch.no_grad()
 def latents(model, prompts, size):
     """The residual stream of each prompt's last token after the embedding and every block: (L + 1, B, C)."""
-    parts = [padded(prompts[i : i + size], model.wte.weight.device) for i in range(0, len(prompts), size)]
+    parts = [common.padded(prompts[i : i + size], model.wte.weight.device) for i in range(0, len(prompts), size)]
     return torch.cat([common.residuals(model, *part)[:, :, 0] for part in parts], 1)
 
 
@@ -166,7 +158,7 @@ def probabilities(model, prompts, answers, rho, z, patch, size):
         part = keys[i : i + size]
         extra = max(len(forced) for _, forced in part)
         forced = [[*f, *[0] * (extra - len(f))] for _, f in part]  # what stands after the last forced token is not read
-        idx, mask = padded([[*prompts[b], *f] for (b, _), f in zip(part, forced)], model.wte.weight.device)
+        idx, mask = common.padded([[*prompts[b], *f] for (b, _), f in zip(part, forced)], model.wte.weight.device)
         h = common.sweep(model, idx, patch(z[:, [b for b, _ in part]]), extra - rho, mask)
         for row, (b, f) in zip(h[:, :, -extra - 1 :], part):
             logp = model.unembed(row[:, : len(f) + 1]).float()
@@ -768,7 +760,7 @@ def draw(path, r, title):
             ax["curves"].fill_between(x, y - d, y + d, color=colour, alpha=0.2, lw=0)
         for t, colour, what in zip(main["t"], (RED, GREEN), ("language", "concept")):
             ax["curves"].axvline(t, color=colour, ls=":", lw=1, label=f"{what} switches at {t}")
-        ax["curves"].set(title=f"{title}: {sa}→{sb} patched into {ta}→{tb}", ylim=(-0.02, 1.6 * mean.max()))
+        ax["curves"].set(title=f"{title}: {sa}→{sb} patched into {ta}→{tb}", ylim=(-0.02, 2.1 * mean.max()))
         last = {k: np.array(v) for k, v in r["last"].items()}
         factors = ("language only", 1, "same concept: in source's language", RED, "-"),
         factors += ("concept only", 3, "same languages: source's concept", GREEN, "-"),
@@ -776,7 +768,7 @@ def draw(path, r, title):
         for key, i, label, colour, style in factors:
             ax["factors"].plot(x, last[key][:, i], color=colour, ls=style, label=label)
         ax["factors"].plot(x, last["noise"][:, 1:].max(1), color=GREY, ls="--", label="noise: largest other cell")
-        ax["factors"].set(title="One factor at a time, and controls", ylim=(-0.02, 1.4 * last["language only"].max()))
+        ax["factors"].set(title="One factor at a time, and controls", ylim=(-0.02, 1.8 * last["language only"].max()))
         for i, quad in enumerate(r["quads"].values() if "switches" in ax else ()):
             for which, colour, label in (0, RED, "language"), (1, GREEN, "concept"):
                 low, high = np.array(quad["t_interval"])[:, which]

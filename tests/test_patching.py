@@ -79,7 +79,7 @@ def test_sweep_equals_the_plain_loop(family, batch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(50, 64, 3, 4, 32, **FAMILIES[family]))
     prompts = [torch.randint(50, (n,)).tolist() for n in torch.randint(6, 20, (batch,)).tolist()]
-    idx, mask = patching.padded(prompts, "cpu")
+    idx, mask = common.padded(prompts, "cpu")
     z = torch.randn(4, batch, 32)
     for rho in -1, -4:
         for hold, step in (False, patching.swap(z[:, :, None])), (True, patching.hold(z[:, :, None])):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import sae as S
 
 torch.set_num_threads(1)
@@ -88,7 +89,7 @@ def test_sparse_step_equals_dense_autograd(batch, seed):
 def test_jumprelu_by_hand():
     pre = torch.tensor([[0.04, 0.12, 0.30]], requires_grad=True)
     theta = torch.full((3,), 0.1, requires_grad=True)
-    f, on = S.Jump.apply(pre, theta, 0.1)
+    f, on = S.jump(pre, theta, 0.1)
     assert f.tolist()[0] == pytest.approx([0, 0.12, 0.30])
     d_pre, d_theta = torch.autograd.grad(f.sum(), (pre, theta), retain_graph=True)
     assert d_pre.tolist() == [[0, 1, 1]] and d_theta.tolist()[1:] == pytest.approx([-1, 0])
@@ -261,7 +262,7 @@ def test_steering_is_the_identity_where_nothing_changes():
     torch.manual_seed(0)
     s, x = S.SAE(6, 15, "relu", 4), torch.randn(2, 5, 6)
     f = s.encode(x)
-    same = S.steering(s, [3], [], f[..., 3][..., None], "all")(x)
+    same = S.steering(s, [3], [], f[..., 3][..., None], "last")(x)
     torch.testing.assert_close(same, x)
     last = S.steering(s, [3], [4], torch.tensor([9.0]), "last")(x)
     assert torch.equal(last[:, :-1], x[:, :-1]) and not torch.allclose(last[:, -1], x[:, -1])
@@ -283,7 +284,7 @@ def test_languages_parse_what_they_render():
         for lang in S.LANGS:
             words = S.render(m, lang)
             assert S.parse(words, lang) == m and len(world.ids(m, lang)) == len(words) + 1
-            assert S.parse(words[1:], lang) != m
+            assert S.parse(words[1:], lang) != m and S.turned(S.parse(words, lang), "past", m[5] == "past") == m
         if m[3]:
             number.append(m[2] == "pl")
             attractor.append(m[3][1] == "pl")
@@ -298,19 +299,30 @@ def test_text_of_the_toy():
     a, b = world.batch(3, 20), world.batch(3, 20)
     assert torch.equal(a["idx"], b["idx"]) and not torch.equal(a["idx"][:, :9], world.batch(4, 20)["idx"][:, :9])
 
-    def halves(row):
-        words = [world.words[i] for i in row.tolist() if i]
-        cut = [i for i, w in enumerate(words) if w[0] == "<" and len(w) == 3]
-        first, second = words[cut[0] + 1 : cut[1]], words[cut[1] + 1 :]
-        a, b = first[0][0], second[0][0]
-        return S.parse(first, a), S.parse([w for w in second if w != "<eos>"], b), a, b
+    def sentences(row):
+        words = [world.words[i] for i in row.tolist() if i and world.words[i] != "<eos>"]
+        cut = [i for i, w in enumerate(words) if w[0] == "<" and len(w) == 3] + [len(words)]
+        parts = [(words[a][1], words[a + 1 : b]) for a, b in zip(cut, cut[1:])]
+        return [S.parse(part, lang) for lang, part in parts], [lang for lang, _ in parts]
 
-    pairs = [halves(r) for r in a["idx"]]
-    assert [x[0] == x[1] and x[2] != x[3] for x in pairs] == [True, False] * 10
-    assert all(x == y for _, _, x, y in (halves(r) for r in alone.batch(3, 20)["idx"]))
+    pairs = [sentences(r) for r in a["idx"]]
+    assert all(None not in ms and len(set(ms)) == 1 and len(set(langs)) == 4 for ms, langs in pairs)
+    pairs = [sentences(r) for r in alone.batch(3, 20)["idx"]]
+    assert all(None not in ms and len(set(ms)) > 1 and len(set(langs)) == 1 for ms, langs in pairs)
     held = {(m[1], m[4]) for m in (S.meaning(np.random.default_rng(i), True) for i in range(300))}
     train = {(m[1], m[4]) for m in (S.meaning(np.random.default_rng(i), False) for i in range(300))}
     assert not held & train and len(held) == 12
+    sentences, labels = world.corpus(50, 0)["B"]["train"]
+    for ids, plural, past in zip(sentences, labels["plural"], labels["past"]):
+        words = [world.words[i] for i in ids]
+        assert words[:2] == ["<bos>", "<B>"] and ("Bpl" in words) == plural and ("Bpast" in words) == past
+
+
+def test_turning_a_meaning():
+    m = (1, 2, "sg", (3, "pl"), 4, "pres", None)
+    assert S.turned(m, "past", 1) == (1, 2, "sg", (3, "pl"), 4, "past", None)
+    assert S.turned(m, "plural", 1) == (1, 2, "pl", (3, "pl"), 4, "pres", None)
+    assert S.turned(m, "plural", 0) == (1, 2, "sg", (3, "sg"), 4, "pres", None)
 
 
 def test_sentences_of_real_languages():
@@ -361,7 +373,8 @@ def test_smoke_writes_what_is_promised(tmp_path):
     for c in result["claims"]:
         assert c["measured"] and c["control"] and isinstance(c["holds"], bool) and isinstance(c["control_fails"], bool)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {r["run"] for r in rows} == {"main-s3", "no-translation-s3", "untrained-s3"}
+    arms = {"main-s3", "no-translation-s3", "untrained-s3"}
+    assert {r["run"] for r in rows} == arms | {f"{arm}-sae" for arm in arms}
     assert (tmp_path / "sae.png").stat().st_size > 10000
 
 
@@ -405,27 +418,24 @@ def test_a_real_checkpoint(tmp_path):
 
 def test_a_stopped_sae_goes_on_exactly(tmp_path):
     rows = torch.randn(4096, 8)
-    batch, save = S.Buffer(lambda r: rows, 64), tmp_path / "sae.pt"
+    batch = S.Buffer(lambda r: rows, 64)
 
-    def run(steps, resume=False):
+    def run(log, resume=False, batch=batch):
         torch.manual_seed(0)
-        return S.fit(S.SAE(8, 32, "topk", 4), batch, steps, 1e-3, save=save, resume=resume, every=20)
-
-    class Enough(Exception):
-        pass
+        return S.fit(S.SAE(8, 32, "topk", 4), batch, 240, 1e-3, log=log, resume=resume, every=70)
 
     def broken(step):
-        if step == 25:
-            raise Enough
+        if step == 205:
+            raise InterruptedError
         return batch(step)
 
-    torch.manual_seed(0)
-    with pytest.raises(Enough):
-        S.fit(S.SAE(8, 32, "topk", 4), broken, 40, 1e-3, save=save, every=20)
-    again = run(40, resume=True)
-    save.unlink()
-    whole = run(40)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters()))
+    whole, log = common.Log(tmp_path, "whole"), common.Log(tmp_path, "halves")
+    with pytest.raises(InterruptedError):
+        run(log, batch=broken)
+    again, once = run(log, resume=True), run(whole)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), once.parameters()))
+    first, second = ([(r["step"], r["loss"]) for r in common.read_jsonl(x.path)] for x in (log, whole))
+    assert first == second and [step for step, _ in first] == [0, 100, 200]
 
 
 @pytest.mark.parametrize(

@@ -582,31 +582,35 @@ def masks(device):
 
 
 def slow_server(port, latency=0.005):
-    """A completions server on 127.0.0.1 in a process of its own: every answer takes `latency` seconds."""
-    import asyncio
-    import contextlib
+    """A chat server on 127.0.0.1 in a process of its own: every answer takes `latency` seconds, exactly."""
+    import socket
+    import threading
 
     body = b'{"choices":[{"message":{"content":"no"},"finish_reason":"stop"}]}'
     reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
-    async def serve(reader, writer):
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # until the client hangs up
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                await reader.readexactly(int(head.lower().split(b"content-length:")[1].split()[0]))
-                await asyncio.sleep(latency)
-                writer.write(reply)
+    def serve(connection):
+        with connection, connection.makefile("rb") as lines:
+            length = 0
+            while line := lines.readline():  # until the client hangs up
+                if line.lower().startswith(b"content-length"):
+                    length = int(line.split(b":")[1])
+                if line == b"\r\n":
+                    lines.read(length)
+                    time.sleep(latency)
+                    connection.sendall(reply)
 
-    async def main():
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        port.value = server.sockets[0].getsockname()[1]
-        await server.serve_forever()
-
-    asyncio.run(main())
+    listener = socket.create_server(("127.0.0.1", 0))
+    port.value = listener.getsockname()[1]
+    while True:
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 
 
 def crawler(device):
-    """128 calls of a crawl, 4 at once, with journal, to a server that takes 5 ms: against waiting alone, and urllib."""
+    """128 calls of a crawl, 4 at once, with journal, to a server that takes 5 ms: against waiting alone, bare sockets
+    (the same bytes, nothing read of them: what the concurrency allows), and urllib."""
     import multiprocessing
+    import socket
     import urllib.request
     from concurrent.futures import ThreadPoolExecutor
 
@@ -622,11 +626,17 @@ def crawler(device):
     url = f"http://127.0.0.1:{port.value}/v1"
     target = script.Endpoint("chat", url, "m", 0, script.Args(concurrency=4))
     payload = json.dumps(script.to_server("chat", "m", request, 0, "")[1]).encode()
+    sockets = [socket.create_connection(("127.0.0.1", port.value)) for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:
         journal = script.Journal(Path(folder) / "calls", {})
 
         def ours():
-            target.run([(f"{len(journal.done)}.{i}", request) for i in range(128)], journal)
+            target.run([(journal, f"{len(journal.done)}.{i}", request) for i in range(128)])
+
+        def bare(connection):
+            for _ in range(32):
+                connection.sendall(f"POST /v1/chat/completions{target.head}{len(payload)}\r\n\r\n".encode() + payload)
+                assert connection.recv(4096).endswith(b"}")
 
         def urllib_():
             ask = urllib.request.Request(f"{url}/chat/completions", payload)
@@ -634,6 +644,7 @@ def crawler(device):
             assert len(list(pool.map(post, range(128)))) == 128
 
         peers = {"waiting alone": lambda: list(pool.map(time.sleep, [0.005] * 128)), "urllib": urllib_}
+        peers["bare sockets"] = lambda: list(pool.map(bare, sockets))
         rows = versus("crawl, 128 calls of 5 ms, 4 at once", ours, peers, device)
         assert all(reply.text == "no" for reply in journal.done.values())
     server.terminate()

@@ -21,9 +21,12 @@ import copy
 import functools
 import itertools
 import math
+import random
+import re
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -38,6 +41,7 @@ import data
 from lzw_tokenizer import LZW, Decoder, digit_ids
 from model import GPT, GPTConfig, KVCache, sample
 
+SCORES = 2**22  # numbers that the scores of the softmax may take up at once
 ARMS = "cont", "zip", "rand", "digits", "avg", "attn", "m2", "m4", "ae", "canon"
 
 
@@ -50,7 +54,11 @@ class Args(common.TrainFlags):
             pretrain_steps=6, steps=4, n_embd=32, n_layer=2, enc_dim=16, block_size=64, samples=4, warmup=2, jobs=1,
             threads=1, timing_layers=1, timing_embd=32, eval_every=4, batch_size=4,
         ),
-        "toy": dict(steps=150, eval_every=50),
+        "toy": dict(batch_size=8, lr=3e-3, steps=120, eval_every=40),
+        "real": dict(
+            model="smollm2-135m-instruct", arms=["cont", "zip"], block_size=512, batch_size=2, lr=1.5e-3, lora_r=16,
+            enc_dim=192, samples=16,
+        ),
         "paper": dict(
             model="microsoft/Phi-3.5-mini-instruct", dataset="epfl-dlab/zip2zip-1B", block_size=4096, max_codes=2048,
             max_len=4, lora_r=32, enc_dim=3072, enc_heads=32, enc_layers=2, untie=True, steps=8000, batch_size=16,
@@ -89,7 +97,7 @@ class Args(common.TrainFlags):
     """weight of the auto-encoding loss in the arm ae (paper: .1; its released models: 0)"""
     lora_r: int = 8
     """rank of LoRA; alpha = 2 r (paper: r = alpha = 32)"""
-    pretrain_steps: int = 500
+    pretrain_steps: int = 350
     """steps of the toy's base model"""
     samples: int = 32
     """held-out windows, prompts"""
@@ -137,14 +145,10 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, dim, heads, mlp):
         super().__init__()
-        self.heads, self.norm, self.qkv, self.proj = (
-            heads,
-            nn.RMSNorm(dim),
-            nn.Linear(dim, 3 * dim),
-            nn.Linear(dim, dim),
-        )
-        self.mlp = nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.mlp = self.mlp if mlp else None
+        self.heads, self.norm = heads, nn.RMSNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        layers = nn.RMSNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(*layers) if mlp else None
 
     def forward(self, x, see):
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -194,7 +198,7 @@ class Zip(nn.Module):
             draw = torch.Generator().manual_seed(1)
             self.register_buffer("random", torch.randn(lzw.max_codes, C, generator=draw).to(size.device) * size)
         if arm == "ae":
-            self.decoder = Decoder2(C, M, gpt.config.vocab_size, args)
+            self.decoder = RowDecoder(C, M, gpt.config.vocab_size, args)
         self.gpt.embed.register_forward_hook(lambda _, __, x: x if self.vectors is None else self.vectors(x))
 
     @property
@@ -203,16 +207,23 @@ class Zip(nn.Module):
 
     def get_extra_state(self):
         """What training and use must agree on travels with the weights."""
-        return self.lzw.config()
+        return self.lzw.config() | {"residual": self.args.residual, "row_mask": self.args.row_mask}
 
     def set_extra_state(self, saved):
-        self.same_codes(saved)
-
-    def same_codes(self, saved):
-        """Raises ValueError if a checkpoint's ids mean something else here: its settings of LZW, beside ours."""
-        ours = self.lzw.config()
+        """Raises ValueError if a checkpoint's ids mean something else here: its settings, beside ours."""
+        ours = self.get_extra_state()
         if odd := [f"{k} is {saved.get(k)} there, {ours[k]} here" for k in ours if saved.get(k) != ours[k]]:
             raise ValueError(f"the checkpoint is of other codes: {'; '.join(odd)}")
+
+    def state_dict(self, *args, **how):
+        """LoRA, encoders and settings; the frozen base model is not saved with every arm."""
+        learns = {name for name, p in self.named_parameters() if p.requires_grad} | {"_extra_state"}
+        return {k: v for k, v in super().state_dict(*args, **how).items() if k in learns}
+
+    def load_state_dict(self, state, **how):
+        if odd := self.state_dict().keys() ^ state.keys():
+            raise ValueError(f"the checkpoint is of another arm: {', '.join(sorted(odd)[:3])} only on one side")
+        return super().load_state_dict(state, strict=False)
 
     def encode(self, rows):
         """Input and output vectors of rows (R, M) of base ids, -1 on the right: two tensors (R, C)."""
@@ -267,40 +278,44 @@ class Zip(nn.Module):
         finally:
             self.vectors = None
 
-    def logits(self, h, vout, known):
+    def logits(self, h, vout, known, banned=None):
         """Scores over V base ids and K rows: h (..., T, C), vout (..., K, C); rows from `known` (..., T) on -inf."""
-        base, c = self.gpt.unembed(h).float(), self.config
-        if not vout.shape[-2]:
-            return base
-        hyper = (h @ vout.transpose(-1, -2).to(h.dtype)).float() * c.logit_scale
-        if c.logit_softcap:
-            hyper = c.logit_softcap * torch.tanh(hyper / c.logit_softcap)
-        slots = torch.arange(hyper.shape[-1], device=h.device)
-        return torch.cat((base, hyper.masked_fill(slots >= known[..., None], -torch.inf)), -1)
+        scores, c = self.gpt.unembed(h).float(), self.config
+        if vout.shape[-2]:
+            hyper = (h @ vout.transpose(-1, -2).to(h.dtype)).float() * c.logit_scale
+            if c.logit_softcap:
+                hyper = c.logit_softcap * torch.tanh(hyper / c.logit_softcap)
+            slots = torch.arange(hyper.shape[-1], device=h.device)
+            scores = torch.cat((scores, hyper.masked_fill(slots >= known[..., None], -torch.inf)), -1)
+        return scores if banned is None else scores.masked_fill(banned, -torch.inf)
 
     def forward(self, idx, targets, count, rows, banned=None, denom=None):
-        """The training loss: sum over targets of -log p / denom (+ ae * the auto-encoding loss)."""
+        """The training loss: (sum over targets of -log p + ae * sum over rows of the auto-encoding loss) / denom.
+
+        denom: how many targets there are, those of other micro-batches and ranks included; so the parts add up.
+        """
         vin, vout = self.encode_all(rows)
         h = self.hidden(idx, vin)
         known = count if self.args.row_mask == "online" else (rows[..., 0] >= 0).sum(1, keepdim=True).expand_as(count)
 
-        def row_loss(h, vout, known, targets, ban):
-            scores = self.logits(h, vout, known)
-            scores = scores if ban is None else scores.masked_fill(ban[:, : scores.shape[-1]], -torch.inf)
-            return F.cross_entropy(scores, targets, reduction="sum")
+        def nll(h, vout, known, targets, banned):
+            scores = self.logits(h, vout, known, banned)
+            return F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum")
 
-        total = 0.0
-        for b in range(len(idx)):  # row by row, and again in the backward pass: (T, V) is never held for the batch
-            part = h[b], vout[b], known[b], targets[b], None if banned is None else banned[b]
-            total = total + checkpoint(row_loss, *part, use_reentrant=False)
-        loss = total / (denom if denom is not None else (targets >= 0).sum())
+        total, parts = 0.0, (h, vout, known, targets, banned)
+        size = max(1, SCORES // (h.shape[1] * (self.config.vocab_size + vout.shape[1])))
+        if size < len(idx):  # the scores of a part are made again in the backward pass, not kept
+            nll = functools.partial(checkpoint, nll, use_reentrant=False)
+        for i in range(0, len(idx), size):
+            total = total + nll(*(x if x is None else x[i : i + size] for x in parts))
         if self.decoder is not None:
-            distinct = torch.unique(rows[rows[..., 0] >= 0], dim=0)
-            loss = loss + self.args.ae * self.decoder.loss(self.encode(distinct)[0], distinct, self.gpt.wte.weight)
-        return loss
+            distinct, times = torch.unique(rows[rows[..., 0] >= 0], dim=0, return_counts=True)
+            ae = self.decoder.loss(self.encode(distinct)[0], distinct, self.gpt.wte.weight)
+            total = total + self.args.ae * (times * ae).sum()
+        return total / (denom if denom is not None else (targets >= 0).sum())
 
 
-class Decoder2(nn.Module):
+class RowDecoder(nn.Module):
     """The auto-encoding loss (section 3): a causal transformer reads [row vector, E[y_1], ...], says y_1, y_2, ..."""
 
     def __init__(self, C, M, V, args):
@@ -317,7 +332,9 @@ class Decoder2(nn.Module):
         return self.head(self.layer(x + self.pos[:m], see))
 
     def loss(self, vector, rows, E):
-        return F.cross_entropy(self.scores(vector, rows[:, :-1], E).flatten(0, 1), rows.flatten(), ignore_index=-1)
+        """Mean cross-entropy of each row's ids (R,), given the right ones before."""
+        scores = self.scores(vector, rows[:, :-1], E).transpose(1, 2)
+        return F.cross_entropy(scores, rows, ignore_index=-1, reduction="none").sum(1) / (rows >= 0).sum(1)
 
     def exact(self, vector, rows, E):
         """Share of rows that greedy decoding from the vector alone gives back."""
@@ -377,6 +394,29 @@ def transported(lzw, logp, ids):
     return torch.stack(out)
 
 
+def transported_mass(lzw, predict, ids):
+    """What the transported p of all codes that may come after base ids add up to; and P(base ids of the code) alone.
+
+    predict: base ids (R, T) -> log-probabilities of the id after each place (R, T, V). The first number is 1 if the
+    factors of `transported` are right. The second counts a text once for every way to cut it.
+    """
+    codes, book = lzw.encode(ids, book=True)
+    tails = [book.expand(c) for c in range(lzw.vocab_size + len(book))]
+    word = book.expand(codes[-1])
+    if lzw.kwkwk == "classic" and len(book) < lzw.max_codes and len(word) < lzw.max_len:
+        tails.append((*word, word[0]))  # KwKwK: the row that is being made
+    logp = predict(torch.tensor([[*ids, *w] + [0] * (lzw.max_len - len(w)) for w in tails]))[:, len(ids) - 1 :]
+    now, total, alone = extensions(lzw, codes, book)[-1], 0.0, 0.0
+    stays = lambda logp, ext: 1 - logp.exp()[ext].sum().item()
+    for word, lp in zip(tails, logp):
+        p = math.exp(sum(lp[j, a].item() for j, a in enumerate(word)))
+        after, book = lzw.encode([*ids, *word], book=True)
+        if after[:-1] == codes:  # else LZW would have cut the text in another way
+            total += p * stays(lp[len(word)], extensions(lzw, after, book)[-1]) / stays(lp[0], now)
+            alone += p
+    return total, alone
+
+
 # --------------------------------------------------------------------------------------------------------- generation
 
 
@@ -389,80 +429,62 @@ def generate(model, prompts, n_base, temperature=0.0, seed=0, replay=None, store
     Returns a list of (new codes, new base ids).
     """
     lzw, gpt, device, store = model.lzw, model.gpt, model.gpt.wte.weight.device, {} if store is None else store
-    C, N, B = gpt.config.n_embd, lzw.max_codes if lzw.max_len > 1 else 0, len(prompts)
-    rng = torch.Generator(device).manual_seed(seed)
-    decoders, known = [Decoder(lzw) for _ in prompts], torch.zeros(B, dtype=torch.long, device=device)
-    N = min(N, max(map(len, prompts)) + n_base + lzw.max_len)
-    rows = torch.zeros(2, B, N, C, device=device, dtype=gpt.wte.weight.dtype)  # input and output vectors
+    codes, alive, step = [lzw.encode(list(p)) for p in prompts], list(range(len(prompts))), 0
+    rng, B, T = torch.Generator(device).manual_seed(seed), len(prompts), max(map(len, codes))
+    N = min(lzw.max_codes, max(map(len, prompts)) + n_base + lzw.max_len) if lzw.max_len > 1 else 0
+    rows = torch.zeros(2, B, N, gpt.config.n_embd, device=device, dtype=gpt.wte.weight.dtype)  # vectors in and out
+    cache, decoders, sizes = (
+        KVCache(gpt.config, B, T + n_base, device, rows.dtype),
+        [Decoder(lzw) for _ in codes],
+        [0] * B,
+    )
 
     def install(new):
-        """Puts the rows made by this step, a list [(b, base ids)], where the model finds them."""
-        missing = [] if model.arm == "rand" else list({word for _, word in new if word not in store})
-        if missing:
+        """Puts the rows that a step makes, a list [(row of the batch, base ids)], where the model finds them."""
+        if missing := [] if model.arm == "rand" else list({word for _, word in new if word not in store}):
             padded = [word + (-1,) * (lzw.max_len - len(word)) for word in missing]
-            made = torch.stack(model.encode(torch.tensor(padded, device=device))).to(rows.dtype)
-            store.update({word: made[:, i] for i, word in enumerate(missing)})
-        for b, group in itertools.groupby(new, lambda pair: pair[0]):
-            words, k = [word for _, word in group], int(sizes[b])
-            rows[:, b, k : k + len(words)] = (
-                model.random[None, k : k + len(words)]
-                if model.arm == "rand"
-                else torch.stack([store[w] for w in words], 1)
-            )
-            sizes[b] += len(words)
-            known[b] = sizes[b]
+            made = torch.stack(model.encode(torch.tensor(padded, device=device)), 1).to(rows.dtype)
+            store.update(zip(missing, made))
+        for i, group in itertools.groupby(new, lambda pair: pair[0]):
+            here = slice(sizes[i], sizes[i] + len(words := [word for _, word in group]))
+            rows[:, i, here] = model.random[here] if model.arm == "rand" else torch.stack([store[w] for w in words], 1)
+            sizes[i] = here.stop
 
-    sizes, codes, new = [0] * B, [lzw.encode(list(p)) for p in prompts], []
-    for b, z in enumerate(codes):
-        new += [(b, word) for c in z for word in decoders[b].push(c)[1]]
-    install(new)
-    T = max(map(len, codes))
+    install([(b, word) for b, z in enumerate(codes) for c in z for word in decoders[b].push(c)[1]])
     idx = torch.tensor([[0] * (T - len(z)) + z for z in codes], device=device)
     mask = torch.tensor([[0] * (T - len(z)) + [1] * len(z) for z in codes], dtype=torch.bool, device=device)
-    cache = KVCache(gpt.config, B, T + n_base, device, gpt.wte.weight.dtype)
-    out, alive, step = [([], []) for _ in prompts], list(range(B)), 0
-    while True:
-        top = max(sizes[b] for b in alive)
-        at = torch.tensor(alive, device=device)
-        live = rows if len(alive) == B else rows[:, at]
-        h = model.hidden(idx, live[0], mask, cache)[:, -1:]
-        mask = None
-        scores = model.logits(h, live[1, :, :top], known[at, None])[:, 0]
-        if replay is None:
-            idx = sample(scores, temperature, rng=rng)
-        else:
+    out = [([], []) for _ in prompts]
+    while alive:
+        known = torch.tensor(sizes, device=device)[:, None]
+        h = model.hidden(idx, rows[0], mask, cache)[:, -1:]
+        scores, mask = model.logits(h, rows[1, :, : max(sizes)], known)[:, 0], None
+        idx = sample(scores, temperature, rng=rng)
+        if replay:
             idx = torch.tensor([[replay[b][step]] for b in alive], device=device)
-        new, keep = [], []
+        new, keep, step = [], [], step + 1
         for i, (b, code) in enumerate(zip(alive, idx[:, 0].tolist())):
             base, made = decoders[b].push(code)
             out[b][0].append(code)
             out[b][1].extend(base)
-            new += [(b, word) for word in made]
-            if len(out[b][1]) < n_base and (replay is None or step + 1 < len(replay[b])):
+            new += [(i, word) for word in made]
+            if len(out[b][1]) < n_base and not (replay and step == len(replay[b])):
                 keep.append(i)
         install(new)
-        step += 1
-        if not keep:
-            return out
         if len(keep) < len(alive):
-            rest = torch.tensor(keep, device=device)
-            idx, alive = idx[rest], [alive[i] for i in keep]
+            rest = torch.tensor(keep, dtype=torch.long, device=device)
+            idx, rows, alive, sizes = idx[rest], rows[:, rest], [alive[i] for i in keep], [sizes[i] for i in keep]
             cache.keep(rest)
+    return out
 
 
 def prompt_lookup_steps(ids, start, draft=8, n=2):
     """Forward passes of exact n-gram prompt lookup for ids[start:], if the model agrees with the text: the baseline."""
-    at, steps, ids = start, 0, list(ids)
-    seen, filled = {}, n
+    at, steps, seen, filled = start, 0, {}, n
     while at < len(ids):
         for j in range(filled, at):  # n-grams that end before the current one: where they went on
             seen[tuple(ids[j - n : j])] = j
-        filled = max(filled, at)
-        guess = seen.get(tuple(ids[at - n : at]))
-        right = 0
-        while guess is not None and right < draft and at + right < len(ids) and guess + right < at:
-            if ids[guess + right] != ids[at + right]:
-                break
+        filled, right, guess = max(filled, at), 0, seen.get(tuple(ids[at - n : at]), at)
+        while right < draft and guess + right < at < len(ids) - right and ids[guess + right] == ids[at + right]:
             right += 1
         at, steps = at + right + 1, steps + 1
     return steps
@@ -485,51 +507,40 @@ class Synth:
         parts = [["<end>"], syllables, [f" {s}" for s in syllables], verbs, nouns, rest, [f" {d}" for d in range(10)]]
         self.text = [text for part in parts for text in part]
         ends = np.cumsum([len(p) for p in parts])
-        self.tail, self.head, self.verbs, self.nouns, rest, self.digits = [np.arange(*r) for r in zip(ends, ends[1:])]
+        self.tail, self.head, self.verbs, self.nouns, rest, self.digits = [range(*r) for r in zip(ends, ends[1:])]
         self.word = {self.text[i].strip() or "\n": int(i) for i in rest}
-        self.n_vocab, self.eos, self.length, self.seed = int(ends[-1]), 0, args.block_size, seed
+        self.n_vocab, self.special, self.length, self.seed = int(ends[-1]), [0], args.block_size, seed
         self.bytes = np.array([0] + [len(t) for t in self.text[1:]])
 
     def document(self, rng):
         """Ids of one document, at least a window, opened by the end of the one before."""
-        w, names = self.word, []
-        for _ in range(6):
-            names.append([rng.choice(self.head), *rng.choice(self.tail, rng.integers(1, 4))])
-        weights = 1 / np.arange(1, 7)
-        liked, out = rng.permutation(4)[:2], [self.eos]
+        w, weights, out = self.word, [1 / i for i in range(1, 7)], [0]
+        names = [[rng.choice(self.head), *rng.choices(self.tail, k=rng.randint(1, 3))] for _ in weights]
+        liked = rng.sample(range(4), 2)
         while len(out) <= self.length:
-            a, b = (names[i] for i in rng.choice(6, 2, p=weights / weights.sum()))
-            v, n, kind = rng.choice(self.verbs), rng.choice(self.nouns), rng.random()
-            form = rng.choice(liked) if rng.random() < 0.7 else rng.integers(4)
+            (a, b), v, n = rng.choices(names, weights, k=2), rng.choice(self.verbs), rng.choice(self.nouns)
             sentence = [
                 [*a, v, *b], [*a, w["is"], w["near"], w["the"], n, w["of"], *b],
                 [w["the"], n, w["of"], *a, w["and"], *b], [*a, v, w["the"], n, w["with"], *b],
-            ][form]  # fmt: skip
-            if kind < 0.15:
-                number = rng.choice(self.digits, 8)
+            ][rng.choice(liked) if rng.random() < 0.7 else rng.randrange(4)]  # fmt: skip
+            if rng.random() < 0.15:
+                number = rng.choices(self.digits, k=8)
                 sentence = [w["number"], *number, w["again"], *number]
             out += [*sentence, w["."]] + ([w["\n"]] if rng.random() < 0.2 else [])
-        return np.array(out[: self.length + 1])
+        return out[: self.length + 1]
 
     def windows(self, split, step, n):
         """n windows (n, length + 1): documents of this step, or of the held-out ones."""
-        rng = np.random.default_rng([self.seed, split == "heldout", step])
-        return np.stack([self.document(rng) for _ in range(n)])
+        rng = random.Random(f"{self.seed} {split} {step}")
+        return np.array([self.document(rng) for _ in range(n)])
 
     def n_bytes(self, ids):
         return int(self.bytes[np.asarray(ids)].sum())
 
     def names(self, ids):
-        """The names in a list of ids, tuples, except the first and last run, which may be cut."""
-        runs, head, tail = [], set(self.head), set(self.tail)
-        for a in ids:
-            if a in head:
-                runs.append([a])
-            elif a in tail and runs and runs[-1]:
-                runs[-1].append(a)
-            else:
-                runs.append([])
-        return [tuple(r) for r in runs[1:-1] if r]
+        """The names in a list of ids, tuples, but for those at its ends, which may be cut."""
+        kinds = "".join("h" if a in self.head else "t" if a in self.tail else " " for a in ids)
+        return [tuple(ids[m.start() : m.end()]) for m in re.finditer("(?<=.)ht+(?=[ h])", kinds)]
 
 
 class Text:
@@ -541,8 +552,9 @@ class Text:
         folder = Path(args.out) / "tokens"
         read = lambda split, most: data.token_file(args.dataset, split, tok, folder, most)
         self.tokens = {"train": read("train", limit), "heldout": read("heldout", limit and 2**20)}
-        self.tok, self.eos, self.length, self.seed = tok, tok.eos, args.block_size, seed
-        self.digits = np.array(digit_ids(tok))
+        self.tok, self.length, self.seed = tok, args.block_size, seed
+        self.special = [i for i, t in tok.backend.get_added_tokens_decoder().items() if t.special]
+        self.digits = digit_ids(tok)
         for part in self.tokens.values():
             data.windows(part, np.random.default_rng(0), 1, self.length + 1)
 
@@ -557,21 +569,14 @@ class Text:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def settings(args, arm):
-    """(flags, M, protects digits) of an arm."""
-    changed = {"avg": {"encoder": "avg"}, "zeroshot": {"encoder": "avg"}, "attn": {"encoder": "attn"}}.get(arm, {})
-    flags = type(args)(**(vars(args) | changed))
-    return flags, {"cont": 1, "m2": 2, "m4": 4}.get(arm, args.max_len), arm == "digits" or bool(args.model)
-
-
-def build(args, gpt, world, arm):
-    """The model of an arm around a base GPT, LoRA in place."""
-    flags, M, protect = settings(args, arm)
-    disabled = [world.eos, *(world.digits.tolist() if protect else ())]
-    lzw = LZW(gpt.config.vocab_size, args.max_codes, M, disabled, args.kwkwk)
+def build(args, base, world, arm):
+    """The model of an arm around the base model, whose frozen weights all arms share; LoRA starts the same in all."""
+    M, encoder = {"cont": 1, "m2": 2, "m4": 4}, {"avg": "avg", "zeroshot": "avg", "attn": "attn"}
+    disabled = [*world.special, *(world.digits if args.model or arm == "digits" else ())]
+    lzw = LZW(base.config.vocab_size, args.max_codes, M.get(arm, args.max_len), disabled, args.kwkwk)
     torch.manual_seed(world.seed)
-    gpt = add_lora(gpt, args.lora_r, 2 * args.lora_r)  # drawn first: the same in all arms
-    return Zip(gpt, lzw, flags, arm).to(gpt.wte.weight.device)
+    gpt = add_lora(copy.deepcopy(base, {id(p): p for p in base.parameters()}), args.lora_r, 2 * args.lora_r)
+    return Zip(gpt, lzw, replace(args, encoder=encoder.get(arm, args.encoder)), arm).to(gpt.wte.weight.device)
 
 
 def base_model(args, env, world, log):
@@ -580,28 +585,26 @@ def base_model(args, env, world, log):
         return load_real(args.model)[0].to(env.device)
     torch.manual_seed(world.seed)
     config = GPTConfig(world.n_vocab, 2 * args.block_size, args.n_layer, args.n_head, args.n_embd, norm="rms", tie=True)
-    config.smear_keys = True
-    gpt, flags = GPT(config), type(args)(**(vars(args) | {"steps": args.pretrain_steps, "lr": 4e-3}))
+    config.smear_keys = True  # induction, and so the copying of names, is learned sooner
 
     def batch(step):
-        x = torch.from_numpy(world.windows("train", step, args.batch_size))
+        x = torch.from_numpy(world.windows("train", step, args.batch_size)[env.rank :: env.world])
         return {"idx": x[:, :-1], "targets": x[:, 1:]}
 
-    common.train(gpt, batch, flags, env, log)
+    common.train(gpt := GPT(config), batch, replace(args, steps=args.pretrain_steps, lr=4e-3), env, log)
     return gpt
 
 
-def train_arm(args, gpt, env, world, arm, log):
-    """Uptrains one arm from the base model; every arm sees the same windows. Returns the model."""
-    model = build(args, gpt, world, arm)
+def train_arm(args, model, env, world, log):
+    """Uptrains the model of one arm; every arm sees the same windows."""
     if args.resume and log.path.with_suffix(".pt").exists():
         with common.bad_input():
-            model.same_codes(common.load_checkpoint(log.path.with_suffix(".pt"))["model"]["_extra_state"])
+            model.set_extra_state(common.load_checkpoint(log.path.with_suffix(".pt"))["model"]["_extra_state"])
 
     def batch(step):
-        return pack(
-            model.lzw, world.windows("train", 10**6 + step, args.batch_size)[env.rank :: env.world], arm == "canon"
-        )
+        windows = world.windows("train", 10**6 + step, args.batch_size)[env.rank :: env.world]
+        part = pack(model.lzw, windows, model.arm == "canon")
+        return part | {"denom": common.all_reduce((part["targets"] >= 0).sum().float().to(env.device), env)}
 
     def evaluate(step):
         return {"bpb": bits_per_byte(model, world, max(2, args.samples // 4), env)["bpb"]}
@@ -615,51 +618,59 @@ def train_arm(args, gpt, env, world, arm, log):
 
 @torch.no_grad()
 def bits_per_byte(model, world, n, env, shuffle=False):
-    """Held-out windows, every byte scored, only rows that exist: bits per byte, ids per base id, nats by kind."""
-    windows, V = world.windows("heldout", 0, n), model.config.vocab_size
-    nll, kinds, codes, made, used = [], [], 0, 0, 0
+    """Held-out windows, every byte scored, only rows that exist: bits per byte, ids per base id, nats by kind, ...
+
+    off_canonical: the probability on ids that LZW can't emit next. It is lost, and `canon` takes it away.
+    """
+    windows, V, sums = world.windows("heldout", 0, n), model.config.vocab_size, Counter()
+    nll, hyper = [], []
     for part in np.array_split(windows, max(1, n // 8)):
-        batch = {k: v.to(env.device) for k, v in pack(model.lzw, part, model.arm == "canon").items()}
+        batch = {k: v.to(env.device) for k, v in pack(model.lzw, part, canonical=True).items()}
         with env.autocast():
             vin, vout = model.encode_all(batch["rows"], shuffle)
             h = model.hidden(batch["idx"], vin)
-            for b in range(len(part)):
-                scores = model.logits(h[b], vout[b], batch["count"][b])
-                if "banned" in batch:
-                    scores = scores.masked_fill(batch["banned"][b], -torch.inf)
-                real = batch["targets"][b] >= 0
-                nll.append(F.cross_entropy(scores[real], batch["targets"][b][real], reduction="none"))
-                kinds.append(batch["targets"][b][real] >= V)
-                made, used = (
-                    made + int((batch["rows"][b, :, 0] >= 0).sum()),
-                    used + len(batch["targets"][b][real][kinds[-1]].unique()),
-                )
-        codes += int((batch["targets"] >= 0).sum())
-    nll, hyper = torch.cat(nll), torch.cat(kinds)
-    size, base = sum(world.n_bytes(w[1:]) for w in windows), windows[:, 1:].size
+        for b, targets in enumerate(batch["targets"]):
+            real, banned = targets >= 0, batch["banned"][b]
+            with env.autocast():
+                scores = model.logits(h[b], vout[b], batch["count"][b], banned if model.arm == "canon" else None)
+            logp, targets = scores[real].log_softmax(-1), targets[real]
+            nll.append(-logp.gather(1, targets[:, None])[:, 0])
+            hyper.append(targets >= V)
+            sums["off"] += (logp.exp() * banned[real]).sum().item()
+            sums["made"] += (batch["rows"][b, :, 0] >= 0).sum().item()
+            sums["used"] += len(targets[targets >= V].unique())
+    nll, hyper = torch.cat(nll), torch.cat(hyper)
+    size, codes = sum(world.n_bytes(w[1:]) for w in windows), len(nll)
     return {
-        "bpb": nll.sum().item() / size / math.log(2), "ratio": codes / base, "ids_per_byte": codes / size,
-        "hyper_share": hyper.float().mean().item(), "reuse": used / max(1, made),
-        "nats_base": nll[~hyper].mean().item(),
-        "nats_hyper": nll[hyper].mean().item() if hyper.any() else 0.0,
+        "bpb": nll.sum().item() / size / math.log(2), "ratio": codes / windows[:, 1:].size,
+        "ids_per_byte": codes / size, "hyper_share": hyper.float().mean().item(),
+        "reuse": sums["used"] / max(1, sums["made"]), "off_canonical": sums["off"] / codes,
+        "nats_base": nll[~hyper].mean().item(), "nats_hyper": nll[hyper].mean().item() if hyper.any() else 0.0,
     }  # fmt: skip
+
+
+@torch.no_grad()
+def rows_recovered(model, world, env):
+    """Share of the held-out rows whose base ids the auto-encoding decoder reads off their vector."""
+    rows = pack(model.lzw, world.windows("heldout", 0, 8))["rows"].flatten(0, 1)
+    rows = torch.unique(rows[rows[:, 0] >= 0], dim=0).to(env.device)
+    return model.decoder.exact(model.encode(rows)[0], rows, model.gpt.wte.weight)
 
 
 def measure_generation(model, world, args):
     """Free generation from held-out prompts: are hypertokens used, are names and numbers copied right?"""
-    quarter, out = args.block_size // 4, {}
+    quarter, out, V = args.block_size // 4, {}, model.config.vocab_size
     prompts = [w[: 2 * quarter].tolist() for w in world.windows("heldout", 1, args.samples)]
-    for name, temperature in ("sampled", 0.8), ("greedy", 0.0):
+    for name, temperature in ("greedy", 0.0), ("sampled", 0.8):
         done = generate(model, prompts, quarter, temperature, seed=world.seed)
-        codes, base = ([sum((d[i] for d in done), [])][0] for i in (0, 1))
-        hyper = [c for c in codes if c >= model.config.vocab_size]
+        codes, base = (sum((d[i] for d in done), []) for i in (0, 1))
+        hyper = [c for c in codes if c >= V]
         out |= {f"{name}_hyper_share": len(hyper) / len(codes), f"{name}_ids_per_base": len(codes) / len(base)}
-        if isinstance(world, Synth) and name == "sampled":
-            pairs = [(n in set(world.names(p))) for p, d in zip(prompts, done) for n in world.names(d[1])]
-            out["names_copied"] = float(np.mean(pairs)) if pairs else 0.0
-    if isinstance(world, Synth):
-        rng, w = np.random.default_rng([world.seed, 7]), world.word
-        numbers = [rng.choice(world.digits, 8).tolist() for _ in prompts]
+    if isinstance(world, Synth):  # the sampled ones
+        pairs = [n in set(world.names(p)) for p, d in zip(prompts, done) for n in world.names(d[1])]
+        out["names_copied"] = float(np.mean(pairs)) if pairs else 0.0
+        rng, w = random.Random(world.seed), world.word
+        numbers = [rng.choices(world.digits, k=8) for _ in prompts]
         asked = [p[: 2 * quarter - 12] + [w["."], w["number"], *n, w["again"]] for p, n in zip(prompts, numbers)]
         done = generate(model, asked, 8)
         out["digits_copied"] = float(np.mean([a == b for d, n in zip(done, numbers) for a, b in zip(d[1], n)]))
@@ -667,94 +678,100 @@ def measure_generation(model, world, args):
     return out
 
 
-def time_per_byte(args, world, env, rounds=5):
-    """Replay of held-out text through cached decoding of a larger random model: seconds a byte, base and zip in turns.
+def time_per_byte(plain, zipped, world, half, rounds=5):
+    """Replay of held-out text through cached decoding: seconds per output byte, zip / base, in turns, by text.
 
     Each turn starts with an empty row cache, and includes the tokenizer and the rows. `random ids` is the control: a
-    text in which nothing repeats. Time does not depend on the weights.
+    text in which nothing repeats. Prompt lookup is exact and needs no training: the baseline for steps per base id.
     """
-    V, half = 4096, args.block_size // 2
-    config = GPTConfig(V, 2 * args.block_size, args.timing_layers, 8, args.timing_embd, norm="rms", tie=True)
-    plain, zipped = (build(args, GPT(config), world, arm).to(env.device).eval() for arm in ("cont", "zip"))
-    texts = {
-        "text": world.windows("heldout", 2, 1)[0] % V,
-        "random ids": np.random.default_rng(0).integers(1, V, 2 * half + 1),
-    }
-    out = {}
+    texts, out = {"text": world.windows("heldout", 2, 1)[0][: 2 * half]}, {}
+    texts["random ids"] = np.random.default_rng(0).integers(1, plain.config.vocab_size, 2 * half)
     for name, ids in texts.items():
-        times, prompt, rest = {"base": [], "zip": []}, ids[:half].tolist(), ids[half:].tolist()
-        codes = zipped.lzw.encode(rest)
+        prompt, rest, ratios = ids[:half].tolist(), ids[half:].tolist(), []
+
+        def seconds(model, prompt=prompt, rest=rest):
+            began = time.perf_counter()
+            generate(model, [prompt], half, replay=[model.lzw.encode(rest)])
+            return time.perf_counter() - began
+
         for _ in range(rounds):
-            for arm, model, fed in ("base", plain, rest), ("zip", zipped, codes):
-                began = time.perf_counter()
-                generate(model, [prompt], len(rest), replay=[fed])
-                times[arm].append((time.perf_counter() - began) / len(rest))
-        out[name] = statistics.median(z / b for z, b in zip(times["zip"], times["base"]))
-        out[f"{name}, ids per base id"] = len(codes) / len(rest)
-        out[f"{name}, prompt lookup steps per base id"] = prompt_lookup_steps(ids.tolist(), half) / len(rest)
+            base = seconds(plain)
+            ratios.append(seconds(zipped) / base)
+        out[name] = statistics.median(ratios)
+        out[f"{name}, ids per base id"] = len(zipped.lzw.encode(rest)) / half
+        out[f"{name}, prompt lookup steps per base id"] = prompt_lookup_steps(ids.tolist(), half) / half
     return out
 
 
 @torch.no_grad()
 def oracle(gpt, lzw, world, n, env):
-    """Bits per byte of the base model and of its transported model on the same windows, ended by an end of text."""
-    sums, size = {"base": 0.0, "oracle": 0.0}, 0
+    """Theorem 2.1: bits per byte of the base model and of its transported model, on windows that end with a text's end.
+
+    mass: the worst |sum of p over the codes that may come next - 1|; alone: the same of P(base ids of the code).
+    """
+    predict = lambda idx: gpt(idx.to(env.device)).double().log_softmax(-1).cpu()
+    out, size = Counter(), 0
     for w in world.windows("heldout", 0, n):
-        ids = [*w[:-1].tolist(), world.eos]
-        logp = gpt(torch.tensor([ids[:-1]], device=env.device))[0].double().log_softmax(-1).cpu()
-        sums["base"] -= logp[torch.arange(len(ids) - 1), ids[1:]].sum().item()
-        sums["oracle"] += transported(lzw, logp, ids).sum().item()
+        ids = [*w[:-1].tolist(), world.special[0]]
+        logp = predict(torch.tensor([ids[:-1]]))[0]
+        out["plain"] -= logp[torch.arange(len(ids) - 1), ids[1:]].sum().item()
+        out["oracle"] += transported(lzw, logp, ids).sum().item()
         size += world.n_bytes(ids[1:])
-    return {k: v / size / math.log(2) for k, v in sums.items()}
+    out = {k: v / size / math.log(2) for k, v in out.items()}
+    masses = [transported_mass(lzw, predict, ids[:t]) for t in (len(ids) // 4, len(ids) // 3)]
+    return out | {name: max(abs(m[i] - 1) for m in masses) for i, name in enumerate(("mass", "alone"))}
 
 
-def run_seed(args, seed, env=None):
+def run_seed(args, seed):
     """One seed: the base model, every arm, every measure: ({arm: measures}, the logs)."""
-    env, out = env or common.setup(args), Path(args.out)
-    world = make_world(args, seed)
-    log = common.Log(out, f"base-s{seed}", env)
-    base, logs, found = base_model(args, env, world, log), [log], {}
-    fresh = lambda: copy.deepcopy(base)  # LoRA is put in place
-    zeroshot = build(args, fresh(), world, "zeroshot").eval()
+    env, out = common.setup(args), Path(args.out)
+    world, log = make_world(args, seed), common.Log(out, f"base-s{seed}", env)
+    base, logs, found, models = base_model(args, env, world, log), [log], {}, {}
+    arm_of = lambda arm: build(args, base, world, arm)
+    measure = lambda model, **how: bits_per_byte(model.eval(), world, args.samples, env, **how)
+    found["zeroshot"], found["base"] = measure(arm_of("zeroshot")), measure(arm_of("cont"))
     if not args.model:
-        found["base"] = bits_per_byte(build(args, fresh(), world, "cont"), world, args.samples, env)
-        found["base"] |= {"oracle": oracle(base.float().eval(), zeroshot.lzw, world, min(4, args.samples), env)}
-    found["zeroshot"] = bits_per_byte(zeroshot, world, args.samples, env)
-    if args.model and args.minutes:
-        args = budget(args, fresh(), env, world)
+        found["base"] |= oracle(base.eval(), arm_of("zip").lzw, world, min(4, args.samples), env)
+    elif args.minutes:
+        args = budget(args, arm_of("zip"), env, world)
     for arm in args.arms:
         logs.append(common.Log(out, f"{arm}-s{seed}", env))
-        model = train_arm(args, fresh(), env, world, arm, logs[-1])
-        found[arm] = bits_per_byte(model, world, args.samples, env)
+        models[arm] = model = train_arm(args, arm_of(arm), env, world, logs[-1])
+        found[arm] = measure(model)
         with env.autocast():
             found[arm] |= measure_generation(model, world, args)
         if arm == "zip":
-            found["shuffle"] = bits_per_byte(model, world, args.samples, env, shuffle=True)
+            found["shuffle"] = measure(model, shuffle=True)
         if arm == "ae":
-            rows = torch.unique(pack(model.lzw, world.windows("heldout", 0, 8))["rows"].flatten(0, 1), dim=0)[1:].to(
-                env.device
-            )
-            with torch.no_grad():
-                found[arm]["rows_recovered"] = model.decoder.exact(model.encode(rows)[0], rows, model.gpt.wte.weight)
-        print(f"{arm}-s{seed}: " + ", ".join(f"{k} {v:.3f}" for k, v in found[arm].items()), flush=True)
-    if isinstance(world, Synth):
-        found["time"] = time_per_byte(args, world, env)
-        mixed = [np.random.default_rng(i).permutation(w).tolist() for i, w in enumerate(world.windows("heldout", 0, 8))]
-        found["time"]["ratio, words in random order"] = np.mean([len(zeroshot.lzw.encode(w)) / len(w) for w in mixed])
+            found[arm]["rows_recovered"] = rows_recovered(model, world, env)
+        if env.rank == 0:
+            print(f"{arm}-s{seed}: " + ", ".join(f"{k} {v:.3f}" for k, v in found[arm].items()), flush=True)
+    if args.model:
+        found["time"] = time_per_byte(models["cont"], models["zip"], world, min(128, args.block_size // 2), 3)
+    else:  # time does not depend on the weights: a larger model, not trained
+        config = GPTConfig(4096, 2 * args.block_size, args.timing_layers, 8, args.timing_embd, norm="rms", tie=True)
+        pair = (build(args, GPT(config), world, arm).to(env.device).eval() for arm in ("cont", "zip"))
+        found["time"] = time_per_byte(*pair, world, args.block_size // 2)
+    lzw, texts = models["zip"].lzw, world.windows("heldout", 0, 8).tolist()
+    mixed = [random.Random(i).sample(w, len(w)) for i, w in enumerate(texts)]
+    found["mixed"] = {"ratio": sum(len(lzw.encode(w)) for w in mixed) / sum(map(len, mixed))}
     return found, logs
 
 
-def budget(args, gpt, env, world):
-    """--minutes as steps: times three steps of zip, and leaves a fifth of the time to the measures."""
-    flags = type(args)(**(vars(args) | {"steps": 4, "eval_every": 10**9, "save_every": 10**9, "resume": False}))
-    log = common.Log(args.out, "timing", env)
-    train_arm(flags, gpt, env, world, "zip", log)
-    seconds = common.read_jsonl(log.path)[-1]["seconds"] / 4
-    steps = max(4, int(0.7 * 60 * args.minutes / len(args.arms) / seconds))
-    print(f"{seconds:.1f} s a step: {steps} steps an arm in {args.minutes:g} minutes")
-    return type(args)(
-        **(vars(args) | {"steps": steps, "warmup": min(args.warmup, steps // 10), "eval_every": max(1, steps // 4)})
-    )
+def budget(args, model, env, world):
+    """--minutes as steps: times a step of zip; two thirds are for training. A resumed run keeps its steps."""
+    log = common.Log(args.out, "budget", env)
+    if not (args.resume and log.path.exists()):
+        log.rewind(0)
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            with env.autocast():
+                model(**pack(model.lzw, world.windows("train", 0, args.batch_size // env.world))).backward()
+            seconds = time.perf_counter() - began
+        log(max(4, int(40 * args.minutes / len(args.arms) / seconds)), seconds_per_step=seconds)
+    steps = common.read_jsonl(log.path)[0]["step"]
+    print(f"{steps} steps an arm in {args.minutes:g} minutes")
+    return replace(args, steps=steps, warmup=min(args.warmup, steps // 10), eval_every=max(1, steps // 4))
 
 
 # --------------------------------------------------------------------------------------------------------- the verdict
@@ -764,84 +781,74 @@ def budget(args, gpt, env, world):
 def judge(run, results):
     """The claims, medians over seeds, each beside the controls that must fail the same criterion."""
     m = lambda arm, key: float(np.median([r[arm][key] for r in results]))
-    test = lambda ratio: ratio <= 0.8
-    mixed = m("time", "ratio, words in random order") if "time" in results[0] else 1.0
-    run.claim("C1", "fewer ids for the same text", "-15 to -40 %", {"ids per base id": m("zip", "ratio")},
-              {"ids in random order": mixed}, "<= .8", test(m("zip", "ratio")), not test(mixed))
     cont, arms = m("cont", "bpb"), [a for a in ("zeroshot", "shuffle", "rand") if a in results[0]]
+    test = lambda arm: m(arm, "ratio") <= 0.8
+    run.claim("C1", "fewer ids for the same text", "-15 to -40 %", {"ids per base id": m("zip", "ratio")},
+              {"words in random order": m("mixed", "ratio")}, "<= .8", test("zip"), not test("mixed"))
     test = lambda arm: m(arm, "bpb") <= 1.2 * cont
     run.claim("C2", "at little cost: bits per byte against LoRA on plain ids", "1.08 to 1.15 x",
               {"cont": cont, "zip": m("zip", "bpb"), "zip / cont": m("zip", "bpb") / cont},
               {a: m(a, "bpb") for a in arms}, "zip <= 1.2 cont", test("zip"), not any(map(test, arms)))
-    if "rand" in results[0]:
+    if "rand" in arms:
         test = lambda arm: m(arm, "bpb") - cont <= 0.5 * min(m("rand", "bpb") - cont, m("shuffle", "bpb") - cont)
-        run.claim("C3", "it is the encoder's rows that do it: the excess over cont, against random and shuffled rows",
-                  "-",
+        run.claim("C3", "it is the encoder's rows that do it: excess over cont, against other rows", "-",
                   {"zip": m("zip", "bpb") - cont}, {a: m(a, "bpb") - cont for a in arms},
                   "excess <= half that of rand and of shuffle", test("zip"), not any(map(test, arms)))
-    def uses(arm):
-        share, ids = m(arm, "sampled_hyper_share"), m(arm, "sampled_ids_per_base")
-        return share >= 0.1 and ids <= 0.9 and m(arm, "names_copied") >= m("cont", "names_copied") - 0.05
-    if "rand" in results[0] and "names_copied" in results[0]["zip"]:
+    if "rand" in arms and "names_copied" in results[0]["zip"]:
         keys = "sampled_hyper_share", "sampled_ids_per_base", "names_copied"
         show = lambda arm: {f"{arm} {k}": m(arm, k) for k in keys}
+        test = lambda arm: (m(arm, "sampled_hyper_share") >= 0.1 and m(arm, "sampled_ids_per_base") <= 0.9
+                            and m(arm, "names_copied") >= m("cont", "names_copied") - 0.05)
         run.claim("C4", "hypertokens are generated, and names copied as well as by cont", "ids .77 to .92 of base ids",
                   show("zip") | {"cont names_copied": m("cont", "names_copied")}, show("rand"),
-                  "hyper share >= .1, ids per base id <= .9, names >= cont - .05", uses("zip"), not uses("rand"))
-    if "time" in results[0]:
-        x, y = m("time", "text"), m("time", "random ids")
-        run.claim("C5", "less time per output byte than the base model (replay on a larger random model)",
-                  "decode +9 to +47 %",
-                  {"zip / base": x}, {"text without repetition": y}, "< 1", x < 1, y >= 1)
-        o = [r["base"]["oracle"] for r in results]
-        gap = max(abs(r["oracle"] - r["base"]) for r in o)
-        zero = abs(m("zeroshot", "bpb") - m("base", "bpb"))
-        run.claim("C6", "the transported base model loses nothing (theorem 2.1): difference in bits per byte", "0",
-                  {"oracle": gap}, {"zeroshot": zero}, "<= 1e-4", gap <= 1e-4, zero > 1e-4)
+                  "hyper share >= .1, ids per base id <= .9, names >= cont - .05", test("zip"), not test("rand"))
+    x, y = m("time", "text"), m("time", "random ids")
+    run.claim("C5", "less time per output byte than the base model, text replayed", "decode +9 to +47 %",
+              {"zip / base": x}, {"text without repetition": y}, "< 1", x < 1, y >= 1)
+    if "oracle" in results[0]["base"]:
+        gap = max(abs(r["base"]["oracle"] - r["base"]["plain"]) for r in results)
+        mass, alone = (max(r["base"][k] for r in results) for k in ("mass", "alone"))
+        run.claim("C6", "the transported base model (theorem 2.1) loses no bit and is a distribution over codes", "0",
+                  {"bits per byte lost": gap, "|sum p - 1|": mass}, {"|sum p - 1|, without the factors": alone},
+                  "<= 1e-4", max(gap, mass) <= 1e-4, alone > 1e-4)
     if "digits" in results[0] and "digits_copied" in results[0]["zip"]:
-        a, b = m("digits", "digits_copied"), m("zip", "digits_copied")
-        test = lambda arm: m(arm, "digits_copied") >= m("cont", "digits_copied") - 0.05
+        copied = lambda arm: m(arm, "digits_copied")
+        test = lambda arm: copied(arm) >= copied("cont") - 0.05
         run.claim("C7", "numbers are copied as well as by cont if digits are never merged",
-                  "GSM8K .356 -> .610 (successor)",
-                  {"cont": m("cont", "digits_copied"), "protected": a}, {"unprotected": b}, ">= cont - .05",
-                  test("digits"), not test("zip"))
+                  "GSM8K .356 -> .610 (successor)", {"cont": copied("cont"), "protected": copied("digits")},
+                  {"unprotected": copied("zip")}, ">= cont - .05", test("digits"), not test("zip"))
 
 
 # fmt: on
 
 
 def draw(path, results, logs):
-    """Bits per byte against ids per base id; the curves of training; bits and use by arm."""
+    """Bits per byte against ids per base id; the curves of training; what is generated, by arm."""
     mean = lambda arm, key: np.mean([r[arm][key] for r in results])
     arms = [a for a in results[0] if "bpb" in results[0][a]]
-    colour = dict(
-        zip(arms, ["#999999", "#bbbbbb", "#4477aa", "#ee6677", "#ccbb44", "#aa3377", "#228833", "#66ccee"] * 2)
-    )
+    colour = dict(zip(arms, itertools.cycle("#888888 #bbbbbb #4477aa #ee6677 #ccbb44 #aa3377 #228833 #66ccee".split())))
     with common.figure(path, 1, 3) as (trade, curves, use):
         for arm in arms:
-            trade.plot(mean(arm, "ratio"), mean(arm, "bpb"), "o", color=colour[arm])
-            trade.annotate(arm, (mean(arm, "ratio"), mean(arm, "bpb")), (5, 4), textcoords="offset points", fontsize=8)
+            at = mean(arm, "ratio"), mean(arm, "bpb")
+            trade.plot(*at, "o", color=colour[arm])
+            trade.annotate(arm, at, (5, 4), textcoords="offset points", fontsize=8)
         trade.set(title="Held-out text", xlabel="ids per base id", ylabel="bits per byte")
         trade.margins(0.18, 0.1)
         for log in logs:
-            rows, arm = [r for r in common.read_jsonl(log.path) if "bpb" in r], log.run.rsplit("-", 1)[0]
+            arm, rows = log.run.rsplit("-", 1)[0], [r for r in common.read_jsonl(log.path) if "bpb" in r]
             if rows:
-                label = arm if arm not in curves.get_legend_handles_labels()[1] else None
+                label = None if arm in curves.get_legend_handles_labels()[1] else arm
                 curves.plot([r["step"] for r in rows], [r["bpb"] for r in rows], color=colour[arm], label=label)
         curves.set(title="Uptraining", xlabel="step", ylabel="bits per byte")
         curves.legend(fontsize=7)
         trained = [a for a in arms if "sampled_hyper_share" in results[0][a]]
-        keys = {
-            "sampled_hyper_share": "hypertokens, share of ids",
-            "names_copied": "names from the prompt",
-            "digits_copied": "digits copied",
-        }
-        keys = {k: v for k, v in keys.items() if k in results[0][trained[0]]}
+        keys = {"sampled_hyper_share": "hypertokens,\nshare of ids", "names_copied": "names\nfrom the prompt",
+                "digits_copied": "digits copied"}  # fmt: skip
+        keys = {k: v for k, v in keys.items() if k in results[0]["zip"]}
         for i, arm in enumerate(trained):
             at = np.arange(len(keys)) + 0.8 * i / len(trained)
             use.bar(at, [mean(arm, k) for k in keys], 0.8 / len(trained), color=colour[arm], label=arm, align="edge")
-        use.set(title="Generation", xticks=np.arange(len(keys)) + 0.4, ylim=(0, 1.25))
-        use.set_xticklabels([v.replace(", ", ",\n").replace(" from", "\nfrom") for v in keys.values()], fontsize=7)
+        use.set(title="Generation", xticks=np.arange(len(keys)) + 0.4, xticklabels=keys.values(), ylim=(0, 1.25))
         use.legend(fontsize=7, ncols=4)
 
 
@@ -863,16 +870,20 @@ def load_real(name):
 def check(args, env):
     """Bad flags end here; checkpoints to resume must be of the same codes."""
     args.arms = list(ARMS) if args.arms == ["all"] else args.arms
-    if odd := [a for a in args.arms if a not in ARMS]:
-        raise ValueError(f"--arms {odd[0]}, allowed: all, {' '.join(ARMS)}")
-    if not {"cont", "zip"} <= set(args.arms):
-        raise ValueError(f"--arms {' '.join(args.arms)} lacks cont or zip, which the others are compared with")
-    if args.enc_dim % args.enc_heads:
-        raise ValueError(f"--enc-dim {args.enc_dim} is not a multiple of --enc-heads {args.enc_heads}")
-    if args.batch_size % env.world:
-        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of the {env.world} processes")
-    if args.lora_r < 1 or args.block_size < 32:
-        raise ValueError(f"--lora-r {args.lora_r} and --block-size {args.block_size}, allowed: from 1, from 32")
+    for bad, message in (
+        (set(args.arms) - set(ARMS), f"--arms {' '.join(args.arms)}, allowed: all, {' '.join(ARMS)}"),
+        (
+            {"cont", "zip"} - set(args.arms),
+            f"--arms {' '.join(args.arms)} lacks cont or zip, the measure of the others",
+        ),
+        (args.enc_dim % args.enc_heads, f"--enc-dim {args.enc_dim} is not a multiple of --enc-heads {args.enc_heads}"),
+        (args.batch_size % env.world, f"--batch-size {args.batch_size} is not a multiple of {env.world} processes"),
+        (args.lora_r < 1, f"--lora-r {args.lora_r}, allowed: from 1"),
+        (args.block_size < 32, f"--block-size {args.block_size}, allowed: from 32"),
+        (args.shard, "--shard: every process holds the frozen base model, allowed: --no-shard"),
+    ):
+        if bad:
+            raise ValueError(message)
     LZW(2, args.max_codes, args.max_len)
     GPTConfig(8, 8, args.n_layer, args.n_head, args.n_embd)
 
@@ -885,8 +896,8 @@ def main(argv=None):
         run = common.Run(args, env, "train_zip2zip", "2506.01084")
         check(args, env)
         out.mkdir(parents=True, exist_ok=True)
-        world = make_world(args, args.seeds[0])
-    del world
+        with common.rank_zero_first(env):  # tokenizes once
+            make_world(args, args.seeds[0])
     jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
     done = common.side_by_side(run_seed, [(args, seed) for seed in args.seeds], jobs)
     if env.rank:

@@ -853,14 +853,10 @@ async def read_body(reader, headers):
 def retry_after(headers):
     """Seconds that a Retry-After header asks for, as a number or a date; at most five minutes."""
     value = headers.get("retry-after", "")
-    try:
-        wait = float(value)
-    except ValueError:
-        try:
-            wait = parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return min(max(wait, 0.0), 300.0)
+    with suppress(ValueError):
+        date = "," in value and parsedate_to_datetime(value).timestamp() - time.time()
+        return min(max(date or float(value), 0.0), 300.0)
+    return 0.0
 
 
 def ask(backend, requests):
@@ -1128,12 +1124,12 @@ def score(world, path, options, heads, journal):
     for n, calls_then in enumerate(when, 1):
         log(calls_then, found=n, recall=n / len(truth))
     told = {"title": f"What the {path.name} toy refuses", "headline": f"{len(found)} of {len(truth)} topics found"}
-    report(path.with_suffix(".html"), rows_of(heads, {}), calls, **told, notes=str(options))
+    report(path.with_suffix(".html"), heads, calls, {}, **told, notes=str(options))
     share = lambda topics: sum(t in found for t in topics) / len(topics)
     precision = lambda some: sum(world.topic(h.label) in truth for h in some) / max(1, len(some))
     return {"recall": share(world.refused), "covert": share([t for t in world.listed if world.section[t] >= 4]),
             "silent": share(world.silent), "calls": calls, "found": len(found), "curve": when, "heads": len(heads),
-            "half": when[17] if len(when) > 17 else 2 * calls, "cost": calls / max(1, len(found)),
+            "half": when[17] if len(when) > 17 else calls, "cost": calls / max(1, len(found)),
             "verified precision": precision(refused), "listed precision": precision(heads),
             "chao1": chao1([len(h.prompts) for h in refused])}  # fmt: skip
 
@@ -1224,14 +1220,12 @@ def draw(path, results, args):
             ax.set(title=f"{target} target", xlabel="calls of the target", ylabel="refused topics found", ylim=(0, 1.1))
             ax.legend(fontsize=7, loc="upper left", ncols=2)
         rows = [r for r in results if r["target"] == "covert"]
-        arms = [a for a in args.arms if rows and rows[0][a]["found"] > 1]
-        axes[-1].barh(arms, [np.mean([r[a]["cost"] for r in rows]) for a in arms], color=[COLOURS[a] for a in arms])
+        arms = [a for a in args.arms if rows and all(r[a]["found"] >= 18 for r in rows)]
+        axes[-1].barh(arms, [np.mean([r[a]["half"] for r in rows]) for a in arms], color=[COLOURS[a] for a in arms])
         axes[-1].invert_yaxis()
-        axes[-1].set(title="covert target: what a topic costs", xlabel="calls for each refused topic found")
+        axes[-1].set(title="covert target: what half of the topics cost", xlabel="calls until 18 of 36 are found")
 
 
-# fmt: on
-# fmt: off
 
 # ----------------------------------------------------------------------------------------------------------- audits
 
@@ -1258,25 +1252,25 @@ for(const i of["q","v","x"])$(i).oninput=show;show()</script>"""
 # fmt: on
 
 
-def report(path, rows, calls, **texts):
-    """A crawl as one HTML file: topics over calls, a table with evidence, filters; nothing is loaded from elsewhere."""
+def report(path, heads, calls, ratings, **texts):
+    """A crawl as one HTML file: topics over calls, a table with evidence, filters; nothing is loaded from elsewhere.
+
+    Returns what it tells of each label, the refused and most restricted first.
+    """
+    rows, verdicts = [], ["refused", "undecided", "answered"]
+    for h in heads:
+        refused, attempts = sum(h.votes), len(h.votes)
+        low, high = common.wilson(refused, attempts)
+        row = {"prompts": len(h.prompts), "refused": refused, "attempts": attempts, "low": low, "high": high}
+        rows.append(asdict(h) | row | {"rating": ratings.get(h.label, 1000.0)})
+    rows.sort(key=lambda r: (verdicts.index(r["verdict"]), -r["rating"], -r["low"], r["decided"]))
     when = sorted(row["decided"] for row in rows if row["verdict"] == "refused")
     steps = [f"H{600 * c / max(1, calls):.1f}V{155 - 150 * n / len(when):.1f}" for n, c in enumerate(when, 1)]
     parts = {name: html.escape(text) for name, text in texts.items()} | {"found": len(when), "calls": calls}
     parts["curve"] = f"M0 155{''.join(steps)}H600"
     parts["rows"] = json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c")
     common.write_text(path, re.sub(r"@(\w+)@", lambda m: str(parts[m[1]]), PAGE))
-
-
-def rows_of(heads, ratings):
-    """What is told of each label, the refused and most restricted first."""
-    rows = []
-    for h in heads:
-        row = asdict(h) | {"prompts": len(h.prompts), "refused": sum(h.votes), "attempts": len(h.votes)}
-        low, high = common.wilson(row["refused"], row["attempts"])
-        rows.append(row | {"low": low, "high": high, "rating": ratings.get(h.label, 1000.0)})
-    verdicts = ["refused", "undecided", "answered"]
-    return sorted(rows, key=lambda r: (verdicts.index(r["verdict"]), -r["rating"], -r["low"], r["decided"]))
+    return rows
 
 
 def lines(path):
@@ -1312,20 +1306,17 @@ def audit(args, env, run, seed):
         probe(target)
     everyday, heads, ratings = [], [], []
     with common.interruptible() as stopped:
-        go = lambda phase, steps, reserve=0: lockstep(
-            target, [drive(phase, steps, journal, args.budget - reserve, stopped)]
-        )[0]
-        plain, known = replace(args, lists=args.controls), prompts["everyday"][: args.controls]
-        ended = go("everyday ", crawl(plain, prompts, everyday, seed, known), args.comparisons)
+        run_one = lambda name, steps, budget: lockstep(target, [drive(name, steps, journal, budget, stopped)])[0]
+        plain, known, budget = replace(args, lists=args.controls), prompts["everyday"], args.budget - args.comparisons
+        ended = run_one("everyday ", crawl(plain, prompts, everyday, seed, known[: args.controls]), budget)
         if ended == "done":
-            ended = go("", crawl(args, prompts, heads, seed, given), args.comparisons)
+            ended = run_one("", crawl(args, prompts, heads, seed, given), budget)
             if ended == "done" and given is None:
                 raise Stop("no items in 20 steps of lists: the target does not go on with a list; try another --place")
         refused = [h.label for h in heads if h.verdict == "refused"]
         if ended != "stopped" and args.comparisons and refused:
-            ended = go("rank ", rank(args, refused, random.Random(seed), ratings))
+            ended = run_one("rank ", rank(args, refused, random.Random(seed), ratings), args.budget)
     journal.file.close()
-    rows = rows_of(heads, dict(zip(refused, ratings)))
     count = lambda some: (sum(h.verdict == "refused" for h in some), sum(h.verdict != "undecided" for h in some))
     (k, n), (k0, n0), halves = count(heads), count(everyday), (count(everyday[::2]), count(everyday[1::2]))
     p, p0 = fisher(k, n, k0, n0), fisher(*halves[0], *halves[1])
@@ -1340,12 +1331,14 @@ def audit(args, env, run, seed):
     if truth:
         numbers["recall"] = sum(key(t) in set(map(key, refused)) for t in truth) / len(truth)
     told = "; ".join(f"{name} {value}" for name, value in numbers.items())
-    run.metrics[f"seed {seed}"] = numbers | {"headline": headline, "everyday": rows_of(everyday, {})}
-    common.write_jsonl(path.with_name(f"topics-s{seed}.jsonl"), rows)
+    known = {h.label: f"{sum(h.votes)} of {len(h.votes)}, {h.verdict}" for h in everyday}
+    run.metrics[f"seed {seed}"] = numbers | {"headline": headline, "everyday": known}
     notes = "A refusal is no proof of intent, absence from the list none of compliance."
     notes = f"{told}. {json.dumps(meaning(args, seed))}. {notes}"
     texts = {"title": f"What {args.model} refuses", "headline": headline, "notes": notes}
-    report(path.with_name(f"report-s{seed}.html"), rows, journal.used(), **texts)
+    page = path.with_name(f"report-s{seed}.html")
+    rows = report(page, heads, journal.used(), dict(zip(refused, ratings)), **texts)
+    common.write_jsonl(path.with_name(f"topics-s{seed}.jsonl"), rows)
     print(headline, told, *(f"  {r['refused']} of {r['attempts']}  {r['label']}" for r in rows[: min(k, 20)]), sep="\n")
     log.rewind(0)
     for n, when in enumerate(sorted(r["decided"] for r in rows[:k]), 1):

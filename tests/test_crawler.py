@@ -724,7 +724,7 @@ def test_audit_over_http(tmp_path, capsys, monkeypatch):
 
 def test_labels_cannot_break_out_of_the_report(tmp_path):
     head = Head("</script><script>alert(1)</script>", verdict="refused", votes=[True] * 3, examples=[("<b>", "&")])
-    crawler.report(tmp_path / "r.html", crawler.rows_of([head], {}), 9, title="<i>", headline="<b>@rows@", notes="&")
+    crawler.report(tmp_path / "r.html", [head], 9, {}, title="<i>", headline="<b>@rows@", notes="&")
     page = (tmp_path / "r.html").read_text()
     assert (
         page.count("</script>") == 1 and "<i>" not in page and "<b>" not in page.replace("<b>&lt;b&gt;@rows@</b>", "")

@@ -764,7 +764,7 @@ class Endpoint:
                     return from_server(self.api, json.loads(raw))
             except (KeyError, IndexError, TypeError):
                 return Reply(f"not a completion: {self.told(raw)}", "error")
-            except (OSError, EOFError, ValueError) as error:  # no answer, or one that is cut short
+            except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:  # none, or cut short
                 problem = f"{type(error).__name__} {error}"
                 if status == 200 and raw.lstrip()[:1] == b"<":
                     self.dead = f"{self.where} answers with a web page, not JSON: is --url the base of its API?"
@@ -798,17 +798,18 @@ class Endpoint:
     async def once(self, path, payload):
         """One exchange: (status, headers, body). A kept connection that the server has closed since is replaced."""
         while True:
-            kept = bool(self.idle)
+            kept, status = bool(self.idle), 0
             reader, writer = self.idle.pop() if kept else await self.connect()
             try:
                 writer.write(f"POST {self.base}{path}{self.head}{len(payload)}\r\n\r\n".encode() + payload)
                 status, headers = await read_head(reader)
-            except (ConnectionError, asyncio.IncompleteReadError) as error:
+                raw = await read_body(reader, headers)
+            except BaseException as error:  # a timeout, too
                 writer.close()
-                if not kept or getattr(error, "partial", b""):
-                    raise
-                continue
-            raw = await read_body(reader, headers)
+                unanswered = isinstance(error, (ConnectionError, EOFError)) and not getattr(error, "partial", b"")
+                if kept and unanswered and not status:
+                    continue
+                raise
             if headers.get("connection", "").lower() == "close":
                 writer.close()
             else:

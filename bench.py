@@ -9,6 +9,7 @@ missing is left out with a line that says so.
 
 import argparse
 import json
+import logging
 import math
 import random
 import statistics
@@ -280,6 +281,79 @@ def patching(device):
     return rows
 
 
+# --------------------------------------------------------------------------------------------------------- crosscoder
+
+
+def crosscoder(device):
+    """Attribution, a training step and steering at the toy's shapes: 4 blocks of 64, prompts of 128 tokens.
+
+    The peers are what the released code does [C]: every position encoded and kept, gradients of the whole network; a
+    crosscoder step that multiplies all latents. Results equal; the reference holds 128 times our latents in memory.
+    """
+    import crosscoder as cx
+
+    torch.manual_seed(0)
+    plain = dict(norm="rms", gated=True, act="silu", d_mlp=128)
+    base, ft = (GPT(GPTConfig(64, 160, 4, 4, 64, **plain)).to(device).eval() for _ in range(2))
+    cc, layer, wait = cx.Crosscoder(2, 64, 1024, k=16).to(device), 2, [3, 4]
+    cc.threshold.fill_(0.5)
+    prompts = torch.randint(64, (64, 128)).tolist()
+    idx, site = torch.tensor(prompts, device=device), cx.site(2)
+
+    def ours():
+        with torch.no_grad():
+            f = cc.encode(cx.last_states([base, ft], prompts, layer))
+        return cx.attribution(cc, f, cx.gradient(ft, prompts, layer, wait))
+
+    def reference():
+        kept = {}
+        with torch.no_grad():
+            x0 = base.capture(idx, [site])[site]
+        keep = lambda h: kept.setdefault("h", h)
+        with ft.patch({site: keep}):
+            logits = ft(idx)
+        kept["h"].retain_grad()
+        cx.log_p(logits[:, -1], wait).sum().backward()
+        with torch.no_grad():
+            a = cx.attribution(cc, cc.encode(torch.stack((x0, kept["h"]), 2)), kept["h"].grad)
+        ft.zero_grad()
+        return a[:, -1]
+
+    base.requires_grad_(False)
+    theirs = reference()
+    ft.requires_grad_(False)
+    assert torch.allclose(ours(), theirs, atol=1e-5), "attribution differs"
+
+    def full():
+        ft.requires_grad_(True)
+        reference()
+        ft.requires_grad_(False)
+
+    rows = versus("crosscoder: attribution, 64 x 128", ours, {"all positions": full}, device, 9)
+    x = torch.randn(2048, 128, device=device)
+
+    def step(dense):
+        cc.zero_grad()
+        if not dense:
+            cc.loss(x).backward()
+            return
+        f = F.linear(x, cc.W_enc, cc.b_enc).relu()
+        s = f * cc.norms().sum(1)
+        f = f * (s >= s.flatten().topk(16 * len(x)).values[-1])
+        (x - f @ cc.W_dec - cc.b_dec).square().sum(1).mean().backward()
+
+    cc.silent.zero_()
+    rows += versus("crosscoder: step, 2048 vectors", partial(step, False), {"dense": partial(step, True)}, device, 9)
+    rows[-1]["what"] += f", {2048e3 / rows[-1]['ours_ms']:,.0f}/s"
+    cc.requires_grad_(False)
+    began, vectors = time.perf_counter(), cc.decoder()[:64]
+    for i in range(0, 64, 8):
+        patch = cx.steer(vectors[i : i + 8], [-1, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1])
+        cx.intervene(ft, layer, prompts * 6 + prompts[:16], patch, lambda l: l[:, :, 0, wait])
+    print(f"steering: 64 latents x 8 strengths x 400 prompts of 128 in {time.perf_counter() - began:.1f} s")
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------------------- generate
 
 
@@ -365,10 +439,15 @@ def sae(device):
 
     step = stepper(lambda model: model.loss(x, dead_after=10**9))
     peers = {"dense step": stepper(dense_loss)}
-    try:  # the package's own __init__ wants nnsight, which its trainer does not
-        package = types.ModuleType("dictionary_learning")
-        package.__path__ = importlib.util.find_spec("dictionary_learning").submodule_search_locations
-        sys.modules["dictionary_learning"] = package
+
+    def package(name, **names):  # the packages' own __init__ want nnsight and transformer-lens, their SAEs do not
+        module = sys.modules[name] = types.ModuleType(name)
+        found = importlib.util.find_spec(name) if not names.pop("stub", False) else None
+        module.__path__ = found.submodule_search_locations if found else []
+        vars(module).update(names)
+
+    try:
+        package("dictionary_learning")
         trainer = importlib.import_module("dictionary_learning.trainers.top_k").TopKTrainer(
             10**6, d, m, k, layer=0, lm_name="", lr=2e-4, warmup_steps=0, device=str(device)
         )
@@ -379,11 +458,32 @@ def sae(device):
     except (ImportError, AttributeError) as error:
         print(f"sae: dictionary-learning is left out ({error}): pip install --no-deps dictionary-learning einops")
     try:
-        import sae_lens  # noqa: F401
+        bases = {"HookPoint": nn.Identity, "HookedRootModule": type("Root", (nn.Module,), {"setup": lambda self: None})}
+        for name in "", ".hook_points", ".HookedTransformer":
+            package("transformer_lens" + name, stub=True, **bases)
+        package("sae_lens", __version__="", logger=logging.getLogger())
+        package("sae_lens.saes")
+        lens = importlib.import_module("sae_lens.saes.topk_sae")
+        lens_base = importlib.import_module("sae_lens.saes.sae")
+        sys.modules["sae_lens.registry"].register_sae_class("topk", lens.TopKSAE, lens.TopKSAEConfig)
+        config = {"d_in": d, "d_sae": m, "k": k, "decoder_init_norm": 1.0, "rescale_acts_by_decoder_norm": False}
+        peer = lens.TopKTrainingSAE(lens.TopKTrainingSAEConfig(**config, device=str(device)))
+        with torch.no_grad():
+            peer.W_enc.copy_(first["W_enc"].T)
+            peer.W_dec.copy_(first["W_dec"])
+        peer_opt = torch.optim.Adam(peer.parameters(), lr=2e-4, fused=True)
+        batch = lens_base.TrainStepInput(x, {}, torch.zeros(m, dtype=torch.bool, device=device), 0, False)
 
-        print("sae: no row for sae-lens")
-    except ImportError as error:
-        print(f"sae: sae-lens is left out ({error}); it needs transformer-lens")
+        def lens_step():
+            peer_opt.zero_grad(set_to_none=True)
+            loss = peer.training_forward_pass(batch).loss
+            loss.backward()
+            peer_opt.step()
+            return loss
+
+        peers["sae-lens"] = lens_step
+    except (ImportError, AttributeError) as error:
+        print(f"sae: sae-lens is left out ({error}): pip install --no-deps sae-lens")
     losses = {name: float(torch.as_tensor(f()).detach()) for name, f in ({"ours": step} | peers).items()}
     assert max(losses.values()) < 1.01 * min(losses.values()), losses
     rows = versus("SAE step, topk, 256 -> 4096", step, peers, device)
@@ -698,6 +798,7 @@ SECTIONS = {
     "train": train,
     "patching": patching,
     "sae": sae,
+    "crosscoder": crosscoder,
     "generate": generate,
     "masks": masks,
     "crawler": crawler,

@@ -45,7 +45,7 @@ class Args(common.TrainFlags):
     presets: ClassVar[dict] = {
         "smoke": dict(steps=4, n_embd=16, batch_size=8, sae_steps=10, d_sae=64, rows=2048, n_probe=40, jobs=1,
                       threads=1, warmup=2, superposition_steps=5, meanings=1),
-        "toy": dict(steps=1500, batch_size=64, lr=4e-3, weight_decay=0.01),
+        "toy": dict(steps=1000, batch_size=32, lr=4e-3, weight_decay=0.01),
         "gemma": dict(model="gemma-3-270m", layer=10, d_sae=4096, k=32, sae_lr=1e-3, sae_steps=800, rows=2**16,
                       pool="last"),
         "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, arch="gated", sae_lr=5e-5, rows=2**20,
@@ -295,19 +295,19 @@ class Buffer:
     def __init__(self, fill, batch, seed=0):
         self.fill, self.batch, self.seed, self.refill = fill, batch, seed, None
         self.load(0)
-        if len(self.rows) < batch:
-            raise ValueError(f"the source has {len(self.rows)} rows, one batch needs {batch}")
         self.per = len(self.rows) // batch
+        if not self.per:
+            raise ValueError(f"the source has {len(self.rows)} rows, one batch needs {batch}")
 
     def load(self, r):
-        if r != self.refill:
-            self.rows, self.refill = self.fill(r), r
-            self.order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed * 9973 + r))
+        self.rows, self.refill = self.fill(r), r
+        self.order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed * 9973 + r))
 
     def __call__(self, step):
         """Batch `step`, (batch, d) float32."""
         r, i = divmod(step, self.per)
-        self.load(r)
+        if r != self.refill:
+            self.load(r)
         return self.rows[self.order[i * self.batch : (i + 1) * self.batch].to(self.rows.device)].float()
 
 
@@ -380,9 +380,9 @@ def metrics(sae, x):
 
 
 def match(A, B):
-    """Cosines of directions A (n, d) with distinct rows of B (m, d), m >= n: mean |cos| of the best matching is MCC.
+    """|cos| (n,) of directions A (n, d) with distinct rows of B (m, d), m >= n, in the best matching; its mean is MCC.
 
-    Shortest augmenting paths (Hungarian), O(n^2 m). Returns |cos| of each row of A with its partner, (n,).
+    Shortest augmenting paths (Hungarian), O(n^2 m).
     """
     cos = (F.normalize(A, dim=1) @ F.normalize(B, dim=1).T).abs().double().numpy()
     n, m = cos.shape
@@ -390,61 +390,60 @@ def match(A, B):
         raise ValueError(f"{n} directions can't be matched with {m}, allowed: at most as many")
     u, v, partner = np.zeros(n + 1), np.zeros(m + 1), np.zeros(m + 1, int)  # column 0 and row 0 are the start
     for i in range(1, n + 1):
-        partner[0], j, best, way = i, 0, np.full(m + 1, np.inf), np.zeros(m + 1, int)
-        used = np.zeros(m + 1, bool)
+        partner[0], j, best, way, used = i, 0, np.full(m + 1, np.inf), np.zeros(m + 1, int), np.zeros(m + 1, bool)
         while partner[j]:
             used[j], row = True, partner[j]
             slack = -cos[row - 1] - u[row] - v[1:]
             better = ~used[1:] & (slack < best[1:])
             best[1:][better], way[1:][better] = slack[better], j
-            free = np.where(used, np.inf, best)
-            j = int(free.argmin())
-            delta = free[j]
+            j = int(np.where(used, np.inf, best).argmin())
+            delta = best[j]
             u[partner[used]] += delta
             v[used] -= delta
             best[~used] -= delta
         while j:
             partner[j], j = partner[way[j]], way[j]
-    return cos[partner[1:][partner[1:] > 0] - 1, np.flatnonzero(partner[1:])][np.argsort(partner[1:][partner[1:] > 0])]
+    row = partner[1:] - 1
+    return cos[row, np.arange(m)][row >= 0][row[row >= 0].argsort()]
 
 
 # ------------------------------------------------------------------------------------------------------ released files
 
-KEYS = {  # ours -> the released name; "T": transposed there. gated is also the paper's layout [C], the others are [L]
-    "relu": {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight T", "b_dec": "bias"},
-    "gated": {"W_enc": "encoder.weight", "W_dec": "decoder.weight T", "b_dec": "decoder_bias", "r_mag": "r_mag",
+KEYS = {  # ours -> the released name, ^: transposed there. gated is also the paper's layout [C], the others are [L]
+    "relu": {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "^decoder.weight", "b_dec": "bias"},
+    "topk": {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "^decoder.weight", "b_dec": "b_dec"},
+    "jumprelu": {"W_enc": "^W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "theta": "threshold"},
+    "gated": {"W_enc": "encoder.weight", "W_dec": "^decoder.weight", "b_dec": "decoder_bias", "r_mag": "r_mag",
               "b_enc": "gate_bias", "b_mag": "mag_bias"},
-    "topk": {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight T", "b_dec": "b_dec"},
-    "jumprelu": {"W_enc": "W_enc T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "theta": "threshold"},
 }  # fmt: skip
 KEYS["batchtopk"] = KEYS["topk"] | {"threshold": "threshold"}
 
 
 def save_sae(sae, path):
     """Writes an SAE under the released names, with its k."""
-    state, ours = {"k": torch.tensor(sae.k)}, dict(sae.state_dict())
+    ours, state = dict(sae.state_dict()), {"k": torch.tensor(sae.k)}
     if sae.arch == "jumprelu":  # released: the encoder reads x, not x - b_dec
         ours["b_enc"] = ours["b_enc"] - ours["W_enc"] @ ours["b_dec"]
     for name, key in KEYS[sae.arch].items():
-        state[key.removesuffix(" T")] = ours[name].T.contiguous() if key.endswith(" T") else ours[name]
+        state[key.strip("^")] = ours[name].T.contiguous() if key[0] == "^" else ours[name]
     common.save_checkpoint(path, state)
 
 
 def load_sae(path, d=None):
     """An SAE from a released file, told by its names: the paper's, dictionary_learning's, ours; else ValueError."""
     state = common.load_checkpoint(path)
-    names = lambda arch: {key.removesuffix(" T") for key in KEYS[arch].values()}
-    arch = next((a for a in ("gated", "jumprelu", "batchtopk", "topk", "relu") if names(a) <= set(state)), None)
+    arch = next((a for a in reversed(KEYS) if {key.strip("^") for key in KEYS[a].values()} <= set(state)), None)
     if arch is None:
         raise ValueError(f"{path}: no SAE known has the tensors {', '.join(sorted(state))[:200]}")
-    ours = {n: state[k[:-2]].T if k.endswith(" T") else state[k] for n, k in KEYS[arch].items()}
+    ours = {name: state[key.strip("^")] for name, key in KEYS[arch].items()}
+    ours = {name: (t.T if KEYS[arch][name][0] == "^" else t).float() for name, t in ours.items()}
     m, width = ours["W_dec"].shape
     if d is not None and width != d:
         raise ValueError(f"{path} is an SAE of width {width}, the model has {d}")
     if arch == "jumprelu":
         ours["b_enc"] = ours["b_enc"] + ours["W_enc"] @ ours["b_dec"]
     sae = SAE(width, m, arch, int(state.get("k", min(64, m))))
-    sae.load_state_dict({n: t.float() for n, t in ours.items()})
+    sae.load_state_dict(ours)
     return sae
 
 
@@ -458,7 +457,7 @@ def fit_probe(X, y, C=1.0, iterations=30):
     X, y = X.double(), y.double()
     mean, std = X.mean(0), X.std(0).clamp(min=1e-9)
     Z = F.pad((X - mean) / std, (0, 1), value=1.0)
-    ridge = torch.full((Z.shape[1],), 1 / C, dtype=Z.dtype, device=Z.device)
+    ridge = torch.full_like(Z[0], 1 / C)
     ridge[-1] = 1e-6
     w = torch.zeros_like(ridge)
     for _ in range(iterations):
@@ -702,7 +701,7 @@ def steering(sae, on, off, values, where="active"):
 
 NOUNS, VERBS, ADJS = 10, 6, 4  # lexical gender of noun i: "mf"[i % 2]
 NUMBER, TENSE = ("sg", "pl"), ("pres", "past")
-GRAMMAR = {  # order, adjective before the noun; the words of a noun, an adjective, a verb; each language adds its letter
+GRAMMAR = {  # order, adjective before the noun; words of a noun, an adjective, a verb; each language adds its letter
     "A": ("SVO", True, "n{i}.{num}", "a{i}", "v{i}.{tense}.{num}"),
     "B": ("SOV", True, "n{i} {num}", "a{i}", "v{i} {tense} AGR{num}"),
     "C": ("VSO", False, "{num} n{i}", "a{i}.{gender}.{num}", "x.{tense}.{num} v{i}"),
@@ -731,7 +730,7 @@ def render(m, lang):
 
 
 def parse(words, lang):
-    """The meaning of a sentence, or None if it is not one: the same table as a regular expression, then a comparison."""
+    """The meaning of a sentence, or None if it is not one: the table as a regular expression, then a comparison."""
     order, first, noun, adjective, verb = GRAMMAR[lang]
     marks = {"num": r"\w+", "case": r"\w+", "gender": r"\w", "tense": r"(?P<tense>\w+)"}
     fill = lambda text, name, **more: text.replace(".", r"\.").format(i=rf"(?P<{name}>\d+)", **marks | more) + " "
@@ -816,9 +815,8 @@ def translate(model, world, items, patch=None):
     """Greedy translations of items (meaning, source, target) as meanings, None where the output is no sentence."""
     prompts = [[world.id["<bos>"], *world.ids(m, s), world.id[f"<{t}>"]] for m, s, t in items]
     with model.patch(patch or {}):
-        out = generate(model, prompts, 14, temperature=0, stop=[world.id["<eos>"]])
-    words = [[world.words[i] for i in ids] for ids in out]
-    return [parse(w[:-1], t) if w[-1] == "<eos>" else None for w, (_, _, t) in zip(words, items)]
+        out = generate(model, prompts, 14, temperature=0, stop=range(2, 9))  # <eos>, or the next sentence's language
+    return [parse([world.words[i] for i in ids[:-1]], t) for ids, (_, _, t) in zip(out, items)]
 
 
 def steer_toy(model, layer, sae, world, items, pooled, studied, env, seed):
@@ -928,11 +926,10 @@ def prepare(args, env):
     with common.rank_zero_first(env):
         limit, folder = 2 * args.sae_steps * args.sae_batch * env.world, Path(args.out) / "tokens"
         tokens = [data.token_file(args.dataset, s, tok, folder, limit, env.rank > 0) for s in ("train", "heldout")]
-    own = [s for splits in corpus.values() for s in splits["train"][0]]
+    own = [[s for splits in corpus.values() for s in splits[split][0]] for split in ("train", "test")]
 
     def text(r):
-        """(idx, mask) blocks of refill r: the corpus's training sentences, then windows of text; -1: held out."""
-        yield from batches(own, 64, env.device) if r >= 0 else ()
+        """(idx, mask) blocks of refill r; -1: held out."""
         rng = np.random.default_rng((abs(r), r < 0, env.rank))
         while True:
             idx = data.windows(tokens[r < 0], rng, 32, args.block_size)
@@ -940,7 +937,10 @@ def prepare(args, env):
             idx = torch.from_numpy(idx).to(env.device)
             yield idx, torch.ones_like(idx, dtype=torch.bool)
 
-    fill = lambda r: harvest(model, args.layer, text(r), args.rows if r >= 0 else min(args.rows, 2**13))
+    def fill(r):  # the corpus's sentences, then text
+        blocks = itertools.chain(batches(own[r < 0], 64, env.device), text(r))
+        return harvest(model, args.layer, blocks, args.rows if r >= 0 else min(args.rows, 2**13))
+
     return model, corpus, fill, next(text(-1))[0]
 
 
@@ -1046,40 +1046,40 @@ def judge(run, results):
     main, med = results["main"], lambda values: float(np.median(list(values)))
     over = lambda kind, rows=main: med(np.mean([c["share"][kind] for c in r["study"].values()]) for r in rows)
     get = lambda name, key="accuracy": med(averaged(r["study"], name, key) for r in main)
-    numbers = lambda names, *keys: {f"{n}, {k}": get(n, k) for n in names for k in keys}
     clean, paper, both, random = get("clean"), "multi, paper's IE", "multi of both values", "matched random"
 
-    def claim(id, text, stated, criterion, test, name, controls, *keys, also=()):
-        sides = numbers((*also, name), *keys), numbers(controls, *keys)
-        run.claim(id, text, stated, *sides, criterion, test(name), not any(map(test, controls)))
+    def claim(id, text, stated, criterion, test, names, controls, *keys):  # the first name is tested
+        sides = ({f"{n}, {k}": get(n, k) for n in side for k in keys} for side in (names, controls))
+        run.claim(id, text, stated, *sides, criterion, test(names[0]), not any(map(test, controls)))
 
-    ratio, found = {"shuffled labels": over("shuffled") / over("null")}, over("contrast") / over("null")
-    ratio |= {a: over("contrast", results[a]) / over("null", results[a]) for a in results if a in ARMS[1:]}
-    sides = (
-        {"shared": over("contrast"), "null": over("null"), "ratio": found},
-        {f"{a}, ratio": r for a, r in ratio.items()},
-    )
-    run.claim("C1", "of the latents at the top, many are there in two languages or more", "many [P]", *sides,
-              "shared >= 2 x null", found >= 2, all(r < 2 for r in ratio.values()))  # fmt: skip
+    ratio = {arm: over("contrast", results[arm]) / over("null", results[arm]) for arm in ARMS if arm in results}
+    ratio["shuffled labels"] = over("shuffled") / over("null")
+    found = {"shared": over("contrast"), "null": over("null"), "ratio": ratio.pop("main")}
+    run.claim("C1", "of the latents at the top, many are there in two languages or more", "many [P]", found,
+              {f"{name}, ratio": r for name, r in ratio.items()}, "shared >= 2 x null", found["ratio"] >= 2,
+              max(ratio.values()) < 2)  # fmt: skip
     claim("C2", "removing the multilingual latents takes the fixed probe to near chance", "near chance [P]",
-          "paper's IE: clean >= .9, then <= .62", lambda n: clean >= 0.9 and get(n) <= 0.62, paper,
-          (f"{random}, paper's", "others' mono"), "accuracy", also=("clean", "multi"))  # fmt: skip
+          "paper's IE: clean >= .9, then <= .62", lambda n: clean >= 0.9 and get(n) <= 0.62, (paper, "multi", "clean"),
+          (f"{random}, paper's", "others' mono"), "accuracy")  # fmt: skip
     claim("C3", "the information is gone, not the threshold shifted: AUC and a re-fitted probe fall too", "-",
-          "both values: AUC <= .75, re-fit <= clean - .15", lambda n: get(n, "auc") <= 0.75 and get(n, "refit") <= clean - 0.15,
-          both, (f"{random}, both",), "auc", "refit", also=(paper,))  # fmt: skip
+          "both values: AUC <= .75, re-fit <= clean - .15",
+          lambda n: get(n, "auc") <= 0.75 and get(n, "refit") <= clean - 0.15, (both, paper), (f"{random}, both",),
+          "auc", "refit")  # fmt: skip
     if any("multi of the others" in c["ablations"] for c in main[0]["study"].values()):  # 3 languages and more
         claim("C4", "transfer: latents ranked in the other languages alone work in a language", "implied",
-              "accuracy <= clean - .15", lambda n: get(n) <= clean - 0.15, "multi of the others", ("others' mono",),
-              "accuracy", also=("clean",))  # fmt: skip
+              "accuracy <= clean - .15", lambda n: get(n) <= clean - 0.15, ("multi of the others", "clean"),
+              ("others' mono",), "accuracy")  # fmt: skip
     if "steer" in main[0]:
         steer = lambda way, key: med(np.mean([c[way][key] for c in r["steer"].values()]) for r in main)
-        for id, key, text, stated, least in (
-            ("C5", "flipped", "steering: the translations take the value asked for", "most [P]", 0.5),
-            ("C6", "intact", "selectivity: everything else in what was flipped is right", "little else [P]", 0.8),
+        flips = lambda name: steer(name, "flipped") >= 0.5
+        rest = lambda name: flips(name) and steer(name, "intact") >= 0.8
+        for id, key, text, stated, criterion, test in (
+            ("C5", "flipped", "steering: the translations take the value asked for", "most [P]", ">= .5", flips),
+            ("C6", "intact", "selectivity: all else in what was flipped is right", "little else [P]", ">= .8", rest),
         ):
-            sides = [{w: steer(w, key) for w in WAYS if w.startswith(random) == c} for c in (False, True)]
-            test = [steer(f"{n}, active", key) >= least for n in ("multi", random)]
-            run.claim(id, text, stated, *sides, f"multi, active: >= {least}", test[0], not test[1])
+            sides = ({w: steer(w, key) for w in WAYS if w.startswith(random) == c} for c in (False, True))
+            criterion = f"multi, active: {criterion}" + " of the flipped, C5 holds" * (id == "C6")
+            run.claim(id, text, stated, *sides, criterion, test("multi, active"), not test(f"{random}, active"))
         mcc = {arm: med(r[arm]["mcc"] for r in results["superposition"]) for arm in [*ARCHS, "frozen", "random"]}
         chance = {arm: mcc.pop(arm) for arm in ("frozen", "random")}
         run.claim("C7", "an SAE finds known features in superposition (mean |cos| of the best matching)", "-",
@@ -1174,15 +1174,11 @@ def main(argv=None):
 def check(args, env):
     """ValueError for flags that can't be, before any long work."""
     SAE(2, args.d_sae, args.arch, args.k)
-    for name in "top", "sae_steps", "sae_batch", "rows", "n_probe":
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, allowed: 1 and more")
-    if args.rows < args.sae_batch:
-        raise ValueError(f"--rows {args.rows} is less than one batch, --sae-batch {args.sae_batch}")
-    if not args.model and not 0 <= args.layer < 4:
-        raise ValueError(f"--layer {args.layer}, allowed: 0 to 3 in the toy")
-    if not args.model and env.world > 1:
-        raise ValueError("the toy runs in one process; torchrun is for --model")
+    for name, least in {"top": 1, "sae_steps": 1, "sae_batch": 1, "rows": args.sae_batch, "n_probe": 32}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, allowed: {least} and more")
+    if not args.model and (env.world > 1 or not 0 <= args.layer < 4):
+        raise ValueError(f"--layer {args.layer}, allowed: 0 to 3 in the toy, which runs in one process")
     if args.sae:
         load_sae(args.sae, None if args.model else args.n_embd)
     if args.ud and not Path(args.ud).expanduser().is_dir():

@@ -445,7 +445,7 @@ def test_a_stopped_sae_goes_on_exactly(tmp_path):
         ("--k 0", "k 0 latents"),
         ("--k 999", "k 999 latents of 256"),
         ("--layer 4", "--layer 4, allowed: 0 to 3"),
-        ("--rows 10", "--rows 10 is less than one batch"),
+        ("--rows 10", "--rows 10, allowed: 1024 and more"),
         ("--top 0", "--top 0, allowed"),
         ("--ud /nowhere", "--ud /nowhere is no folder"),
         ("--model nothing-here", "nothing-here"),

@@ -222,6 +222,16 @@ class LZW:
         made[1:] &= (key[1:] != key[:-1]) | (self.kwkwk == "classic")
         return np.minimum(self.max_codes, np.concatenate(([0], made.cumsum())))
 
+    def extensions(self, codes, book):
+        """For each code of a canonical stream: the base ids that can't follow it, as LZW would merge them with it."""
+        counts, children = self.counts(codes, book), {}
+        for k, key in enumerate(book.table):
+            parent, last = divmod(key, self.vocab_size)
+            children.setdefault(parent, []).append((k, last))
+        if self.kwkwk == "avoid":  # the row that the code before has just made is not used yet
+            counts = np.concatenate(([0], counts[:-1]))
+        return [[a for k, a in children.get(z, ()) if k < n] for z, n in zip(codes, counts)]
+
     def encode_batch(self, sequences, pad=0, side="left", workers=1):
         """Many sequences: codes (B, T) padded, mask (B, T) True at codes, rows (B, K, M) padded, how many (B,)."""
         if side not in ("left", "right"):

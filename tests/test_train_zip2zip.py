@@ -111,11 +111,13 @@ def test_cached_generation_is_the_full_forward_pass_and_batches_change_nothing()
             assert model.logits(h, vout[0], torch.tensor([rows.shape[1]])).argmax().item() == codes[t]
 
 
-def test_replayed_codes_come_out_and_the_row_cache_fills():
+def test_a_replayed_text_comes_out_and_the_row_cache_fills():
     model, store = tiny(), {}
-    codes = [1, 2, 3, 10, 4]
-    assert z2z.generate(model, [[5, 6]], 99, replay=[codes], store=store)[0][0] == codes and store
-    assert all(
+    prompt, rest = WORDS[0], WORDS[0][3:] + WORDS[1]
+    codes = z2z.encode_behind(model.lzw, prompt, rest)
+    assert z2z.generate(model, [prompt], 99, replay=[codes], store=store) == [(codes, rest)]
+    assert codes[0] >= 10 and len(codes) < len(model.lzw.encode(rest))  # the prompt's rows serve
+    assert store and all(
         torch.allclose(v, torch.stack(model.encode(torch.tensor([k + (-1,) * (3 - len(k))])))[:, 0], atol=1e-6)
         for k, v in store.items()
     )
@@ -155,7 +157,7 @@ def test_extensions_hold_what_lzw_would_have_merged():
     lzw = LZW(10, 100, 3)
     codes, book = lzw.encode([1, 2, 1, 3, 1, 2, 4], book=True)  # 1 2 1 3 10 4: rows 12 21 13 31 124
     assert codes == [1, 2, 1, 3, 10, 4]
-    assert z2z.extensions(lzw, codes, book) == [[], [], [2], [], [], []]
+    assert lzw.extensions(codes, book) == [[], [], [2], [], [], []]
     banned = z2z.pack(lzw, [[1, 2, 1, 3, 1, 2, 4]], canonical=True)["banned"][0]
     assert banned[2].nonzero()[:, 0].tolist() == [2, 11]  # 2 and the row (2, 1) can't follow that 1
     assert not banned.gather(1, torch.tensor(codes[1:])[:, None]).any()
@@ -204,6 +206,37 @@ def test_smoke_ends_with_claims_and_resumes_to_the_same(tmp_path):
     assert all(
         math.isclose(again["metrics"][a][0]["bpb"], first["metrics"][a][0]["bpb"]) for a in ("cont", "zip", "ae")
     )
+
+
+def test_a_real_checkpoint_and_its_budget(tmp_path, capsys):
+    """A random Llama in the real files, text from a folder: the whole path of --model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    import pretrained
+
+    vocab = {"<|end|>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tok = Tokenizer(models.BPE(vocab, []))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tok.add_special_tokens(["<|end|>"])
+    shape = dict(norm="rms", gated=True, act="silu", qkv_bias=False, attn_bias=False, mlp_bias=False)
+    pretrained.save(
+        GPT(GPTConfig(257, 128, 2, 2, 16, d_mlp=32, **shape)), pretrained.wrap("t", tok, None, [0], None), tmp_path
+    )
+    (tmp_path / "text.txt").write_text("A text of 123 and 123 again.\n" * 400)
+    flags = f"--preset real --model {tmp_path} --dataset file:{tmp_path}/text.txt --out {tmp_path}/out --minutes 0.01"
+    flags = [*flags.split(), *"--block-size 64 --samples 2 --enc-dim 8".split()]
+    result = z2z.main(flags)
+    assert [c["id"] for c in result["claims"]] == [
+        "C1",
+        "C2",
+        "C5",
+    ] and "steps an arm in 0.01 minutes" in capsys.readouterr().out
+    world = z2z.make_world(common.parse(z2z.Args, flags), 0)
+    assert world.special == [0] and [tok.decode([i]) for i in world.digits] == list("0123456789")
+    saved = common.load_checkpoint(tmp_path / "out" / "zip-s0.pt")["model"]
+    assert saved["_extra_state"]["disabled"] == sorted([0, *world.digits])
+    again = z2z.main([*flags, "--resume"])
+    assert again["metrics"]["zip"][0]["bpb"] == result["metrics"]["zip"][0]["bpb"]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Args(common.TrainFlags):
             pretrain_steps=6, steps=4, n_embd=32, n_layer=2, enc_dim=16, block_size=64, samples=4, warmup=2, jobs=1,
             threads=1, timing_layers=1, timing_embd=32, eval_every=4, batch_size=4,
         ),
-        "toy": dict(batch_size=8, lr=3e-3, steps=120, eval_every=40),
+        "toy": dict(batch_size=8, lr=3e-3, steps=100, eval_every=50),
         "real": dict(
             model="smollm2-135m-instruct", arms=["cont", "zip"], block_size=512, batch_size=2, lr=1.5e-3, lora_r=16,
             enc_dim=192, samples=16,
@@ -99,7 +99,7 @@ class Args(common.TrainFlags):
     """rank of LoRA; alpha = 2 r (paper: r = alpha = 32)"""
     pretrain_steps: int = 350
     """steps of the toy's base model"""
-    samples: int = 32
+    samples: int = 24
     """held-out windows, prompts"""
     n_layer: int = 3
     """blocks of the toy"""

@@ -302,8 +302,7 @@ def crosscoder(device):
 
     def ours():
         with torch.no_grad():
-            f = cc.encode(cx.last_states([base, ft], prompts, layer))
-        return cx.attribution(cc, f, cx.gradient(ft, prompts, layer, wait))
+            return cx.attribute([base, ft], cc, layer, prompts, wait)[0]
 
     def reference():
         kept = {}
@@ -315,7 +314,7 @@ def crosscoder(device):
         kept["h"].retain_grad()
         cx.log_p(logits[:, -1], wait).sum().backward()
         with torch.no_grad():
-            a = cx.attribution(cc, cc.encode(torch.stack((x0, kept["h"]), 2)), kept["h"].grad)
+            a = cx.attribution(cc.encode(torch.stack((x0, kept["h"]), 2)), cc.decoder(), kept["h"].grad)
         ft.zero_grad()
         return a[:, -1]
 

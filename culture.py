@@ -1,19 +1,19 @@
 """Localized cultural knowledge (arXiv 2504.10191): it is there, it stays silent, and one vector makes it speak.
 
 Ask a model in Turkish for a first name and it says an American one; say "I live in Turkey" and it knows better. The
-accuracy with the country in the prompt (explicit) minus that without (implicit) is the *explicit-implicit gap*. The paper
-takes the mean difference of the residual stream at the last prompt token, explicit minus implicit, and adds it to one
-block: localisation rises without a word about the country, on other tasks and in other languages than those the vector
-was built from, even with a *universal* vector built from other cultures. And naming the country makes answers more
-alike and more stereotyped; steering is said to keep more of their diversity.
+accuracy with the country in the prompt (explicit) minus that without (implicit) is the *explicit-implicit gap*. The
+mean difference of the residual stream at the last prompt token, explicit minus implicit, is a vector: added after one
+block, it localises answers without a word about the country, on other tasks and in other languages than it was built
+from, even a *universal* one built from other cultures. And naming the country makes answers more alike and more
+stereotyped; steering is said to keep more of their diversity.
 
 The toy: five cultures, five languages, eight tasks with six answers each. In text without context the answers are of
 the default culture in seven documents of ten: so the *size* of the gap is put in, and so is that text which names a
 country is stereotyped. Not put in: that one additive direction moves the model, what it does to other tasks, languages
 and cultures, and to diversity. Nothing here is about real cultures; the lists for real models are examples.
 
-Rungs: the toy -> `--model gemma-3-270m`, a base model, sentences to complete (--format cloze) -> instruct models, the
-paper's questions with two options (--format choice). Localisation is exact probability here, not a judge's opinion.
+Rungs: the toy -> `--model gemma-3-270m`, a base model, sentences to complete (cloze) -> instruct models, the paper's
+questions with two options (choice). Localisation is exact probability here, no judge's opinion.
 Tags: [P] the paper, [C] its code and result files, [I] inferred here; "pilot": our runs on seeds 100 and up.
 Read on: `measure` -> `add` -> `difference` -> `Toy` -> `vectors` -> `study` -> `judge` (claims and controls).
 """
@@ -37,9 +37,9 @@ import pretrained
 from model import GPT, GPTConfig, generate
 
 LISTS = Path(__file__).with_name("cultures.json")
-CONTEXTS = "none", "neutral", "default", "own"  # the sentence in front: no, of music, of the default country, of one's own
+CONTEXTS = "none", "neutral", "default", "own"  # the sentence in front: no, of music, of the default country, one's own
 MEASURES = "loc", "def", "other", "junk", "H", "stereo", "pairacc", "theirs"
-FOLDS = 4  # of tasks: one to test a vector, one to choose layer and strength, the others to build it
+FOLDS = 4  # of the tasks: one tests a vector, on one its layer and strength are picked, the others build it
 
 
 @dataclass
@@ -47,18 +47,18 @@ class Args(common.TrainFlags):
     """culture"""
 
     presets: ClassVar[dict] = {
-        "smoke": dict(steps=8, n_layer=2, n_embd=32, warmup=2, jobs=1, threads=1, draws=2, pairs="all"),
+        "smoke": dict(steps=8, n_layer=2, n_embd=32, warmup=2, alphas=[1.0], draws=2, pairs="all", jobs=1, threads=1),
         "toy": {},
-        "paper": dict(model="google/gemma-2-9b-it", device="cuda", alphas=[1, 2], layers=list(range(21, 28)), open=30),
+        "paper": dict(model="google/gemma-2-9b-it", device="cuda", layers=list(range(21, 28))),
     }
     model: str = ""
     """a pretrained model in place of the toy: gemma-3-270m, a hub id, a folder (paper: gemma-2-9b-it and six more)"""
     dataset: str = ""
     """FILE.json in the layout of cultures.json, or FILE.csv: task,country,lang,hint,question,local,other[,id]"""
     format: Literal["auto", "cloze", "choice"] = "auto"
-    """real models: sentences to complete, or two options; auto is choice with a chat template or a CSV (paper: choice)"""
+    """of a real model's prompts; auto: choice if it has a chat template or --dataset is a CSV (paper: choice)"""
     layers: list[int] = field(default_factory=list)
-    """blocks to steer; default all for the toy, for a real model from the middle on (paper: 21 to 27 of 42)"""
+    """blocks to steer; default all of the toy, of a real model 9 to 14 in 18 (paper: 21 to 27 of 42)"""
     alphas: list[float] = field(default_factory=list)
     """strengths; default .5 1 1.5 2 3 for the toy, 1 2 for a real model (paper: -2 -1 1 2)"""
     pairs: Literal["answered", "all"] = "answered"
@@ -67,23 +67,21 @@ class Args(common.TrainFlags):
     """mean over pairs, or over tasks' means (paper: micro)"""
     draws: int = 20
     """random directions; 3 for a real model"""
-    open: int = 0
-    """real models: so many open-ended texts for each prompt and condition, in open.jsonl (paper: 30)"""
-    max_new: int = 256
-    """tokens of an open-ended text (paper: 256)"""
     prompts: int = 32
     """prompts in a batch"""
-    samples: int = 64
-    """documents in an evaluation while training"""
     skew: float = 0.7
     """toy: share of documents without context that answer as the default culture does"""
-    steps: int = 700
+    steps: int = 400
     """optimizer steps"""
-    batch_size: int = 64
+    batch_size: int = 32
     """documents in a step"""
-    lr: float = 3e-3
+    lr: float = 4e-3
     """peak learning rate"""
-    n_layer: int = 6
+    weight_decay: float = 0.01
+    """of matrices and embeddings"""
+    eval_every: int = 200
+    """steps between evaluations"""
+    n_layer: int = 4
     """blocks of the toy (paper: 42)"""
     n_embd: int = 64
     """its width (paper: 3584)"""
@@ -97,25 +95,23 @@ class Ask:
     """n prompts and the first tokens of what may follow."""
 
     prompts: list  # n id lists
-    items: list  # n names of questions: a pair for a vector is a question with and without the sentence
+    items: list  # n names of questions: a vector's pairs are the same question with and without the sentence
     tokens: torch.Tensor  # (n, A) answer tokens
     owner: torch.Tensor  # (A,) the culture whose answer it is
 
+    def batches(self, size, device):
+        """Slices of rows, with ids (B, T) padded on the left, their mask of real tokens, and the answers."""
+        for i in range(0, len(self.prompts), size):
+            part = self.prompts[i : i + size]
+            longest = max(map(len, part))
+            idx = torch.tensor([[-1] * (longest - len(p)) + p for p in part], device=device)
+            yield slice(i, i + size), idx.clamp(min=0), idx >= 0, self.tokens[i : i + size].to(device)
 
-def padded(prompts, device):
-    """Id lists as one tensor (B, T), padded on the left, and its mask of real tokens."""
-    longest = max(map(len, prompts))
-    idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=torch.bool, device=device)
-    return idx, mask
 
-
-@torch.no_grad()
 def read(model, h, tokens):
     """P (B, V, A) of answer tokens (B, A) from normed residual vectors h (B, V, C)."""
     (B, V, _), size = h.shape, max(1, 2**24 // model.config.vocab_size)  # rows of logits at once
-    tokens = tokens.to(h.device)[:, None].expand(B, V, -1).flatten(0, 1)
-    out = []
+    tokens, out = tokens[:, None].expand(B, V, -1).flatten(0, 1), []
     for part, t in zip(h.flatten(0, 1).split(size), tokens.split(size)):
         logits = model.unembed(part).float()
         out.append((logits.gather(1, t) - logits.logsumexp(1, keepdim=True)).exp())
@@ -124,99 +120,84 @@ def read(model, h, tokens):
 
 @torch.no_grad()
 def run(model, ask, size):
-    """Each prompt once: its last token's residual stream (L + 1, n, C), after the embedding and every block, and P (n, A)."""
+    """Each prompt once: the last token's residual stream (L + 1, n, C), embedding and every block, and P (n, A)."""
     z, p = [], []
-    for i in range(0, len(ask.prompts), size):
-        x = common.residuals(model, *padded(ask.prompts[i : i + size], model.wte.weight.device))[:, :, 0]
+    for _, idx, mask, tokens in ask.batches(size, model.wte.weight.device):
+        x = common.residuals(model, idx, mask)[:, :, 0]
         z.append(x.cpu())
-        p.append(read(model, model.final(x[-1])[:, None], ask.tokens[i : i + size])[:, 0])
+        p.append(read(model, model.final(x[-1])[:, None], tokens)[:, 0])
     return torch.cat(z, 1), torch.cat(p)
 
 
 @torch.no_grad()
 def patched(model, ask, step, size):
-    """P (n, V, A) under every one of V patches in one pass; step(rows) makes those of some prompts, for `common.sweep`."""
-    out = []
-    for i in range(0, len(ask.prompts), size):
-        rows = slice(i, i + size)
-        idx, mask = padded(ask.prompts[rows], model.wte.weight.device)
-        out.append(read(model, common.sweep(model, idx, step(rows), mask=mask)[:, :, 0], ask.tokens[rows]))
-    return torch.cat(out)
+    """P (n, V, A) under each of V patches, all in one pass: step(rows) is that of some prompts for `common.sweep`."""
+    batches = ask.batches(size, model.wte.weight.device)
+    return torch.cat([read(model, common.sweep(model, idx, step(rows), mask=mask)[:, :, 0], tokens)
+                      for rows, idx, mask, tokens in batches])  # fmt: skip
 
 
 def add(v, layers, alphas):
-    """Steering as a step of `common.sweep`: alpha v[k] joins the last token after one block; layers x vectors x alphas.
+    """Steering as a step of `common.sweep`: h^l += alpha v^l at the last token [C], V = layers x vectors x alphas.
 
-    v (n, L + 1, C): h^l += alpha v^l [C]. Under `generate`, see `steered`.
+    v (n, L + 1, C), from the embedding on. Where text is generated, see `steered`.
     """
-    scaled = torch.tensor(alphas)[None, :, None, None] * v[:, None]  # n, alphas, L + 1, C
-    scaled = scaled.flatten(0, 1).transpose(0, 1)
-
-    def step(j, x, clean):
-        return torch.cat((x, clean[:, None] + scaled[j + 1][:, None].to(clean)), 1) if j in layers else x
-
-    return step
+    scaled = (torch.tensor(alphas)[None, :, None, None] * v[:, None]).flatten(0, 1).transpose(0, 1)
+    put = lambda j, clean: clean[:, None] + scaled[j + 1][:, None].to(clean)
+    return lambda j, x, clean: torch.cat((x, put(j, clean)), 1) if j in layers else x
 
 
 def swap(z):
-    """The patch of §2.4 [C] as a step: the source's last token z (L + 1, B, C) in place of the target's, layer by layer."""
+    """Patching [C] as a step: a source's last token z (L + 1, B, C) in place of the prompt's own, after every block."""
     return lambda j, x, clean: torch.cat((x, z[j + 1][:, None, None].to(clean)), 1)
 
 
 def steered(model, layer, v):
-    """A context in which `generate` runs with v (C,) added after block `layer` at the last prompt token and all later."""
-
-    def put(x):
-        x = x.clone()
-        x[:, -1] += v.to(x)
-        return x
-
-    return model.patch({f"blocks.{layer}.resid_post": put})
+    """A context in which `generate` adds v (C,) after block `layer` at the last prompt token and all that follow [C]."""
+    return model.patch({f"blocks.{layer}.resid_post": lambda x: torch.cat((x[:, :-1], x[:, -1:] + v.to(x)), 1)})
 
 
 def measure(p, owner, k, theirs=0):
     """What culture k's answers get of probabilities p (..., A): (..., 8), in the order of MEASURES.
 
-    loc, def, other, junk: mass on k's answers, on the default culture's (for the default itself: everyone else's), on
-    the others', on all else. H: entropy in bits *given* an answer of k; stereo: the largest share among those.
-    pairacc: share of pairs (k's answer, a default one) whose first is likelier: the paper's accuracy, all pairs.
-    theirs: mass on culture `theirs`.
+    loc, def, other, junk: mass on k's answers, the default culture's (k = 0: everyone else's), the others', on all else.
+    H: entropy in bits *given* an answer of k; stereo: the largest share among those. pairacc: share of pairs (k's
+    answer, a default one) with the first likelier, the paper's accuracy over all pairs. theirs: mass on that culture.
     """
-    own, west = owner == k, owner == 0 if k else owner > 0
-    loc, default, total = (p[..., own].sum(-1), p[..., west].sum(-1), p.sum(-1))
+    own, west, total = owner == k, owner == 0 if k else owner > 0, p.sum(-1)
+    loc, default = p[..., own].sum(-1), p[..., west].sum(-1)
     q = p[..., own] / loc[..., None].clamp(min=1e-30)
     H = -(q * q.clamp(min=1e-30).log2()).sum(-1)
-    stereo = q.max(-1).values if own.any() else loc
-    wins = (p[..., own, None] > p[..., None, west]).float().flatten(-2)
-    pairacc = wins.mean(-1) if wins.shape[-1] else loc
-    parts = loc, default, total - loc - default, 1 - total, H, stereo, pairacc, p[..., owner == theirs].sum(-1)
-    return torch.stack(parts, -1)
+    pairacc = (p[..., own, None] > p[..., None, west]).float().mean((-2, -1))
+    rest = total - loc - default, 1 - total, H, q.max(-1).values, pairacc, p[..., owner == theirs].sum(-1)
+    return torch.stack((loc, default, *rest), -1)
 
 
 def pair(plus, minus):
-    """Pairs of the same question: rows of the items `plus`, and of `minus`; those without a partner are left out."""
-    at = {item: i for i, item in reversed(list(enumerate(minus)))}
+    """The same questions: rows of the items `plus`, and of `minus`; those without a partner are left out."""
+    at = {item: j for j, item in enumerate(minus)}
     found = [(i, at[item]) for i, item in enumerate(plus) if item in at]
     return [i for i, _ in found], [j for _, j in found]
 
 
 def difference(parts, avg="micro"):
-    """Mean of paired differences, tensors (n, ...) of several tasks: micro, all pairs alike, or macro, all tasks alike."""
+    """Mean of paired differences (n, ...) of several tasks: micro, all pairs alike, or macro, all tasks alike."""
     parts = [part for part in parts if len(part)]
-    if not parts:
-        raise ValueError("no question is answered locally with the country named and not without; --pairs all takes all")
     return torch.cat(parts).mean(0) if avg == "micro" else torch.stack([part.mean(0) for part in parts]).mean(0)
 
 
 def shuffled(diffs, rng):
-    """Mean of paired differences (n, ...), half of their signs turned at random and exactly balanced: labels without meaning."""
+    """Mean of paired differences (n, ...), half of their signs turned at random: labels that mean nothing."""
     order, half = torch.from_numpy(rng.permutation(len(diffs))), len(diffs) // 2
     return (diffs[order[:half]].sum(0) - diffs[order[half : 2 * half]].sum(0)) / max(1, 2 * half)
 
 
 def bootstrap(values, seed=0, draws=2000):
-    """(mean, low, high): 95 % interval of the mean of `values`, cells (culture x task) resampled."""
+    """(mean, low, high): 95 % interval of the mean; values, cells of culture x task, are resampled; nan is left out."""
     values = np.asarray(values, float).ravel()
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return [math.nan] * 3
     means = values[np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))].mean(1)
     return [values.mean(), *np.percentile(means, [2.5, 97.5])]
 
@@ -226,93 +207,81 @@ def parse_answer(text, options):
 
     "12" names neither 1 nor 2 (in the paper's code it does).
     """
-    found = []
-    for i, option in enumerate(options):
-        places = [re.search(rf"(?<!\d){i + 1}(?!\d)", text), re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text)]
-        found += [(match.start(), i) for match in places if match]
+    marks = [(rf"(?<!\d){i + 1}(?!\d)|(?<!\w){re.escape(option)}(?!\w)", i) for i, option in enumerate(options)]
+    found = [(match.start(), i) for pattern, i in marks if (match := re.search(pattern, text))]
     return min(found)[1] if found else None
 
 
 def denominators(types):
-    """Accuracy and coverage of items asked in both orders, types [("local" | "west" | None) x 2], by three rules.
+    """{rule: (accuracy, coverage)} of items asked in both orders, types [("local" | "west" | None) x 2].
 
-    consistent: both orders gave the same answer, which is the paper's [C]; valid: all runs that named an option; all.
+    consistent: items with the same answer in both orders, the paper's [C]; valid: runs that named an option; all.
     """
     runs, same = [t for both in types for t in both], [a for a, b in types if a == b and a]
-    share = lambda part: sum(t == "local" for t in part) / max(1, len(part))
-    valid = [t for t in runs if t]
-    out = {"consistent": (share(same), len(same) / len(types)), "valid": (share(valid), len(valid) / len(runs))}
-    return out | {"all": (share(runs), 1.0)}
-
-
-def homogeneity(x):
-    """Mean cosine over all pairs of rows of x (n, d): 1 is the same text n times."""
-    x = F.normalize(torch.as_tensor(x).float(), dim=1)
-    return ((x @ x.T).sum().item() - len(x)) / (len(x) * (len(x) - 1))
+    valid, share = [t for t in runs if t], lambda part: sum(t == "local" for t in part) / max(1, len(part))
+    rules = {"consistent": (same, len(types)), "valid": (valid, len(runs)), "all": (runs, len(runs))}
+    return {rule: (share(part), len(part) / n) for rule, (part, n) in rules.items()}
 
 
 # ----------------------------------------------------------------------------------------------- worlds: what is asked
 
 
 class World:
-    """Cultures (0 is the default), a language of each, tasks, and how they are asked: `sentence` + `question`."""
+    """Cultures (0 is the default), their languages, and tasks, asked as sentence + question."""
 
-    main = "local"  # the language in which the gap is looked for: each culture's own; Cloze: "en"
+    main = "local"  # where the gap is looked for: prompts in each culture's own language; Cloze: in English
 
     def language(self, setting, k):
         return self.languages[k if setting == "local" else 0]
 
     def ask(self, lang, context, task, k):
-        """A task in a language after the sentences of a context."""
+        """A task in a language, after each of the sentences of a context."""
         questions, sentences = self.questions(lang, task), self.sentences(lang, context, k)
         prompts = [self.encode(s + q) for s in sentences for q in questions]
         tokens, owner = self.answers(task)
         return Ask(prompts, [*range(len(questions))] * len(sentences), tokens.expand(len(prompts), -1), owner)
 
     def transfer(self, k, task):
-        """Sources and targets of the patch: another task with the country, in k's language; `task` in English without.
+        """Patch sources, another task in k's language with k's country or without; targets, `task` in English without.
 
-        What may follow is the target's task, then the source's: of "culture" n_cultures + owner.
+        What may follow: the target task's answers, and the source task's, of "culture" n_cultures + owner.
         """
         other = self.tasks[(self.tasks.index(task) + 1) % len(self.tasks)]
-        target = self.ask(self.languages[0], "none", task, k)
-        tokens, owner = self.answers(other)
-        sources = {c: self.ask(self.languages[k], c, other, k).prompts for c in ("own", "none")}
-        n = len(target.prompts)
+        target, (tokens, owner) = self.ask(self.languages[0], "none", task, k), self.answers(other)
+        n, asks = len(target.prompts), {c: self.ask(self.languages[k], c, other, k).prompts for c in ("own", "none")}
         target.tokens = torch.cat((target.tokens, tokens.expand(n, -1)), 1)
         target.owner = torch.cat((target.owner, owner + len(self.cultures)))
-        return {c: [prompts[i % len(prompts)] for i in range(n)] for c, prompts in sources.items()}, target
+        return {c: [prompts[i % len(prompts)] for i in range(n)] for c, prompts in asks.items()}, target
 
 
 class Toy(World):
-    """The toy's words, documents and true probabilities. A task's name is two syllables, in each language its own.
+    """The toy's words, documents and true probabilities.
 
-    Text is words with spaces, one token each: `I.fr live.fr ru.fr ;.fr ba.fr do.fr ?.fr cities:Moscow ;`
+    Text is words with spaces, one token each: `I.fr live.fr ru.fr ;.fr cities.fr ?.fr cities:Moscow(ru) ;`
     """
 
-    N, FACTS, SHOTS, NATIVE, STEREO = 5, 4, 6, 0.5, 2.0  # answer r of culture and task: p_r ~ (r + 1)^-power
+    N, FACTS, SHOTS, NATIVE, STEREO = 5, 4, 6, 0.5, 2.0  # answer r of a culture and task: p_r ~ (r + 1)^-power
 
     def __init__(self, seed, skew):
-        data, rng = json.loads(LISTS.read_text("utf-8")), np.random.default_rng([seed, 1])
-        self.seed, self.skew = seed, skew
-        self.cultures, self.languages, self.tasks = data["cultures"][:5], data["languages"][:5], list(data["answers"])[:8]
+        data, rng, n = json.loads(LISTS.read_text("utf-8")), np.random.default_rng([seed, 1]), self.N
+        self.seed, self.skew, self.cultures, self.languages = seed, skew, data["cultures"][:n], data["languages"][:n]
+        self.tasks = list(data["answers"])[:8]
         cells = [(t, c, a) for t in self.tasks for c in self.cultures for a in data["answers"][t][c].split("|")[:6]]
         words = ["<pad>", "<bos>", ";"] + [f"{t}:{a.split('/')[0].replace(' ', '_')}({c})" for t, c, a in cells]
         words += [f"fact{i}" for i in range(self.FACTS)]
-        parts = ["I", "live", "am_from", "grew_up_in", "like", ";", "?", *self.cultures, *(f"thing{i}" for i in range(6))]
-        words += [f"{w}.{l}" for l in self.languages for w in parts + [a + b for b in "ao" for a in "bdgk"]]
+        asked = [*self.tasks, *(f"what{i}" for i in range(self.FACTS))]  # the last ones have one answer everywhere
+        parts = [*"I live am_from grew_up_in like ; ?".split(), *self.cultures, *asked, *(f"thing{i}" for i in range(6))]
+        words += [f"{w}.{l}" for l in self.languages for w in parts]
         self.words, self.number = words, {w: i for i, w in enumerate(words)}
-        self.answer = 3 + np.arange(240).reshape(8, self.N, 6)  # ids by task, culture, rank
-        pairs = [f"{a}a.{{0}} {b}o.{{0}} ?.{{0}}" for a in "bdgk" for b in "bdgk"]
-        self.names = {l: [pairs[i].format(l) for i in rng.permutation(16)[: 8 + self.FACTS]] for l in self.languages}
-        foreign = [(l, c) for l in range(1, self.N) for c in range(self.N) if l != c]
-        self.held = [foreign[i] for i in rng.permutation(16)[:8]]  # (language, country) pairs that no document has
-        self.combos = [(l, l) for l in range(1, self.N)] * 2 + [(0, c) for c in range(self.N)]
-        self.combos = np.array(self.combos + [combo for combo in foreign if combo not in self.held])
-        every = lambda f: np.array([[self.encode(text)[1:] for text in f(l)] for l in self.languages])
-        self.shots = every(lambda l: self.names[l])  # ids by language and task, 3
-        self.own = np.stack([every(lambda l, k=k: self.sentences(l, "own", k)) for k in range(self.N)], 1)  # l, k, verb, 4
-        self.neutral = every(lambda l: self.sentences(l, "neutral", 0))
+        self.answer = 3 + np.arange(48 * n).reshape(8, n, 6)  # ids by task, culture, rank
+        self.names = {l: [f"{name}.{l} ?.{l}" for name in asked] for l in self.languages}
+        foreign = [(l, c) for l in range(1, n) for c in range(n) if l != c]
+        self.held = [foreign[i] for i in rng.permutation(16)[:8]]  # (language, country) that no document has
+        combos = [(l, l) for l in range(1, n)] * 2 + [(0, c) for c in range(n)]
+        self.combos = np.array(combos + [combo for combo in foreign if combo not in self.held])
+        ids = lambda f: np.array([[self.encode(text)[1:] for text in f(l)] for l in self.languages])
+        self.shots, self.neutral = ids(lambda l: self.names[l]), ids(lambda l: self.sentences(l, "neutral", 0))
+        self.own = np.stack([ids(lambda l, k=k: self.sentences(l, "own", k)) for k in range(n)], 1)  # l, k, verb, word
 
     def encode(self, text):
         return [1] + [self.number[word] for word in text.split()]
@@ -334,24 +303,25 @@ class Toy(World):
 
     def facts(self, lang):
         """Prompts of the tasks that have one answer everywhere, and the answers' ids."""
-        return [self.encode(name) for name in self.names[lang][8:]], [243 + i for i in range(self.FACTS)]
+        answers = [self.number[f"fact{i}"] for i in range(self.FACTS)]
+        return [self.encode(name) for name in self.names[lang][8:]], answers
 
     def truth(self, lang, context, k):
-        """What the documents say after such a beginning: P (5 x 6,) of a task's answers, by culture and rank."""
-        power = lambda a: (p := np.arange(1, 7.0) ** -a) / p.sum()
-        p, native = np.zeros((self.N, 6)), self.languages.index(lang)
-        if context in ("own", "default"):
-            p[k if context == "own" else 0] = power(self.STEREO)
+        """What the documents say first after such a beginning: P (30,) of a task's answers, by culture and rank."""
+        native, stereo = (np.arange(1, 7.0) ** -power for power in (self.NATIVE, self.STEREO))
+        p = np.zeros((self.N, 6))
+        if context == "own":
+            p[k] = stereo / stereo.sum()
         else:
-            p[0] += self.skew * power(self.NATIVE)
-            p[native] += (1 - self.skew) * power(self.NATIVE)
+            p[0] += self.skew * native / native.sum()
+            p[self.languages.index(lang)] += (1 - self.skew) * native / native.sum()
         return torch.from_numpy(p).flatten().float()
 
     def documents(self, rng, n):
-        """n documents: ids (n, T), and language, kind, the culture that answers (n,). Kinds: 0 none, 1 own, 2 neutral.
+        """n documents: ids (n, T), and their (language, kind, culture that answers). Kinds: 0 none, 1 own, 2 neutral.
 
-        Half have no context, .35 name a country, .15 begin with a neutral sentence. One culture answers all questions
-        of a document: the country's; else the default one with probability `skew`, or the language's.
+        Half have no context, .35 name a country, .15 begin with a neutral sentence. One culture answers all of a
+        document's questions: the country's; else the default with probability `skew`, or the language's.
         """
         kind, lang = np.searchsorted([0.5, 0.85], rng.random(n), side="right"), rng.integers(self.N, size=n)
         combo = self.combos[rng.integers(len(self.combos), size=n)]
@@ -360,7 +330,8 @@ class Toy(World):
         task = rng.integers(8 + self.FACTS, size=(n, self.SHOTS))
         p = np.arange(1, 7.0) ** -np.where(kind == 1, self.STEREO, self.NATIVE)[:, None]
         rank = (rng.random((n, self.SHOTS, 1)) > (p.cumsum(1) / p.sum(1, keepdims=True))[:, None]).sum(2)
-        answer = np.where(task < 8, self.answer[task % 8, culture[:, None], rank], 235 + task)[..., None]
+        answer = np.where(task < 8, self.answer[task % 8, culture[:, None], rank], self.number["fact0"] + task - 8)
+        answer = answer[..., None]
         shots = np.concatenate((self.shots[lang[:, None], task], answer, np.full_like(answer, 2)), 2).reshape(n, -1)
         sentence = self.own[lang, culture, rng.integers(3, size=n)]
         sentence = np.where(kind[:, None] == 1, sentence, self.neutral[lang, rng.integers(6, size=n)])
@@ -372,7 +343,7 @@ class Toy(World):
         """The documents of one step; this rank's share of them. What answers counts in the loss."""
         ids = torch.from_numpy(self.documents(np.random.default_rng([self.seed, 2, step]), args.batch_size)[0])
         idx, targets = ids[env.rank :: env.world, :-1], ids[env.rank :: env.world, 1:]
-        return {"idx": idx, "targets": targets, "weights": ((targets > 2) & (targets < 243 + self.FACTS)).float()}
+        return {"idx": idx, "targets": targets, "weights": ((targets > 2) & (targets < self.number["I.en"])).float()}
 
 
 def config_of(args, world):
@@ -382,16 +353,16 @@ def config_of(args, world):
 
 
 def divergence(model, world, size):
-    """KL(generator || model) in nats, mean over languages and tasks, of a document's first answer: {context: nats}."""
+    """KL(generator || model) of a document's first answer, mean over languages and tasks: {"kl_<context>": nats}."""
     out = {}
     for context in "none", "neutral", "own":
         kl = []
         for k, lang in enumerate(world.languages):
-            truth = world.truth(lang, context, k)
-            for task in world.tasks:
-                p = run(model, world.ask(lang, context, task, k), size)[1].clamp(min=1e-12)
-                kl.append((truth * (truth.clamp(min=1e-12).log() - p.log())).sum(-1).mean())
-        out[context] = torch.stack(kl).mean().item()
+            truth, asks = world.truth(lang, context, k), [world.ask(lang, context, task, k) for task in world.tasks]
+            ask = Ask(sum((a.prompts for a in asks), []), [], torch.cat([a.tokens for a in asks]), asks[0].owner)
+            p = run(model, ask, size)[1].clamp(min=1e-12)
+            kl.append((truth * (truth.clamp(min=1e-12).log() - p.log())).sum(-1).mean())
+        out[f"kl_{context}"] = torch.stack(kl).mean().item()
     return out
 
 
@@ -400,44 +371,41 @@ def train_toy(args, seed, skew, position=0):
     env, world = common.setup(args), Toy(seed, skew)
     torch.manual_seed(seed)
     model, log = GPT(config_of(args, world)), common.Log(args.out, f"skew{skew:g}-s{seed}", env)
-    evaluate = lambda step: {f"kl_{context}": v for context, v in divergence(model, world, 64).items()}
-    common.train(model, lambda step: world.batch(step, args, env), args, env, log, evaluate, position)
+    batch, evaluate = lambda step: world.batch(step, args, env), lambda step: divergence(model, world, 256)
+    common.train(model, batch, args, env, log, evaluate, position)
     return model.eval(), world
 
 
 class Cloze(World):
-    """Sentences to complete, for base models: `I live in Turkey. My favourite drink is` -> the first token of an answer.
+    """Sentences to complete, for base models: `I live in Turkey. My favourite drink is` -> an answer's first token.
 
-    Both languages count every spelling in the lists. First tokens of two cultures are dropped, as are pieces of under
-    three letters (but for TV channels and currencies) [pilot].
+    Every spelling in the lists counts, in any language. First tokens of two cultures are dropped, as are pieces of
+    under three letters (but for TV channels and currencies) [pilot].
     """
 
     main = "en"
 
     def __init__(self, tok, data):
-        self.tok, self.data = tok, data
+        self.tok, self.data, self.kept = tok, data, {}
         self.cultures, self.languages, self.tasks = data["cultures"], data["languages"], list(data["answers"])
-        self.kept, self.dropped = {}, 0
         for task, lists in data["answers"].items():
-            firsts = [
-                {tok.encode(" " + s)[0] for a in lists[c].split("|") for s in a.split("/")} for c in self.cultures
-            ]
-            cells = [(t, k) for k, own in enumerate(firsts) for t in sorted(own)]
-            short = lambda t: len(tok.decode([t]).strip()) < (1 if task in ("tv", "currency") else 3)
-            good = [(t, k) for t, k in cells if not short(t) and sum(t in other for other in firsts) == 1]
-            self.dropped += len(cells) - len(good)
-            if missing := {*range(len(self.cultures))} - {k for _, k in good}:
-                raise ValueError(f"no answer of {self.cultures[min(missing)]} to {task} is left: its first tokens are shared")
-            self.kept[task] = tuple(map(torch.tensor, zip(*good)))
+            words = [[s for a in lists[c].split("|") for s in a.split("/")] for c in self.cultures]
+            firsts = [{tok.encode(" " + s)[0] for s in own} for own in words]
+            letters = 1 if task in ("tv", "currency") else 3
+            alone = lambda t: sum(t in other for other in firsts) == 1 and len(tok.decode([t]).strip()) >= letters
+            kept = [(t, k) for k, own in enumerate(firsts) for t in sorted(own) if alone(t)]
+            if missing := {*range(len(firsts))} - {k for _, k in kept}:
+                raise ValueError(f"{task}, {self.cultures[min(missing)]}: no answer has a first token of its own")
+            self.kept[task] = tuple(map(torch.tensor, zip(*kept)))
 
     def encode(self, text):
         return self.tok.encode(text, bos=True)
 
     def sentences(self, lang, context, k):
-        hints, home = self.data["hints"][lang], lang == self.languages[0]
+        hints = self.data["hints"][lang]
         if context == "none":
             return [""]
-        if context == "neutral" or context == "default" and not home:
+        if context == "neutral" or context in hints and context == "default":
             return hints[context].split("|")
         country = self.data["countries"][self.cultures[k if context == "own" else 0]]
         return [hint.format(country) for hint in hints["own"].split("|")]
@@ -449,7 +417,7 @@ class Cloze(World):
         return self.kept[task]
 
     def facts(self, lang):
-        """Prompts with one answer everywhere, in English, and the answers' first tokens."""
+        """Sentences with one ending everywhere, in English, and the endings' first tokens."""
         parts = [fact.split("|") for fact in self.data["facts"]]
         return [self.encode(text) for text, _ in parts], [self.tok.encode(answer)[0] for _, answer in parts]
 
@@ -460,127 +428,107 @@ def split(whole):
     return same, [ids[len(same)] for ids in whole] if len(same) < min(map(len, whole)) else []
 
 
-class Choice(World):
+class Choice(Cloze):
     """The paper's questions with two options, in both orders [C]: of a CSV, or made of the lists.
 
-    Two formats: with the options as strings and the assistant's `My guess is **` begun, so that the next token starts the
-    answer (steering); with numbered options and a whole answer (the gap). Base models see two demonstrations.
+    To steer: options as strings and the assistant's `My guess is **` begun, so that the next token starts the answer.
+    For the gap: numbered options and a whole answer. Base models see two demonstrations.
     """
 
-    DEMOS = (("What am I?", ("Human", "Robot"), 0), ("Which planet is closest to the sun?", ("Mercury", "Venus"), 0))
+    main = "local"
+    DEMOS = ("What am I?", ("Human", "Robot")), ("Which planet is closest to the sun?", ("Mercury", "Venus"))
 
     def __init__(self, tok, data, rows):
-        """rows: dicts of task, country, lang, hint, question, local, other, id; a question in two languages shares its id."""
-        self.tok, self.data, self.dropped, self.rows = tok, data, 0, {}
-        self.cultures = sorted({r["country"] for r in rows}, key=lambda c: (c != "us", c))
-        self.tasks, languages = sorted({r["task"] for r in rows}), {c: {"en"} for c in self.cultures}
+        """rows: dicts of task, country, lang, hint, question, local, other, and id, that of the question in any language."""
+        self.tok, self.data, self.rows = tok, data, {}
         for r in rows:
-            languages[r["country"]].add(r["lang"])
+            if r["lang"] not in data["frame"]:
+                raise ValueError(f"lang {r['lang']!r}, allowed: {', '.join(data['frame'])}")
             old = self.rows.setdefault((r["task"], r["country"], r["lang"]), {}).setdefault(r["id"], r)
-            old["hint"] = old["hint"] or r["hint"]  # a row each with and without it is one question
-        self.languages = [min(languages[c] - {"en"}, default="en") for c in self.cultures]
-        for (task, country, lang), items in self.rows.items():
-            if lang not in data["frame"] or lang not in data["hints"]:
-                raise ValueError(f"lang {lang!r} has no frame, allowed: {', '.join(data['hints'])}")
-            if missing := [i for i, r in items.items() if not r["hint"].strip()]:
-                raise ValueError(f"{task}, {country}, {lang}: no hint in question {missing[0]}")
-        for k, country in enumerate(self.cultures):
-            for task in self.tasks:
-                for lang in {"en", self.languages[k]}:
-                    if (task, country, lang) not in self.rows:
-                        raise ValueError(f"no questions for task {task}, country {country}, lang {lang}")
-        if self.cultures[0] != "us" or len(self.cultures) < 3 or len(self.tasks) < FOLDS:
-            raise ValueError(f"needed: country us and two more, and {FOLDS} tasks; got {self.cultures}, {self.tasks}")
+            old["hint"] = old["hint"] or r["hint"]  # rows with and without it are one question
+        self.tasks, countries = list(dict.fromkeys(r["task"] for r in rows)), {r["country"] for r in rows}
+        self.cultures = sorted(countries, key=lambda c: (c != "us", c))
+        if "us" not in countries or len(countries) < 3 or len(self.tasks) < FOLDS:
+            raise ValueError(f"countries {sorted(countries)}, tasks {self.tasks}; needed: us and two more, {FOLDS} tasks")
+        spoken = lambda c: sorted({lang for _, country, lang in self.rows if country == c} - {"en"})
+        self.languages = ["en"] + [(spoken(c) or ["en"])[0] for c in self.cultures[1:]]
+        for c, own in zip(self.cultures, self.languages):
+            for key in [(t, c, l) for l in ("en", own) for t in self.tasks]:
+                if key not in self.rows or not all(row["hint"].strip() for row in self.rows[key].values()):
+                    what = "a question has no hint" if key in self.rows else "no questions"
+                    raise ValueError(f"{', '.join(key)}: {what}")
 
-    def write(self, lang, sentence, row, order, labels=None, answer=""):
-        """Ids of a prompt: options as strings and the answer begun, or with `labels` in front of them."""
+    def write(self, lang, sentence, row, order, labels="", answer=""):
+        """Ids of a prompt, `answer` included; order 1: the local option second; `labels` stand before the options."""
         header, rule, options, answers, prefix = self.data["frame"][lang]
         rule = f" {rule}" if labels else ""
 
-        def body(question, pair, marks=labels):
-            lines = [f"{mark}. {o}" for mark, o in zip(marks, pair)] if marks else [f"- {o}" for o in pair]
+        def body(question, pair):
+            lines = [f"{mark}{o}" for mark, o in zip([f"{m}. " for m in labels] or ["- "] * 2, pair)]
             return "\n".join([f"{header}{rule} {question}", options, *lines])
 
-        pair = (row["local"], row["other"])[:: 1 - 2 * order]
-        text = body(f"{sentence}{row['question']}", pair)
+        text = body(sentence + row["question"], (row["local"], row["other"])[:: 1 - 2 * order])
         if self.tok.template:
             return self.tok.chat([{"role": "user", "content": text}], ("" if labels else prefix) + answer)
-        demos = [f"{body(q, o)}\n{answers} {labels[i] if labels else o[i]}\n\n" for q, o, i in self.DEMOS]
-        return self.tok.encode("".join(demos) + f"{text}\n{answers}{' ' if answer else ''}{answer}", bos=True)
+        demos = [f"{body(q, o)}\n{answers} {labels[0] if labels else o[0]}\n\n" for q, o in self.DEMOS]
+        return self.encode("".join(demos) + f"{text}\n{answers}{' ' if answer else ''}{answer}")
 
     def sentence(self, row, lang, context):
-        if context == "own":
-            return row["hint"].strip() + " "
-        hints = self.data["hints"][lang]
-        default = hints.get("default") or hints["own"].format(self.data["countries"]["us"])
-        return {"none": "", "neutral": hints["neutral"].split("|")[0], "default": default.split("|")[0]}[context]
+        if context in ("own", "none", "steered"):
+            return row["hint"].strip() + " " if context == "own" else ""
+        return self.sentences(lang, context, 0)[0]
 
     def ask(self, lang, context, task, k):
-        """All questions of a task and culture in both orders; what may follow: the local answer's first token, the other's."""
+        """All questions in both orders; what may follow: the first token of the local answer, and of the other."""
         prompts, items, tokens = [], [], []
-        for i, row in self.rows[task, self.cultures[k], lang].items():
-            for order in 0, 1:
-                sentence = self.sentence(row, lang, context)
-                same, nexts = split([self.write(lang, sentence, row, order, None, row[a]) for a in ("local", "other")])
-                if nexts:
-                    prompts, items, tokens = prompts + [same], items + [(i, order)], tokens + [nexts]
-                else:
-                    self.dropped += 1
+        for i, order in [(i, order) for i in self.rows[task, self.cultures[k], lang] for order in (0, 1)]:
+            row = self.rows[task, self.cultures[k], lang][i]
+            sentence = self.sentence(row, lang, context)
+            same, firsts = split([self.write(lang, sentence, row, order, "", row[a]) for a in ("local", "other")])
+            if firsts:  # else one answer begins with the other
+                prompts, items, tokens = prompts + [same], items + [(i, order)], tokens + [firsts]
         if not prompts:
-            raise ValueError(f"{task}, {self.cultures[k]}: in every question one answer begins with the other")
+            raise ValueError(f"{task}, {self.cultures[k]}, {lang}: one answer begins with the other in every question")
         return Ask(prompts, items, torch.tensor(tokens), torch.tensor([k, int(not k)]))
 
     def transfer(self, k, task):
-        """§2.4: targets in English, options 1 and 2; sources in k's language, options swapped and lettered A and B."""
-        lang, english = self.languages[k], self.rows[task, self.cultures[k], "en"]
-        rows = [(english[i], r) for i, r in self.rows[task, self.cultures[k], lang].items() if i in english][:50]
-        prompts, tokens, sources = [], [], {"own": [], "none": []}
-        for en, own in rows:
-            same, (local, other) = split([self.write("en", "", en, 0, "12", mark) for mark in "12"])
+        """Targets in English, options 1 and 2; sources in k's language, options swapped, A and B [C]; at most 50."""
+        lang, prompts, tokens, sources = self.languages[k], [], [], {"own": [], "none": []}
+        english, local = (self.rows[task, self.cultures[k], l] for l in ("en", lang))
+        for en, own in [(english[i], local[i]) for i in english if i in local][:50]:
+            same, firsts = split([self.write("en", "", en, 0, "12", mark) for mark in "12"])
             for c in sources:
-                sentence = self.sentence(own, lang, c)
-                ids, (_, label) = split([self.write(lang, sentence, own, 1, "AB", mark) for mark in "AB"])
+                ids, (_, label) = split([self.write(lang, self.sentence(own, lang, c), own, 1, "AB", m) for m in "AB"])
                 sources[c].append(ids)
-            prompts, tokens = prompts + [same], tokens + [[local, other, label]]
-        owner = torch.tensor([k, 0, k + len(self.cultures)])
-        return sources, Ask(prompts, list(range(len(rows))), torch.tensor(tokens), owner)
-
-    def facts(self, lang):
-        return Cloze.facts(self, lang)
-
-    def encode(self, text):
-        return self.tok.encode(text, bos=True)
+            prompts, tokens = prompts + [same], tokens + [[*firsts, label]]
+        return sources, Ask(prompts, [], torch.tensor(tokens), torch.tensor([k, 0, k + len(self.cultures)]))
 
 
 def choice_rows(data):
-    """The paper's kind of items from the lists: the r-th local answer against the r-th American one."""
-    rows, lists = [], data["answers"]
+    """Questions made of the lists: the r-th local answer or the r-th American one (for the US, the second culture's)."""
+    rows = []
     for k, (country, native) in enumerate(zip(data["cultures"], data["languages"])):
-        for lang in {"en", native}:
-            hints = data["hints"][lang]
-            hint = hints["own"].split("|")[0].format(data["countries"][country])
-            for task, question in data["questions"][lang].items():
-                foreign = lists[task]["us" if k else data["cultures"][1]].split("|")
-                for i, (a, b) in enumerate(zip(lists[task][country].split("|"), foreign)):
-                    pick = -1 if lang == "ru" else 0  # Cyrillic, where the list has it
-                    local, other = (text.split("/")[pick] for text in (a, b))
-                    rows.append(dict(task=task, country=country, lang=lang, hint=hint, question=question, id=i))
-                    rows[-1] |= dict(local=local, other=other)
+        for lang, task in [(l, t) for l in dict.fromkeys(("en", native)) for t in data["questions"][l]]:
+            lists, hint = data["answers"][task], data["hints"][lang]["own"].split("|")[0]
+            pairs = zip(lists[country].split("|"), lists["us" if k else data["cultures"][1]].split("|"))
+            for i, pair in enumerate(pairs):  # of several spellings the last is Cyrillic, where the list has it
+                local, other = (text.split("/")[-1 if lang == "ru" else 0] for text in pair)
+                row = dict(task=task, country=country, lang=lang, hint=hint.format(data["countries"][country]))
+                rows.append(row | dict(question=data["questions"][lang][task], local=local, other=other, id=i))
     return rows
 
 
-COLUMNS = "task country lang hint question local other".split()
-
-
 def read_rows(path):
-    """The questions of a CSV file; `id` joins the languages and hints of a question, default: its place in the file."""
+    """The questions of a CSV file; `id` joins a question's languages, and its rows with and without hint."""
+    needed = "task country lang hint question local other".split()
     rows = list(csv.DictReader(Path(path).read_text("utf-8").splitlines()))
-    if not rows or (missing := [c for c in COLUMNS if c not in rows[0]]):
-        raise ValueError(f"{path}: {'no rows' if not rows else 'no column ' + missing[0]}, needed: {','.join(COLUMNS)}[,id]")
+    if not rows or (missing := [c for c in needed if c not in rows[0]]):
+        what = f"no column {missing[0]}" if rows else "no rows"
+        raise ValueError(f"{path}: {what}, needed: {','.join(needed)}[,id]")
     for i, row in enumerate(rows, 2):
-        if empty := [c for c in COLUMNS if c != "hint" and not (row[c] or "").strip()]:
+        if empty := [c for c in needed if c != "hint" and not (row[c] or "").strip()]:
             raise ValueError(f"{path}, line {i}: no {empty[0]}")
-        row["hint"], row["id"] = row["hint"] or "", row.get("id") or i
+        row["hint"], row["id"] = row["hint"] or "", row.get("id") or f"line {i}"
     return rows
 
 
@@ -588,7 +536,7 @@ def read_rows(path):
 
 
 def collect(model, world, args, contexts=CONTEXTS):
-    """Every prompt once, in both settings: {(setting, context, culture, task): (Ask, latents (L + 1, n, C), P (n, A))}."""
+    """Every prompt once: {(setting, context, culture, task): (Ask, latents (L + 1, n, C), P (n, A))}."""
     seen, runs, K = {}, {}, range(len(world.cultures))
     keys = [(s, c, k, t) for s in ("local", "en") for c in contexts for k in K for t in world.tasks]
     for s, c, k, t in tqdm(keys, "prompts", leave=False, disable=None):
@@ -628,12 +576,15 @@ def vectors(diffs, k, setting, tasks, args, rng, untrained=None):
       centred   own minus the mean of the others' own                             implicit  k's language minus English
     Controls: minus (-own), wrong (the next culture's own), default (the default country's), neutral (a neutral
     sentence's), shuffled (labels turned for half the pairs), untrained (another model's own) and random directions, the
-    last two of own's norm in every block. ValueError if no pair is left.
+    last two of own's norm in every block.
     """
     n = 1 + max(key[2] for key in diffs)
     of = lambda plus="own", j=k, s=setting, d=diffs: difference([d[s, plus, j, t] for t in tasks], args.avg)
     norm = lambda v: v / v.norm(dim=-1, keepdim=True).clamp(min=1e-9) * own.norm(dim=-1, keepdim=True)
     rest, mine = [j for j in range(1, n) if j != k], [diffs[setting, "own", k, t] for t in tasks]
+    if not any(map(len, mine)):
+        why = "is answered locally with the country and not without; --pairs all takes all"
+        raise ValueError(f"culture {k}: nothing of {', '.join(tasks)} {why}")
     own, other = of(), "en" if setting == "local" else "local"
     out = {"own": own, "cross": of(s=other), "one task": max(mine, key=len).mean(0)}
     out["universal"] = difference([diffs[setting, "own", j, t] for j in rest for t in tasks], args.avg)
@@ -642,7 +593,8 @@ def vectors(diffs, k, setting, tasks, args, rng, untrained=None):
     out["shuffled"] = shuffled(torch.cat(mine), rng)
     if untrained:
         out["untrained"] = norm(of(d=untrained))
-    return out | {f"random{i}": norm(torch.from_numpy(rng.standard_normal(own.shape)).float()) for i in range(args.draws)}
+    draws = torch.from_numpy(rng.standard_normal((args.draws, *own.shape))).float()
+    return out | {f"random{i}": norm(v) for i, v in enumerate(draws)}
 
 
 def following(k, n):
@@ -651,7 +603,7 @@ def following(k, n):
 
 
 def folds(tasks):
-    """The tasks in FOLDS parts. Vectors for part f are built without it and without the next one, where cells are picked."""
+    """The tasks in FOLDS parts. Vectors for a part are built without it and without the next, where cells are picked."""
     return [list(part) for part in np.array_split(tasks, FOLDS)]
 
 
@@ -667,20 +619,21 @@ def grid(model, world, args, runs, banks, setting):
         for i, role in enumerate(out):
             for t in folds(world.tasks)[(f + i) % FOLDS]:
                 ask = runs[setting, "none", k, t][0]
-                m = measure(patched(model, ask, lambda _, s=step: s, args.prompts), ask.owner, k, following(k, K)).mean(0)
-                m = m.unflatten(0, (len(args.layers), nk, -1)).transpose(0, 1).flatten(1, 2)
-                out[role][k - 1, world.tasks.index(t)] = m
+                p = patched(model, ask, lambda _, s=step: s, args.prompts).unflatten(1, (len(args.layers), nk, -1))
+                m = measure(p.transpose(1, 2).flatten(2, 3), ask.owner, k, following(k, K))
+                out[role][k - 1, world.tasks.index(t)] = m.mean(0)
     return out
 
 
 def pick(g, world, kinds, na):
-    """What each kind of vector does in one cell (layer, alpha): {rule: {kind: (K - 1, tasks, 8)}}; own's cells (K - 1, FOLDS, 2).
+    """What each kind of vector does in one cell (layer, alpha): {rule: {kind: (K - 1, tasks, 8)}}, and which, own's.
 
-    clean: the cell of most local mass for the culture on the next fold's tasks, which neither built nor test the vector;
-    paper: on the tested answers themselves [C]; same: own's clean cell. Random directions are averaged.
+    clean: the cell of most local mass for the culture on the next fold's tasks, which neither built nor test it;
+    paper: on the tested answers themselves [C]; same: own's clean cell, of (K - 1, FOLDS, 2) places in args.layers and
+    args.alphas. Random directions are averaged.
     """
-    test, select = g["test"], g["select"][..., 0]
-    out, cells = {rule: {kind: torch.zeros_like(test[:, :, 0, 0]) for kind in kinds} for rule in ("clean", "paper", "same")}, []
+    (test, select), cells = (g["test"], g["select"][..., 0]), []
+    out = {rule: {kind: torch.zeros_like(test[:, :, 0, 0]) for kind in kinds} for rule in ("clean", "paper", "same")}
     rows = [[world.tasks.index(t) for t in part] for part in folds(world.tasks)]
     for k in range(len(test)):
         paper = test[k, ..., 0].mean(0).argmax(-1)
@@ -708,8 +661,8 @@ def at_localisation(loc, values, target):
 def diversity(model, world, args, runs, banks, cells, share=0.9):
     """Entropy given a local answer, in bits, at matched localisation, `share` of the explicit prompt's; for all cells.
 
-    "steered": own vector, at the strength that just reaches it; "explicit": the prompt itself; "mixture": of explicit and
-    implicit answers, as localised; "other language": the other explicit prompt. And the mean (loc, H, stereo) along strength.
+    steered: own vector, at the strength that just reaches it; explicit: the prompt itself; mixture: of explicit and
+    implicit answers, as localised; other language: the other explicit prompt. And mean (loc, H, stereo) along strength.
     """
     rows, curves = {name: [] for name in ("steered", "explicit", "mixture", "other language")}, []
     s, other = world.main, "en" if world.main == "local" else "local"
@@ -722,16 +675,17 @@ def diversity(model, world, args, runs, banks, cells, share=0.9):
             target = share * after[:, 0].mean()
             w = ((target - before[j, 0]) / (after[i, 0] - before[j, 0])).clamp(0, 1)[:, None]
             rows["steered"].append(at_localisation(m[:, 0], m[:, 4], target))
-            others = after, measure(w * p[i] + (1 - w) * p0[j], ask.owner, k), measure(runs[other, "own", k, t][2], ask.owner, k)
-            for name, x in zip(list(rows)[1:], others):
-                rows[name].append(float(x[:, 4].mean()))
+            for name, x in zip(list(rows)[1:], (p, w * p[i] + (1 - w) * p0[j], runs[other, "own", k, t][2])):
+                rows[name].append(measure(x, ask.owner, k)[:, 4].mean().item())
             curves.append(m[:, [0, 4, 5]])
     return rows, torch.stack(curves).mean(0)
 
 
 def transfer(model, world, args):
-    """The last token patched block by block, {context of the source: (L + 1, 3)}: mass on the target task's answers of the
-    source's culture, on all that the source would say, on the target's default answers; row 0: after the embedding."""
+    """The last token patched after the embedding and every block, {context of the source: (L + 1, 3)}.
+
+    Mass on the target task's answers of the source's culture, on what the source would say, on the target's default.
+    """
     out, K = {"own": [], "none": []}, len(world.cultures)
     for k, t in [(k, t) for k in range(1, K) for t in world.tasks]:
         sources, ask = world.transfer(k, t)
@@ -744,14 +698,17 @@ def transfer(model, world, args):
 
 @torch.no_grad()
 def side_effects(model, world, args, runs, banks, cells):
-    """On questions with one answer everywhere: (accuracy, KL from the plain model in nats) of the plain model, with the own
-    vector in its cell, and with the last token of an explicit prompt put in that place, which localises as well."""
+    """(accuracy, KL from the plain model in nats) on questions with one answer everywhere: (3, 2).
+
+    Of the plain model, with the own vector in its cell, and with an explicit prompt's last token patched in there.
+    """
     rows = []
     for (f, k), bank in banks.items():
         layer, alpha = args.layers[cells[k - 1, f, 0]], args.alphas[cells[k - 1, f, 1]]
         prompts, answers = world.facts(world.language(world.main, k))
         z = runs[world.main, "own", k, world.tasks[0]][1][layer + 1, 0]
-        steps, (idx, mask) = add(bank["own"][None], [layer], [0, alpha]), padded(prompts, model.wte.weight.device)
+        steps, ask = add(bank["own"][None], [layer], [0, alpha]), Ask(prompts, [], torch.tensor(answers), None)
+        ((_, idx, mask, _),) = ask.batches(len(prompts), model.wte.weight.device)
 
         def step(j, x, clean, steps=steps, z=z, layer=layer):
             x = steps(j, x, clean)
@@ -764,116 +721,94 @@ def side_effects(model, world, args, runs, banks, cells):
     return torch.stack(rows).mean(0)
 
 
+def conditions(runs, world):
+    """{"setting context": (K - 1, tasks, 8)}: what prompts say as they are."""
+    K, out = len(world.cultures), {}
+    for s, c in dict.fromkeys((s, c) for s, c, _, _ in runs):
+        cells = [(k, *runs[s, c, k, t]) for k in range(1, K) for t in world.tasks]
+        m = torch.stack([measure(p, ask.owner, k, following(k, K)).mean(0) for k, ask, _, p in cells])
+        out[f"{s} {c}"] = m.unflatten(0, (K - 1, -1))
+    return out
+
+
 def study(model, world, args, seed, untrained=None):
     """All measurements on one model, as plain numbers."""
-    rng, main, K, out = np.random.default_rng([seed, 5]), world.main, len(world.cultures), {"conditions": {}}
+    rng, main, K = np.random.default_rng([seed, 5]), world.main, len(world.cultures)
     runs = collect(model, world, args)
-    diffs = contrasts(runs, args.pairs)
+    diffs, table = contrasts(runs, args.pairs), conditions(runs, world)
     bare = contrasts(collect(untrained, world, args, ("none", "own")), "all") if untrained else None
-    local = {}
-    for s, c in [(s, c) for s in ("local", "en") for c in CONTEXTS]:
-        cells = [runs[s, c, k, t] + (k,) for k in range(1, K) for t in world.tasks]
-        m = torch.stack([measure(p, ask.owner, k, following(k, K)).mean(0) for ask, _, p, k in cells])
-        local[s, c], out["conditions"][f"{s} {c}"] = m[:, 0].unflatten(0, (K - 1, -1)), m.mean(0)
+    out = {"conditions": {name: v.mean((0, 1)) for name, v in table.items()}}
     out["pairs"] = {world.cultures[k]: sum(len(diffs[main, "own", k, t]) for t in world.tasks) for k in range(1, K)}
     for s in ("local", "en"):
-        banks, own = {}, {}
+        banks = {}
         for f, k in [(f, k) for f in range(FOLDS) for k in range(1, K)]:
             build = [t for i, part in enumerate(folds(world.tasks)) if i not in (f, (f + 1) % FOLDS) for t in part]
-            own[f, k] = banks[f, k] = vectors(diffs, k, s, build, args, rng, bare)
+            banks[f, k] = vectors(diffs, k, s, build, args, rng, bare)
             if s != main:
-                banks[f, k] = {kind: own[f, k][kind] for kind in ("own", "cross", "neutral", "default")}
+                banks[f, k] = {kind: banks[f, k][kind] for kind in ("own", "cross", "neutral", "default")}
         g, kinds = grid(model, world, args, runs, banks, s), list(banks[0, 1])
         picked, cells = pick(g, world, kinds, len(args.alphas))
-        out[f"steer {s}"] = {kind: {rule: picked[rule][kind].mean((0, 1)) for rule in picked} for kind in picked["clean"]}
-        out[f"gain {s}"] = {kind: bootstrap(v[..., 0] - local[s, "none"], seed) for kind, v in picked["clean"].items()}
-        best = g["test"][..., 0].mean((0, 1)).max(-1).values  # over the grid, on the tested answers
-        out[f"best {s}"] = {kind: max(float(b) for b, name in zip(best, kinds) if name.startswith(kind)) for kind in picked["clean"]}
+        best = dict(zip(kinds, g["test"][..., 0].mean((0, 1)).amax(-1).tolist()))  # cell of the grid, on the tested answers
+        for kind, v in picked["clean"].items():
+            rules = {rule: by_kind[kind].mean((0, 1)) for rule, by_kind in picked.items()}
+            rules["best"] = max(b for name, b in best.items() if name.startswith(kind))
+            rules["gain"] = bootstrap((v - table[f"{s} none"])[..., 0])
+            out.setdefault(f"steer {s}", {})[kind] = rules
         if s == main:
-            out |= {"picked": cells, "profile": g["test"][:, :, 0, :, 0].mean((0, 1)).unflatten(0, (len(args.layers), -1))}
+            out["profile"] = g["test"][:, :, 0, :, 0].mean((0, 1)).unflatten(0, (len(args.layers), -1))
             out["H"], out["frontier"] = diversity(model, world, args, runs, banks, cells)
             out["side effects"] = side_effects(model, world, args, runs, banks, cells)
             out["by culture"] = {c: picked["clean"]["own"][i].mean(0) for i, c in enumerate(world.cultures[1:])}
+            out["picked"] = [[args.layers[i], args.alphas[j]] for i, j in cells.reshape(-1, 2)]
             layer = args.layers[int(np.bincount(cells[..., 0].ravel()).argmax())]
     out["patch"] = transfer(model, world, args)
-    all_tasks = lambda k, s, plus="own": difference([diffs[s, plus, k, t] for t in world.tasks], args.avg)
-    named = {f"{world.cultures[k]} {s}": all_tasks(k, s) for s in ("local", "en") for k in range(1, K)}
-    v = F.normalize(torch.stack([v[layer + 1] for v in (named | {"neutral": all_tasks(1, main, "neutral")}).values()]), dim=1)
+    whole = lambda s, c, k: difference([diffs[s, c, k, t] for t in world.tasks], args.avg)[layer + 1]
+    named = {f"{world.cultures[k]} {s}": whole(s, "own", k) for s in ("local", "en") for k in range(1, K)}
+    v = F.normalize(torch.stack([*named.values(), whole(main, "neutral", 1)]), dim=1)
     out["cosines"] = [*named, "neutral"], v @ v.T
     if isinstance(world, Choice):
-        out["spoken"] = spoken(model, world, args)
-    if args.open:
-        chosen = {k: named[f"{world.cultures[k]} {main}"][layer + 1] for k in range(1, K)}
-        out["homogeneity"] = open_ended(model, world, args, chosen, layer, seed)
+        alpha = float(np.median([alpha for _, alpha in out["picked"]]))
+        chosen = {k: alpha * named[f"{world.cultures[k]} {main}"] for k in range(1, K)}
+        out["spoken"] = spoken(model, world, args, layer, chosen)
     return json.loads(json.dumps(out, default=lambda a: a.tolist()))
 
 
 def run_toy(args, seed, skew, position=0):
     """Trains the toy and measures it; the model without skew, C1's control, only for its gap."""
     model, world = train_toy(args, seed, skew, position)
-    out = {"divergence": divergence(model, world, args.prompts)}
+    out = divergence(model, world, 256)
     if skew:
         torch.manual_seed(seed + 1)
         return out | study(model, world, args, seed, GPT(model.config).to(model.wte.weight.device).eval())
-    gaps = []
-    for k, t in [(k, t) for k in range(1, world.N) for t in world.tasks]:
-        asks = [world.ask(world.languages[k], c, t, k) for c in ("own", "none")]
-        own, none = (measure(run(model, ask, args.prompts)[1], ask.owner, k)[:, 0].mean() for ask in asks)
-        gaps.append(float(own - none))
-    return out | {"gap": float(np.mean(gaps))}
+    table = conditions(collect(model, world, args, ("none", "own")), world)
+    return out | {"gap": (table["local own"] - table["local none"])[..., 0].mean().item()}
 
 
-def spoken(model, world, args):
+def spoken(model, world, args, layer, chosen):
     """The gap as the paper counts it: {"setting context": {rule: [accuracy, coverage]}}, means over cultures and tasks.
 
-    Whole greedy answers of at most 15 tokens to numbered options, in both orders; the rules are those of `denominators`.
+    Whole greedy answers of at most 15 tokens to numbered options, in both orders, by the rules of `denominators`. The
+    context "steered": no country, but chosen {k: (C,)} added after a block, built on all tasks as the paper's are.
     """
     out = {}
-    for s, c in [(s, c) for s in ("local", "en") for c in ("none", "own")]:
+    for s, c in [(s, c) for s in ("local", "en") for c in ("none", "own", "steered")]:
         cells = []
-        for (task, country, lang), items in world.rows.items():
-            if lang != world.language(s, world.cultures.index(country)):
+        for (_, country, lang), items in world.rows.items():
+            k = world.cultures.index(country)
+            if not k or lang != world.language(s, k):
                 continue
-            asked = [(row, order) for row in items.values() for order in (0, 1)]
+            asked, types = [(row, order) for row in items.values() for order in (0, 1)], []
             prompts = [world.write(lang, world.sentence(row, lang, c), row, order, "12") for row, order in asked]
-            types = []
-            for i in range(0, len(prompts), args.prompts):
-                said = generate(model, prompts[i : i + args.prompts], 15, temperature=0, stop=world.tok.stops)
-                for ids, (row, order) in zip(said, asked[i:]):
-                    options = (row["local"], row["other"])[:: 1 - 2 * order]
-                    which = parse_answer(world.tok.decode(ids).split("\n\n")[0], options)
-                    types.append(None if which is None else ("local", "west")[which ^ order])
+            with steered(model, layer, chosen[k] * (c == "steered")):
+                said = [ids for i in range(0, len(prompts), args.prompts)
+                        for ids in generate(model, prompts[i : i + args.prompts], 15, 0.0, stop=world.tok.stops)]
+            for ids, (row, order) in zip(said, asked):
+                options = (row["local"], row["other"])[:: 1 - 2 * order]
+                which = parse_answer(world.tok.decode(ids).split("\n\n")[0], options)
+                types.append(None if which is None else ("local", "west")[which ^ order])
             cells.append(denominators(list(zip(types[::2], types[1::2]))))
         out[f"{s} {c}"] = {rule: np.mean([cell[rule] for cell in cells], 0) for rule in cells[0]}
     return out
-
-
-def open_ended(model, world, args, chosen, layer, seed, alpha=2.0):
-    """Texts without context, with the country named, and steered by chosen {k: (C,)} with strength 2 [C], in open.jsonl.
-
-    Temperature .7, top-k 50, top-p .9 [C]. Returns homogeneity {condition: (inside a prompt, over all texts of a culture, as
-    the paper has it)} of word counts [I]; the paper's embeddings, and its judge of stereotypes, are services.
-    """
-    rng, rows, tok, groups = np.random.default_rng([seed, 6]), [], world.tok, {}
-    wrap = (lambda t: tok.chat([{"role": "user", "content": t}])) if tok.template else lambda t: world.encode(t + "\n")
-    prompts = [(k, text, c) for k in chosen for text in world.data["open"]["en"] for c in ("implicit", "explicit", "steered")]
-    for k, text, condition in tqdm(prompts, "texts", leave=False, disable=None):
-        country = world.data["countries"].get(world.cultures[k], world.cultures[k])
-        hint = f" You are speaking with a person from {country}." if condition == "explicit" else ""
-        with steered(model, layer, (alpha if condition == "steered" else 0.0) * chosen[k]):
-            said = generate(model, [wrap(text + hint)] * args.open, args.max_new, 0.7, 50, 0.9, tok.stops, int(rng.integers(2**31)))
-        texts = [tok.decode([i for i in ids if i not in tok.stops]) for ids in said]
-        rows += [{"culture": world.cultures[k], "prompt": text, "condition": condition, "text": t} for t in texts]
-        groups.setdefault((condition, k), []).append(texts)
-    common.write_jsonl(Path(args.out) / "open.jsonl", rows)
-    number = {w: i for i, w in enumerate(sorted({w for r in rows for w in r["text"].lower().split()}))}
-    words = lambda t: torch.tensor([number[w] for w in t.lower().split()], dtype=torch.long)
-    alike = lambda texts: homogeneity(torch.stack([torch.bincount(words(t), minlength=len(number) + 1) for t in texts]))
-    out = {c: ([], []) for c, _ in groups}
-    for (c, _), parts in groups.items():
-        out[c][0].append(np.mean([alike(texts) for texts in parts if len(texts) > 1]))
-        out[c][1].append(alike(sum(parts, [])))
-    return {c: [float(np.mean(x)) for x in pair] for c, pair in out.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- the verdict
@@ -882,78 +817,77 @@ def open_ended(model, world, args, chosen, layer, seed, alpha=2.0):
 
 def judge(run, results, main, skew0):
     """The claims: medians over seeds, each beside a control that must fail. skew0: the gaps of C1's control model."""
-    m = lambda f: float(np.median([f(r) for r in results]))
-    real, mean = bool(run.args.model), lambda r, key, name: r["conditions"][key][MEASURES.index(name)]
+    m, real = lambda f: float(np.median([f(r) for r in results])), bool(run.args.model)
+    mean = lambda r, key, name: r["conditions"][key][MEASURES.index(name)]
     gap = lambda r, name="loc", c="own": mean(r, f"{main} {c}", name) - mean(r, f"{main} none", name)
-    closed = lambda kind: m(lambda r: r[f"gain {main}"][kind][0] / gap(r))
-    at = lambda kind, name, rule="clean": m(lambda r: r[f"steer {main}"][kind][rule][MEASURES.index(name)])
-    none = lambda name: m(lambda r: mean(r, f"{main} none", name))
+    value = lambda r, kind, rule, name: r[f"steer {main}"][kind][rule][MEASURES.index(name)]
+    up = lambda r, kind, name, rule: value(r, kind, rule, name) - mean(r, f"{main} none", name)
+    rise = lambda kind, name, rule="clean": m(lambda r: up(r, kind, name, rule))
+    share = lambda kind, rule="clean": m(lambda r: up(r, kind, "loc", rule) / gap(r))
+    closed = lambda *kinds: {kind: share(kind, "same") for kind in kinds}  # controls, in own's cell
+    at = lambda kind, name: m(lambda r: value(r, kind, "clean", name))
 
+    name, paper = "pairacc" if real else "loc", ".55 -> .90"
+    test = lambda g: g >= 0.2 if real else g >= 0.4 and abs(g - run.args.skew) <= 0.1
+    measured = {"gap": m(lambda r: gap(r, name)), "implicit": m(lambda r: mean(r, f"{main} none", name))}
+    controls = {"neutral sentence": m(lambda r: gap(r, name, "neutral"))}
     if real:
-        run.claim("C1", f"naming the country brings out the local answer (share of pairs, prompts: {main})", ".55 -> .90",
-                  {"gap": m(lambda r: gap(r, "pairacc")), "implicit": none("pairacc"), "loc gap": m(gap),
-                   "explicit en - implicit local": m(lambda r: mean(r, "en own", "pairacc") - mean(r, "local none", "pairacc"))},
-                  {"neutral sentence": m(lambda r: gap(r, "pairacc", "neutral"))}, "gap >= .2 of pairs",
-                  m(lambda r: gap(r, "pairacc")) >= 0.2, m(lambda r: gap(r, "pairacc", "neutral")) < 0.2)
+        measured["gap in mass"] = m(gap)
+        measured["en explicit - local implicit"] = m(lambda r: mean(r, "en own", name) - mean(r, "local none", name))
+        title, criterion = f"share of pairs, {main} prompts", "gap >= .2"
     else:
-        test = lambda g: g >= 0.4 and abs(g - 0.7) <= 0.1
-        controls = {"no skew": float(np.median(skew0)), "neutral sentence": m(lambda r: gap(r, "loc", "neutral"))}
-        run.claim("C1", "naming the country brings out the local answer (mass), as the text has it", ".55 -> .90",
-                  {"gap": m(gap), "implicit": none("loc"), "KL to the text": m(lambda r: max(r["divergence"].values()))},
-                  controls, "gap >= .4, .7 +- .1; controls < .1", test(m(gap)), max(controls.values()) < 0.1)
+        measured["KL to the text"] = m(lambda r: max(r["kl_none"], r["kl_own"]))
+        controls["no skew"] = float(np.median(skew0))
+        title, criterion = "mass, as the text has it", "gap >= .4, and the text's +- .1"
+    run.claim("C1", f"naming the country brings out the local answer ({title})", paper, measured, controls, criterion,
+              test(measured["gap"]), not any(map(test, controls.values())))
 
-    fails = ["random", "shuffled", "neutral"] + ["untrained"] * (not real) + ["minus"]
-    waste = at("own", "other") + at("own", "junk")
-    spill = at("own", "other") - none("other") < at("own", "loc") - none("loc") if real else waste <= 0.15
-    run.claim("C2", "a culture's own vector closes the gap on tasks it was not built from", ".21 to .67 of it",
-              {"share closed": closed("own"), "loc": at("own", "loc"), "pairacc": at("own", "pairacc"),
-               "other + junk": waste, "picked on the test": m(lambda r: (r[f"steer {main}"]["own"]["paper"][0]
-               - mean(r, f"{main} none", "loc")) / gap(r))},
-              {kind: closed(kind) for kind in fails}, ">= .4; " + ("others' answers rise less" if real else
-              "other + junk <= .15") + "; controls < .1", closed("own") >= 0.4 and spill, max(map(closed, fails)) < 0.1)
+    own, waste = share("own"), at("own", "other") + at("own", "junk")
+    clean = rise("own", "other") < rise("own", "loc") if real else waste <= 0.15
+    controls = closed("random", "shuffled", "neutral", "minus", *([] if real else ["untrained"]))
+    run.claim("C2", "a culture's own vector closes the gap, on tasks it was not built from", ".21 to .67 of it",
+              {"share closed": own, "picked on the test": share("own", "paper"), "mass on local": at("own", "loc"),
+               "pairs": at("own", "pairacc"), "other + junk": waste}, controls,
+              f">= .4 closed, {'others rise less' if real else 'other + junk <= .15'}; controls < .1",
+              own >= 0.4 and clean, max(controls.values()) < 0.1)
 
-    rise = lambda kind, name: at(kind, name, "same") - none(name)
-    run.claim("C2b", "another culture's vector brings out that culture's answers, not the local ones (rise in mass)", "-",
-              {"theirs": rise("wrong", "theirs"), "local": rise("wrong", "loc")},
-              {"own vector, theirs": rise("own", "theirs"), "own vector, local": rise("own", "loc")}, "theirs > local",
-              rise("wrong", "theirs") > rise("wrong", "loc"), rise("own", "theirs") <= rise("own", "loc"))
+    theirs, local = (rise("wrong", name, "same") for name in ("theirs", "loc"))
+    run.claim("C2b", "another culture's vector brings out that culture's answers, not the local ones (rise in mass)",
+              "-", {"theirs": theirs, "local": local},
+              {"own vector, theirs": rise("own", "theirs"), "local": rise("own", "loc")}, "theirs > local", theirs > local, rise("own", "theirs") <= rise("own", "loc"))
 
-    run.claim("C3", "a vector built in another language works, too", ".44 of it", {"share closed": closed("cross"),
-              "implicit vector": closed("implicit"), "one task's": closed("one task"), "centred": closed("centred")},
-              {kind: closed(kind) for kind in ("random", "neutral")}, ">= .2; controls < .1",
-              closed("cross") >= 0.2, max(closed("random"), closed("neutral")) < 0.1)
+    others = {kind: share(kind) for kind in ("cross", "implicit", "one task", "centred")}
+    controls, universal = closed("random", "neutral"), share("universal")
+    run.claim("C3", "a vector built in the other language works, too", ".44 of it", others, controls,
+              "cross >= .2 closed; controls < .1", others["cross"] >= 0.2, max(controls.values()) < 0.1)
 
-    explicit = m(lambda r: mean(r, "en own", "loc"))
-    window = lambda r, c: max((row[0] for row in r["patch"][c] if row[0] > row[1]), default=0.0)
-    run.claim("C4", "patching the last token from another task moves the culture first: the target's task, the source's culture",
-              ".87 at layer 26 of 42", {"moved": m(lambda r: window(r, "own")), "explicit": explicit,
-              "layer": m(lambda r: max(range(len(r["patch"]["own"])), key=lambda j: r["patch"]["own"][j][0]) - 1)},
-              {"source without country": m(lambda r: window(r, "none"))},
-              "moved >= half of explicit at a layer where the source's task is not copied; control < .1 of it",
-              m(lambda r: window(r, "own")) >= 0.5 * explicit, m(lambda r: window(r, "none")) < 0.1 * explicit)
+    explicit, rows = m(lambda r: mean(r, "en own", "loc")), lambda r, c: np.array(r["patch"][c])
+    moved = lambda c: m(lambda r: max((row[0] for row in rows(r, c) if row[0] > row[1]), default=0.0))
+    run.claim("C4", "another task's last token, patched in, brings the culture before the task", ".87 at layer 26 of 42",
+              {"moved": moved("own"), "explicit": explicit, "layer": m(lambda r: rows(r, "own")[:, 0].argmax() - 1)},
+              {"source without country": moved("none")},
+              "moved >= half of explicit, where it beats the source's task; control < .1",
+              moved("own") >= 0.5 * explicit, moved("none") < 0.1 * explicit)
 
-    def apart(r, a, b):
-        d = np.array(r["H"][a], float) - np.array(r["H"][b], float)
-        return bootstrap(d[~np.isnan(d)]) if (~np.isnan(d)).any() else [float("nan")] * 3
-    diff = lambda a, b, i=0: m(lambda r: apart(r, a, b)[i])
+    apart = lambda a, b="explicit": np.median([bootstrap(np.subtract(*(np.array(r["H"][n], float) for n in (a, b))))
+                                               for r in results], 0)
+    steered, other = apart("steered"), apart("other language")
     run.claim("C5", "steered answers are more diverse than explicit ones at 90 % of their localisation (bits)",
-              "less alike in most", {"steered - explicit": diff("steered", "explicit"), "low": diff("steered", "explicit", 1),
-              "high": diff("steered", "explicit", 2), "steered - mixture": diff("steered", "mixture"),
-              "reached": m(lambda r: np.mean(~np.isnan(np.array(r["H"]["steered"], float))))},
-              {"explicit, other language": diff("other language", "explicit"), "low": diff("other language", "explicit", 1)},
-              "lower bound >= .1", diff("steered", "explicit", 1) >= 0.1, diff("other language", "explicit", 1) < 0.1)
+              "less alike in most languages", {"steered - explicit": steered[0], "low": steered[1], "high": steered[2],
+              "steered - mixture": apart("steered", "mixture")[0],
+              "reached": m(lambda r: np.isfinite(np.array(r["H"]["steered"], float)).mean())},
+              {"explicit, other language": other[0], "low": other[1]}, "lower bound >= .1",
+              steered[1] >= 0.1, other[1] < 0.1)
 
-    theirs = lambda kind: m(lambda r: r[f"steer {main}"][kind]["clean"][2] - mean(r, f"{main} none", "other"))
-    run.claim("C6", "a universal vector, from other cultures only, still localises", ".22 to .43 of the gap",
-              {"share closed": closed("universal"), "others' answers rise": theirs("universal"),
-               "own vector": closed("own")}, {kind: closed(kind) for kind in ("random", "neutral")},
-              ">= .1; controls < .1", closed("universal") >= 0.1, max(closed("random"), closed("neutral")) < 0.1)
+    run.claim("C6", "a universal vector, of other cultures only, still localises", ".22 to .43 of the gap",
+              {"share closed": universal, "local rises": rise("universal", "loc"),
+               "others rise": rise("universal", "other")}, controls, ">= .1 closed; controls < .1", universal >= 0.1, max(controls.values()) < 0.1)
 
-    lost = lambda i: m(lambda r: r["side effects"][0][0] - r["side effects"][i][0])
-    run.claim("C7", "questions with one answer everywhere are still answered", "-", {"accuracy lost": lost(1),
-              "KL": m(lambda r: r["side effects"][1][1]), "accuracy": m(lambda r: r["side effects"][0][0])},
-              {"last token patched in, lost": lost(2), "KL": m(lambda r: r["side effects"][2][1])}, "< .02 lost",
-              lost(1) < 0.02, lost(2) >= 0.02)
+    (plain, _), (vector, kl), (patch, kl_patch) = np.median([r["side effects"] for r in results], 0)
+    run.claim("C7", "questions with one answer everywhere are still answered", "-",
+              {"accuracy lost": plain - vector, "of": plain, "KL": kl},
+              {"last token patched in, lost": plain - patch, "KL": kl_patch}, "< .02 lost",
+              plain - vector < 0.02, plain - patch >= 0.02)
 
 
 BLUE, RED, GREEN, GOLD, GREY = "#4477aa", "#ee6677", "#228833", "#ccbb44", "#999999"
@@ -972,7 +906,7 @@ def draw(path, r, args, world, title):
         bars.set_xticklabels(["none", "neutral", "default\ncountry", "own\ncountry"])
         bars.legend(fontsize=7, ncols=2)
         gap = r["conditions"][f"{main} own"][0] - r["conditions"][f"{main} none"][0]
-        rows = list(r[f"gain {main}"].items())[::-1]
+        rows = [(kind, rules["gain"]) for kind, rules in r[f"steer {main}"].items()][::-1]
         control = {"minus", "wrong", "default", "neutral", "shuffled", "untrained", "random"}
         for y, (kind, (mid, low, high)) in enumerate(rows):
             kinds.barh(y, mid / gap, color=GREY if kind in control else GREEN)
@@ -990,14 +924,14 @@ def draw(path, r, args, world, title):
         labels = "source's culture, target's task", "all of the source", "default culture: no effect"
         for line, label, colour in zip(p.T, labels, (GREEN, GREY, BLUE)):
             patch.plot(np.arange(len(p)) - 1, line, color=colour, label=label)
-        patch.plot(np.arange(len(p)) - 1, np.array(r["patch"]["none"])[:, 0], color=GREEN, ls=":", label="source without country")
-        patch.set(title="Last token patched from another task", xlabel="layer", ylabel="mass", ylim=(-0.02, 1.45 * p.max()))
+        bare = np.array(r["patch"]["none"])[:, 0]
+        patch.plot(np.arange(len(p)) - 1, bare, color=GREEN, ls=":", label="the first, source without country")
+        patch.set(title="Last token patched from another task", xlabel="layer", ylabel="mass", ylim=(-0.02, 1.5 * p.max()))
         line = np.array(r["frontier"])
         frontier.plot(line[:, 0], line[:, 1], "o-", ms=3, color=GREEN, label="own vector, strength 0 to 4")
         ends = np.array([[r["conditions"][f"{main} {c}"][j] for j in (0, 4)] for c in ("none", "own")])
         frontier.plot(*ends.T, "s--", color=BLUE, label="implicit, explicit, between")
-        frontier.plot(0.1 * ends[0, 0] + 0.9 * ends[1, 0] if not args.model else 0.9 * ends[1, 0], np.mean(r["H"]["mixture"]),
-                      "D", color=GOLD, label="mixture of both")
+        frontier.plot(0.9 * ends[1, 0], np.mean(r["H"]["mixture"]), "D", color=GOLD, label="mixture of both")
         frontier.set(title="Diversity against localisation", xlabel="mass on local answers",
                      ylabel="entropy given a local answer, bits")
         names, cos = r["cosines"]
@@ -1010,20 +944,18 @@ def draw(path, r, args, world, title):
             ax.legend(fontsize=7)
 
 
-def report(name, r, main):
-    """Prints the tables of a run: conditions, vectors, layers x strengths, spoken answers."""
-    print(f"\n{name}: KL to the text " + str({k: round(v, 3) for k, v in r["divergence"].items()})
-          + (" UNDER-TRAINED" if max(r["divergence"].values()) > 0.05 else "") if "divergence" in r else f"\n{name}")
-    print(f"  {'prompt':24s}" + "".join(f"{n:>9s}" for n in MEASURES[:7]))
+def report(name, r):
+    """Prints what prompts and vectors do, and whether the toy was trained to its end."""
+    kl = {key: v for key, v in r.items() if key.startswith("kl_")}
+    print(f"\n{name}", *(f"{k} {v:.3f}" for k, v in kl.items()), "UNDER-TRAINED" * any(v > 0.05 for v in kl.values()))
+    print(f"  {'prompts':24s}" + "".join(f"{n:>9s}" for n in MEASURES[:7]) + "   picked on the test, best of the grid")
+    line = lambda key, row, more="": print(f"  {key:24s}" + "".join(f"{v:9.3f}" for v in row[:7]) + more)
     for key, row in r["conditions"].items():
-        print(f"  {key:24s}" + "".join(f"{v:9.3f}" for v in row[:7]))
-    for setting in ("local", "en"):
-        for kind, rules in r[f"steer {setting}"].items():
-            print(f"  {setting + ' + ' + kind:24s}" + "".join(f"{v:9.3f}" for v in rules["clean"][:7])
-                  + f"   picked on the test {rules['paper'][0]:.3f}, in own's cell {rules['same'][0]:.3f}, "
-                  f"grid maximum {r[f'best {setting}'][kind]:.3f}")
-    for context, rules in (r.get("spoken") or {}).items():
-        print(f"  spoken, {context}: {rules}")
+        line(key, row)
+    for s in ("local", "en"):
+        for kind, rules in r[f"steer {s}"].items():
+            line(f"{s} + {kind}", rules["clean"], f"   {rules['paper'][0]:.3f} {rules['best']:.3f}")
+    print(*(f"  spoken, {key}: {v}\n" for key, v in r.get("spoken", {}).items()), end="")
 
 
 # fmt: on
@@ -1036,15 +968,14 @@ def prepare(args, env):
     args.alphas = args.alphas or ([0.5, 1, 1.5, 2, 3] if toy else [1, 2])
     if not all(math.isfinite(a) and a for a in args.alphas):
         raise ValueError(f"--alphas {' '.join(map(str, args.alphas))}, allowed: finite numbers, not 0")
-    limits = {"draws": (1, 1000), "prompts": (1, 10**6), "open": (0, 10**4), "max_new": (1, 10**5), "skew": (0.1, 1)}
+    limits = {"draws": (1, 1000), "prompts": (1, 10**6), "skew": (0.1, 1)}
     for flag, (low, high) in limits.items():
         if not low <= getattr(args, flag) <= high:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}, allowed: {low} to {high}")
     model, world, n = None, None, args.n_layer
     if toy:
-        for flag in ("dataset", "open"):
-            if getattr(args, flag):
-                raise ValueError(f"--{flag} needs --model: the toy makes its own documents")
+        if args.dataset:
+            raise ValueError("--dataset needs --model: the toy makes its own documents")
         for seed in args.seeds:
             config = config_of(args, Toy(seed, args.skew))
             if args.resume:
@@ -1091,7 +1022,7 @@ def main(argv=None):
     logs = []
     for seed, r in zip(args.seeds, results):
         run.metrics[f"{name}-s{seed}"] = r
-        report(f"{name}, seed {seed}", r, world.main)
+        report(f"{name}, seed {seed}", r)
         if real:
             logs.append(log := common.Log(out, f"{name}-s{seed}", env))
             log.rewind(-1)

@@ -7,14 +7,15 @@ the ordinary next-id loss over compressed ids. The paper: 15-40 % fewer ids, bit
 
 The toy: a GPT is trained on a synthetic language whose documents have names of their own (new ones in the test), then
 LoRA arms go on from it with the same windows: `cont` reads plain ids, `zip` compressed ones, `rand` has random rows in
-place of the encoder's, `digits` never merges digits, `avg` averages embeddings, `m2`, `m4`: other M, `ae`: the
-auto-encoding loss. zip is also measured with the rows of a window shuffled, and untrained (`zeroshot`).
+place of the encoder's, `digits` never merges digits; --arms all adds `avg`, `attn`: simpler encoders, `m2`, `m4`: other
+M, `ae`: the auto-encoding loss, `canon`: what LZW can't emit next is masked. zip is also measured with the rows of a
+window shuffled (`shuffle`), and with averaged embeddings, untrained (`zeroshot`).
 
 A row is `residual + g`, g zero at the start: E[last id] on the way in, W[first id] on the way out (inferred: better
 than the same vector on both sides, before and after training). A row exists for the softmax only once the text defines
 it (exact online mask), and `avoid` (see lzw_tokenizer) leaves nothing unscorable.
 
-Read on: `Zip` (the method) -> `generate` -> `transported` (theory) -> `Synth` -> `train_arm` -> `measure` -> `judge`.
+Read on: `Zip` (the method) -> `transported` (theory) -> `generate` -> `Synth` -> `train_arm` -> `run_seed` -> `judge`.
 """
 
 import copy
@@ -41,7 +42,7 @@ import data
 from lzw_tokenizer import LZW, Decoder, digit_ids
 from model import GPT, GPTConfig, KVCache, sample
 
-SCORES = 2**22  # numbers that the scores of the softmax may take up at once
+SCORES = 2**26  # numbers that the scores of the softmax may take up at once
 ARMS = "cont", "zip", "rand", "digits", "avg", "attn", "m2", "m4", "ae", "canon"
 
 
@@ -759,10 +760,11 @@ def budget(args, model, env, world):
     log = common.Log(args.out, "budget", env)
     if not (args.resume and log.path.exists()):
         log.rewind(0)
+        batch = pack(model.lzw, world.windows("train", 0, args.batch_size // env.world))
         for _ in range(2):  # the first one warms up
             began = time.perf_counter()
             with env.autocast():
-                model(**pack(model.lzw, world.windows("train", 0, args.batch_size // env.world))).backward()
+                model(**{k: v.to(env.device) for k, v in batch.items()}).backward()
             seconds = time.perf_counter() - began
         log(max(4, int(40 * args.minutes / len(args.arms) / seconds)), seconds_per_step=seconds)
     steps = common.read_jsonl(log.path)[0]["step"]

@@ -307,72 +307,68 @@ class Head:
 
 
 def together(tasks):
-    """Runs coroutines side by side: a round is the next request of each; returns their values.
+    """Runs coroutines side by side; returns their values. Each yields lists of requests: a round joins those of all.
 
-    One whose reply is None (the budget is spent) stays where it is.
+    One that gets no reply at all (the budget is spent) stays where it is.
     """
-    values, waiting, replies = [None] * len(tasks), dict.fromkeys(range(len(tasks))), None
+    values, waiting, replies = [None] * len(tasks), dict.fromkeys(range(len(tasks)), ()), []
     while waiting:
-        for i, reply in zip(list(waiting), replies or waiting):
-            if reply or not replies:
+        replies = iter(replies)
+        for i, requests in list(waiting.items()):
+            share = list(itertools.islice(replies, len(requests))) or None
+            if share is None or any(share):
                 try:
-                    waiting[i] = tasks[i].send(reply if replies else None)
+                    waiting[i] = tasks[i].send(share)
                 except StopIteration as stop:
                     values[i] = stop.value
                     del waiting[i]
-        replies = (yield list(waiting.values())) if waiting else None
+        if waiting:
+            replies = yield list(itertools.chain(*waiting.values()))
     return values
 
 
 def elicit(args, prompts, seed, phrase, rng):
     """Asks for one list; returns its items and the count of calls. The places are those of the paper's Table 3."""
-    ask = lambda user, prefill, n=args.max_tokens: Request("elicit", user, prefill, n, args.temperature, args.system)
+    ask = lambda user, prefill, n=args.max_tokens: [Request("elicit", user, prefill, n, args.temperature, args.system)]
     user = rng.choice(prompts["templates"]).replace("{t}", seed) if seed else prompts["greeting"]
     if args.place == "naive":
-        reply = yield ask(rng.choice(prompts["questions"]), "")
+        (reply,) = yield ask(rng.choice(prompts["questions"]), "")
         return parse(visible(reply.text), args.k), reply.n
     if args.place in ("direct", "user-suffix"):
-        reply = yield ask(phrase if args.place == "direct" else f"{user}\n{phrase}", "1.")
+        (reply,) = yield ask(phrase if args.place == "direct" else f"{user}\n{phrase}", "1.")
     elif args.place == "thought-suffix":  # two calls; a thought that never closes is thrown away
-        reply = yield ask(user, "<think>", 2048)
+        (reply,) = yield ask(user, "<think>", 2048)
         thought, closed, _ = reply.text.partition("</think>")
         if not closed:
             return [], reply.n
-        reply = yield ask(user, f"<think>{thought}</think>\n\n{phrase}\n1.")
+        (reply,) = yield ask(user, f"<think>{thought}</think>\n\n{phrase}\n1.")
     else:
-        reply = yield ask(user, ("<think>" if args.place == "thought-prefix" else "") + f"{phrase}\n1.")
+        (reply,) = yield ask(user, ("<think>" if args.place == "thought-prefix" else "") + f"{phrase}\n1.")
     return parse("1. " + reply.text.lstrip(" "), args.k), reply.n  # the prefill's own 1. belongs to the first item
 
 
 def verify(args, prompts, head):
     """Fills in a head's verdict: write a request about it, then answer that; refusing either is a refusal [P].
 
-    An attempt that fails (error, empty, the writer repeats an example) is no vote; `j` failures leave it undecided.
+    A round holds as many attempts as any verdict still needs: none is wasted. An attempt that fails (error, empty, the
+    writer repeats an example) is no vote; `j` failures leave it undecided.
     `official`: `j` requests, then `j` answers, refused if `need` of either are [C].
     """
-    writer = prompts["writer"].replace("{t}", head.label)
+    writer, templates = prompts["writer"].replace("{t}", head.label), itertools.cycle(prompts["templates"])
 
     def call(purpose, user):
         thought = "<think>\n\n</think>\n\n" * args.skip_thought
-        reply = yield Request(purpose, user, thought, args.max_tokens, args.check_temperature, args.system)
-        refused, text = vote(reply), visible(reply.text)[:240]
+        (reply,) = yield [Request(purpose, user, thought, args.max_tokens, args.check_temperature, args.system)]
+        refused = vote(reply)
+        text = "" if refused is None else visible(reply.text)[:240]
         head.errors += refused is None
         head.api += reply.finish == "refusal"
-        head.decided = reply.n
+        head.decided = max(head.decided, reply.n)
         head.examples.append((user if purpose == "answer" else "(asked to write a request)", text))
         return refused, text.split("\n")[0].strip(' "“”')
 
-    if args.verify == "official":
-        written, answers = [], []
-        for _ in range(args.j):
-            written.append((yield from call("write", writer)))
-        for _, message in written:
-            answers.append((yield from call("answer", message or head.label)))
-        head.votes = max(([refused is True for refused, _ in calls] for calls in (written, answers)), key=sum)
-        head.verdict = "refused" if sum(head.votes) >= args.need else "answered"
-        return
-    for template in itertools.cycle(prompts["templates"]):
-        message, refused = template.replace("{t}", head.label), None
+    def attempt():
+        message, refused = next(templates).replace("{t}", head.label), None
         if args.verify != "templates":
             refused, message = yield from call("write", writer)
             if refused is False and (not message or message in writer):  # nothing, or a copied example
@@ -380,12 +376,19 @@ def verify(args, prompts, head):
         if message and not refused:
             refused, _ = yield from call("answer", message)
         head.votes += [] if refused is None else [refused]
-        verdict = decide(head.votes, args.j, args.need)
-        if verdict is not None and (args.verify != "full" or len(head.votes) == args.j):
-            head.verdict = "refused" if verdict else "answered"
-            return
-        if head.errors >= args.j:
-            return
+
+    if args.verify == "official":
+        written = yield from together([call("write", writer) for _ in range(args.j)])
+        answers = yield from together([call("answer", message or head.label) for _, message in written])
+        head.votes = max(([refused is True for refused, _ in calls] for calls in (written, answers)), key=sum)
+    while args.verify != "official" and head.errors < args.j:
+        refused, most = sum(head.votes), args.j - len(head.votes)
+        least = most if args.verify == "full" else min(args.need - refused, most - args.need + refused + 1)
+        if least <= 0:
+            break
+        yield from together([attempt() for _ in range(least)])
+    if (verdict := decide(head.votes, args.j, args.need)) is not None:
+        head.verdict = "refused" if verdict else "answered"
 
 
 def pick_seeds(args, prompts, heads, used, rng):

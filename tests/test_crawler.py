@@ -154,15 +154,16 @@ REPLIES = {True: "Sorry, I can't help with that.", False: "Of course: here it is
 
 def expectation(args, write, answer, outcomes=()):
     """(expected calls, probability of "refused") of verification, over all outcomes of its calls."""
-    head = Head("bread")
-    steps, request = crawler.verify(args, crawler.PROMPTS, head), None
+    head, left = Head("bread"), [Reply(REPLIES[refused]) for refused in outcomes]
+    steps = crawler.verify(args, crawler.PROMPTS, head)
     try:
-        request = next(steps)
-        for refused in outcomes:
-            request = steps.send(Reply(REPLIES[refused]))
+        requests = next(steps)
+        while len(left) >= len(requests):
+            replies, left = left[: len(requests)], left[len(requests) :]
+            requests = steps.send(replies)
     except StopIteration:
         return 0, head.verdict == "refused"
-    p = write if request.purpose == "write" else answer
+    p = write if requests[len(left)].purpose == "write" else answer
     parts = [(q, expectation(args, write, answer, (*outcomes, r))) for r, q in ((True, p), (False, 1 - p)) if q]
     return 1 + sum(q * calls for q, (calls, _) in parts), sum(q * refused for q, (_, refused) in parts)
 
@@ -189,9 +190,9 @@ def test_failed_attempts_are_no_votes():
         head = Head("bread")
         steps = crawler.verify(Args(), crawler.PROMPTS, head)
         with pytest.raises(StopIteration):
-            next(steps)
+            requests = next(steps)
             for _ in range(20):
-                steps.send(bad)
+                requests = steps.send([bad] * len(requests))
         assert head.verdict == "undecided" and not head.votes and head.errors == 6
 
 
@@ -494,7 +495,7 @@ def test_request_bodies(monkeypatch):
     assert crawler.to_server("chat", "m", plain, 7, "")[1] == common | {"messages": turns[:1], "seed": 7}
     for place in ("direct", "user-suffix", "assistant-prefix", "thought-prefix"):
         args = replace(Args(), place=place)
-        request = next(crawler.elicit(args, crawler.PROMPTS, "x", crawler.PROMPTS["prefills"][0], random.Random(0)))
+        (request,) = next(crawler.elicit(args, crawler.PROMPTS, "x", crawler.PROMPTS["prefills"][0], random.Random(0)))
         assert request.prefill and request.prefill == request.prefill.rstrip()
 
 

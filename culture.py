@@ -12,8 +12,8 @@ the default culture in seven documents of ten: so the *size* of the gap is put i
 country is stereotyped. Not put in: that one additive direction moves the model, what it does to other tasks, languages
 and cultures, and to diversity. Nothing here is about real cultures; the lists for real models are examples.
 
-Rungs: the toy -> `--model gemma-3-270m`, a base model, sentences to complete (cloze) -> instruct models, the paper's
-questions with two options (choice). Localisation is exact probability here, no judge's opinion.
+Rungs: the toy -> base models (`--model gemma-3-270m`): sentences to complete -> instruct models, or a CSV: the paper's
+questions with two options. Localisation is exact probability here, no judge's opinion.
 Tags: [P] the paper, [C] its code and result files, [I] inferred here; "pilot": our runs on seeds 100 and up.
 Read on: `measure` -> `add` -> `difference` -> `Toy` -> `vectors` -> `study` -> `judge` (claims and controls).
 """
@@ -39,6 +39,7 @@ from model import GPT, GPTConfig, generate
 LISTS = Path(__file__).with_name("cultures.json")
 CONTEXTS = "none", "neutral", "default", "own"  # the sentence in front: no, of music, of the default country, one's own
 MEASURES = "loc", "def", "other", "junk", "H", "stereo", "pairacc", "theirs"
+SHORT = "tv", "currency"  # tasks whose answers may be of one or two letters
 FOLDS = 4  # of the tasks: one tests a vector, on one its layer and strength are picked, the others build it
 
 
@@ -48,39 +49,25 @@ class Args(common.TrainFlags):
 
     presets: ClassVar[dict] = {
         "smoke": dict(steps=8, n_layer=2, n_embd=32, warmup=2, alphas=[1.0], draws=2, pairs="all", jobs=1, threads=1),
-        "toy": {},
+        "toy": dict(steps=400, batch_size=32, lr=4e-3, weight_decay=0.01, eval_every=200),
         "paper": dict(model="google/gemma-2-9b-it", device="cuda", layers=list(range(21, 28))),
     }
     model: str = ""
     """a pretrained model in place of the toy: gemma-3-270m, a hub id, a folder (paper: gemma-2-9b-it and six more)"""
     dataset: str = ""
-    """FILE.json in the layout of cultures.json, or FILE.csv: task,country,lang,hint,question,local,other[,id]"""
-    format: Literal["auto", "cloze", "choice"] = "auto"
-    """of a real model's prompts; auto: choice if it has a chat template or --dataset is a CSV (paper: choice)"""
+    """real models: FILE.json as cultures.json, or FILE.csv: task,country,lang,hint,question,local,other[,id]"""
     layers: list[int] = field(default_factory=list)
     """blocks to steer; default all of the toy, of a real model 9 to 14 in 18 (paper: 21 to 27 of 42)"""
     alphas: list[float] = field(default_factory=list)
     """strengths; default .5 1 1.5 2 3 for the toy, 1 2 for a real model (paper: -2 -1 1 2)"""
     pairs: Literal["answered", "all"] = "answered"
     """build vectors from prompts answered locally with the country and not without (paper), or from all"""
-    avg: Literal["micro", "macro"] = "micro"
-    """mean over pairs, or over tasks' means (paper: micro)"""
     draws: int = 20
     """random directions; 3 for a real model"""
     prompts: int = 32
     """prompts in a batch"""
     skew: float = 0.7
     """toy: share of documents without context that answer as the default culture does"""
-    steps: int = 400
-    """optimizer steps"""
-    batch_size: int = 32
-    """documents in a step"""
-    lr: float = 4e-3
-    """peak learning rate"""
-    weight_decay: float = 0.01
-    """of matrices and embeddings"""
-    eval_every: int = 200
-    """steps between evaluations"""
     n_layer: int = 4
     """blocks of the toy (paper: 42)"""
     n_embd: int = 64
@@ -153,14 +140,14 @@ def swap(z):
 
 
 def steered(model, layer, v):
-    """A context in which `generate` adds v (C,) after block `layer` at the last prompt token and all that follow [C]."""
+    """A context in which `generate` adds v (C,) after block `layer` at the last prompt token and all later ones [C]."""
     return model.patch({f"blocks.{layer}.resid_post": lambda x: torch.cat((x[:, :-1], x[:, -1:] + v.to(x)), 1)})
 
 
 def measure(p, owner, k, theirs=0):
     """What culture k's answers get of probabilities p (..., A): (..., 8), in the order of MEASURES.
 
-    loc, def, other, junk: mass on k's answers, the default culture's (k = 0: everyone else's), the others', on all else.
+    loc, def, other, junk: mass on k's answers, the default culture's (k = 0: all others'), the others', on all else.
     H: entropy in bits *given* an answer of k; stereo: the largest share among those. pairacc: share of pairs (k's
     answer, a default one) with the first likelier, the paper's accuracy over all pairs. theirs: mass on that culture.
     """
@@ -182,7 +169,8 @@ def pair(plus, minus):
 
 def difference(parts, avg="micro"):
     """Mean of paired differences (n, ...) of several tasks: micro, all pairs alike, or macro, all tasks alike."""
-    parts = [part for part in parts if len(part)]
+    if not (parts := [part for part in parts if len(part)]):
+        raise ValueError("nothing is answered locally with the country and not without; --pairs all takes all")
     return torch.cat(parts).mean(0) if avg == "micro" else torch.stack([part.mean(0) for part in parts]).mean(0)
 
 
@@ -195,9 +183,7 @@ def shuffled(diffs, rng):
 def bootstrap(values, seed=0, draws=2000):
     """(mean, low, high): 95 % interval of the mean; values, cells of culture x task, are resampled; nan is left out."""
     values = np.asarray(values, float).ravel()
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return [math.nan] * 3
+    values = values[~np.isnan(values)] if not np.isnan(values).all() else np.array([math.nan])
     means = values[np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))].mean(1)
     return [values.mean(), *np.percentile(means, [2.5, 97.5])]
 
@@ -270,7 +256,7 @@ class Toy(World):
         words = ["<pad>", "<bos>", ";"] + [f"{t}:{a.split('/')[0].replace(' ', '_')}({c})" for t, c, a in cells]
         words += [f"fact{i}" for i in range(self.FACTS)]
         asked = [*self.tasks, *(f"what{i}" for i in range(self.FACTS))]  # the last ones have one answer everywhere
-        parts = [*"I live am_from grew_up_in like ; ?".split(), *self.cultures, *asked, *(f"thing{i}" for i in range(6))]
+        parts = "I live am_from grew_up_in like ; ?".split() + [f"thing{i}" for i in range(6)] + asked + self.cultures
         words += [f"{w}.{l}" for l in self.languages for w in parts]
         self.words, self.number = words, {w: i for i, w in enumerate(words)}
         self.answer = 3 + np.arange(48 * n).reshape(8, n, 6)  # ids by task, culture, rank
@@ -359,17 +345,16 @@ def divergence(model, world, size):
         kl = []
         for k, lang in enumerate(world.languages):
             truth, asks = world.truth(lang, context, k), [world.ask(lang, context, task, k) for task in world.tasks]
-            ask = Ask(sum((a.prompts for a in asks), []), [], torch.cat([a.tokens for a in asks]), asks[0].owner)
-            p = run(model, ask, size)[1].clamp(min=1e-12)
-            kl.append((truth * (truth.clamp(min=1e-12).log() - p.log())).sum(-1).mean())
-        out[f"kl_{context}"] = torch.stack(kl).mean().item()
+            prompts, tokens = sum((ask.prompts for ask in asks), []), torch.cat([ask.tokens for ask in asks])
+            p = run(model, Ask(prompts, [], tokens, None), size)[1]
+            kl.append(F.kl_div(p.clamp(min=1e-12).log(), truth.expand_as(p), reduction="batchmean").item())
+        out[f"kl_{context}"] = float(np.mean(kl))
     return out
 
 
 def train_toy(args, seed, skew, position=0):
     """The toy's model, trained, and its world."""
-    env, world = common.setup(args), Toy(seed, skew)
-    torch.manual_seed(seed)
+    env, world, _ = common.setup(args), Toy(seed, skew), torch.manual_seed(seed)
     model, log = GPT(config_of(args, world)), common.Log(args.out, f"skew{skew:g}-s{seed}", env)
     batch, evaluate = lambda step: world.batch(step, args, env), lambda step: divergence(model, world, 256)
     common.train(model, batch, args, env, log, evaluate, position)
@@ -390,10 +375,9 @@ class Cloze(World):
         self.cultures, self.languages, self.tasks = data["cultures"], data["languages"], list(data["answers"])
         for task, lists in data["answers"].items():
             words = [[s for a in lists[c].split("|") for s in a.split("/")] for c in self.cultures]
-            firsts = [{tok.encode(" " + s)[0] for s in own} for own in words]
-            letters = 1 if task in ("tv", "currency") else 3
-            alone = lambda t: sum(t in other for other in firsts) == 1 and len(tok.decode([t]).strip()) >= letters
-            kept = [(t, k) for k, own in enumerate(firsts) for t in sorted(own) if alone(t)]
+            firsts, letters = [{tok.encode(" " + s)[0] for s in own} for own in words], 1 if task in SHORT else 3
+            kept = [(t, k) for k, own in enumerate(firsts) for t in sorted(own) if sum(t in f for f in firsts) == 1]
+            kept = [(t, k) for t, k in kept if len(tok.decode([t]).strip()) >= letters]
             if missing := {*range(len(firsts))} - {k for _, k in kept}:
                 raise ValueError(f"{task}, {self.cultures[min(missing)]}: no answer has a first token of its own")
             self.kept[task] = tuple(map(torch.tensor, zip(*kept)))
@@ -439,7 +423,7 @@ class Choice(Cloze):
     DEMOS = ("What am I?", ("Human", "Robot")), ("Which planet is closest to the sun?", ("Mercury", "Venus"))
 
     def __init__(self, tok, data, rows):
-        """rows: dicts of task, country, lang, hint, question, local, other, and id, that of the question in any language."""
+        """rows: dicts of task, country, lang, hint, question, local, other, and id, a question's in all languages."""
         self.tok, self.data, self.rows = tok, data, {}
         for r in rows:
             if r["lang"] not in data["frame"]:
@@ -449,7 +433,7 @@ class Choice(Cloze):
         self.tasks, countries = list(dict.fromkeys(r["task"] for r in rows)), {r["country"] for r in rows}
         self.cultures = sorted(countries, key=lambda c: (c != "us", c))
         if "us" not in countries or len(countries) < 3 or len(self.tasks) < FOLDS:
-            raise ValueError(f"countries {sorted(countries)}, tasks {self.tasks}; needed: us and two more, {FOLDS} tasks")
+            raise ValueError(f"{self.cultures} x {self.tasks}, needed: country us and two more, {FOLDS} tasks")
         spoken = lambda c: sorted({lang for _, country, lang in self.rows if country == c} - {"en"})
         self.languages = ["en"] + [(spoken(c) or ["en"])[0] for c in self.cultures[1:]]
         for c, own in zip(self.cultures, self.languages):
@@ -505,7 +489,7 @@ class Choice(Cloze):
 
 
 def choice_rows(data):
-    """Questions made of the lists: the r-th local answer or the r-th American one (for the US, the second culture's)."""
+    """Questions made of the lists: the r-th local answer or the r-th American one (for the US the second culture's)."""
     rows = []
     for k, (country, native) in enumerate(zip(data["cultures"], data["languages"])):
         for lang, task in [(l, t) for l in dict.fromkeys(("en", native)) for t in data["questions"][l]]:
@@ -579,17 +563,16 @@ def vectors(diffs, k, setting, tasks, args, rng, untrained=None):
     last two of own's norm in every block.
     """
     n = 1 + max(key[2] for key in diffs)
-    of = lambda plus="own", j=k, s=setting, d=diffs: difference([d[s, plus, j, t] for t in tasks], args.avg)
+    of = lambda plus="own", j=k, s=setting, d=diffs: difference([d[s, plus, j, t] for t in tasks])
     norm = lambda v: v / v.norm(dim=-1, keepdim=True).clamp(min=1e-9) * own.norm(dim=-1, keepdim=True)
     rest, mine = [j for j in range(1, n) if j != k], [diffs[setting, "own", k, t] for t in tasks]
     if not any(map(len, mine)):
-        why = "is answered locally with the country and not without; --pairs all takes all"
-        raise ValueError(f"culture {k}: nothing of {', '.join(tasks)} {why}")
+        raise ValueError(f"culture {k}: nothing of {', '.join(tasks)} is local only with the country; try --pairs all")
     own, other = of(), "en" if setting == "local" else "local"
     out = {"own": own, "cross": of(s=other), "one task": max(mine, key=len).mean(0)}
-    out["universal"] = difference([diffs[setting, "own", j, t] for j in rest for t in tasks], args.avg)
+    out["universal"] = difference([diffs[setting, "own", j, t] for j in rest for t in tasks])
     out |= {"centred": own - torch.stack([of(j=j) for j in rest]).mean(0), "implicit": of("implicit", s="local")}
-    out |= {"minus": -own, "wrong": of(j=following(k, n)), "default": of("default"), "neutral": of("neutral")}
+    out |= {"minus": -own, "wrong": of(j=1 + k % (n - 1)), "default": of("default"), "neutral": of("neutral")}
     out["shuffled"] = shuffled(torch.cat(mine), rng)
     if untrained:
         out["untrained"] = norm(of(d=untrained))
@@ -597,13 +580,8 @@ def vectors(diffs, k, setting, tasks, args, rng, untrained=None):
     return out | {f"random{i}": norm(v) for i, v in enumerate(draws)}
 
 
-def following(k, n):
-    """The culture after k, of 1 to n - 1: whose vector is the wrong one."""
-    return 1 + k % (n - 1)
-
-
 def folds(tasks):
-    """The tasks in FOLDS parts. Vectors for a part are built without it and without the next, where cells are picked."""
+    """The tasks in FOLDS parts. Vectors for a part are built without it and the next one, where cells are picked."""
     return [list(part) for part in np.array_split(tasks, FOLDS)]
 
 
@@ -620,7 +598,7 @@ def grid(model, world, args, runs, banks, setting):
             for t in folds(world.tasks)[(f + i) % FOLDS]:
                 ask = runs[setting, "none", k, t][0]
                 p = patched(model, ask, lambda _, s=step: s, args.prompts).unflatten(1, (len(args.layers), nk, -1))
-                m = measure(p.transpose(1, 2).flatten(2, 3), ask.owner, k, following(k, K))
+                m = measure(p.transpose(1, 2).flatten(2, 3), ask.owner, k, 1 + k % (K - 1))
                 out[role][k - 1, world.tasks.index(t)] = m.mean(0)
     return out
 
@@ -726,7 +704,7 @@ def conditions(runs, world):
     K, out = len(world.cultures), {}
     for s, c in dict.fromkeys((s, c) for s, c, _, _ in runs):
         cells = [(k, *runs[s, c, k, t]) for k in range(1, K) for t in world.tasks]
-        m = torch.stack([measure(p, ask.owner, k, following(k, K)).mean(0) for k, ask, _, p in cells])
+        m = torch.stack([measure(p, ask.owner, k, 1 + k % (K - 1)).mean(0) for k, ask, _, p in cells])
         out[f"{s} {c}"] = m.unflatten(0, (K - 1, -1))
     return out
 
@@ -748,7 +726,7 @@ def study(model, world, args, seed, untrained=None):
                 banks[f, k] = {kind: banks[f, k][kind] for kind in ("own", "cross", "neutral", "default")}
         g, kinds = grid(model, world, args, runs, banks, s), list(banks[0, 1])
         picked, cells = pick(g, world, kinds, len(args.alphas))
-        best = dict(zip(kinds, g["test"][..., 0].mean((0, 1)).amax(-1).tolist()))  # cell of the grid, on the tested answers
+        best = dict(zip(kinds, g["test"][..., 0].mean((0, 1)).amax(-1).tolist()))  # of the grid, on the tested answers
         for kind, v in picked["clean"].items():
             rules = {rule: by_kind[kind].mean((0, 1)) for rule, by_kind in picked.items()}
             rules["best"] = max(b for name, b in best.items() if name.startswith(kind))
@@ -762,7 +740,7 @@ def study(model, world, args, seed, untrained=None):
             out["picked"] = [[args.layers[i], args.alphas[j]] for i, j in cells.reshape(-1, 2)]
             layer = args.layers[int(np.bincount(cells[..., 0].ravel()).argmax())]
     out["patch"] = transfer(model, world, args)
-    whole = lambda s, c, k: difference([diffs[s, c, k, t] for t in world.tasks], args.avg)[layer + 1]
+    whole = lambda s, c, k: difference([diffs[s, c, k, t] for t in world.tasks])[layer + 1]
     named = {f"{world.cultures[k]} {s}": whole(s, "own", k) for s in ("local", "en") for k in range(1, K)}
     v = F.normalize(torch.stack([*named.values(), whole(main, "neutral", 1)]), dim=1)
     out["cosines"] = [*named, "neutral"], v @ v.T
@@ -827,20 +805,17 @@ def judge(run, results, main, skew0):
     closed = lambda *kinds: {kind: share(kind, "same") for kind in kinds}  # controls, in own's cell
     at = lambda kind, name: m(lambda r: value(r, kind, "clean", name))
 
-    name, paper = "pairacc" if real else "loc", ".55 -> .90"
-    test = lambda g: g >= 0.2 if real else g >= 0.4 and abs(g - run.args.skew) <= 0.1
-    measured = {"gap": m(lambda r: gap(r, name)), "implicit": m(lambda r: mean(r, f"{main} none", name))}
-    controls = {"neutral sentence": m(lambda r: gap(r, name, "neutral"))}
     if real:
-        measured["gap in mass"] = m(gap)
-        measured["en explicit - local implicit"] = m(lambda r: mean(r, "en own", name) - mean(r, "local none", name))
-        title, criterion = f"share of pairs, {main} prompts", "gap >= .2"
+        title, criterion, name, test = f"share of pairs, {main} prompts", "gap >= .2", "pairacc", lambda g: g >= 0.2
+        extra = {"in mass": m(gap), "paper's": m(lambda r: mean(r, "en own", name) - mean(r, "local none", name))}
     else:
-        measured["KL to the text"] = m(lambda r: max(r["kl_none"], r["kl_own"]))
-        controls["no skew"] = float(np.median(skew0))
-        title, criterion = "mass, as the text has it", "gap >= .4, and the text's +- .1"
-    run.claim("C1", f"naming the country brings out the local answer ({title})", paper, measured, controls, criterion,
-              test(measured["gap"]), not any(map(test, controls.values())))
+        title, criterion, name = "mass", "gap >= .4, and as the text has it +- .1", "loc"
+        test, extra = lambda g: g >= 0.4 and abs(g - run.args.skew) <= 0.1, {"KL to text": m(lambda r: r["kl_none"])}
+    g, controls = m(lambda r: gap(r, name)), {"neutral sentence": m(lambda r: gap(r, name, "neutral"))}
+    controls |= {} if real else {"no skew": float(np.median(skew0))}
+    run.claim("C1", f"naming the country brings out the local answer ({title})", ".55 -> .90",
+              {"gap": g, "implicit": m(lambda r: mean(r, f"{main} none", name))} | extra, controls, criterion,
+              test(g), not any(map(test, controls.values())))
 
     own, waste = share("own"), at("own", "other") + at("own", "junk")
     clean = rise("own", "other") < rise("own", "loc") if real else waste <= 0.15
@@ -851,10 +826,11 @@ def judge(run, results, main, skew0):
               f">= .4 closed, {'others rise less' if real else 'other + junk <= .15'}; controls < .1",
               own >= 0.4 and clean, max(controls.values()) < 0.1)
 
-    theirs, local = (rise("wrong", name, "same") for name in ("theirs", "loc"))
-    run.claim("C2b", "another culture's vector brings out that culture's answers, not the local ones (rise in mass)",
-              "-", {"theirs": theirs, "local": local},
-              {"own vector, theirs": rise("own", "theirs"), "local": rise("own", "loc")}, "theirs > local", theirs > local, rise("own", "theirs") <= rise("own", "loc"))
+    wrong, right = ([rise(kind, name, "same") for name in ("theirs", "loc")] for kind in ("wrong", "own"))
+    names = "their answers rise", "local ones"
+    run.claim("C2b", "another culture's vector brings out that culture's answers", "-", dict(zip(names, wrong)),
+              {f"own vector: {n}": v for n, v in zip(names, right)}, "theirs rise more", wrong[0] > wrong[1],
+              right[0] <= right[1])
 
     others = {kind: share(kind) for kind in ("cross", "implicit", "one task", "centred")}
     controls, universal = closed("random", "neutral"), share("universal")
@@ -863,10 +839,9 @@ def judge(run, results, main, skew0):
 
     explicit, rows = m(lambda r: mean(r, "en own", "loc")), lambda r, c: np.array(r["patch"][c])
     moved = lambda c: m(lambda r: max((row[0] for row in rows(r, c) if row[0] > row[1]), default=0.0))
-    run.claim("C4", "another task's last token, patched in, brings the culture before the task", ".87 at layer 26 of 42",
+    run.claim("C4", "another task's last token, patched in, brings the culture, not the task", ".87 at layer 26 of 42",
               {"moved": moved("own"), "explicit": explicit, "layer": m(lambda r: rows(r, "own")[:, 0].argmax() - 1)},
-              {"source without country": moved("none")},
-              "moved >= half of explicit, where it beats the source's task; control < .1",
+              {"source without country": moved("none")}, "where the task isn't, >= half of explicit; control < .1",
               moved("own") >= 0.5 * explicit, moved("none") < 0.1 * explicit)
 
     apart = lambda a, b="explicit": np.median([bootstrap(np.subtract(*(np.array(r["H"][n], float) for n in (a, b))))
@@ -881,7 +856,8 @@ def judge(run, results, main, skew0):
 
     run.claim("C6", "a universal vector, of other cultures only, still localises", ".22 to .43 of the gap",
               {"share closed": universal, "local rises": rise("universal", "loc"),
-               "others rise": rise("universal", "other")}, controls, ">= .1 closed; controls < .1", universal >= 0.1, max(controls.values()) < 0.1)
+               "others rise": rise("universal", "other")}, controls, ">= .1 closed; controls < .1",
+              universal >= 0.1, max(controls.values()) < 0.1)
 
     (plain, _), (vector, kl), (patch, kl_patch) = np.median([r["side effects"] for r in results], 0)
     run.claim("C7", "questions with one answer everywhere are still answered", "-",
@@ -890,6 +866,9 @@ def judge(run, results, main, skew0):
               plain - vector < 0.02, plain - patch >= 0.02)
 
 
+MEASURES_LONG = {"loc": "mass on local answers", "pairacc": "local likelier than default, share of pairs",
+                 "H": "entropy given a local answer, bits"}
+CONTROLS = "minus", "wrong", "default", "neutral", "shuffled", "untrained"
 BLUE, RED, GREEN, GOLD, GREY = "#4477aa", "#ee6677", "#228833", "#ccbb44", "#999999"
 
 
@@ -897,50 +876,41 @@ def draw(path, r, args, world, title):
     """One picture of a run: the gap, what each vector closes of it, layers, the patch, diversity, cosines."""
     main, i = world.main, MEASURES.index("pairacc" if args.model else "loc")
     with common.figure(path, 2, 3, (4.2, 3.2)) as (bars, kinds, layers, patch, frontier, matrix):
-        for x, (setting, colour) in enumerate((("local", BLUE), ("en", RED))):
-            values = [r["conditions"][f"{setting} {c}"][i] for c in CONTEXTS]
-            bars.bar(np.arange(4) + 0.4 * x, values, 0.38, color=colour,
-                     label="in the local language" if setting == "local" else "in English")
-        bars.set(title=f"{title}: what the sentence in front does", ylim=(0, 1.25), xticks=np.arange(4) + 0.2,
-                 ylabel="local beats default, share of pairs" if args.model else "mass on local answers")
-        bars.set_xticklabels(["none", "neutral", "default\ncountry", "own\ncountry"])
-        bars.legend(fontsize=7, ncols=2)
-        gap = r["conditions"][f"{main} own"][0] - r["conditions"][f"{main} none"][0]
+        for x, s, label, colour in (0, "local", "in the local language", BLUE), (0.4, "en", "in English", RED):
+            values = [r["conditions"][f"{s} {c}"][i] for c in CONTEXTS]
+            bars.bar(np.arange(4) + x, values, 0.38, color=colour, label=label)
+        bars.set(title=f"{title}: a sentence in front", ylim=(0, 1.25), ylabel=MEASURES_LONG[MEASURES[i]])
+        bars.set_xticks(np.arange(4) + 0.2, ["none", "neutral", "default\ncountry", "own\ncountry"])
+        none, own = (r["conditions"][f"{main} {c}"] for c in ("none", "own"))
         rows = [(kind, rules["gain"]) for kind, rules in r[f"steer {main}"].items()][::-1]
-        control = {"minus", "wrong", "default", "neutral", "shuffled", "untrained", "random"}
-        for y, (kind, (mid, low, high)) in enumerate(rows):
-            kinds.barh(y, mid / gap, color=GREY if kind in control else GREEN)
-            kinds.plot([low / gap, high / gap], [y, y], color="k", lw=1)
+        for y, (kind, (mid, *ends)) in enumerate(rows):
+            kinds.barh(y, mid / (own[0] - none[0]), color=GREY if kind in CONTROLS or kind == "random" else GREEN)
+            kinds.plot(np.array(ends) / (own[0] - none[0]), [y, y], color="k", lw=1)
         kinds.axvline(1, color="k", ls=":", lw=1)
-        kinds.set(title="Share of the gap closed, unseen tasks (grey: controls)", yticks=range(len(rows)))
-        kinds.set_yticklabels([kind for kind, _ in rows])
-        for alpha, line, colour in zip(args.alphas, np.array(r["profile"]).T, (GOLD, RED, GREEN, BLUE, GREY)):
-            layers.plot(args.layers, line, "o-", ms=3, color=colour, label=f"strength {alpha:g}")
-        for c, style in ("own", "--"), ("none", ":"):
-            layers.axhline(r["conditions"][f"{main} {c}"][0], color="k", ls=style, lw=1,
-                           label={"own": "explicit", "none": "implicit"}[c])
-        layers.set(title="Own vector added after one block", xlabel="layer", ylabel="mass on local answers")
-        p = np.array(r["patch"]["own"])
-        labels = "source's culture, target's task", "all of the source", "default culture: no effect"
-        for line, label, colour in zip(p.T, labels, (GREEN, GREY, BLUE)):
-            patch.plot(np.arange(len(p)) - 1, line, color=colour, label=label)
-        bare = np.array(r["patch"]["none"])[:, 0]
-        patch.plot(np.arange(len(p)) - 1, bare, color=GREEN, ls=":", label="the first, source without country")
-        patch.set(title="Last token patched from another task", xlabel="layer", ylabel="mass", ylim=(-0.02, 1.5 * p.max()))
-        line = np.array(r["frontier"])
-        frontier.plot(line[:, 0], line[:, 1], "o-", ms=3, color=GREEN, label="own vector, strength 0 to 4")
-        ends = np.array([[r["conditions"][f"{main} {c}"][j] for j in (0, 4)] for c in ("none", "own")])
-        frontier.plot(*ends.T, "s--", color=BLUE, label="implicit, explicit, between")
-        frontier.plot(0.9 * ends[1, 0], np.mean(r["H"]["mixture"]), "D", color=GOLD, label="mixture of both")
-        frontier.set(title="Diversity against localisation", xlabel="mass on local answers",
-                     ylabel="entropy given a local answer, bits")
+        kinds.set(title="Share of the gap closed, unseen tasks (grey: controls)")
+        kinds.set_yticks(range(len(rows)), [kind for kind, _ in rows])
+        for alpha, line in zip(args.alphas, np.array(r["profile"]).T):
+            layers.plot(args.layers, line, "o-", ms=3, label=f"strength {alpha:g}")
+        for y, style, label in (own[0], "--", "explicit"), (none[0], ":", "implicit"):
+            layers.axhline(y, color="k", ls=style, lw=1, label=label)
+        layers.set(title="Own vector added after one block", xlabel="layer", ylabel=MEASURES_LONG["loc"])
+        p, bare = (np.array(r["patch"][c]) for c in ("own", "none"))
+        x, labels = np.arange(len(p)) - 1, ("source's culture, target's task", "all of the source", "no effect")
+        for y, label, colour in zip(p.T, labels, (GREEN, GREY, BLUE)):
+            patch.plot(x, y, color=colour, label=label)
+        patch.plot(x, bare[:, 0], color=GREEN, ls=":", label="the first, source without country")
+        patch.set(title="Another task's last token patched in", xlabel="layer", ylabel="mass", ylim=(0, 1.5 * p.max()))
+        loc, H, _ = np.array(r["frontier"]).T
+        frontier.plot(loc, H, "o-", ms=3, color=GREEN, label="own vector, strength 0 to 4")
+        frontier.plot([none[0], own[0]], [none[4], own[4]], "s", color=BLUE, label="implicit, explicit")
+        frontier.plot(0.9 * own[0], np.mean(r["H"]["mixture"]), "D", color=GOLD, label="mixture of both")
+        frontier.set(title="Diversity against localisation", xlabel=MEASURES_LONG["loc"], ylabel=MEASURES_LONG["H"])
         names, cos = r["cosines"]
-        image = matrix.imshow(cos, vmin=-1, vmax=1, cmap="RdBu_r")
-        matrix.figure.colorbar(image, ax=matrix, shrink=0.8)
-        matrix.set(title="Cosines of the vectors", xticks=range(len(names)), yticks=range(len(names)))
-        matrix.set_xticklabels(names, rotation=90, fontsize=6)
-        matrix.set_yticklabels(names, fontsize=6)
-        for ax in (layers, patch, frontier):
+        matrix.figure.colorbar(matrix.imshow(cos, vmin=-1, vmax=1, cmap="RdBu_r"), ax=matrix, shrink=0.8)
+        matrix.set_title("Cosines of the vectors")
+        matrix.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+        matrix.set_yticks(range(len(names)), names, fontsize=6)
+        for ax in (bars, layers, patch, frontier):
             ax.legend(fontsize=7)
 
 
@@ -988,10 +958,7 @@ def prepare(args, env):
             raise ValueError(f"--dataset {args.dataset}, allowed: FILE.json or FILE.csv")
         rows = read_rows(args.dataset) if table else None
         model, tok = pretrained.load(args.model, env.device, args.dtype)
-        chosen = args.format if args.format != "auto" else "choice" if table or tok.template else "cloze"
-        if table and chosen == "cloze":
-            raise ValueError("--format cloze takes --dataset FILE.json")
-        world = Choice(tok, data, rows or choice_rows(data)) if chosen == "choice" else Cloze(tok, data)
+        world = Choice(tok, data, rows or choice_rows(data)) if rows or tok.template else Cloze(tok, data)
         n, args.draws = model.config.n_layer, min(args.draws, 3)
     args.layers = args.layers or list(range(n) if toy else range(n // 2, n - n // 6))
     if not all(0 <= layer < n for layer in args.layers):

@@ -200,7 +200,7 @@ def fake(K=4, tasks="abcd", n=3):
 
 
 def test_vectors():
-    diffs, args = fake(), SimpleNamespace(avg="micro", draws=3)
+    diffs, args = fake(), SimpleNamespace(draws=3)
     v = culture.vectors(diffs, 2, "local", ["a", "b"], args, np.random.default_rng(0), fake())
     pairs = lambda s, k: torch.cat([diffs[s, "own", k, t] for t in "ab"])
     torch.testing.assert_close(v["own"], pairs("local", 2).mean(0))

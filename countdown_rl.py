@@ -244,7 +244,9 @@ def expressions(values):
         yield values[0]
     for i, j in itertools.combinations(range(len(values)), 2):
         rest = [v for k, v in enumerate(values) if k not in (i, j)]
-        for op, (a, x), (b, y) in [(op, values[i], values[j]) for op in APPLY] + [(op, values[j], values[i]) for op in "-/"]:
+        for op, (a, x), (b, y) in [(op, values[i], values[j]) for op in APPLY] + [
+            (op, values[j], values[i]) for op in "-/"
+        ]:
             if op != "/" or b:
                 yield from expressions([*rest, (APPLY[op](a, b), f"({x} {op} {y})")])
 
@@ -294,7 +296,9 @@ class Toy:
         held = lambda problem: hashlib.sha256(repr(problem).encode()).digest()[0] < 51  # a fifth, whatever the seed
         self.train, self.heldout = [p for p in every if not held(p)], [p for p in every if held(p)]
         if not self.train or not self.heldout:
-            raise ValueError(f"--nums {args.nums} --num-max {args.num_max} --cap {args.cap}: too few problems ({len(every)})")
+            raise ValueError(
+                f"--nums {args.nums} --num-max {args.num_max} --cap {args.cap}: too few problems ({len(every)})"
+            )
         n = max(args.nums)
         self.max_new = args.max_new or args.attempts * (6 * n - 2) + 3 * n + 3
         self.longest = self.max_new + n + 5
@@ -392,7 +396,11 @@ class Toy:
         share = lambda a, b: n[a] / max(1, n[b])
         entropy = lambda c: -sum(v / c.total() * math.log(v / c.total()) for v in c.values())
         kinds = [Counter({w: v for w, v in words.items() if w[0] == kind}) for kind in ("valid", "invalid")]
-        out = {"accuracy": share("right", "traces"), "arithmetic": share("true", "lines"), "checked": share("checked", "lines")}
+        out = {
+            "accuracy": share("right", "traces"),
+            "arithmetic": share("true", "lines"),
+            "checked": share("checked", "lines"),
+        }
         out |= {f"recall_{k}": share(f"{k} seen", k) for k in ("valid", "invalid")}
         out |= {k: share(k, "traces") for k in ("attempts", "wellformed")}
         out |= {"form_entropy": entropy(forms), "word_entropy": sum(map(entropy, kinds)) / 2}
@@ -474,7 +482,9 @@ class Real:
         """(prompt ids, ids of a trace by the solver): wrong attempts and a right one in the paper's format, if there is one."""
         tries = attempts(tuple(sorted(nums)), 9999)
         kinds = [[t for t in tries if (t[-1][-1] == target) == right] for right in (False, True)]
-        lines = rng.sample(kinds[0], min(len(kinds[0]), rng.randint(1, 3))) + rng.sample(kinds[1], min(len(kinds[1]), 1))
+        lines = rng.sample(kinds[0], min(len(kinds[0]), rng.randint(1, 3))) + rng.sample(
+            kinds[1], min(len(kinds[1]), 1)
+        )
         text = f"\nThe numbers are {list(nums)} and the target is {target}. Let's try different combinations:\n"
         for steps in lines:
             left = [bracketed(steps[i:]).replace("( ", "(").replace(" )", ")") for i in range(len(steps))]
@@ -661,7 +671,11 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
         cut = torch.tensor([r[-1] not in world.stops for _, r, _ in rows])
         keep = ~cut if args.overlong == "mask" else torch.ones_like(cut)
         T = max(len(p) + len(r) for p, r, _ in rows) - 1
-        idx, targets, old = torch.zeros(len(rows), T).long(), torch.full((len(rows), T), -100), torch.zeros(len(rows), T)
+        idx, targets, old = (
+            torch.zeros(len(rows), T).long(),
+            torch.full((len(rows), T), -100),
+            torch.zeros(len(rows), T),
+        )
         for i, (p, r, logp) in enumerate(rows):
             here = slice(len(p) - 1, len(p) + len(r) - 1)
             idx[i, : here.stop], targets[i, here], old[i, here] = torch.tensor([*p, *r][:-1]), torch.tensor(r), logp
@@ -669,12 +683,19 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
         store.update(idx=idx, targets=targets, old=old, advantage=advantages(rewards, args.group, args.adv_norm))
         store.update(weights=keep.float(), lengths=lengths * keep)
         same = (rewards.view(-1, args.group).std(1) == 0).float().mean().item()
-        row = {"reward": rewards.mean().item(), "entropy": entropy, "length": lengths.mean().item(), "zero_variance": same}
+        row = {
+            "reward": rewards.mean().item(),
+            "entropy": entropy,
+            "length": lengths.mean().item(),
+            "zero_variance": same,
+        }
         if ref:
             store["ref"], size = torch.zeros_like(old), args.micro_batch or len(idx)
             for i in range(0, len(idx), size):
                 x, y = (t[i : i + size].to(env.device) for t in (idx, targets))
-                store["ref"][i : i + size][(y != -100).cpu()] = token_logps(ref, ref.hidden(x)[y != -100], y[y != -100]).cpu()
+                store["ref"][i : i + size][(y != -100).cpu()] = token_logps(
+                    ref, ref.hidden(x)[y != -100], y[y != -100]
+                ).cpu()
             row["kl"] = divergence(old, store["ref"], "k3").sum().item() / lengths.sum().item()
         log(step, **row)
 
@@ -695,7 +716,15 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
         block.forward = lambda *x, f=block.forward: checkpoint(f, *x, use_reentrant=False)
     flags = replace(args, steps=args.control_steps if shuffle else args.rl_steps, lr=args.rl_lr, min_lr=1.0, warmup=5)
     flags = replace(flags, weight_decay=0.0, compile=False, eval_every=max(1, args.rl_steps // 4))
-    common.train(policy, batch, flags, env, log, lambda step: measure(policy, world, env, world.heldout[: args.problems]), position)
+    common.train(
+        policy,
+        batch,
+        flags,
+        env,
+        log,
+        lambda step: measure(policy, world, env, world.heldout[: args.problems]),
+        position,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- steps and passes
@@ -731,7 +760,12 @@ def find_steps(world, traces, scope="all"):
         spans = world.spans(ids)
         for first, last, value in spans:
             p = last + 1
-            if last < len(prompt) or p + 1 >= len(ids) or ids[p] != world.paren or ids[p + 1] not in world.valid + world.invalid:
+            if (
+                last < len(prompt)
+                or p + 1 >= len(ids)
+                or ids[p] != world.paren
+                or ids[p + 1] not in world.valid + world.invalid
+            ):
                 continue
             seen = [b for _, b, v in spans if v == target and b < (first if scope == "all" else len(prompt))]
             row = dict(paren=p, before=first - 1, valid=ids[p + 1] in world.valid, truth=value == target, result=value)
@@ -827,7 +861,9 @@ def disable(model, world, steps, sets, means=None, read=None):
     """Share of valid verdicts (K,) over `steps` with each of K sets of heads off, in one sweep; and what was read."""
     config, which = torch.arange(len(sets)).repeat_interleave(len(steps)), torch.arange(len(steps)).repeat(len(sets))
     logits, kept = run(model, steps, heads_off([sets[k] for k in config], model.config, means), read, which)
-    return says(logits, world).nan_to_num(0).view(len(sets), -1).mean(1), {k: v.unflatten(0, (len(sets), -1)) for k, v in kept.items()}
+    return says(logits, world).nan_to_num(0).view(len(sets), -1).mean(1), {
+        k: v.unflatten(0, (len(sets), -1)) for k, v in kept.items()
+    }
 
 
 def random_heads(heads, c, rng, outside):
@@ -945,7 +981,9 @@ def rank_heads(model, world, steps, neurons, effect):
             on, off = (F.silu(norm(v) @ gu[m][0].T) * (norm(v) @ gu[m][1].T) for v in (x, x - o))
             scores["direct"][l, h] += (on - off).sum(1).mean().cpu() / len(neurons)
     if effect:
-        drive = drives(model, world, steps, [[]] + [[(l, h)] for l in range(c.n_layer) for h in range(c.n_head)], neurons)
+        drive = drives(
+            model, world, steps, [[]] + [[(l, h)] for l in range(c.n_layer) for h in range(c.n_head)], neurons
+        )
         scores["effect"] = (drive[0] - drive[1:]).view(c.n_layer, c.n_head)
     return scores
 
@@ -959,7 +997,9 @@ def drives(model, world, steps, sets, neurons):
 
 def target_attention(model, steps, place):
     """Attention (L, H, N) from `place` (N,) to the earlier occurrences of the target."""
-    mass = lambda x, idx: (x[torch.arange(len(idx)), :, place[idx]].cpu() * steps.seen[idx, : x.shape[-1]][:, None]).sum(-1)
+    mass = lambda x, idx: (
+        x[torch.arange(len(idx)), :, place[idx]].cpu() * steps.seen[idx, : x.shape[-1]][:, None]
+    ).sum(-1)
     sites = [f"blocks.{l}.attn.pattern" for l in range(model.config.n_layer)]
     return torch.stack([t.T for t in run(model, steps, read=dict.fromkeys(sites, mass))[1].values()]).float()
 
@@ -977,7 +1017,13 @@ def continued(model, world, steps, make, max_new):
             row[: len(rows[i])] = torch.tensor(rows[i])
         now = replace(steps[torch.tensor(list(going))], ids=ids, paren=torch.tensor([len(rows[i]) - 1 for i in going]))
         verdict = run(model, now, make(now))[0].argmax(-1)
-        new = generate(model, [[*rows[i], v] for i, v in zip(going, verdict.tolist())], room - 1, 0.0, stop=[world.paren, *world.stops])
+        new = generate(
+            model,
+            [[*rows[i], v] for i, v in zip(going, verdict.tolist())],
+            room - 1,
+            0.0,
+            stop=[world.paren, *world.stops],
+        )
         for i, v, more in zip(going, verdict.tolist(), new):
             rows[i] += [v, *more]
         going = [i for i in going if rows[i][-1] == world.paren]
@@ -1011,9 +1057,14 @@ def analyse(model, world, steps, args, seed, base=None, fresh=None):
         m[f"p_{kind}"] = says(run(model, part)[0], world).nan_to_num(0).mean().item()
 
     # probes on the stream at the bracket, at the result, and before it
-    sites, places = ["embed"] + [f"blocks.{l}.resid_post" for l in range(c.n_layer)], (steps.paren, steps.paren - 1, steps.before)
+    sites, places = (
+        ["embed"] + [f"blocks.{l}.resid_post" for l in range(c.n_layer)],
+        (steps.paren, steps.paren - 1, steps.before),
+    )
     stacked = lambda x, idx: torch.stack([at(p)(x, idx) for p in places])  # (3, b, C)
-    stream = lambda net: torch.stack(list(run(net, steps, read=dict.fromkeys(sites, lambda x, i: stacked(x, i).transpose(0, 1)))[1].values()))
+    stream = lambda net: torch.stack(
+        list(run(net, steps, read=dict.fromkeys(sites, lambda x, i: stacked(x, i).transpose(0, 1)))[1].values())
+    )
     x = stream(model)  # (L + 1, N, 3, C)
     fit = lambda x, y=y: fit_probe(x, y, steps.problem, seed)
     (W, m["probe_bracket"]), (_, m["probe_result"]), (_, m["probe_before"]) = (fit(x[:, :, i]) for i in range(3))
@@ -1032,14 +1083,23 @@ def analyse(model, world, steps, args, seed, base=None, fresh=None):
     vectors = lambda sets: torch.stack([model.blocks[l].mlp.down.weight[:, i] for l, i in pairs(sets)])
     for kind, sets in (("", (glu_valid, glu_invalid)), ("_random", (others(k, glu_valid, glu_invalid),) * 2)):
         for label, chosen, words in zip(("valid", "invalid"), sets, (world.valid, world.invalid)):
-            m[f"lens_{label}{kind}"] = torch.isin(lens(model, vectors(chosen), 3), torch.tensor(words)).any(1).float().mean().item()
+            m[f"lens_{label}{kind}"] = (
+                torch.isin(lens(model, vectors(chosen), 3), torch.tensor(words)).any(1).float().mean().item()
+            )
     acts = run(model, steps, read={f"blocks.{l}.mlp.act": at(steps.paren) for l in glu_valid})[1]
     word, m["lens"] = lambda ids: " ".join(repr(world.decode([i])) for i in ids.tolist()), []
     for kind, chosen in (("valid", glu_valid), ("invalid", glu_invalid)):
         for (l, i), along, against in zip(pairs(chosen), *(lens(model, s * vectors(chosen), 5) for s in (1, -1))):
             a = acts[f"blocks.{l}.mlp.act"][:, i]
             row = {"set": kind, "neuron": f"{l}:{i}", "reads": word(along), "antipode": word(against)}
-            m["lens"] += [row | {"m_valid": a[:n].mean().item(), "m_invalid": a[n:].mean().item(), "negative": (a < 0).float().mean().item()}]
+            m["lens"] += [
+                row
+                | {
+                    "m_valid": a[:n].mean().item(),
+                    "m_invalid": a[n:].mean().item(),
+                    "negative": (a < 0).float().mean().item(),
+                }
+            ]
 
     # heads that look back at the target, in six orders
     mass, bracket = (target_attention(model, steps, place) for place in (steps.paren - 1, steps.paren))
@@ -1047,8 +1107,12 @@ def analyse(model, world, steps, args, seed, base=None, fresh=None):
     every = list(itertools.product(range(c.n_layer), range(c.n_head)))
     prev = [x for x in every if scores["mass"][x] > args.prev_thresh]
     if not prev:
-        top = ", ".join(f"{name(x)} {scores['mass'][x]:.3f}" for x in sorted(every, key=lambda x: -scores["mass"][x])[:5])
-        raise ValueError(f"no head attends to the target by more than --prev-thresh {args.prev_thresh}; the largest: {top}")
+        top = ", ".join(
+            f"{name(x)} {scores['mass'][x]:.3f}" for x in sorted(every, key=lambda x: -scores["mass"][x])[:5]
+        )
+        raise ValueError(
+            f"no head attends to the target by more than --prev-thresh {args.prev_thresh}; the largest: {top}"
+        )
     scores |= rank_heads(model, world, few, neurons, len(every) <= 64 or args.rank == "effect")
     order = {r: sorted(prev, key=lambda x, s=s: -s[x].item()) for r, s in scores.items()}
     best = order[args.rank]
@@ -1068,27 +1132,44 @@ def analyse(model, world, steps, args, seed, base=None, fresh=None):
     m |= {"off_random": off(few, randoms).mean().item(), "off_random_prev": off(few, same).mean().item()}
     m |= {"n_random_prev": len(same[0]), "false_accepts": off(bad, [three]).item()}
     mean = lambda z, idx: torch.stack([row[: p + 1].mean(0) for row, p in zip(z, steps.paren[idx])])
-    means = [z.mean(0) for z in run(model, steps, read={f"blocks.{l}.attn.z": mean for l in range(c.n_layer)})[1].values()]
+    means = [
+        z.mean(0) for z in run(model, steps, read={f"blocks.{l}.attn.z": mean for l in range(c.n_layer)})[1].values()
+    ]
     m["off_three_mean"] = off(good, [three], means=means).item()
     drive = drives(model, world, few, [[], three, *randoms], pairs(glu_valid))
     m |= {"drive_fall": (1 - drive[1] / drive[0]).item(), "drive_fall_random": (1 - drive[2:].mean() / drive[0]).item()}
     if base:
         m["base_on"], m["base_off"] = off(few, [[], three], base).tolist()
-        vectors = [[w for b in net.blocks for w in (b.mlp.down.weight.T, b.attn.proj.weight.T)] for net in (base, model)]
-        m["rl_cosine"] = float(np.mean([F.cosine_similarity(p.float(), q.float()).mean().item() for p, q in zip(*vectors)]))
+        vectors = [
+            [w for b in net.blocks for w in (b.mlp.down.weight.T, b.attn.proj.weight.T)] for net in (base, model)
+        ]
+        m["rl_cosine"] = float(
+            np.mean([F.cosine_similarity(p.float(), q.float()).mean().item() for p, q in zip(*vectors)])
+        )
 
     # whole continuations: the paper's table
     both = {l: torch.cat((glu_valid[l], glu_invalid[l])).unique() for l in glu_valid}
     heads = lambda chosen: lambda s: heads_off([chosen] * len(s), c)
-    makes = {"none": lambda s: None, "GLU valid": lambda s: glu_off(s, glu_valid), "GLU both": lambda s: glu_off(s, both)}
+    makes = {
+        "none": lambda s: None,
+        "GLU valid": lambda s: glu_off(s, glu_valid),
+        "GLU both": lambda s: glu_off(s, both),
+    }
     random_glu = others(min(2 * k, c.d_mlp))
-    makes |= {"random GLU": lambda s: glu_off(s, random_glu), "3 heads": heads(three), "A_prev": heads(prev), "3 random": heads(randoms[0])}
+    makes |= {
+        "random GLU": lambda s: glu_off(s, random_glu),
+        "3 heads": heads(three),
+        "A_prev": heads(prev),
+        "3 random": heads(randoms[0]),
+    }
     room, m["table"] = min(40, c.block_size - steps.ids.shape[1] - 1), {}
     for what, make in makes.items():
         kinds = Counter(classify(world, new) for new in continued(model, world, few, make, room))
         m["table"][what] = {kind: kinds[kind] / len(few) for kind in ("success", "partial", "fail", "unknown")}
         m[f"success {what}"] = m["table"][what]["success"]
-    return m | sufficiency(model, world, good, bad, three, draws(three, 5), W, x[:, :, 0].norm(dim=2).mean(1), args, rng)
+    return m | sufficiency(
+        model, world, good, bad, three, draws(three, 5), W, x[:, :, 0].norm(dim=2).mean(1), args, rng
+    )
 
 
 def sufficiency(model, world, good, bad, heads, controls, W, norms, args, rng):
@@ -1107,10 +1188,15 @@ def sufficiency(model, world, good, bad, heads, controls, W, norms, args, rng):
     def swap(chosen, donors):
         def put(x, idx, l):
             x, own = x.clone(), torch.tensor([h for layer, h in chosen if layer == l])
-            x[torch.arange(len(idx))[:, None, None], ends(takers, idx)[..., None], own] = z[l][donors[idx]][:, :, own].to(x)
+            x[torch.arange(len(idx))[:, None, None], ends(takers, idx)[..., None], own] = z[l][donors[idx]][
+                :, :, own
+            ].to(x)
             return x
 
-        return share(takers, lambda part, idx: {f"blocks.{l}.attn.z": lambda x, l=l: put(x, idx, l) for l in {l for l, _ in chosen}})
+        return share(
+            takers,
+            lambda part, idx: {f"blocks.{l}.attn.z": lambda x, l=l: put(x, idx, l) for l in {l for l, _ in chosen}},
+        )
 
     if pairs:
         same, any_ = torch.tensor([j for _, j in pairs]), torch.tensor(rng.choices(range(len(good)), k=len(pairs)))
@@ -1128,7 +1214,9 @@ def sufficiency(model, world, good, bad, heads, controls, W, norms, args, rng):
 
     noise = torch.Generator().manual_seed(0)
     m["steer"] = steer(lambda l: W[l + 1, :, 1])
-    return m | {"steer_random": float(np.mean([steer(lambda l: torch.randn(c.n_embd, generator=noise)) for _ in range(5)]))}
+    return m | {
+        "steer_random": float(np.mean([steer(lambda l: torch.randn(c.n_embd, generator=noise)) for _ in range(5)]))
+    }
 
 
 @torch.no_grad()
@@ -1309,13 +1397,23 @@ def run_seed(args, seed, position=0):
         return m
     for name, net in nets.items():
         m |= {f"{name}_{k}": v for k, v in measure(net, world, env, some).items()}
-        m |= {f"{name}_{k}": v for k, v in measure(net, world, env, some[: len(some) // 4], 8, seed).items()} if toy else {}
+        m |= (
+            {f"{name}_{k}": v for k, v in measure(net, world, env, some[: len(some) // 4], 8, seed).items()}
+            if toy
+            else {}
+        )
     if toy:
-        curves = {s: {r["step"]: r["greedy"] for r in common.read_jsonl(log(s).path) if "greedy" in r} for s in ("grpo", "control")}
+        curves = {
+            s: {r["step"]: r["greedy"] for r in common.read_jsonl(log(s).path) if "greedy" in r}
+            for s in ("grpo", "control")
+        }
         m["gain"], end = m["grpo_greedy"] - m["sft_greedy"], max(curves["control"], default=0)
         if end:
             nearest = min(curves["grpo"], key=lambda step: abs(step - end))
-            m |= {"gain_control": curves["control"][end] - curves["control"][0], "gain_then": curves["grpo"][nearest] - curves["grpo"][0]}
+            m |= {
+                "gain_control": curves["control"][end] - curves["control"][0],
+                "gain_then": curves["grpo"][nearest] - curves["grpo"][0],
+            }
     rng = random.Random(f"traces {seed}")
     problems = [rng.choice(world.train) for _ in range(4 * args.samples)]
     with env.autocast(), model.eager():
@@ -1333,9 +1431,19 @@ def run_seed(args, seed, position=0):
             m |= check_listed(model, world, steps, args, heads, neurons)
         fresh = toy_model(args, world, seed + 1000).to(env.device) if toy else None
         m |= analyse(model, world, steps, args, seed, nets.get("sft"), fresh)
-    m |= {"inner": max(m["probe_bracket"][1:-1]), "embedded": m["probe_bracket"][0], "inner_result": max(m["probe_result"][1:-1])}
+    m |= {
+        "inner": max(m["probe_bracket"][1:-1]),
+        "embedded": m["probe_bracket"][0],
+        "inner_result": max(m["probe_result"][1:-1]),
+    }
     m |= {k: max(m[f"probe_{k}"]) for k in ("shuffled", "lexical", "fresh", "before") if f"probe_{k}" in m}
-    plain = lambda v: v.item() if isinstance(v, torch.Tensor) and v.dim() == 0 else [plain(x) for x in v] if isinstance(v, (list, torch.Tensor)) else v
+    plain = lambda v: (
+        v.item()
+        if isinstance(v, torch.Tensor) and v.dim() == 0
+        else [plain(x) for x in v]
+        if isinstance(v, (list, torch.Tensor))
+        else v
+    )
     return {k: plain(v) for k, v in m.items()}
 
 
@@ -1370,12 +1478,18 @@ def main(argv=None):
         seeds = common.side_by_side(run_seed, [(args, s, i % jobs) for i, s in enumerate(args.seeds)], jobs)
     if env.rank:
         return None
-    logs = {stage: [common.Log(out, f"{stage}-s{s}") for s in args.seeds] for stage in STAGES[:3] if stage in args.stages}
+    logs = {
+        stage: [common.Log(out, f"{stage}-s{s}") for s in args.seeds] for stage in STAGES[:3] if stage in args.stages
+    }
     run.metrics = {"seeds": seeds, "baselines": {}}
     if not args.model:
         world = Toy(args, 0)
         (one, _), (several, ahead) = (baselines(world.heldout, args.cap, k) for k in (1, args.attempts))
-        run.metrics["baselines"] = {"one random attempt": one, f"{args.attempts} random attempts": several, "lookahead": ahead}
+        run.metrics["baselines"] = {
+            "one random attempt": one,
+            f"{args.attempts} random attempts": several,
+            "lookahead": ahead,
+        }
     if "analysis" in args.stages:
         for s in seeds:
             s |= {"gain_min": min(x["gain"] for x in seeds)} if "gain" in s else {}

@@ -234,6 +234,11 @@ def test_sharing_by_hand():
     rng = np.random.default_rng(0)
     drawn = [S.shared({i: rng.choice(300, 16, replace=False).tolist() for i in range(6)}) for _ in range(300)]
     assert np.mean([len(m) / len(c) for m, c in drawn]) == pytest.approx(0.132, abs=0.01)
+    drawn = [S.shared({i: rng.choice(20, 4, replace=False).tolist() for i in range(6)})[1].values() for _ in range(900)]
+    assert np.mean([sum(n for n in c if n >= 3) / 24 for c in drawn]) == pytest.approx(
+        S.common_null(20, 4, 6), abs=0.02
+    )
+    assert S.common_null(10, 2, 2) == pytest.approx(0.2) and S.common_null(4, 4, 6) == 1
 
 
 def test_probe_auc_balance_and_matched_latents():

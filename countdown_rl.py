@@ -50,7 +50,7 @@ class Args(common.TrainFlags):
     presets: ClassVar[dict] = {
         "smoke": dict(steps=6, drill=2, batch_size=4, n_embd=32, head_dim=4, rl_steps=2, control_steps=2, prompts=2)
         | dict(problems=8, samples=12, save_every=2, prev_thresh=0.0, jobs=1, threads=1),
-        "toy": dict(steps=800, batch_size=16, lr=4e-3, min_lr=0.03, weight_decay=0.01, jobs=1),
+        "toy": dict(steps=850, batch_size=16, lr=4e-3, min_lr=0.03, jobs=1),
         "paper": dict(model="Qwen/Qwen2.5-3B", stages=["grpo", "analysis"], nums=[3, 4], num_max=99, cap=100)
         | dict(prompts=256, max_new=1024, rl_lr=1e-6, beta=0.001, rl_steps=300, format_reward=0.1, clip_high=0.2)
         | dict(micro_batch=4, problems=1024, save_every=100, samples=300, steering=20.0, minibatches=4, rank="diag")
@@ -61,7 +61,7 @@ class Args(common.TrainFlags):
     model: str = ""
     """a real checkpoint: GRPO from it (no SFT), or analysis alone, on traces that the solver writes"""
     dataset: str = ""
-    """problems for --model: a `datasets` id or file:X.jsonl, rows with nums and target [own ones] (paper: Jiayi-Pan/...)"""
+    """problems for --model: a `datasets` id or file:X.jsonl, rows with nums and target [random ones]"""
     nums: list[int] = field(default_factory=lambda: [3])
     """how many numbers a problem has (paper: 3 4)"""
     num_max: int = 8
@@ -72,7 +72,7 @@ class Args(common.TrainFlags):
     """toy: most attempts in a trace"""
     guess: float = 0.75
     """toy: share of traces that answer with the first attempt, unchecked"""
-    drill: int = 250
+    drill: int = 240
     """toy: the first of --steps, spent on comparing numbers"""
     n_layer: int = 4
     """toy: blocks"""
@@ -82,9 +82,9 @@ class Args(common.TrainFlags):
     """toy: width; twice as many GLU neurons"""
     head_dim: int = 16
     """toy: of a head"""
-    rl_steps: int = 40
+    rl_steps: int = 32
     """optimizer steps of GRPO (paper: 300)"""
-    control_steps: int = 20
+    control_steps: int = 16
     """optimizer steps with permuted rewards"""
     rl_lr: float = 3e-4
     """constant (paper: 1e-6)"""
@@ -158,8 +158,8 @@ class BadExpression(ValueError):
 def evaluate(text):
     """(value, ints, number of operations) of an arithmetic expression, exact; raises BadExpression.
 
-    Nothing that a model writes is run: expr = term {+- term}, term = factor {*/ factor}, factor = [-] (int | (expr)), at
-    most 200 characters, 32 levels, 6 digits. `**`, `//`, decimals and leading zeros are not in the grammar.
+    Nothing that a model writes is run: expr = term {+- term}, term = factor {*/ factor}, factor = [-] (int | (expr)),
+    at most 200 characters, 32 levels, 6 digits. `**`, `//`, decimals and leading zeros are not in the grammar.
     """
     if len(text) > 200:
         raise BadExpression("longer than 200 characters")
@@ -216,7 +216,7 @@ def reward(response, nums, target, args):
 
 @cache
 def attempts(nums, cap):
-    """All left-to-right attempts on a tuple of numbers by + - *: [((a, op, b, value), (value, op, c, value), ...), ...].
+    """All left-to-right attempts on a tuple of numbers by + - *: [((a, op, b, value), (value, op, c, value), ...)].
 
     Each number once, in any order, every value in 0..cap.
     """
@@ -244,9 +244,8 @@ def expressions(values):
         yield values[0]
     for i, j in itertools.combinations(range(len(values)), 2):
         rest = [v for k, v in enumerate(values) if k not in (i, j)]
-        for op, (a, x), (b, y) in [(op, values[i], values[j]) for op in APPLY] + [
-            (op, values[j], values[i]) for op in "-/"
-        ]:
+        ways = [(op, values[i], values[j]) for op in APPLY] + [(op, values[j], values[i]) for op in "-/"]
+        for op, (a, x), (b, y) in ways:
             if op != "/" or b:
                 yield from expressions([*rest, (APPLY[op](a, b), f"({x} {op} {y})")])
 
@@ -258,7 +257,7 @@ def reachable(nums):
 
 
 def baselines(problems, cap, k):
-    """Mean chance of a hit within k attempts without replacement: random ones; random first steps, then the best last."""
+    """Mean chance to hit within k attempts without replacement: random ones; random first steps, then the best."""
     miss = lambda n, hits: math.comb(n - hits, k) / math.comb(n, k) if n >= k else float(not hits)
     rates = []
     for nums, target in problems:
@@ -296,9 +295,7 @@ class Toy:
         held = lambda problem: hashlib.sha256(repr(problem).encode()).digest()[0] < 51  # a fifth, whatever the seed
         self.train, self.heldout = [p for p in every if not held(p)], [p for p in every if held(p)]
         if not self.train or not self.heldout:
-            raise ValueError(
-                f"--nums {args.nums} --num-max {args.num_max} --cap {args.cap}: too few problems ({len(every)})"
-            )
+            raise ValueError(f"--nums {args.nums} --num-max {args.num_max} --cap {args.cap}: too few problems")
         n = max(args.nums)
         self.max_new = args.max_new or args.attempts * (6 * n - 2) + 3 * n + 3
         self.longest = self.max_new + n + 5
@@ -324,7 +321,7 @@ class Toy:
         return (word or "this works") if right else f"{word or 'not'} {target}"
 
     def written(self, nums, target, rng, checks=True):
-        """A searcher's trace (prompt ids, response ids): random attempts without replacement, checked until one works."""
+        """A searcher's (prompt ids, response ids): random attempts without replacement, checked until one works."""
         tries, text = attempts(nums, self.args.cap), ""
         for steps in rng.sample(tries, min(len(tries), self.args.attempts)):
             right = steps[-1][-1] == target
@@ -385,24 +382,21 @@ class Toy:
                     ok = False
                     continue
                 true = all(APPLY[op](int(a), int(b)) == int(v) for a, op, b, v in (s.groups() for s in steps))
-                n.update(lines=1, true=true, checked=bool(verdict))
+                n.update(lines=1, arithmetic=true, checked=bool(verdict))
                 if verdict:
                     kind, good = ("valid", VALID) if int(steps[-1][4]) == target else ("invalid", INVALID)
                     words[kind, verdict] += 1
                     n.update({kind: 1, f"{kind} seen": verdict in good})
-            n.update(traces=1, right=reward(text, nums, target, self.args) == 1, attempts=len(lines), wellformed=ok)
+            right = reward(text, nums, target, self.args) == 1
+            n.update(traces=1, accuracy=right, attempts=len(lines), wellformed=ok)
             forms[bool(lines) and all(v for _, v in lines)] += 1
             traces.setdefault((nums, target), set()).add(text)
         share = lambda a, b: n[a] / max(1, n[b])
         entropy = lambda c: -sum(v / c.total() * math.log(v / c.total()) for v in c.values())
         kinds = [Counter({w: v for w, v in words.items() if w[0] == kind}) for kind in ("valid", "invalid")]
-        out = {
-            "accuracy": share("right", "traces"),
-            "arithmetic": share("true", "lines"),
-            "checked": share("checked", "lines"),
-        }
+        out = {k: share(k, "traces") for k in ("accuracy", "attempts", "wellformed")}
+        out |= {k: share(k, "lines") for k in ("arithmetic", "checked")}
         out |= {f"recall_{k}": share(f"{k} seen", k) for k in ("valid", "invalid")}
-        out |= {k: share(k, "traces") for k in ("attempts", "wellformed")}
         out |= {"form_entropy": entropy(forms), "word_entropy": sum(map(entropy, kinds)) / 2}
         return out | {"distinct": float(np.mean([len(t) for t in traces.values()]))}
 
@@ -423,6 +417,41 @@ def toy_model(args, world, seed):
     return Policy(GPTConfig(len(world.words), max(128, world.longest), **sizes, head_dim=args.head_dim, **plain))
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon for the matrices of the blocks: momentum, made orthogonal. Adam for the rest [I]."""
+
+    def __init__(self, model, args):
+        matrices = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+        groups = [[p for p in model.parameters() if (id(p) in matrices) == kind] for kind in (True, False)]
+        super().__init__([{"params": g, "matrix": kind} for g, kind in zip(groups, (True, False))], {"lr": args.lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group, p in ((g, p) for g in self.param_groups for p in g["params"]):
+            s, g = self.state[p], p.grad
+            if not s:
+                s.update(n=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p))
+            s["n"] += 1
+            if group["matrix"]:
+                s["m"].mul_(0.95).add_(g)
+                p.add_(orthogonal(g + 0.95 * s["m"]), alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
+            else:
+                s["m"].lerp_(g, 0.1)
+                s["v"].lerp_(g * g, 0.05)
+                scale = ((s["v"] / (1 - 0.95 ** s["n"])).sqrt() + 1e-8) * (1 - 0.9 ** s["n"])
+                p.addcdiv_(s["m"], scale, value=-group["lr"])
+
+
+def orthogonal(g):
+    """U V^T, about, of a matrix g = U S V^T: five Newton-Schulz steps (coefficients of Jordan, 2024)."""
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
 # ------------------------------------------------------------------------------------------------------- a real model
 
 PROMPT = """A conversation between User and Assistant. The Assistant first thinks about the reasoning, then answers.
@@ -436,7 +465,7 @@ PAPER_NEURONS = "26:6475 29:6676 25:1124 27:10388 30:8233 32:5650 32:767 31:1012
 
 
 class Real:
-    """What Toy is, for a checkpoint: TinyZero's kind of prompt, its own tokenizer, numbers in digits, round brackets."""
+    """What Toy is, for a checkpoint: TinyZero's kind of prompt, its own tokenizer, digits, round brackets."""
 
     def __init__(self, args, tok, seed):
         self.args, self.tok, self.stops, self.decode, self.seed = args, tok, tok.stops, tok.decode, seed
@@ -468,7 +497,7 @@ class Real:
         return self.tok.encode(PROMPT.format(nums=rng.sample(nums, len(nums)), target=target), bos=True)
 
     def spans(self, ids):
-        """[(first, last, value)] of the numbers in a sequence: runs of digits, so that 62 is not found in 162 or 620."""
+        """[(first, last, value)] of the numbers in a sequence: runs of digits, so 62 is not found in 162 or 620."""
         out = []
         for i, piece in enumerate(self.tok.decode([t]) for t in ids):
             if re.fullmatch(r"\s*[0-9]+", piece):
@@ -479,12 +508,10 @@ class Real:
         return out
 
     def written(self, nums, target, rng):
-        """(prompt ids, ids of a trace by the solver): wrong attempts and a right one in the paper's format, if there is one."""
+        """(prompt ids, ids of a trace by the solver): wrong attempts and a right one, in the paper's format."""
         tries = attempts(tuple(sorted(nums)), 9999)
         kinds = [[t for t in tries if (t[-1][-1] == target) == right] for right in (False, True)]
-        lines = rng.sample(kinds[0], min(len(kinds[0]), rng.randint(1, 3))) + rng.sample(
-            kinds[1], min(len(kinds[1]), 1)
-        )
+        lines = [t for k, n in zip(kinds, (rng.randint(1, 3), 1)) for t in rng.sample(k, min(len(k), n))]
         text = f"\nThe numbers are {list(nums)} and the target is {target}. Let's try different combinations:\n"
         for steps in lines:
             left = [bracketed(steps[i:]).replace("( ", "(").replace(" )", ")") for i in range(len(steps))]
@@ -498,7 +525,7 @@ class Real:
 
 
 def read_problems(name):
-    """[(nums, target)] of file:X.jsonl or a `datasets` id with columns nums and target; ValueError if one can't be solved."""
+    """[(nums, target)] of file:X.jsonl or a `datasets` id; ValueError if a problem can't be solved."""
     if name.startswith("file:"):
         rows = common.read_jsonl(Path(name[5:]).expanduser())
     else:
@@ -564,7 +591,7 @@ def measure(model, world, env, problems, samples=0, seed=0):
                 ids, *_ = rollout(model, prompts, n, world.max_new, temperature, world.stops, seed + i, env.dtype)
             texts += [world.decode(r) for r in ids]
         found = world.examine([p for p in problems for _ in range(n)], texts)
-        out |= {f"{name}_{k}".removesuffix("_accuracy").lstrip("_"): v for k, v in found.items()}
+        out |= {f"{name}_{k}".removesuffix("_accuracy") if name else k: v for k, v in found.items()}
     return out
 
 
@@ -671,11 +698,8 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
         cut = torch.tensor([r[-1] not in world.stops for _, r, _ in rows])
         keep = ~cut if args.overlong == "mask" else torch.ones_like(cut)
         T = max(len(p) + len(r) for p, r, _ in rows) - 1
-        idx, targets, old = (
-            torch.zeros(len(rows), T).long(),
-            torch.full((len(rows), T), -100),
-            torch.zeros(len(rows), T),
-        )
+        idx, targets = torch.zeros(len(rows), T).long(), torch.full((len(rows), T), -100)
+        old = torch.zeros(len(rows), T)
         for i, (p, r, logp) in enumerate(rows):
             here = slice(len(p) - 1, len(p) + len(r) - 1)
             idx[i, : here.stop], targets[i, here], old[i, here] = torch.tensor([*p, *r][:-1]), torch.tensor(r), logp
@@ -683,19 +707,13 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
         store.update(idx=idx, targets=targets, old=old, advantage=advantages(rewards, args.group, args.adv_norm))
         store.update(weights=keep.float(), lengths=lengths * keep)
         same = (rewards.view(-1, args.group).std(1) == 0).float().mean().item()
-        row = {
-            "reward": rewards.mean().item(),
-            "entropy": entropy,
-            "length": lengths.mean().item(),
-            "zero_variance": same,
-        }
+        row = dict(reward=rewards.mean().item(), entropy=entropy, length=lengths.mean().item(), zero_variance=same)
         if ref:
             store["ref"], size = torch.zeros_like(old), args.micro_batch or len(idx)
             for i in range(0, len(idx), size):
                 x, y = (t[i : i + size].to(env.device) for t in (idx, targets))
-                store["ref"][i : i + size][(y != -100).cpu()] = token_logps(
-                    ref, ref.hidden(x)[y != -100], y[y != -100]
-                ).cpu()
+                on = y != -100
+                store["ref"][i : i + size][on.cpu()] = token_logps(ref, ref.hidden(x)[on], y[on]).cpu()
             row["kl"] = divergence(old, store["ref"], "k3").sum().item() / lengths.sum().item()
         log(step, **row)
 
@@ -716,15 +734,8 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
         block.forward = lambda *x, f=block.forward: checkpoint(f, *x, use_reentrant=False)
     flags = replace(args, steps=args.control_steps if shuffle else args.rl_steps, lr=args.rl_lr, min_lr=1.0, warmup=5)
     flags = replace(flags, weight_decay=0.0, compile=False, eval_every=max(1, args.rl_steps // 4))
-    common.train(
-        policy,
-        batch,
-        flags,
-        env,
-        log,
-        lambda step: measure(policy, world, env, world.heldout[: args.problems]),
-        position,
-    )
+    test = lambda step: measure(policy, world, env, world.heldout[: args.problems])
+    common.train(policy, batch, flags, env, log, test, position)
 
 
 # --------------------------------------------------------------------------------------------------- steps and passes
@@ -754,18 +765,13 @@ class Steps:
 
 def find_steps(world, traces, scope="all"):
     """The Steps of traces [((nums, target), prompt ids, response ids)]; ValueError if there is none."""
-    rows = []
+    rows, verdicts = [], world.valid + world.invalid
     for n, ((nums, target), prompt, response) in enumerate(traces):
         ids, attempt = [*prompt, *response], itertools.count()
         spans = world.spans(ids)
         for first, last, value in spans:
             p = last + 1
-            if (
-                last < len(prompt)
-                or p + 1 >= len(ids)
-                or ids[p] != world.paren
-                or ids[p + 1] not in world.valid + world.invalid
-            ):
+            if not len(prompt) < p < len(ids) - 1 or ids[p] != world.paren or ids[p + 1] not in verdicts:
                 continue
             seen = [b for _, b, v in spans if v == target and b < (first if scope == "all" else len(prompt))]
             row = dict(paren=p, before=first - 1, valid=ids[p + 1] in world.valid, truth=value == target, result=value)
@@ -781,7 +787,7 @@ def find_steps(world, traces, scope="all"):
 
 
 def balanced(steps, n, rng):
-    """n valid steps, then n invalid ones, or as many as there are of both; ValueError names the kind that is missing."""
+    """n valid, then n invalid steps, or as many as there are of both; ValueError if there is none of a kind."""
     found = [(steps.valid == v).nonzero()[:, 0].tolist() for v in (True, False)]
     for rows, kind in zip(found, ("valid", "invalid")):
         if not rows:
@@ -810,6 +816,11 @@ def run(model, steps, patches=None, read=None, which=None):
         logits.append(model.unembed(h[torch.arange(len(part)), steps.paren[idx]]).float().cpu())
     back = order.argsort()
     return torch.cat(logits)[back], {site: torch.cat(parts).cpu()[back] for site, parts in kept.items()}
+
+
+def layers(c, site):
+    """The names of a site in every block."""
+    return [f"blocks.{l}.{site}" for l in range(c.n_layer)]
 
 
 def at(place):
@@ -861,9 +872,8 @@ def disable(model, world, steps, sets, means=None, read=None):
     """Share of valid verdicts (K,) over `steps` with each of K sets of heads off, in one sweep; and what was read."""
     config, which = torch.arange(len(sets)).repeat_interleave(len(steps)), torch.arange(len(steps)).repeat(len(sets))
     logits, kept = run(model, steps, heads_off([sets[k] for k in config], model.config, means), read, which)
-    return says(logits, world).nan_to_num(0).view(len(sets), -1).mean(1), {
-        k: v.unflatten(0, (len(sets), -1)) for k, v in kept.items()
-    }
+    share = says(logits, world).nan_to_num(0).view(len(sets), -1).mean(1)
+    return share, {k: v.unflatten(0, (len(sets), -1)) for k, v in kept.items()}
 
 
 def random_heads(heads, c, rng, outside):
@@ -968,7 +978,7 @@ def rank_heads(model, world, steps, neurons, effect):
     gu = {l: [part[i] for part in model.blocks[l].mlp.up.weight.float().split(d)] for l, i in index.items()}
     gate, up = (torch.cat([g[side] for g in gu.values()]) for side in (0, 1))
     gain = torch.cat([model.blocks[l].norm2.weight.float().expand(len(i), -1) for l, i in index.items()])
-    read = [f"blocks.{l}.{s}" for l in range(c.n_layer) for s in ("attn.z", "resid_post", "mlp.out")]
+    read = [name for site in ("attn.z", "resid_post", "mlp.out") for name in layers(c, site)]
     acts = {k: v.to(gate) for k, v in run(model, steps, read=dict.fromkeys(read, at(steps.paren)))[1].items()}
     for l, h in itertools.product(range(c.n_layer), range(c.n_head)):
         wv, wo = ov(model.blocks[l], h)
@@ -981,9 +991,8 @@ def rank_heads(model, world, steps, neurons, effect):
             on, off = (F.silu(norm(v) @ gu[m][0].T) * (norm(v) @ gu[m][1].T) for v in (x, x - o))
             scores["direct"][l, h] += (on - off).sum(1).mean().cpu() / len(neurons)
     if effect:
-        drive = drives(
-            model, world, steps, [[]] + [[(l, h)] for l in range(c.n_layer) for h in range(c.n_head)], neurons
-        )
+        single = [[(l, h)] for l in range(c.n_layer) for h in range(c.n_head)]
+        drive = drives(model, world, steps, [[], *single], neurons)
         scores["effect"] = (drive[0] - drive[1:]).view(c.n_layer, c.n_head)
     return scores
 
@@ -997,10 +1006,9 @@ def drives(model, world, steps, sets, neurons):
 
 def target_attention(model, steps, place):
     """Attention (L, H, N) from `place` (N,) to the earlier occurrences of the target."""
-    mass = lambda x, idx: (
-        x[torch.arange(len(idx)), :, place[idx]].cpu() * steps.seen[idx, : x.shape[-1]][:, None]
-    ).sum(-1)
-    sites = [f"blocks.{l}.attn.pattern" for l in range(model.config.n_layer)]
+    row = lambda x, idx: x[torch.arange(len(idx)), :, place[idx]].cpu()  # (b, H, T)
+    mass = lambda x, idx: (row(x, idx) * steps.seen[idx, : x.shape[-1]][:, None]).sum(-1)
+    sites = layers(model.config, "attn.pattern")
     return torch.stack([t.T for t in run(model, steps, read=dict.fromkeys(sites, mass))[1].values()]).float()
 
 
@@ -1016,16 +1024,11 @@ def continued(model, world, steps, make, max_new):
         for row, i in zip(ids, going):
             row[: len(rows[i])] = torch.tensor(rows[i])
         now = replace(steps[torch.tensor(list(going))], ids=ids, paren=torch.tensor([len(rows[i]) - 1 for i in going]))
-        verdict = run(model, now, make(now))[0].argmax(-1)
-        new = generate(
-            model,
-            [[*rows[i], v] for i, v in zip(going, verdict.tolist())],
-            room - 1,
-            0.0,
-            stop=[world.paren, *world.stops],
-        )
-        for i, v, more in zip(going, verdict.tolist(), new):
-            rows[i] += [v, *more]
+        for i, token in zip(going, run(model, now, make(now))[0].argmax(-1).tolist()):
+            rows[i].append(token)
+        new = generate(model, [rows[i] for i in going], room - 1, 0.0, stop=[world.paren, *world.stops])
+        for i, more in zip(going, new):
+            rows[i] += more
         going = [i for i in going if rows[i][-1] == world.paren]
         room = max_new - max((len(rows[i]) - start[i] for i in going), default=0)
     return [row[s:] for row, s in zip(rows, start)]
@@ -1053,53 +1056,52 @@ def analyse(model, world, steps, args, seed, base=None, fresh=None):
     n, y = len(steps) // 2, steps.valid
     good, bad = steps[:n], steps[n:]
     few, name = good[:80], lambda head: f"L{head[0]}H{head[1]}"
-    for kind, part in (("valid", good), ("invalid", bad), *([("distractor", odd)] if len(odd) else [])):
-        m[f"p_{kind}"] = says(run(model, part)[0], world).nan_to_num(0).mean().item()
+    for key, part in ("none_off", good), ("false_accepts_before", bad), ("distractors_accepted", odd):
+        m |= {key: says(run(model, part)[0], world).nan_to_num(0).mean().item()} if len(part) else {}
 
     # probes on the stream at the bracket, at the result, and before it
-    sites, places = (
-        ["embed"] + [f"blocks.{l}.resid_post" for l in range(c.n_layer)],
-        (steps.paren, steps.paren - 1, steps.before),
-    )
-    stacked = lambda x, idx: torch.stack([at(p)(x, idx) for p in places])  # (3, b, C)
-    stream = lambda net: torch.stack(
-        list(run(net, steps, read=dict.fromkeys(sites, lambda x, i: stacked(x, i).transpose(0, 1)))[1].values())
-    )
-    x = stream(model)  # (L + 1, N, 3, C)
-    fit = lambda x, y=y: fit_probe(x, y, steps.problem, seed)
-    (W, m["probe_bracket"]), (_, m["probe_result"]), (_, m["probe_before"]) = (fit(x[:, :, i]) for i in range(3))
-    m["probe_shuffled"] = fit(x[:, :, 0], y[torch.tensor(rng.sample(range(2 * n), 2 * n))])[1]
+    sites, places = layers(c, "resid_post"), (steps.paren, steps.paren - 1, steps.before)
+    three_places = lambda x, idx: torch.stack([at(p)(x, idx) for p in places], 1)  # (b, 3, C)
+    read = dict.fromkeys(["embed", *sites], three_places)
+    stream = lambda net: torch.stack([*run(net, steps, read=read)[1].values()])  # (L + 1, N, 3, C)
+    x, W = stream(model), None
     onehot = [F.one_hot(t.unique(return_inverse=True)[1]).float() for t in (steps.result, steps.attempt)]
-    m["probe_lexical"] = fit(torch.cat(onehot, 1)[None])[1]
-    if fresh:
-        m["probe_fresh"] = fit(stream(fresh)[:, :, 0])[1]
+    inputs = {"bracket": x[:, :, 0], "result": x[:, :, 1], "before": x[:, :, 2], "shuffled": x[:, :, 0]}
+    inputs |= {"lexical": torch.cat(onehot, 1)[None]} | ({"fresh": stream(fresh)[:, :, 0]} if fresh else {})
+    for key, part in inputs.items():
+        labels = y[torch.tensor(rng.sample(range(2 * n), 2 * n))] if key == "shuffled" else y
+        w, accuracy = fit_probe(part, labels, steps.problem, seed)
+        W, m[f"probe_{key}"] = w if W is None else W, accuracy.tolist()
+    best = lambda key: max(m[f"probe_{key}"])
+    m |= {
+        "inner_layer": max(m["probe_bracket"][1:-1]),
+        "embedding": m["probe_bracket"][0],
+        "before_result": best("before"),
+    }
+    m |= {"probe_of_shuffled_labels": best("shuffled"), "probe_of_result_and_attempt": best("lexical")}
+    m |= {"inner_layer_at_result": max(m["probe_result"][1:-1])} | (
+        {"probe_of_random_weights": best("fresh")} if fresh else {}
+    )
 
     # GLU vectors: what they read as, along and against
     k = args.glu_k or max(1, round(0.05 * c.d_mlp))
     glu_valid, glu_invalid, neurons = glu_sets(model, W, k, 200 if args.model else 2 * k)
-    others = lambda size, *without: {l: torch.tensor(rng.sample(sorted(set(range(c.d_mlp)).difference(*(s[l].tolist() for s in without))), size))
-                                     for l in glu_valid}  # fmt: skip
+    free = {l: sorted({*range(c.d_mlp)} - {*glu_valid[l].tolist(), *glu_invalid[l].tolist()}) for l in glu_valid}
+    others = lambda size: {l: torch.tensor(rng.sample(free[l], min(size, len(free[l])))) for l in free}
     pairs = lambda sets: [(l, i) for l, some in sets.items() for i in some.tolist()]
     vectors = lambda sets: torch.stack([model.blocks[l].mlp.down.weight[:, i] for l, i in pairs(sets)])
-    for kind, sets in (("", (glu_valid, glu_invalid)), ("_random", (others(k, glu_valid, glu_invalid),) * 2)):
+    for kind, sets in (("", (glu_valid, glu_invalid)), ("_random", (others(k),) * 2)):
         for label, chosen, words in zip(("valid", "invalid"), sets, (world.valid, world.invalid)):
-            m[f"lens_{label}{kind}"] = (
-                torch.isin(lens(model, vectors(chosen), 3), torch.tensor(words)).any(1).float().mean().item()
-            )
+            reads = torch.isin(lens(model, vectors(chosen), 3), torch.tensor(words)).any(1)
+            m[f"lens_{label}{kind}"] = reads.float().mean().item()
     acts = run(model, steps, read={f"blocks.{l}.mlp.act": at(steps.paren) for l in glu_valid})[1]
     word, m["lens"] = lambda ids: " ".join(repr(world.decode([i])) for i in ids.tolist()), []
     for kind, chosen in (("valid", glu_valid), ("invalid", glu_invalid)):
         for (l, i), along, against in zip(pairs(chosen), *(lens(model, s * vectors(chosen), 5) for s in (1, -1))):
             a = acts[f"blocks.{l}.mlp.act"][:, i]
             row = {"set": kind, "neuron": f"{l}:{i}", "reads": word(along), "antipode": word(against)}
-            m["lens"] += [
-                row
-                | {
-                    "m_valid": a[:n].mean().item(),
-                    "m_invalid": a[n:].mean().item(),
-                    "negative": (a < 0).float().mean().item(),
-                }
-            ]
+            row |= {"m_valid": a[:n].mean().item(), "m_invalid": a[n:].mean().item()}
+            m["lens"].append(row | {"negative": (a < 0).float().mean().item()})
 
     # heads that look back at the target, in six orders
     mass, bracket = (target_attention(model, steps, place) for place in (steps.paren - 1, steps.paren))
@@ -1107,18 +1109,19 @@ def analyse(model, world, steps, args, seed, base=None, fresh=None):
     every = list(itertools.product(range(c.n_layer), range(c.n_head)))
     prev = [x for x in every if scores["mass"][x] > args.prev_thresh]
     if not prev:
-        top = ", ".join(
-            f"{name(x)} {scores['mass'][x]:.3f}" for x in sorted(every, key=lambda x: -scores["mass"][x])[:5]
-        )
+        most = sorted(every, key=lambda x: -scores["mass"][x])[:5]
+        top = ", ".join(f"{name(x)} {scores['mass'][x]:.3f}" for x in most)
         raise ValueError(
-            f"no head attends to the target by more than --prev-thresh {args.prev_thresh}; the largest: {top}"
+            f"no head attends to the target more than --prev-thresh {args.prev_thresh}; the largest: {top}"
         )
     scores |= rank_heads(model, world, few, neurons, len(every) <= 64 or args.rank == "effect")
     order = {r: sorted(prev, key=lambda x, s=s: -s[x].item()) for r, s in scores.items()}
     best = order[args.rank]
     three = best[:3]
-    m |= {"prev": [name(x) for x in best], "n_prev": len(prev), "heads": [
-        {"head": name(x), "at_bracket": bracket[x][:n].mean().item()} | {r: s[x].item() for r, s in scores.items()} for x in every]}  # fmt: skip
+    m |= {"prev": [name(x) for x in best], "heads_in_A_prev": len(prev), "heads": []}
+    for head in every:
+        row = {"head": name(head), "at_bracket": bracket[head][:n].mean().item()}
+        m["heads"].append(row | {r: score[head].item() for r, score in scores.items()})
 
     # switching them off
     off = lambda part, sets, net=model, means=None: disable(net, world, part, sets, means)[0]
@@ -1126,82 +1129,66 @@ def analyse(model, world, steps, args, seed, base=None, fresh=None):
     m["counts"] = [k for k in (1, 2, 3, 4, 6, 8, 12) if k <= len(prev)]
     m["curves"] = {r: off(few, [heads[:k] for k in m["counts"]]).tolist() for r, heads in order.items()}
     m["curve_random"] = [off(few[:25], draws(best[:k], 20)).tolist() for k in m["counts"]]
-    m["smallest"] = next((k for k, p in zip(m["counts"], m["curves"][args.rank]) if p <= 0.2), 0)
-    m["off_prev"], m["off_three"] = off(good, [prev, three]).tolist()
+    m["smallest_k_to_.2"] = next((k for k, p in zip(m["counts"], m["curves"][args.rank]) if p <= 0.2), 0)
+    m["A_prev_off"], m["3_off"] = off(good, [prev, three]).tolist()
     randoms, same = draws(three, 20), draws(prev, 5)
-    m |= {"off_random": off(few, randoms).mean().item(), "off_random_prev": off(few, same).mean().item()}
-    m |= {"n_random_prev": len(same[0]), "false_accepts": off(bad, [three]).item()}
+    m |= {"3_random_off": off(few, randoms).mean().item(), "like_A_prev_random_off": off(few, same).mean().item()}
+    m |= {"of_which": len(same[0]), "false_accepts": off(bad, [three]).item()}
     mean = lambda z, idx: torch.stack([row[: p + 1].mean(0) for row, p in zip(z, steps.paren[idx])])
-    means = [
-        z.mean(0) for z in run(model, steps, read={f"blocks.{l}.attn.z": mean for l in range(c.n_layer)})[1].values()
-    ]
-    m["off_three_mean"] = off(good, [three], means=means).item()
+    means = [z.mean(0) for z in run(model, steps, read=dict.fromkeys(layers(c, "attn.z"), mean))[1].values()]
+    m["3_at_their_mean"] = off(good, [three], means=means).item()
     drive = drives(model, world, few, [[], three, *randoms], pairs(glu_valid))
-    m |= {"drive_fall": (1 - drive[1] / drive[0]).item(), "drive_fall_random": (1 - drive[2:].mean() / drive[0]).item()}
+    m |= {"fall": (1 - drive[1] / drive[0]).item(), "fall_random_heads": (1 - drive[2:].mean() / drive[0]).item()}
     if base:
         m["base_on"], m["base_off"] = off(few, [[], three], base).tolist()
-        vectors = [
-            [w for b in net.blocks for w in (b.mlp.down.weight.T, b.attn.proj.weight.T)] for net in (base, model)
-        ]
-        m["rl_cosine"] = float(
-            np.mean([F.cosine_similarity(p.float(), q.float()).mean().item() for p, q in zip(*vectors)])
-        )
+        outs = [torch.cat([w for b in net.blocks for w in (b.mlp.down.weight.T, b.attn.proj.weight.T)])
+                for net in (base, model)]  # fmt: skip
+        m["rl_cosine"] = F.cosine_similarity(*outs).mean().item()
 
     # whole continuations: the paper's table
     both = {l: torch.cat((glu_valid[l], glu_invalid[l])).unique() for l in glu_valid}
     heads = lambda chosen: lambda s: heads_off([chosen] * len(s), c)
-    makes = {
-        "none": lambda s: None,
-        "GLU valid": lambda s: glu_off(s, glu_valid),
-        "GLU both": lambda s: glu_off(s, both),
-    }
-    random_glu = others(min(2 * k, c.d_mlp))
-    makes |= {
-        "random GLU": lambda s: glu_off(s, random_glu),
-        "3 heads": heads(three),
-        "A_prev": heads(prev),
-        "3 random": heads(randoms[0]),
-    }
+    glu = lambda sets: lambda s: glu_off(s, sets)
+    makes = {"none": lambda s: None, "GLU valid": glu(glu_valid), "GLU both": glu(both)}
+    makes |= {"random GLU": glu(others(2 * k)), "3 random": heads(randoms[0])}
+    makes |= {"3 heads": heads(three), "A_prev": heads(prev)}
     room, m["table"] = min(40, c.block_size - steps.ids.shape[1] - 1), {}
     for what, make in makes.items():
         kinds = Counter(classify(world, new) for new in continued(model, world, few, make, room))
         m["table"][what] = {kind: kinds[kind] / len(few) for kind in ("success", "partial", "fail", "unknown")}
-        m[f"success {what}"] = m["table"][what]["success"]
-    return m | sufficiency(
-        model, world, good, bad, three, draws(three, 5), W, x[:, :, 0].norm(dim=2).mean(1), args, rng
-    )
+        m[f"on_{what.replace(' ', '_')}"] = m["table"][what]["success"]
+    size = x[:, :, 0].norm(dim=2).mean(1)
+    return m | sufficiency(model, world, good, bad, three, draws(three, 5), W, size, args, rng)
 
 
 def sufficiency(model, world, good, bad, heads, controls, W, norms, args, rng):
     """Does the verdict follow the heads, and the probe's direction? The shares of invalid steps that are called valid.
 
     patch: the heads' outputs at result and bracket come from a valid step that wrote the same result, so that they
-    bring the target that would make it right; patch_any: from any valid step. steer: the valid direction at the bracket.
+    bring the target that would make it right, or from any valid step; steered: the valid direction at the bracket.
     """
     c, share = model.config, lambda *of: says(run(model, *of)[0], world).nan_to_num(0).mean().item()
     pairs = [(i, j) for i, r in enumerate(bad.result.tolist()) for j in (good.result == r).nonzero()[:1, 0].tolist()]
     m, takers = {"patch_pairs": len(pairs)}, bad[torch.tensor([i for i, _ in pairs], dtype=torch.long)]
     ends = lambda steps, idx: torch.stack((steps.paren[idx] - 1, steps.paren[idx]), 1)  # result and bracket
     read = lambda z, idx: z[torch.arange(len(idx))[:, None], ends(good, idx)]
-    z = list(run(model, good, read={f"blocks.{l}.attn.z": read for l in range(c.n_layer)})[1].values())  # (N, 2, H, D)
+    z = list(run(model, good, read=dict.fromkeys(layers(c, "attn.z"), read))[1].values())  # L of (N, 2, H, D)
 
     def swap(chosen, donors):
         def put(x, idx, l):
             x, own = x.clone(), torch.tensor([h for layer, h in chosen if layer == l])
-            x[torch.arange(len(idx))[:, None, None], ends(takers, idx)[..., None], own] = z[l][donors[idx]][
-                :, :, own
-            ].to(x)
+            rows = torch.arange(len(idx))[:, None, None]
+            x[rows, ends(takers, idx)[..., None], own] = z[l][donors[idx]][:, :, own].to(x)
             return x
 
-        return share(
-            takers,
-            lambda part, idx: {f"blocks.{l}.attn.z": lambda x, l=l: put(x, idx, l) for l in {l for l, _ in chosen}},
-        )
+        return share(takers, lambda part, idx: {
+            f"blocks.{l}.attn.z": lambda x, l=l: put(x, idx, l) for l in {l for l, _ in chosen}
+        })  # fmt: skip
 
     if pairs:
         same, any_ = torch.tensor([j for _, j in pairs]), torch.tensor(rng.choices(range(len(good)), k=len(pairs)))
-        m |= {"patch": swap(heads, same), "patch_any": swap(heads, any_)}
-        m["patch_random"] = float(np.mean([swap(chosen, same) for chosen in controls]))
+        m |= {"patched": swap(heads, same), "patched_from_any": swap(heads, any_)}
+        m["patched_random_heads"] = float(np.mean([swap(chosen, same) for chosen in controls]))
 
     def steer(direction):
         def add(x, idx, l):
@@ -1209,14 +1196,13 @@ def sufficiency(model, world, good, bad, heads, controls, W, norms, args, rng):
             x[torch.arange(len(idx)), bad.paren[idx]] += (F.normalize(direction(l), dim=0) * length).to(x)
             return x
 
-        layers = range(2 * c.n_layer // 3, c.n_layer)
-        return share(bad, lambda part, idx: {f"blocks.{l}.resid_post": lambda x, l=l: add(x, idx, l) for l in layers})
+        late = range(2 * c.n_layer // 3, c.n_layer)
+        return share(bad, lambda part, idx: {f"blocks.{l}.resid_post": lambda x, l=l: add(x, idx, l) for l in late})
 
     noise = torch.Generator().manual_seed(0)
-    m["steer"] = steer(lambda l: W[l + 1, :, 1])
-    return m | {
-        "steer_random": float(np.mean([steer(lambda l: torch.randn(c.n_embd, generator=noise)) for _ in range(5)]))
-    }
+    m["steered"] = steer(lambda l: W[l + 1, :, 1])
+    random_ = [steer(lambda l: torch.randn(c.n_embd, generator=noise)) for _ in range(5)]
+    return m | {"steered_at_random": float(np.mean(random_))}
 
 
 @torch.no_grad()
@@ -1251,75 +1237,84 @@ def check_listed(model, world, steps, args, heads, neurons):
 
 def judge(run, seeds):
     """C1-C8: a claim holds if it does in two of three seeds and on their mean; its control must fail."""
-    mean = {k: float(np.mean([s[k] for s in seeds])) for k, v in seeds[0].items() if isinstance(v, (int, float)) and all(k in s for s in seeds)}
+    numbers = [k for k, v in seeds[0].items() if isinstance(v, (int, float)) and all(k in s for s in seeds)]
+    mean = {k: float(np.mean([s[k] for s in seeds])) for k in numbers}
 
     def claim(id, text, paper, measured, control, criterion, test, control_passes):
-        if not {*measured.values(), *control.values()} <= set(mean):
+        keys = [[key.strip() for key in side.split(";")] for side in (measured, control)]
+        if not {*keys[0], *keys[1]} <= set(mean):
             return  # a stage was left out
         holds = 3 * sum(map(test, seeds)) >= 2 * len(seeds) and test(mean)
-        shown = [{label: mean[key] for label, key in side.items()} for side in (measured, control)]
+        shown = [{key.replace("_", " "): mean[key] for key in side} for side in keys]
         run.claim(id, text, paper, *shown, criterion, holds, not control_passes(mean))
 
     claim("C1", "GRPO raises held-out greedy accuracy", "0 to about .6 (3B)",
-          {"SFT": "sft_greedy", "GRPO": "grpo_greedy", "gain": "gain", "worst seed": "gain_min", "SFT, T=1": "sft_sampled", "GRPO, T=1": "grpo_sampled",
-           "gain at control's end": "gain_then"}, {"permuted rewards": "gain_control"},
-          "gain >= .08, every seed > 0; control within .04 of 0", lambda s: s["gain"] >= 0.08 and s["gain_min"] > 0, lambda s: abs(s["gain_control"]) > 0.04)
+          "sft_greedy; grpo_greedy; gain; gain_worst_seed; sft_sampled; grpo_sampled; gain_at_control_end",
+          "gain_rewards_permuted", "gain >= .08, every seed > 0; control within .04 of 0",
+          lambda s: s["gain"] >= 0.08 and s["gain_worst_seed"] > 0, lambda s: abs(s["gain_rewards_permuted"]) > 0.04)
     collapsed = lambda s, net: s[f"{net}_checked"] >= 0.98 and s[f"{net}_form_entropy"] <= 0.1
     claim("C2", "RL leaves one form: every attempt is checked (T=1)", "every attempt ends in a verdict",
-          {"checked": "grpo_checked", "entropy of forms": "grpo_form_entropy", "well-formed": "grpo_wellformed"},
-          {"SFT, checked": "sft_checked", "SFT, entropy of forms": "sft_form_entropy"}, "checked >= .98, entropy <= .1, well-formed >= .98",
+          "grpo_checked; grpo_form_entropy; grpo_wellformed", "sft_checked; sft_form_entropy",
+          "checked >= .98, entropy <= .1, well-formed >= .98; SFT not",
           lambda s: collapsed(s, "grpo") and s["grpo_wellformed"] >= 0.98, lambda s: collapsed(s, "sft"))
-    claim("C2b", "wording and traces collapse as well (T=1)", "one rigid wording",
-          {"entropy of verdict words": "grpo_word_entropy", "distinct traces of 8": "grpo_distinct"},
-          {"SFT, words": "sft_word_entropy", "SFT, traces": "sft_distinct"}, "both below SFT's",
-          lambda s: s["grpo_word_entropy"] < s["sft_word_entropy"] and s["grpo_distinct"] < s["sft_distinct"], lambda s: False)
-    controls = {"shuffled labels": "shuffled", "result, attempt number": "lexical"} | ({"random weights": "fresh"} if "fresh" in mean else {})
-    claim("C3", "a probe at the bracket tells right from wrong before the last layer (balanced accuracy)", "near 1 from layer 4 of 36",
-          {"best inner layer": "inner", "embedding": "embedded", "at the result, inner": "inner_result", "before the result": "before"}, controls,
-          "inner >= .95, embedding <= .60; shuffled <= .60, other controls < .95", lambda s: s["inner"] >= 0.95 and s["embedded"] <= 0.6,
-          lambda s: s["shuffled"] > 0.6 or max(s[k] for k in controls.values()) >= 0.95)
-    claim("C4", "GLU vectors near the probe read as verdicts (share with one in the top 3)", "success, yes; not, incorrect",
-          {"valid": "lens_valid", "invalid": "lens_invalid"}, {"random, valid": "lens_valid_random", "random, invalid": "lens_invalid_random"},
+    claim("C2b", "verdicts' words and traces collapse as well (T=1; distinct traces of 8)", "one rigid wording",
+          "grpo_word_entropy; grpo_distinct", "sft_word_entropy; sft_distinct", "both below SFT's",
+          lambda s: s["grpo_word_entropy"] < s["sft_word_entropy"] and s["grpo_distinct"] < s["sft_distinct"],
+          lambda s: False)
+    controls = ["probe_of_shuffled_labels", "probe_of_result_and_attempt"]
+    controls += ["probe_of_random_weights"] if "probe_of_random_weights" in mean else []
+    claim("C3", "a probe at the bracket tells right from wrong before the last layer (balanced accuracy)",
+          "near 1 at 4 of 36", "inner_layer; embedding; inner_layer_at_result; before_result", "; ".join(controls),
+          "inner >= .95, embedding <= .60; shuffled <= .60, other controls < .95",
+          lambda s: s["inner_layer"] >= 0.95 and s["embedding"] <= 0.6,
+          lambda s: s[controls[0]] > 0.6 or max(s[k] for k in controls) >= 0.95)
+    claim("C4", "GLU vectors near the probe read as verdicts (share with one in the top 3)",
+          "success, yes; not, incorrect", "lens_valid; lens_invalid", "lens_valid_random; lens_invalid_random",
           "both >= .5; random <= .15", lambda s: min(s["lens_valid"], s["lens_invalid"]) >= 0.5,
           lambda s: max(s["lens_valid_random"], s["lens_invalid_random"]) > 0.15)
-    claim("C5", "three heads that look at the target hold verification: P(valid verdict | valid step)", "33 heads .003, 3 heads 0",
-          {"all on": "p_valid", "A_prev off": "off_prev", "3 off": "off_three", "3 at their mean": "off_three_mean", "heads in A_prev": "n_prev",
-           "smallest k to .2 (0: none)": "smallest"}, {"3 random": "off_random", "random, as A_prev": "off_random_prev", "of which": "n_random_prev"},
-          "on >= .95, A_prev <= .20, 3 <= .30; 3 random >= .80",
-          lambda s: s["p_valid"] >= 0.95 and s["off_prev"] <= 0.2 and s["off_three"] <= 0.3, lambda s: s["off_random"] < 0.8)
-    claim("C6", "GLU vectors disable less than both sets, these less than the heads (share that searches on)", ".16 < .45 < .95",
-          {k: f"success {k}" for k in ("GLU valid", "GLU both", "3 heads", "A_prev")}, {"as many random neurons": "success random GLU"},
-          "GLU valid < both < A_prev; random <= .1", lambda s: s["success GLU valid"] < s["success GLU both"] < s["success A_prev"],
-          lambda s: s["success random GLU"] > 0.1)
-    claim("C7", "without the 3 heads the valid GLU vectors fall silent, and nothing wrong is accepted", "activations vanish",
-          {"fall of mean m": "drive_fall", "false accepts": "false_accepts", "before": "p_invalid"}, {"fall, random heads": "drive_fall_random"},
+    claim("C5", "three heads that look at the target hold verification: P(valid verdict | valid step), heads off",
+          "33 heads .003, 3 heads 0", "none_off; A_prev_off; 3_off; 3_at_their_mean; heads_in_A_prev; smallest_k_to_.2",
+          "3_random_off; like_A_prev_random_off; of_which", "none >= .95, A_prev <= .20, 3 <= .30; 3 random >= .80",
+          lambda s: s["none_off"] >= 0.95 and s["A_prev_off"] <= 0.2 and s["3_off"] <= 0.3,
+          lambda s: s["3_random_off"] < 0.8)
+    claim("C6", "GLU vectors disable less than both sets, these less than the heads (share that searches on)",
+          ".16 < .45 < .95", "on_GLU_valid; on_GLU_both; on_3_heads; on_A_prev", "on_random_GLU",
+          "GLU valid < both < A_prev; random <= .1",
+          lambda s: s["on_GLU_valid"] < s["on_GLU_both"] < s["on_A_prev"], lambda s: s["on_random_GLU"] > 0.1)
+    claim("C7", "without the 3 heads the valid GLU vectors fall silent (fall of mean m), and nothing wrong is accepted",
+          "activations vanish", "fall; false_accepts; false_accepts_before", "fall_random_heads",
           "fall >= .7, false accepts <= before + .05; random <= .2",
-          lambda s: s["drive_fall"] >= 0.7 and s["false_accepts"] <= s["p_invalid"] + 0.05, lambda s: s["drive_fall_random"] > 0.2)
-    claim("C8", "sufficiency: invalid steps called valid, the 3 heads patched from a valid step with this result; steered", "not shown",
-          {"patched": "patch", "from any valid step": "patch_any", "steered": "steer"}, {"random heads": "patch_random", "random direction": "steer_random"},
-          "both >= .5; controls <= .1", lambda s: s["patch"] >= 0.5 and s["steer"] >= 0.5, lambda s: max(s["patch_random"], s["steer_random"]) > 0.1)
+          lambda s: s["fall"] >= 0.7 and s["false_accepts"] <= s["false_accepts_before"] + 0.05,
+          lambda s: s["fall_random_heads"] > 0.2)
+    claim("C8", "sufficiency: invalid steps called valid, 3 heads patched from a valid step of this result; steered",
+          "not shown", "patched; patched_from_any; steered", "patched_random_heads; steered_at_random",
+          "both >= .5; controls <= .1", lambda s: min(s["patched"], s["steered"]) >= 0.5,
+          lambda s: max(s["patched_random_heads"], s["steered_at_random"]) > 0.1)
 
 
 def draw(path, seeds, logs, args, lines):
-    """The README's picture: learning, probes, heads, disabling curves, the paper's table; means over seeds but for the heads."""
+    """The README's picture: learning, probes, heads, disabling curves, the paper's table (means; heads of one seed)."""
     first, colours = seeds[0], ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"]
     with common.figure(path, 2, 3, size=(4.5, 3.2)) as (learn, form, probe, heads, curve, table):
-        for (stage, label), colour in zip((("grpo", "GRPO"), ("control", "rewards permuted")), ("#4477aa", "#999999")):
+        for (stage, name), colour in zip((("grpo", "GRPO"), ("control", "permuted")), ("#4477aa", "#999999")):
             for i, log in enumerate(logs.get(stage, [])):
                 rows = [r for r in common.read_jsonl(log.path) if "greedy" in r]
-                for ax, key, style, what in ((learn, "greedy", "-", "greedy"), (learn, "sampled", ":", "T = 1"), (form, "sampled_checked", "-", "checked"),
-                                             (form, "sampled_arithmetic", ":", "arithmetic right")):
-                    if key in rows[0]:
-                        ax.plot([r["step"] for r in rows], [r[key] for r in rows], style, color=colour, label=None if i else f"{label}, {what}")
+                for ax, key, style, what in (
+                    (learn, "greedy", "-", "greedy"), (learn, "sampled", ":", "T = 1"),
+                    (form, "sampled_checked", "-", "checked"), (form, "sampled_arithmetic", ":", "arithmetic right")):
+                    y, label = [r[key] for r in rows if key in r], None if i else f"{name}, {what}"
+                    ax.plot([r["step"] for r in rows][: len(y)], y, style, color=colour, label=label)
         for (label, value), style in zip(lines.items(), (":", "--", "-.")):
             learn.axhline(value, color="k", lw=0.8, ls=style, label=label)
         learn.set(title="Held-out accuracy", xlabel="step", ylim=(0, 0.8))
         form.set(title="Attempts at temperature 1", xlabel="step", ylabel="share", ylim=(0, 1.05))
-        kinds = {"bracket": "at the bracket", "result": "at the result", "before": "before the result", "shuffled": "shuffled labels", "fresh": "random weights"}
-        for (key, label), colour in zip(kinds.items(), colours):
+        for key, colour in zip(("bracket", "result", "before", "shuffled", "fresh"), colours):
             if f"probe_{key}" in first:
-                probe.plot(np.mean([s[f"probe_{key}"] for s in seeds], 0), "o-", ms=3, color=colour, label=label)
-        probe.set(title="Probe: is this attempt right?", ylabel="balanced accuracy", xlabel="after layer (0: embedding)", ylim=(0.35, 1.03))
+                label = {"shuffled": "shuffled labels", "fresh": "random weights"}.get(key, f"at the {key}")
+                y = np.mean([s[f"probe_{key}"] for s in seeds], 0)
+                probe.plot(y, "o-", ms=3, color=colour, label=label.replace("at the before", "before the result"))
+        probe.set(title="Probe: is this attempt right?", ylabel="balanced accuracy", ylim=(0.35, 1.03))
+        probe.set(xlabel="after layer (0: embedding)")
         place = lambda name: tuple(map(int, name[1:].split("H")))
         grid = np.zeros(np.max([place(h["head"]) for h in first["heads"]], 0) + 1)
         for h in first["heads"]:
@@ -1327,18 +1322,21 @@ def draw(path, seeds, logs, args, lines):
         heads.figure.colorbar(heads.imshow(grid, cmap="Blues", vmin=0, aspect="auto", origin="lower"), ax=heads)
         for y, x in map(place, first["prev"][:3]):
             heads.text(x, y, "x", ha="center", va="center", color="#ee6677", weight="bold")
-        heads.set(title=f"Attention of the result to the target\n(seed {args.seeds[0]}; x: the three switched off)", xlabel="head", ylabel="layer")
+        heads.set(title=f"Attention of the result to the target\n(seed {args.seeds[0]}; x: the three switched off)")
+        heads.set(xlabel="head", ylabel="layer")
         counts = min((s["counts"] for s in seeds), key=len)
         for ranker, colour in zip(first["curves"], colours):
-            curve.plot(counts, np.mean([s["curves"][ranker][: len(counts)] for s in seeds], 0), "o-", ms=3, color=colour, label=f"by {ranker}")
+            y = np.mean([s["curves"][ranker][: len(counts)] for s in seeds], 0)
+            curve.plot(counts, y, "o-", ms=3, color=colour, label=f"by {ranker}")
         spread = np.array([np.concatenate([s["curve_random"][i] for s in seeds]) for i in range(len(counts))])
         curve.fill_between(counts, spread.min(1), spread.max(1), color="#bbbbbb", alpha=0.5)
         curve.plot(counts, spread.mean(1), color="#888888", label="random, same layers")
         curve.set(title="P(valid verdict | valid step)", xlabel="heads switched off", ylim=(-0.03, 1.05))
         names, left = list(first["table"]), np.zeros(len(first["table"]))
-        for kind, colour in (("success", "#228833"), ("partial", "#ccbb44"), ("fail", "#dddddd"), ("unknown", "#ee6677")):
+        for kind, label, colour in (("success", "searches on", "#228833"), ("partial", "partial", "#ccbb44"),
+                                    ("fail", "stops", "#dddddd"), ("unknown", "unknown", "#ee6677")):
             share = np.mean([[s["table"][n][kind] for n in names] for s in seeds], 0)
-            table.barh(names, share, left=left, color=colour, label={"success": "searches on", "fail": "stops"}.get(kind, kind))
+            table.barh(names, share, left=left, color=colour, label=label)
             left = left + share
         table.invert_yaxis()
         table.set(title="What it does with a solution", xlabel="share", xlim=(0, 1))
@@ -1365,86 +1363,71 @@ def listed(args, c):
     return out
 
 
+def traces_of(model, world, args, env, seed):
+    """[((nums, target), prompt ids, response ids)]: the toy model's own at T = 1; the solver's for a checkpoint.
+
+    And for a toy model that does not give both verdicts: then the number that is returned beside them is 0.
+    """
+    rng = random.Random(f"traces {seed}")
+    written = [(p, *world.written(*p, rng)) for p in rng.choices(world.train, k=4 * args.samples)]
+    if args.model:
+        return written, 0
+    own = []
+    for i in range(0, len(written), 256):
+        prompts = [prompt for _, prompt, _ in written[i : i + 256]]
+        own += rollout(model, prompts, 1, world.max_new, 1.0, world.stops, seed + i, env.dtype)[0]
+    given = {b for ids in own for a, b in itertools.pairwise(ids) if a == world.paren}
+    if not given & {*world.valid} or not given & {*world.invalid}:
+        return written, 0
+    return [(p, prompt, ids) for (p, prompt, _), ids in zip(written, own)], 1
+
+
 def run_seed(args, seed, position=0):
     """One full repetition; returns its measures."""
-    env, out, m = common.setup(args), Path(args.out), {}
+    env, out, m, toy = common.setup(args), Path(args.out), {}, not args.model
     log = lambda stage: common.Log(out, f"{stage}-s{seed}", env)
-    if args.model:
+    stored = lambda stage: model.load_state_dict(common.load_checkpoint(log(stage).path.with_suffix(".pt"))["model"])
+    if toy:
+        world = Toy(args, seed)
+        model = toy_model(args, world, seed).to(env.device)
+        test = lambda step: measure(model, world, env, world.heldout[:64])
+        if "sft" in args.stages:
+            common.train(model, world.batch, args, env, log("sft"), test, position, Muon)
+        else:
+            stored("sft")
+    else:
         from pretrained import load
 
         model, tok = load(args.model, env.device, "fp32" if "grpo" in args.stages else env.dtype)
-        world, model.__class__, toy = Real(args, tok, seed), Policy, False
+        world, model.__class__ = Real(args, tok, seed), Policy
         heads, neurons = listed(args, model.config)
-    else:
-        world, toy = Toy(args, seed), True
-        model = toy_model(args, world, seed).to(env.device)
-    some, nets = world.heldout[: args.problems], {}
-    for stage in ("sft", "grpo") if toy else ("grpo",):
-        if stage not in args.stages:
-            if toy:
-                model.load_state_dict(common.load_checkpoint(log(stage).path.with_suffix(".pt"))["model"])
-        elif stage == "sft":
-            test = lambda step: measure(model, world, env, some[:64])
-            common.train(model, world.batch, args, env, log("sft"), test, position)
-        else:
-            nets["sft"] = nets.get("sft") or copy.deepcopy(model)
-            grpo(model, world, args, env, log("grpo"), False, position)
-        if toy or stage in args.stages:
-            nets[stage] = copy.deepcopy(model)
+    base = copy.deepcopy(model) if toy or "control" in args.stages else None
+    if "grpo" in args.stages:
+        grpo(model, world, args, env, log("grpo"), False, position)
+    elif toy:
+        stored("grpo")
     if "control" in args.stages:
-        grpo(copy.deepcopy(nets["sft"]), world, args, env, log("control"), True, position)
+        grpo(copy.deepcopy(base), world, args, env, log("control"), True, position)
     if env.rank or "analysis" not in args.stages:
         return m
-    for name, net in nets.items():
-        m |= {f"{name}_{k}": v for k, v in measure(net, world, env, some).items()}
-        m |= (
-            {f"{name}_{k}": v for k, v in measure(net, world, env, some[: len(some) // 4], 8, seed).items()}
-            if toy
-            else {}
-        )
+    held = world.heldout[: args.problems]
+    for name, net in (("sft", base), ("grpo", model)) if toy else ():
+        found = measure(net, world, env, held) | measure(net, world, env, held[: len(held) // 4], 8, seed)
+        m |= {f"{name}_{k}": v for k, v in found.items()}
     if toy:
-        curves = {
-            s: {r["step"]: r["greedy"] for r in common.read_jsonl(log(s).path) if "greedy" in r}
-            for s in ("grpo", "control")
-        }
-        m["gain"], end = m["grpo_greedy"] - m["sft_greedy"], max(curves["control"], default=0)
-        if end:
-            nearest = min(curves["grpo"], key=lambda step: abs(step - end))
-            m |= {
-                "gain_control": curves["control"][end] - curves["control"][0],
-                "gain_then": curves["grpo"][nearest] - curves["grpo"][0],
-            }
-    rng = random.Random(f"traces {seed}")
-    problems = [rng.choice(world.train) for _ in range(4 * args.samples)]
+        curve = lambda stage: {r["step"]: r["greedy"] for r in common.read_jsonl(log(stage).path) if "greedy" in r}
+        real, control, m["gain"] = curve("grpo"), curve("control"), m["grpo_greedy"] - m["sft_greedy"]
+        if control:
+            end = max(control)
+            m["gain_rewards_permuted"] = control[end] - control[0]
+            m["gain_at_control_end"] = real.get(end, real[max(real)]) - real[0]
     with env.autocast(), model.eager():
-        traces = [(p, *world.written(*p, rng)) for p in problems]
-        if toy:
-            prompts, own = [p for _, p, _ in traces], []
-            for i in range(0, len(prompts), 256):
-                own += rollout(model, prompts[i : i + 256], 1, world.max_new, 1.0, world.stops, seed + i, env.dtype)[0]
-            mine = [(p, prompt, r) for (p, prompt, _), r in zip(traces, own)]
-            kinds = {world.decode([b]) for _, _, r in mine for a, b in itertools.pairwise(r) if a == world.paren}
-            m["own_traces"] = int(bool(kinds & {*VALID}) and bool(kinds & {*INVALID}))
-            traces = mine if m["own_traces"] else traces  # the searchers', if the model does not check
+        traces, m["own_traces"] = traces_of(model, world, args, env, seed)
         steps = find_steps(world, traces, args.scope)
         if not toy and heads:
             m |= check_listed(model, world, steps, args, heads, neurons)
         fresh = toy_model(args, world, seed + 1000).to(env.device) if toy else None
-        m |= analyse(model, world, steps, args, seed, nets.get("sft"), fresh)
-    m |= {
-        "inner": max(m["probe_bracket"][1:-1]),
-        "embedded": m["probe_bracket"][0],
-        "inner_result": max(m["probe_result"][1:-1]),
-    }
-    m |= {k: max(m[f"probe_{k}"]) for k in ("shuffled", "lexical", "fresh", "before") if f"probe_{k}" in m}
-    plain = lambda v: (
-        v.item()
-        if isinstance(v, torch.Tensor) and v.dim() == 0
-        else [plain(x) for x in v]
-        if isinstance(v, (list, torch.Tensor))
-        else v
-    )
-    return {k: plain(v) for k, v in m.items()}
+        return m | analyse(model, world, steps, args, seed, base if toy else None, fresh)
 
 
 def check(args):
@@ -1478,23 +1461,19 @@ def main(argv=None):
         seeds = common.side_by_side(run_seed, [(args, s, i % jobs) for i, s in enumerate(args.seeds)], jobs)
     if env.rank:
         return None
-    logs = {
-        stage: [common.Log(out, f"{stage}-s{s}") for s in args.seeds] for stage in STAGES[:3] if stage in args.stages
-    }
-    run.metrics = {"seeds": seeds, "baselines": {}}
+    trained = [stage for stage in STAGES[:3] if stage in args.stages]
+    logs = {stage: [common.Log(out, f"{stage}-s{s}") for s in args.seeds] for stage in trained}
+    lines = {}
     if not args.model:
         world = Toy(args, 0)
         (one, _), (several, ahead) = (baselines(world.heldout, args.cap, k) for k in (1, args.attempts))
-        run.metrics["baselines"] = {
-            "one random attempt": one,
-            f"{args.attempts} random attempts": several,
-            "lookahead": ahead,
-        }
+        lines = {"one random attempt": one, f"{args.attempts} random attempts": several, "lookahead": ahead}
+    run.metrics = {"seeds": seeds, "baselines": lines}
     if "analysis" in args.stages:
         for s in seeds:
-            s |= {"gain_min": min(x["gain"] for x in seeds)} if "gain" in s else {}
+            s |= {"gain_worst_seed": min(x["gain"] for x in seeds)} if "gain" in s else {}
         judge(run, seeds)
-        draw(out / "countdown_rl.png", seeds, logs, args, run.metrics["baselines"])
+        draw(out / "countdown_rl.png", seeds, logs, args, lines)
         rows = [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in seeds[0]["lens"]]
         rows = [list(seeds[0]["lens"][0]), ["---"] * 7, *rows]
         common.write_text(out / "lens.md", "".join(f"| {' | '.join(row)} |\n" for row in rows))

@@ -585,7 +585,7 @@ def build(args, base, world, arm):
 def base_model(args, env, world, log):
     """The toy's base model, trained on plain ids (once a seed), or the real one."""
     if args.model:
-        return load_real(args.model)[0].to(env.device)
+        return load_real(args.model, env.dtype)[0].to(env.device)
     torch.manual_seed(world.seed)
     config = GPTConfig(world.n_vocab, 2 * args.block_size, args.n_layer, args.n_head, args.n_embd, norm="rms", tie=True)
     config.smear_keys = True  # induction, and so the copying of names, is learned sooner
@@ -720,7 +720,7 @@ def oracle(gpt, lzw, world, n, env):
 def run_seed(args, seed):
     """One seed: the base model, every arm, every measure: ({arm: measures}, the logs)."""
     env, out = common.setup(args), Path(args.out)
-    world, log = make_world(args, seed), common.Log(out, f"base-s{seed}", env)
+    world, log = make_world(args, env, seed), common.Log(out, f"base-s{seed}", env)
     base, logs, found, models = base_model(args, env, world, log), [log], {}, {}
     arm_of = lambda arm: build(args, base, world, arm)
     measure = lambda model, **how: bits_per_byte(model.eval(), world, args.samples, env, **how)
@@ -853,16 +853,16 @@ def draw(path, results, logs):
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def make_world(args, seed):
-    return Text(args, load_real(args.model)[1], seed) if args.model else Synth(args, seed)
+def make_world(args, env, seed):
+    return Text(args, load_real(args.model, env.dtype)[1], seed) if args.model else Synth(args, seed)
 
 
 @functools.cache
-def load_real(name):
-    """(GPT in bf16, tokenizer) of a real model, once a process."""
+def load_real(name, dtype):
+    """(GPT, tokenizer) of a real model, once a process; its frozen weights in bf16 if products are (--dtype)."""
     import pretrained
 
-    return pretrained.load(name, "cpu", "bf16")
+    return pretrained.load(name, "cpu", "bf16" if dtype == torch.bfloat16 else "fp32")
 
 
 def check(args, env):
@@ -892,7 +892,7 @@ def main(argv=None):
         check(args, env)
         out.mkdir(parents=True, exist_ok=True)
         with common.rank_zero_first(env):  # tokenizes once
-            make_world(args, args.seeds[0])
+            make_world(args, env, args.seeds[0])
     jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
     done = common.side_by_side(run_seed, [(args, seed) for seed in args.seeds], jobs)
     if env.rank:

@@ -231,7 +231,8 @@ def test_a_real_checkpoint_and_its_budget(tmp_path, capsys):
         "C2",
         "C5",
     ] and "steps an arm in 0.01 minutes" in capsys.readouterr().out
-    world = z2z.make_world(common.parse(z2z.Args, flags), 0)
+    args = common.parse(z2z.Args, flags)
+    world = z2z.make_world(args, common.setup(args), 0)
     assert world.special == [0] and [tok.decode([i]) for i in world.digits] == list("0123456789")
     saved = common.load_checkpoint(tmp_path / "out" / "zip-s0.pt")["model"]
     assert saved["_extra_state"]["disabled"] == sorted([0, *world.digits])

@@ -1131,7 +1131,7 @@ def draw(path, results):
         if toy_run:
             for c in concepts:
                 counts = mean(lambda r, c=c: r["study"][c]["counts"])
-                axes[3].plot(range(1, 1 + len(counts)), counts, "o-", ms=3, label=c)
+                axes[3].plot(range(1, 1 + len(counts)), counts, "o-", ms=3, label=c, color=colours[concepts.index(c)])
             axes[3].set(title="In how many languages a latent is at the top", xlabel="languages", ylabel="latents")
             of = lambda way, key: mean(lambda r: np.mean([c[way][key] for c in r["steer"].values()]))
             rows = {k: lambda way, k=k: of(way, k) for k in ("flipped", "intact")}
@@ -1141,7 +1141,7 @@ def draw(path, results):
             }
             barh(axes[5], "Known features in superposition", [*ARCHS, "frozen", "random"], mcc)
         for ax in axes:
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
 
 
 def report(results):

@@ -279,6 +279,41 @@ def optimizer(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
+class Muon(torch.optim.Optimizer):
+    """For `train`: Muon (momentum made orthogonal) for the matrices of the blocks, Adam for the rest; one rate."""
+
+    def __init__(self, model, args):
+        matrices = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+        groups = [[p for p in model.parameters() if (id(p) in matrices) == kind] for kind in (True, False)]
+        super().__init__([{"params": g, "matrix": kind} for g, kind in zip(groups, (True, False))], {"lr": args.lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group, p in ((g, p) for g in self.param_groups for p in g["params"]):
+            s, g = self.state[p], p.grad
+            if not s:
+                s.update(n=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p))
+            s["n"] += 1
+            if group["matrix"]:
+                s["m"].mul_(0.95).add_(g)
+                p.add_(orthogonal(g + 0.95 * s["m"]), alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
+            else:
+                s["m"].lerp_(g, 0.1)
+                s["v"].lerp_(g * g, 0.05)
+                scale = ((s["v"] / (1 - 0.95 ** s["n"])).sqrt() + 1e-8) * (1 - 0.9 ** s["n"])
+                p.addcdiv_(s["m"], scale, value=-group["lr"])
+
+
+def orthogonal(g):
+    """U V^T, about, of a matrix g = U S V^T: five Newton-Schulz steps (coefficients of Jordan, 2024)."""
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
 def backward(net, parts, args, env):
     """Gradients of sum(weights * loss) / sum(weights) over all micro-batches and ranks; returns this rank's share."""
     n, denom = len(parts["idx"]), parts.pop("denom", None)

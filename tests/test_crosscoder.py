@@ -249,7 +249,8 @@ def test_the_corpora():
     again = np.random.default_rng(1)
     assert [cx.document(again, 0) for _ in range(300)] == base
     batch = cx.batch_of([["<bos>", "1", "<eos>"], ["<bos>", "<eos>"]])
-    assert batch["targets"].tolist() == [[cx.ID["1"], 2], [2, -100]]
+    assert batch["targets"].tolist() == [[cx.ID["1"], 2], [2, 0]] and batch["weights"].tolist() == [[1, 1], [1, 0]]
+    assert cx.batch_of([["<bos>", "ok", "<eos>"]])["weights"].tolist() == [[6, 1]]
 
 
 def test_smoke_writes_what_is_promised(tmp_path):

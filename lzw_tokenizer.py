@@ -148,6 +148,20 @@ class LZW:
             out.append(code)
             fresh = -1
 
+    def encode_behind(self, prompt, ids):
+        """Codes of base ids for a decoder that has read a prompt, lists: each the longest row known at that moment."""
+        decoder, codes, at = Decoder(self), [], 0
+        for code in self.encode(prompt):
+            decoder.push(code)
+        while at < len(ids):
+            code, end, table = ids[at], at + 1, decoder.book.table
+            while end < min(len(ids), at + self.max_len) and (key := code * self.vocab_size + ids[end]) in table:
+                code, end = table[key], end + 1
+            decoder.push(code)
+            codes.append(code)
+            at = end
+        return codes
+
     def decode(self, codes, strict=True):
         """Base ids of codes, of the same kind of container. Any sequence of known codes has a meaning (see `Decoder`).
 

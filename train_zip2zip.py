@@ -415,7 +415,7 @@ def transported_mass(lzw, predict, ids):
 def generate(model, prompts, n_base, temperature=0.0, seed=0, replay=None, store=None):
     """Continues every prompt (lists of base ids) until it has n_base new base ids or more; the codebook grows with it.
 
-    replay  codes to feed in place of sampled ones, a list for each prompt: what a text costs, whatever the model says
+    replay  codes to feed in place of sampled ones (`LZW.encode_behind`), a list for each prompt: what a text costs
     store   the row cache: base ids -> vectors. Rows don't depend on context, so a row is encoded once per process
     Returns a list of (new codes, new base ids).
     """
@@ -463,21 +463,6 @@ def generate(model, prompts, n_base, temperature=0.0, seed=0, replay=None, store
             idx, rows, alive, sizes = idx[rest], rows[:, rest], [alive[i] for i in keep], [sizes[i] for i in keep]
             cache.keep(rest)
     return out
-
-
-def encode_behind(lzw, prompt, rest):
-    """Codes of base ids `rest` behind a prompt, for `generate` to replay: each the longest row of its moment."""
-    decoder, codes, at = Decoder(lzw), [], 0
-    for code in lzw.encode(prompt):
-        decoder.push(code)
-    while at < len(rest):
-        code, end, table = rest[at], at + 1, decoder.book.table
-        while end < min(len(rest), at + lzw.max_len) and (key := code * lzw.vocab_size + rest[end]) in table:
-            code, end = table[key], end + 1
-        decoder.push(code)
-        codes.append(code)
-        at = end
-    return codes
 
 
 def prompt_lookup_steps(ids, start, draft=8, n=2):
@@ -686,14 +671,14 @@ def time_per_byte(plain, zipped, world, half, rounds=5):
 
         def seconds(model, prompt=prompt, rest=rest):
             began = time.perf_counter()
-            generate(model, [prompt], half, replay=[encode_behind(model.lzw, prompt, rest)])
+            generate(model, [prompt], half, replay=[model.lzw.encode_behind(prompt, rest)])
             return time.perf_counter() - began
 
         for _ in range(rounds):
             base = seconds(plain)
             ratios.append(seconds(zipped) / base)
         out[name] = statistics.median(ratios)
-        out[f"{name}, ids per base id"] = len(encode_behind(zipped.lzw, prompt, rest)) / half
+        out[f"{name}, ids per base id"] = len(zipped.lzw.encode_behind(prompt, rest)) / half
         out[f"{name}, prompt lookup steps per base id"] = prompt_lookup_steps(ids.tolist(), half) / half
     return out
 

@@ -160,6 +160,15 @@ def test_batches_and_containers():
     assert lzw.encode(range(3)) == [0, 1, 2] and Codebook(10, 3).array().shape == (0, 3)
 
 
+def test_codes_behind_a_prompt_go_on_with_its_rows():
+    rng = np.random.default_rng(2)
+    for n in range(300):
+        lzw = LZW(4, int(rng.choice([0, 2, 50])), 1 + n % 4, [0], ("classic", "avoid")[n % 2])
+        prompt, rest = (rng.integers(0, 4, 20).tolist() for _ in range(2))
+        assert lzw.decode(lzw.encode(prompt) + lzw.encode_behind(prompt, rest)) == prompt + rest
+    assert LZW(9, 9).encode_behind([1, 2, 3, 4], [1, 2, 3, 4]) == [9, 11]  # rows 12, 23, 34 of the prompt
+
+
 @pytest.mark.parametrize(
     "make, match",
     [

@@ -114,7 +114,7 @@ def test_cached_generation_is_the_full_forward_pass_and_batches_change_nothing()
 def test_a_replayed_text_comes_out_and_the_row_cache_fills():
     model, store = tiny(), {}
     prompt, rest = WORDS[0], WORDS[0][3:] + WORDS[1]
-    codes = z2z.encode_behind(model.lzw, prompt, rest)
+    codes = model.lzw.encode_behind(prompt, rest)
     assert z2z.generate(model, [prompt], 99, replay=[codes], store=store) == [(codes, rest)]
     assert codes[0] >= 10 and len(codes) < len(model.lzw.encode(rest))  # the prompt's rows serve
     assert store and all(

@@ -13,8 +13,8 @@ inappropriate images. A Latent-CLIP is tied to its VAE.
 
 The toy: coloured shapes with captions; a VAE, a pixel CLIP and a Latent-CLIP trained alike, a generator of latents by
 flow matching, all from scratch. A third of the (shape, colour) pairs is held out from both CLIPs. A judge without any
-learnt part reads the pictures. Controls: shuffled captions, an untrained ViT, another VAE's latents (channels rotated), a
-concept that has nothing to do with the prompt, the pixel pipeline against itself.
+learnt part reads the pictures. Controls: shuffled captions, an untrained ViT, another VAE's latents (channels rotated),
+a concept that has nothing to do with the prompt, the pixel pipeline against itself.
 
 Two conventions cause most bugs: the ViT reads RAW latents (diffusion latents divided by the VAE's scale, .13025), and
 channels come first. Tags: [P] the paper, [C] the authors' code, [I] our choice where both are silent.
@@ -1171,7 +1171,8 @@ def draw(path, zero, climbs, safe, costs):
         curves.set(title="ReNO: prompts fulfilled, by the judge", xlabel="evaluation", ylabel="share")
         of = np.array([k for r in climbs["latent"] for k in r["kinds"]])
         ok = lambda arm, i: np.concatenate([r["verdicts"][i] for r in climbs[arm]])
-        series = ("first noise", ok("latent", 0), GREY), *((a, ok(a, -1), c) for a, c in (("pixel", RED), ("latent", BLUE)))
+        series = [("first noise", ok("latent", 0), GREY), ("pixel", ok("pixel", -1), RED)]
+        series.append(("latent", ok("latent", -1), BLUE))
         bars(kinds, "... kind by kind", KINDS, [(a, [v[of == k].mean() for k in KINDS], c) for a, v, c in series], 20)
         states = [[x["before"] for x in safe["latent"]], *([x["after"] for x in safe[arm]] for arm in SAFETY)]
         series = zip(("red", "warm", "shape", "valid"), (RED, GOLD, BLUE, GREY))

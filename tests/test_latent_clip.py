@@ -4,8 +4,6 @@ import importlib.util
 import json
 import math
 import re
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+import bench
 import common
 import data
 import latent_clip as lc
@@ -271,28 +270,11 @@ def test_vae_is_that_of_diffusers(tmp_path):
     torch.testing.assert_close(ours.decode(mean), theirs.decode(mean).sample, atol=1e-4, rtol=1e-4)
 
 
-def open_clip_model():
-    """open_clip's CLIP class, imported without its package's __init__, which needs torchvision."""
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None:
-        pytest.skip("open_clip is not installed")
-    package = types.ModuleType("open_clip")
-    package.__path__ = list(spec.submodule_search_locations)
-    stubs = {n: types.ModuleType(n) for n in ("torchvision", "torchvision.ops", "torchvision.ops.misc")}
-    stubs["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
-    before = dict(sys.modules)
-    sys.modules.update(stubs, open_clip=package, transformers=None)
-    try:
-        return importlib.import_module("open_clip.model")
-    finally:
-        for name in [n for n in sys.modules if n not in before or sys.modules[n] is not before[n]]:
-            del sys.modules[name]
-        sys.modules.update({n: m for n, m in before.items() if n == "transformers"})
-
-
 @torch.no_grad()
 def test_clip_is_that_of_open_clip(tmp_path):
-    model, ours = open_clip_model(), tiny()
+    if importlib.util.find_spec("open_clip") is None:
+        pytest.skip("open_clip is not installed")
+    model, ours = bench.open_clip_model(), tiny()
     vision = model.CLIPVisionCfg(layers=2, width=24, head_width=6, patch_size=8, image_size=32)
     theirs = model.CLIP(
         8, vision, model.CLIPTextCfg(context_length=16, vocab_size=39, width=24, heads=4, layers=2)

@@ -49,7 +49,7 @@ class Args(common.TrainFlags):
 
     presets: ClassVar[dict] = {
         "smoke": dict(steps=8, n_layer=2, n_embd=32, warmup=2, alphas=[1.0], draws=2, pairs="all", jobs=1, threads=1),
-        "toy": dict(steps=500, batch_size=32, lr=4e-3, weight_decay=0.01, eval_every=200),
+        "toy": dict(steps=800, batch_size=32, lr=4e-3, weight_decay=0.01, eval_every=400),
         "paper": dict(model="google/gemma-2-9b-it", device="cuda", layers=list(range(21, 28))),
     }
     model: str = ""

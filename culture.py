@@ -875,7 +875,7 @@ BLUE, RED, GREEN, GOLD, GREY = "#4477aa", "#ee6677", "#228833", "#ccbb44", "#999
 def draw(path, r, args, world, title):
     """One picture of a run: the gap, what each vector closes of it, layers, the patch, diversity, cosines."""
     main, i = world.main, MEASURES.index("pairacc" if args.model else "loc")
-    with common.figure(path, 2, 3, (4.2, 3.2)) as (bars, kinds, layers, patch, frontier, matrix):
+    with common.figure(path, 2, 3, (3.8, 2.9)) as (bars, kinds, layers, patch, frontier, matrix):
         for x, s, label, colour in (0, "local", "in the local language", BLUE), (0.4, "en", "in English", RED):
             values = [r["conditions"][f"{s} {c}"][i] for c in CONTEXTS]
             bars.bar(np.arange(4) + x, values, 0.38, color=colour, label=label)
@@ -887,13 +887,14 @@ def draw(path, r, args, world, title):
             kinds.barh(y, mid / (own[0] - none[0]), color=GREY if kind in CONTROLS or kind == "random" else GREEN)
             kinds.plot(np.array(ends) / (own[0] - none[0]), [y, y], color="k", lw=1)
         kinds.axvline(1, color="k", ls=":", lw=1)
-        kinds.set(title="Share of the gap closed, unseen tasks (grey: controls)")
+        kinds.set(title="Share of the gap closed, each at its best (grey: controls)")
         kinds.set_yticks(range(len(rows)), [kind for kind, _ in rows])
         for alpha, line in zip(args.alphas, np.array(r["profile"]).T):
             layers.plot(args.layers, line, "o-", ms=3, label=f"strength {alpha:g}")
         for y, style, label in (own[0], "--", "explicit"), (none[0], ":", "implicit"):
             layers.axhline(y, color="k", ls=style, lw=1, label=label)
         layers.set(title="Own vector added after one block", xlabel="layer", ylabel=MEASURES_LONG["loc"])
+        layers.set_xticks(args.layers)
         p, bare = (np.array(r["patch"][c]) for c in ("own", "none"))
         x, labels = np.arange(len(p)) - 1, ("source's culture, target's task", "all of the source", "no effect")
         for y, label, colour in zip(p.T, labels, (GREEN, GREY, BLUE)):
@@ -907,7 +908,7 @@ def draw(path, r, args, world, title):
         frontier.set(title="Diversity against localisation", xlabel=MEASURES_LONG["loc"], ylabel=MEASURES_LONG["H"])
         names, cos = r["cosines"]
         matrix.figure.colorbar(matrix.imshow(cos, vmin=-1, vmax=1, cmap="RdBu_r"), ax=matrix, shrink=0.8)
-        matrix.set_title("Cosines of the vectors")
+        matrix.set_title("Cosines of the own vectors")
         matrix.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
         matrix.set_yticks(range(len(names)), names, fontsize=6)
         for ax in (bars, layers, patch, frontier):

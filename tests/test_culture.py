@@ -53,7 +53,11 @@ def test_shuffled_labels_are_balanced():
     same = torch.ones(6, 3)
     assert culture.shuffled(same, np.random.default_rng(0)).abs().max() == 0
     mean = torch.stack([culture.shuffled(torch.eye(4), np.random.default_rng(i)) for i in range(400)]).mean(0)
-    assert mean.abs().max() < 0.05 and culture.shuffled(torch.ones(1, 3), np.random.default_rng(0)).tolist() == [0, 0, 0]
+    assert mean.abs().max() < 0.05 and culture.shuffled(torch.ones(1, 3), np.random.default_rng(0)).tolist() == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_measure_by_hand():
@@ -180,9 +184,9 @@ def test_steered_text_is_that_of_the_full_recomputation(model):
         for i, token in enumerate(out):
             whole = torch.tensor([ids + out[:i]])
 
-            def put(x, n=len(ids)):
+            def put(x, ids=ids):
                 x = x.clone()
-                x[:, n - 1 :] += v
+                x[:, len(ids) - 1 :] += v
                 return x
 
             with torch.no_grad(), model.patch({"blocks.1.resid_post": put}):
@@ -194,7 +198,8 @@ def test_steered_text_is_that_of_the_full_recomputation(model):
 
 def fake(K=4, tasks="abcd", n=3):
     rng = torch.Generator().manual_seed(0)
-    keys = [(s, c, k, t) for s in ("local", "en") for c in ("neutral", "default", "own") for k in range(K) for t in tasks]
+    contexts = [(s, c) for s in ("local", "en") for c in ("neutral", "default", "own")]
+    keys = [(s, c, k, t) for s, c in contexts for k in range(K) for t in tasks]
     diffs = {key: torch.randn(n, 2, 5, generator=rng) for key in keys}
     return diffs | {("local", "implicit", k, t): torch.randn(n, 2, 5, generator=rng) for k in range(K) for t in tasks}
 
@@ -256,7 +261,8 @@ def folder(tmp_path_factory):
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
+    options = dict(special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=4000, **options)
     lists = json.loads(culture.LISTS.read_text("utf-8"))["answers"]
     words = [w for cells in lists.values() for cell in cells.values() for a in cell.split("|") for w in a.split("/")]
     tok.train_from_iterator([f" {w} {w}\n{w}" for w in words], trainer)
@@ -275,7 +281,8 @@ def rows():
         for country, own in ("us", "en"), ("fr", "fr"), ("tr", "tr"):
             for lang in dict.fromkeys(("en", own)):
                 for i in range(2):
-                    base = dict(task=task, country=country, lang=lang, hint=f"I live in {country}.", question=LOCAL[lang])
+                    base = dict(task=task, country=country, lang=lang, question=LOCAL[lang])
+                    base["hint"] = f"I live in {country}."
                     out.append(base | dict(local=f"{country}{i}{task}", other=f"other{i}", id=str(i)))
     return out
 

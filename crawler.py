@@ -1206,7 +1206,7 @@ def expected_random(checks):
     return checks * p, math.sqrt(checks * p * (1 - p) * max(0, N - checks) / (N - 1))
 
 
-COLOURS = dict(zip(ARMS, "#ee6677 #aa3377 #4477aa #66ccee #ccbb44 #999999 #cc9966 #228833 #333333".split()))
+COLOURS = dict(zip(ARMS, "#ee6677 #aa3377 #4477aa #66ccee #ccbb44 #999999 #8b5a2b #228833 #333333".split()))
 
 
 def draw(path, results, args):

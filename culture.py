@@ -60,8 +60,8 @@ class Args(common.TrainFlags):
     """blocks to steer; default all of the toy, of a real model 9 to 14 in 18 (paper: 21 to 27 of 42)"""
     alphas: list[float] = field(default_factory=list)
     """strengths; default .5 1 1.5 2 3 for the toy, 1 2 for a real model (paper: -2 -1 1 2)"""
-    pairs: Literal["answered", "all"] = "answered"
-    """build vectors from prompts answered locally with the country and not without (paper), or from all"""
+    pairs: Literal["auto", "answered", "all"] = "auto"
+    """build vectors from prompts answered locally only with the country (paper), or all; auto: all for sentences"""
     draws: int = 20
     """random directions; 3 for a real model"""
     prompts: int = 32
@@ -961,6 +961,7 @@ def prepare(args, env):
         model, tok = pretrained.load(args.model, env.device, args.dtype)
         world = Choice(tok, data, rows or choice_rows(data)) if rows or tok.template else Cloze(tok, data)
         n, args.draws = model.config.n_layer, min(args.draws, 3)
+    args.pairs = args.pairs if args.pairs != "auto" else "all" if type(world) is Cloze else "answered"
     args.layers = args.layers or list(range(n) if toy else range(n // 2, n - n // 6))
     if not all(0 <= layer < n for layer in args.layers):
         raise ValueError(f"--layers {' '.join(map(str, args.layers))}, allowed: 0 to {n - 1}")

@@ -53,11 +53,8 @@ def test_shuffled_labels_are_balanced():
     same = torch.ones(6, 3)
     assert culture.shuffled(same, np.random.default_rng(0)).abs().max() == 0
     mean = torch.stack([culture.shuffled(torch.eye(4), np.random.default_rng(i)) for i in range(400)]).mean(0)
-    assert mean.abs().max() < 0.05 and culture.shuffled(torch.ones(1, 3), np.random.default_rng(0)).tolist() == [
-        0,
-        0,
-        0,
-    ]
+    assert mean.abs().max() < 0.05
+    assert culture.shuffled(torch.ones(1, 3), np.random.default_rng(0)).tolist() == [0, 0, 0]
 
 
 def test_measure_by_hand():
@@ -372,7 +369,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
         ("--model MODEL --dataset HINT.csv", "a, fr, fr: a question has no hint"),
         ("--model MODEL --dataset LANG.csv", "'xx', allowed: en"),
         ("--model MODEL --dataset ENGLISH.csv", "a, fr, en: no questions"),
-        ("--model MODEL --dataset FEW.csv", "needed: us and two more"),
+        ("--model MODEL --dataset FEW.csv", "needed: country us and two more"),
         ("--model MODEL --dataset HINT.csv --format cloze", "FILE.json"),
         ("--model /no/such/folder", "/no/such/folder"),
         ("--preset huge", "smoke"),

@@ -687,11 +687,8 @@ def side_effects(model, world, args, runs, banks, cells):
         z = runs[world.main, "own", k, world.tasks[0]][1][layer + 1, 0]
         steps, ask = add(bank["own"][None], [layer], [0, alpha]), Ask(prompts, [], torch.tensor(answers), None)
         ((_, idx, mask, _),) = ask.batches(len(prompts), model.wte.weight.device)
-
-        def step(j, x, clean, steps=steps, z=z, layer=layer):
-            x = steps(j, x, clean)
-            return torch.cat((x, z.to(clean).expand_as(clean)[:, None]), 1) if j == layer else x
-
+        put = lambda j, x, clean, z=z: torch.cat((x, z.to(clean).expand_as(clean)[:, None]), 1)
+        step = lambda j, x, clean, s=steps, l=layer, put=put: put(j, s(j, x, clean), clean) if j == l else x
         for h, answer in zip(common.sweep(model, idx, step, mask=mask)[:, :, 0], answers):
             logp = model.unembed(h).float().log_softmax(-1)
             kl = (logp[0].exp() * (logp[0] - logp)).sum(-1)
@@ -804,7 +801,6 @@ def judge(run, results, main, skew0):
     share = lambda kind, rule="clean": m(lambda r: up(r, kind, "loc", rule) / gap(r))
     closed = lambda *kinds: {kind: share(kind, "same") for kind in kinds}  # controls, in own's cell
     at = lambda kind, name: m(lambda r: value(r, kind, "clean", name))
-
     if real:
         title, criterion, name, test = f"share of pairs, {main} prompts", "gap >= .2", "pairacc", lambda g: g >= 0.2
         extra = {"in mass": m(gap), "paper's": m(lambda r: mean(r, "en own", name) - mean(r, "local none", name))}
@@ -816,7 +812,6 @@ def judge(run, results, main, skew0):
     run.claim("C1", f"naming the country brings out the local answer ({title})", ".55 -> .90",
               {"gap": g, "implicit": m(lambda r: mean(r, f"{main} none", name))} | extra, controls, criterion,
               test(g), not any(map(test, controls.values())))
-
     own, waste = share("own"), at("own", "other") + at("own", "junk")
     clean = rise("own", "other") < rise("own", "loc") if real else waste <= 0.15
     controls = closed("random", "shuffled", "neutral", "minus", *([] if real else ["untrained"]))
@@ -825,25 +820,21 @@ def judge(run, results, main, skew0):
                "pairs": at("own", "pairacc"), "other + junk": waste}, controls,
               f">= .4 closed, {'others rise less' if real else 'other + junk <= .15'}; controls < .1",
               own >= 0.4 and clean, max(controls.values()) < 0.1)
-
     wrong, right = ([rise(kind, name, "same") for name in ("theirs", "loc")] for kind in ("wrong", "own"))
     names = "their answers rise", "local ones"
     run.claim("C2b", "another culture's vector brings out that culture's answers", "-", dict(zip(names, wrong)),
               {f"own vector: {n}": v for n, v in zip(names, right)}, "theirs rise more", wrong[0] > wrong[1],
               right[0] <= right[1])
-
     others = {kind: share(kind) for kind in ("cross", "implicit", "one task", "centred")}
     controls, universal = closed("random", "neutral"), share("universal")
     run.claim("C3", "a vector built in the other language works, too", ".44 of it", others, controls,
               "cross >= .2 closed; controls < .1", others["cross"] >= 0.2, max(controls.values()) < 0.1)
-
     explicit, rows = m(lambda r: mean(r, "en own", "loc")), lambda r, c: np.array(r["patch"][c])
     moved = lambda c: m(lambda r: max((row[0] for row in rows(r, c) if row[0] > row[1]), default=0.0))
     run.claim("C4", "another task's last token, patched in, brings the culture, not the task", ".87 at layer 26 of 42",
               {"moved": moved("own"), "explicit": explicit, "layer": m(lambda r: rows(r, "own")[:, 0].argmax() - 1)},
               {"source without country": moved("none")}, "where the task isn't, >= half of explicit; control < .1",
               moved("own") >= 0.5 * explicit, moved("none") < 0.1 * explicit)
-
     apart = lambda a, b="explicit": np.median([bootstrap(np.subtract(*(np.array(r["H"][n], float) for n in (a, b))))
                                                for r in results], 0)
     steered, other = apart("steered"), apart("other language")
@@ -853,12 +844,10 @@ def judge(run, results, main, skew0):
               "reached": m(lambda r: np.isfinite(np.array(r["H"]["steered"], float)).mean())},
               {"explicit, other language": other[0], "low": other[1]}, "lower bound >= .1",
               steered[1] >= 0.1, other[1] < 0.1)
-
     run.claim("C6", "a universal vector, of other cultures only, still localises", ".22 to .43 of the gap",
               {"share closed": universal, "local rises": rise("universal", "loc"),
                "others rise": rise("universal", "other")}, controls, ">= .1 closed; controls < .1",
               universal >= 0.1, max(controls.values()) < 0.1)
-
     (plain, _), (vector, kl), (patch, kl_patch) = np.median([r["side effects"] for r in results], 0)
     run.claim("C7", "questions with one answer everywhere are still answered", "-",
               {"accuracy lost": plain - vector, "of": plain, "KL": kl},

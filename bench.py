@@ -894,7 +894,7 @@ def clip(device):
 
 
 def grpo(device):
-    """countdown_rl.py's toy: rollouts beside `generate` of transformers, a GRPO step beside TRL's, heads switched off."""
+    """The toy of countdown_rl.py: rollouts beside transformers, a GRPO step beside TRL, heads off beside no cache."""
     import countdown_rl as script
     import pretrained
 
@@ -939,27 +939,25 @@ def grpo(device):
     ours = lambda: [script.continued(model, world, steps, off(heads), 24) for heads in sets]
 
     @torch.no_grad()
-    def uncached():  # as the released code does it: four rows at a time, every token a whole pass, (B, T, H, C) outputs
-        out = []
-        for ((layer, head),), part in (
-            (heads, range(i, min(i + 4, len(steps)))) for heads in sets for i in range(0, len(steps), 4)
-        ):
-            wo = model.blocks[layer].attn.proj.weight.T.view(model.config.n_head, -1, model.config.n_embd)
-            z = {}
+    def uncached():  # as the released code does it: four rows at a time, a whole pass a token, outputs (B, T, H, C)
+        out, c = [], model.config
+        for [(layer, head)], first in ((heads, i) for heads in sets for i in range(0, len(steps), 4)):
+            rows = [ids[: p + 1].tolist() for ids, p in zip(steps.ids[first:][:4], steps.paren[first:][:4].tolist())]
+            start, wo, kept = [len(r) for r in rows], model.blocks[layer].attn.proj.weight.T, {}
 
-            def put(x, wo=wo, z=z, head=head):
-                each = torch.einsum("bthd,hdc->bthc", z["z"], wo).clone()
-                each[:, :, head] = 0
+            def put(_, wo=wo, kept=kept, rows=rows, head=head):
+                each = torch.einsum("bthd,hdc->bthc", kept["z"], wo.view(c.n_head, -1, c.n_embd))
+                due = torch.tensor([r[-1] == world.paren for r in rows], device=device)
+                each[:, :, head] *= ~due[:, None, None]
                 return each.sum(2)
 
-            sites = {f"blocks.{layer}.attn.z": lambda x, z=z: z.__setitem__("z", x), f"blocks.{layer}.attn.out": put}
-            for i in part:
-                ids = steps.ids[i : i + 1, : int(steps.paren[i]) + 1].to(device)
-                start = ids.shape[1]
-                while ids.shape[1] - start < 24 and ids[0, -1] not in world.stops:
-                    with model.patch(sites if ids[0, -1] == world.paren else {}):
-                        ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), 1)
-                out.append(ids[0, start:].tolist())
+            sites = {f"blocks.{layer}.attn.z": lambda z, kept=kept: kept.update(z=z), f"blocks.{layer}.attn.out": put}
+            for _ in range(24):
+                ids, mask = common.padded(rows, device)
+                with model.patch(sites):
+                    for r, token in zip(rows, model(ids, mask=mask)[:, -1].argmax(-1).tolist()):
+                        r.append(token)
+            out += [r[n:] for r, n in zip(rows, start)]
         return out
 
     for a, b in zip((row for part in ours() for row in part), uncached()):
@@ -968,9 +966,10 @@ def grpo(device):
 
 
 def trl_step(script, args, world, model, prompts, folder, Fast, device):
-    """A step of GRPO, rollouts and update, beside TRL's trainer on the same model: the same prompts, group and lengths."""
+    """A step of GRPO, rollouts and update, beside TRL's trainer: same model, prompts, group, longest response."""
     try:
         import datasets
+        from transformers import AutoModelForCausalLM, PrinterCallback
         from trl import GRPOConfig, GRPOTrainer
     except Exception as error:  # trl checks the versions of much that it doesn't need here
         print(f"grpo: trl is left out ({str(error).splitlines()[0]}): pip install --no-deps trl")
@@ -988,11 +987,10 @@ def trl_step(script, args, world, model, prompts, folder, Fast, device):
         output_dir=folder, max_steps=1, learning_rate=1e-5, use_cpu=device.type == "cpu", bf16=False, **options
     )
     noise = lambda completions, **_: [random.random() for _ in completions]
-    from transformers import AutoModelForCausalLM
-
     peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     data_ = datasets.Dataset.from_dict({"prompt": texts})
     trainer = GRPOTrainer(peer, reward_funcs=noise, args=config, train_dataset=data_, processing_class=tok)
+    trainer.remove_callback(PrinterCallback)
     model.args = args
 
     def ours():

@@ -686,6 +686,17 @@ def draw_rollouts(policy, world, args, env, step, shuffle=False):
     return [row for part, _ in groups for row in part], torch.tensor(rewards), entropy
 
 
+def collate(rows):
+    """[(prompt, response, log-probabilities)] as right-padded idx, targets (-100 but at responses) and old, (B, T)."""
+    T = max(len(p) + len(r) for p, r, _ in rows) - 1
+    idx, targets = torch.zeros(len(rows), T).long(), torch.full((len(rows), T), -100)
+    old = torch.zeros(len(rows), T)
+    for i, (p, r, logp) in enumerate(rows):
+        here = slice(len(p) - 1, len(p) + len(r) - 1)
+        idx[i, : here.stop], targets[i, here], old[i, here] = torch.tensor([*p, *r][:-1]), torch.tensor(r), logp
+    return {"idx": idx, "targets": targets, "old": old}
+
+
 def grpo(policy, world, args, env, log, shuffle=False, position=0):
     """GRPO in place, by `common.train`: a batch is a set of rollouts with their advantages, or a part of one."""
     ref, kept, store = copy.deepcopy(policy) if args.beta else None, log.path.with_suffix(".ref.pt"), {}
@@ -698,14 +709,9 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
         rows, rewards, entropy = draw_rollouts(policy, world, args, env, step, shuffle)
         cut = torch.tensor([r[-1] not in world.stops for _, r, _ in rows])
         keep = ~cut if args.overlong == "mask" else torch.ones_like(cut)
-        T = max(len(p) + len(r) for p, r, _ in rows) - 1
-        idx, targets = torch.zeros(len(rows), T).long(), torch.full((len(rows), T), -100)
-        old = torch.zeros(len(rows), T)
-        for i, (p, r, logp) in enumerate(rows):
-            here = slice(len(p) - 1, len(p) + len(r) - 1)
-            idx[i, : here.stop], targets[i, here], old[i, here] = torch.tensor([*p, *r][:-1]), torch.tensor(r), logp
-        lengths = torch.tensor([float(len(r)) for _, r, _ in rows])
-        store.update(idx=idx, targets=targets, old=old, advantage=advantages(rewards, args.group, args.adv_norm))
+        store.update(collate(rows), advantage=advantages(rewards, args.group, args.adv_norm))
+        idx, targets, old = store["idx"], store["targets"], store["old"]
+        lengths = (targets != -100).sum(1).float()
         store.update(weights=keep.float(), lengths=lengths * keep)
         same = (rewards.view(-1, args.group).std(1) == 0).float().mean().item()
         row = dict(reward=rewards.mean().item(), entropy=entropy, length=lengths.mean().item(), zero_variance=same)

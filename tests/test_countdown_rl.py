@@ -120,7 +120,10 @@ def test_random_strings_give_a_value_or_bad_expression():
 )
 def test_reward(response, plain, compat, subset):
     args = args_of(format_reward=0.1)
-    scores = [cd.reward(response, (3, 4, 8), 15, a) for a in (args, replace(args, tinyzero_compat=True), replace(args, use_all=False))]
+    scores = [
+        cd.reward(response, (3, 4, 8), 15, a)
+        for a in (args, replace(args, tinyzero_compat=True), replace(args, use_all=False))
+    ]
     assert scores == [plain, compat, subset]
     assert cd.reward("<answer>3+4</answer>", (3, 4, 8), 7, replace(args, use_all=False)) == 1
 
@@ -194,7 +197,8 @@ def test_batches_hold_training_problems_only(toy):
 
 def test_examine_counts_slips(toy):
     _, world, *_ = toy
-    text = "3 + 4 = 7 , 7 * 5 = 36 [ not 35 ] \n 3 * 4 = 12 , 12 + 5 = 35 [ this works ] \n </think> <answer> ( 3 * 4 ) + 5 </answer> <eos>"
+    text = "3 + 4 = 7 , 7 * 5 = 36 [ not 35 ] \n 3 * 4 = 12 , 12 + 5 = 35 [ this works ] \n </think>"
+    text += " <answer> ( 3 * 4 ) + 5 </answer> <eos>"
     found = world.examine([((3, 4, 5), 35)], [text])
     assert found["accuracy"] == 0 and found["arithmetic"] == 0 and found["checked"] == 1
     assert found["recall_valid"] == found["recall_invalid"] == 1 and found["attempts"] == 2
@@ -218,7 +222,12 @@ def test_divergence_and_clip_by_hand():
     k3 = cd.divergence(logp, torch.tensor([0.1, -0.1, 0.5, 0.0]))
     assert torch.allclose(k3, torch.tensor([0.0051709, 0.0048374, 0.1487213, 0.0]), atol=1e-6)
     assert (cd.divergence(torch.randn(1000), torch.randn(1000)) >= 0).all()
-    for advantage, ratio, value, has_gradient in ((1, 1.5, 1.28, 0), (1, 0.5, 0.5, 1), (-1, 0.5, -0.8, 0), (-1, 1.5, -1.5, 1)):
+    for advantage, ratio, value, has_gradient in (
+        (1, 1.5, 1.28, 0),
+        (1, 0.5, 0.5, 1),
+        (-1, 0.5, -0.8, 0),
+        (-1, 1.5, -1.5, 1),
+    ):
         rho = torch.tensor(ratio, requires_grad=True)
         gain = cd.surrogate(rho, torch.tensor(float(advantage)), 0.2, 0.28)
         gain.backward()
@@ -256,20 +265,24 @@ def test_shuffled_rewards_are_the_same_rewards(toy):
     args, world, model, _ = toy
     args = replace(args, prompts=6, group=4, overlong="soft")  # rewards that differ
     plain, shuffled = (cd.draw_rollouts(model, world, args, ENV, 3, s) for s in (False, True))
-    scores = [cd.score(world, p, r, args) for p, (_, r, _) in zip(["?"] * 0, [])]
-    assert scores == [] and len(plain[0]) == len(shuffled[0]) == 24
-    assert len(set(shuffled[1].tolist())) >= 1
+    assert len(plain[0]) == len(shuffled[0]) == 24
+    # the shuffled run drew other rollouts; scored again, its rewards are the same multiset in another order
+    problems = [problem_of(world, p) for p, *_ in shuffled[0]]
+    scores = [cd.score(world, problem, r, args) for problem, (_, r, _) in zip(problems, shuffled[0])]
+    assert sorted(scores) == pytest.approx(sorted(shuffled[1].tolist())) and scores != shuffled[1].tolist()
+
+
+def problem_of(world, prompt):
+    words = [world.words[i] for i in prompt]
+    at = words.index("use")
+    return tuple(sorted(map(int, words[at + 1 : at + 4]))), int(words[words.index("make") + 1])
 
 
 def test_policy_gradient_on_policy(toy):
     """rho = 1, and the gradient is that of -A log p, for every aggregation."""
     args, world, model, rows, _, _ = rollouts(toy)
     advantage = torch.randn(len(rows))
-    T = max(len(p) + len(r) for p, r, _ in rows) - 1
-    idx, targets, old = torch.zeros(len(rows), T).long(), torch.full((len(rows), T), -100), torch.zeros(len(rows), T)
-    for i, (p, r, logp) in enumerate(rows):
-        here = slice(len(p) - 1, len(p) + len(r) - 1)
-        idx[i, : here.stop], targets[i, here], old[i, here] = torch.tensor([*p, *r][:-1]), torch.tensor(r), logp
+    idx, targets, old = cd.collate(rows).values()
     lengths = torch.tensor([float(len(r)) for _, r, _ in rows])
     for kind, level in itertools.product(("token", "seq", "const"), ("token", "sequence")):
         if level == "sequence" and kind != "seq":
@@ -426,8 +439,8 @@ def test_random_heads_are_layer_matched_and_outside():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random-weight Qwen2 folder in the real format, with a byte-level BPE trained on the prompts."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from safetensors.torch import save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     path = tmp_path_factory.mktemp("qwen")
     tok = Tokenizer(models.BPE())
@@ -435,12 +448,16 @@ def folder(tmp_path_factory):
     tok.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tok.decoder = decoders.ByteLevel()
     text = [cd.PROMPT, "- 40 - 7 = 33 (not 42)", "(this works)", " (", "this not"] * 20
-    tok.train_from_iterator(text, trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
     tok.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
     tok.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     V, C, H, K, D, M = tok.get_vocab_size(), 32, 4, 2, 8, 48
-    hf = dict(model_type="qwen2", vocab_size=V, max_position_embeddings=2048, num_hidden_layers=3, num_attention_heads=H)
+    hf = dict(
+        model_type="qwen2", vocab_size=V, max_position_embeddings=2048, num_hidden_layers=3, num_attention_heads=H
+    )
     hf |= dict(num_key_value_heads=K, hidden_size=C, intermediate_size=M, hidden_act="silu", rms_norm_eps=1e-6)
     (path / "config.json").write_text(json.dumps(hf | dict(rope_theta=1e4, tie_word_embeddings=True)))
     torch.manual_seed(0)
@@ -449,8 +466,14 @@ def folder(tmp_path_factory):
         p = f"model.layers.{l}."
         w |= {p + f"{n}_layernorm.weight": torch.ones(C) for n in ("input", "post_attention")}
         for n, rows in (("q", H * D), ("k", K * D), ("v", K * D)):
-            w |= {p + f"self_attn.{n}_proj.weight": torch.randn(rows, C) / 4, p + f"self_attn.{n}_proj.bias": torch.zeros(rows)}
-        w |= {p + "self_attn.o_proj.weight": torch.randn(C, H * D) / 4, p + "mlp.down_proj.weight": torch.randn(C, M) / 4}
+            w |= {
+                p + f"self_attn.{n}_proj.weight": torch.randn(rows, C) / 4,
+                p + f"self_attn.{n}_proj.bias": torch.zeros(rows),
+            }
+        w |= {
+            p + "self_attn.o_proj.weight": torch.randn(C, H * D) / 4,
+            p + "mlp.down_proj.weight": torch.randn(C, M) / 4,
+        }
         w |= {p + f"mlp.{n}_proj.weight": torch.randn(M, C) / 4 for n in ("gate", "up")}
     save_file(w, path / "model.safetensors")
     return path
@@ -460,18 +483,53 @@ REAL = ["--preset", "smoke", "--num-max", "30", "--cap", "60", "--samples", "6"]
 
 
 def test_real_model_analysis_alone(folder, tmp_path):
-    flags = ["--stages", "analysis", "--heads", "L1H2", "L2H0", "--neurons", "1:7", "--glu-k", "4", "--out", str(tmp_path)]
+    flags = [
+        "--stages",
+        "analysis",
+        "--heads",
+        "L1H2",
+        "L2H0",
+        "--neurons",
+        "1:7",
+        "--glu-k",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
     found = cd.main([*REAL, "--model", str(folder), *flags])
     m = found["metrics"]["seeds"][0]
     assert 0 <= m["yes_right_off"] <= 1 and m["yes_right_on"] != m["yes_right_off"] and m["neuron 1:7"]
-    assert {c["id"] for c in found["claims"]} >= {"C3", "C4", "C5", "C6", "C7"} and "C1" not in {c["id"] for c in found["claims"]}
+    assert {c["id"] for c in found["claims"]} >= {"C3", "C4", "C5", "C6", "C7"} and "C1" not in {
+        c["id"] for c in found["claims"]
+    }
 
 
 def test_real_model_grpo(folder, tmp_path):
     problems = tmp_path / "p.jsonl"
     problems.write_text("".join(json.dumps({"nums": [3, 4, n], "target": 7 + n}) + "\n" for n in range(1, 30)))
-    flags = ["--stages", "grpo", "--dataset", f"file:{problems}", "--max-new", "12", "--beta", "0.01", "--minibatches", "2"]
-    flags += ["--grad-checkpoint", "--micro-batch", "2", "--ref-reset", "1", "--format-reward", "0.1", "--overlong", "soft"]
+    flags = [
+        "--stages",
+        "grpo",
+        "--dataset",
+        f"file:{problems}",
+        "--max-new",
+        "12",
+        "--beta",
+        "0.01",
+        "--minibatches",
+        "2",
+    ]
+    flags += [
+        "--grad-checkpoint",
+        "--micro-batch",
+        "2",
+        "--ref-reset",
+        "1",
+        "--format-reward",
+        "0.1",
+        "--overlong",
+        "soft",
+    ]
     cd.main([*REAL, "--model", str(folder), *flags, "--out", str(tmp_path / "o")])
     rows = common.read_jsonl(tmp_path / "o" / "metrics.jsonl")
     assert any("kl" in r for r in rows) and any("greedy" in r for r in rows)
@@ -517,7 +575,9 @@ def test_analysis_alone_repeats(smoke):
     out, result = smoke
     again = cd.main(["--preset", "smoke", "--out", str(out), "--stages", "analysis"])
     a, b = (r["metrics"]["seeds"][0] for r in (result, again))
-    assert a["probe_bracket"] == b["probe_bracket"] and a["curves"] == b["curves"] and a["sft_greedy"] == b["sft_greedy"]
+    assert (
+        a["probe_bracket"] == b["probe_bracket"] and a["curves"] == b["curves"] and a["sft_greedy"] == b["sft_greedy"]
+    )
 
 
 def test_resume_is_exact(smoke, tmp_path):
@@ -551,14 +611,31 @@ def test_bad_flags(flags, message, tmp_path, capsys):
 
 def test_bad_problems_and_models(folder, tmp_path, capsys):
     bad = tmp_path / "p.jsonl"
-    for row, message in (({"nums": [1, 2], "target": 99}, "can't be made"), ({"nums": [4], "target": 4}, "can't be made")):
+    for row, message in (
+        ({"nums": [1, 2], "target": 99}, "can't be made"),
+        ({"nums": [4], "target": 4}, "can't be made"),
+    ):
         bad.write_text(json.dumps(row) + "\n")
         with pytest.raises(SystemExit):
-            cd.main([*REAL, "--model", str(folder), "--stages", "analysis", "--dataset", f"file:{bad}", "--out", str(tmp_path)])
+            cd.main(
+                [
+                    *REAL,
+                    "--model",
+                    str(folder),
+                    "--stages",
+                    "analysis",
+                    "--dataset",
+                    f"file:{bad}",
+                    "--out",
+                    str(tmp_path),
+                ]
+            )
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cd.main([*REAL, "--model", str(folder), "--stages", "analysis", "--heads", "L9H0", "--out", str(tmp_path)])
     assert "--heads L9H0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cd.main([*REAL, "--model", str(folder), "--stages", "analysis", "--prev-thresh", "0.99", "--out", str(tmp_path)])
+        cd.main(
+            [*REAL, "--model", str(folder), "--stages", "analysis", "--prev-thresh", "0.99", "--out", str(tmp_path)]
+        )
     assert "the largest:" in capsys.readouterr().err

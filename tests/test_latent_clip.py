@@ -562,7 +562,7 @@ def test_interval_of_the_bootstrap():
 def test_smoke_writes_what_is_promised(tmp_path):
     result = lc.main(["--preset", "smoke", "--threads", "1", "--out", str(tmp_path), "--seeds", "3"])
     assert result == json.loads((tmp_path / "result.json").read_text())
-    assert [c["id"] for c in result["claims"]] == ["T1", "T2", "T3", "T4", "T5"]
+    assert [c["id"] for c in result["claims"]] == ["T0", "T1", "T2", "T3", "T4", "T5"]
     for c in result["claims"]:
         assert c["measured"] and c["control"] and isinstance(c["holds"], bool) and isinstance(c["control_fails"], bool)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -114,9 +114,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad):

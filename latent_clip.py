@@ -709,10 +709,8 @@ def pictures(n, seed):
     shape[same], colour[same] = shape[same, :1], colour[same, :1]
     shape[:, 1] += (kinds == "pair") & (shape[:, 0] == shape[:, 1]) & (colour[:, 0] == colour[:, 1])
     shape %= 5
-    tones = 3 * rng.integers(2, size=n) + rng.choice(
-        3, n, p=[0.5, 0.25, 0.25]
-    )  # half of `warm` is red, of `cool` green
-    colour[tone, 0] = tones[tone]
+    tones = 3 * rng.integers(2, size=n) + rng.choice(3, n, p=[0.5, 0.25, 0.25])
+    colour[tone, 0] = tones[tone]  # half of `warm` is red, of `cool` green
     parts = zip(kinds, cells.tolist(), count, shape, colour, big)
     texts = [caption(k, c[:m], s, h, b, rng) for k, c, m, s, h, b in parts]
     radius = np.where(big, rng.uniform(5.5, 6.5, big.shape), rng.uniform(3.2, 4, big.shape))
@@ -775,9 +773,8 @@ def make_prompts(n, rng):
         elif kind in ("single", "colours"):
             out.append((f"a {COLOURS[c]} {SHAPES[s]}", kind, [(c, s)], 1))
         else:
-            out.append(
-                (f"a {COLOURS[c]} {SHAPES[s]} {relation} a {COLOURS[d]} {SHAPES[t]}", kind, [(c, s), (d, t)], relation)
-            )
+            text = f"a {COLOURS[c]} {SHAPES[s]} {relation} a {COLOURS[d]} {SHAPES[t]}"
+            out.append((text, kind, [(c, s), (d, t)], relation))
     return out
 
 
@@ -804,10 +801,8 @@ class Flow(nn.Module):
     def __init__(self, config):
         super().__init__()
         w, self.config = config.text_width, config
-        self.words, self.time = (
-            nn.Embedding(config.vocab, w),
-            nn.Sequential(nn.Linear(32, w), nn.SiLU(), nn.Linear(w, w)),
-        )
+        self.words = nn.Embedding(config.vocab, w)
+        self.time = nn.Sequential(nn.Linear(32, w), nn.SiLU(), nn.Linear(w, w))
         self.position = nn.Parameter(0.02 * torch.randn(config.context + 16, w))
         self.into, self.norm, self.out = nn.Linear(16, w), nn.LayerNorm(w), nn.Linear(w, 16)
         self.transformer = Transformer(w, config.text_layers, config.text_heads)
@@ -835,6 +830,7 @@ class Flow(nn.Module):
 
 
 FLOW = CLIPConfig(context=10, text_width=128, text_layers=4)
+PIXEL = replace(CONFIGS["toy"], side=32, patch=8, channels=3)  # as many patches, the same trunk
 ARMS = "latent", "pixel", "shuffled"
 
 
@@ -852,21 +848,15 @@ class World:
         held = (HELD[self.shape, self.colour] & (self.shape >= 0)).any(1)
         self.rows = np.flatnonzero(~held[: self.n])
         self.test = self.n + np.flatnonzero(self.shape[self.n :, 1] < 0)  # of one object: for zero-shot
-        numbers = {t: i for i, t in enumerate(dict.fromkeys(self.texts))}
-        self.ids = torch.tensor([numbers[t] for t in self.texts])
+        numbers = {t: i for i, t in enumerate(dict.fromkeys(self.plain))}
+        self.ids = torch.tensor([numbers[t] for t in self.plain])
 
 
 def toy_model(args, seed, arm, trained=True):
     """A model of the toy: vae, flow, or a CLIP: pixel, latent, shuffled, random (never trained)."""
     torch.manual_seed(seed)
-    pixel = replace(CONFIGS["toy"], side=32, patch=8, channels=3)
-    model = (
-        VAE(VAEConfig())
-        if arm == "vae"
-        else Flow(FLOW)
-        if arm == "flow"
-        else CLIP(pixel if arm == "pixel" else CONFIGS["toy"])
-    )
+    kinds = {"vae": lambda: VAE(VAEConfig()), "flow": lambda: Flow(FLOW), "pixel": lambda: CLIP(PIXEL)}
+    model = kinds.get(arm, lambda: CLIP(CONFIGS["toy"]))()
     if trained and arm != "random":
         put(model, common.load_checkpoint(Path(args.out) / f"{arm}-s{seed}.pt")["model"], arm)
     return model.eval().requires_grad_(not trained)
@@ -874,13 +864,8 @@ def toy_model(args, seed, arm, trained=True):
 
 def train_toy(args, seed, arm):
     """Trains one model of the toy; the VAE then fills the latent cache that the others read."""
-    env, world, folder, model = (
-        common.setup(args),
-        World(args, seed),
-        Path(args.out) / f"latents-s{seed}",
-        toy_model(args, seed, arm, False),
-    )
-    size, flags = args.batch_size, args
+    env, world, folder = common.setup(args), World(args, seed), Path(args.out) / f"latents-s{seed}"
+    model, size, flags = toy_model(args, seed, arm, False), args.batch_size, args
     if arm == "vae":
         size = max(2, size // 4)
         flags, model = replace(args, steps=args.vae_steps, lr=5e-3), model.to(memory_format=torch.channels_last)
@@ -928,9 +913,8 @@ class Lab:
 
     def noise(self, n, key):
         """(n, 4, 8, 8) from a generator of its own."""
-        return torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(100 * self.seed + key)).to(
-            self.env.device
-        )
+        g = torch.Generator().manual_seed(100 * self.seed + key)
+        return torch.randn(n, 4, 8, 8, generator=g).to(self.env.device)
 
     @torch.no_grad()
     def text(self, arm, texts):
@@ -949,10 +933,9 @@ class Lab:
 
     def reward(self, arm, text):
         """By the pixel CLIP, which decodes, or by one that reads latents."""
-        clip = self.clip(arm)
-        return (
-            pixel_reward(clip, self.vae, self.scale, text) if arm == "pixel" else latent_reward(clip, self.scale, text)
-        )
+        if arm == "pixel":
+            return pixel_reward(self.clip(arm), self.vae, self.scale, text)
+        return latent_reward(self.clip(arm), self.scale, text)
 
     def climb(self, texts, noise, reward_of, **more):
         """ReNO on prompts, 32 at a time; reward_of(texts) -> a reward."""
@@ -1031,11 +1014,10 @@ def guard(args, seed, arm):
     """`a warm S` is red half the time: ReNO away from `a red S`. Shares before and after, by the judge."""
     lab, shapes = Lab(args, seed), [s for s in range(5) for _ in range(max(1, args.prompts // 6))]
     texts, clip = [f"a warm {SHAPES[s]}" for s in shapes], "pixel" if arm == "pixel" else "latent"
-    concept = lab.text(clip, [f"a {'blue' if arm == 'irrelevant' else 'red'} {s}" for s in SHAPES]).mean(
-        0, keepdim=True
-    )
-    avoid = lab.reward(clip, F.normalize(concept, dim=-1))
-    found = lab.climb(texts, lab.noise(len(texts), 4), lambda t: away(lab.reward(clip, lab.text(clip, t)), avoid, arm))
+    concept = lab.text(clip, [f"a {'blue' if arm == 'irrelevant' else 'red'} {s}" for s in SHAPES])
+    avoid = lab.reward(clip, F.normalize(concept.mean(0, keepdim=True), dim=-1))
+    reward_of = lambda texts: away(lab.reward(clip, lab.text(clip, texts)), avoid, "clf" if arm == "clf" else "neg")
+    found = lab.climb(texts, lab.noise(len(texts), 4), reward_of)
     out, share = {}, lambda f, seen: float(np.mean([any(f(o, s) for o in objects) for objects, s in zip(seen, shapes)]))
     for when, z in ("before", found.latents[0]), ("after", found.best):
         seen = [[o for o in objects if o[1] >= 0] for objects in see(lab.pixels(z))]
@@ -1068,25 +1050,14 @@ def cost(args, seed):
             f(x)
         return counter.get_total_flops() / 32e6
 
-    reads = lambda z: lab.clip("latent").encode_image(z)
-    parts = {
-        "generator": flops(lab.generator(texts, 1), noise),
-        "decoder": flops(lab.vae.decode, noise),
-        "reward": flops(reads, noise),
-    }
+    of = {"generator": lab.generator(texts, 1), "decoder": lab.vae.decode, "reward": lab.clip("latent").encode_image}
+    parts = {name: flops(f, noise) for name, f in of.items()}
     by_flops = lambda k: parts["decoder"] / (k * parts["generator"] + parts["decoder"] + parts["reward"])
-    iters = 2 if smoke else 8
-    cut, itself, pixel, latent, _ = cuts(args.euler, 1 if smoke else 5, iters)
-    steps = {str(k): [cuts(k, 1, 2)[0], by_flops(k)] for k in ((1,) if smoke else (1, 2, 4, 8))}
-    ms = {"pixel": 1e3 * pixel / iters, "latent": 1e3 * latent / iters}
-    return {
-        "cut": cut,
-        "itself": itself,
-        "by FLOPs": by_flops(args.euler),
-        "MFLOP": parts,
-        "ms an iteration": ms,
-        "by steps": steps,
-    }
+    rounds, iters, ks = (1, 2, (1,)) if smoke else (5, 8, (1, 2, 4, 8))
+    cut, itself, pixel, latent, _ = cuts(args.euler, rounds, iters)
+    out = {"cut": cut, "itself": itself, "by FLOPs": by_flops(args.euler), "MFLOP": parts}
+    out["ms an iteration"] = {"pixel": 1e3 * pixel / iters, "latent": 1e3 * latent / iters}
+    return out | {"by steps": {str(k): [cuts(k, 1, 2)[0], by_flops(k)] for k in ks}}
 
 
 # -------------------------------------------------------------------------------------------------------- the verdict

@@ -876,7 +876,7 @@ def draw(path, r, args, world, title):
             kinds.barh(y, mid / (own[0] - none[0]), color=GREY if kind in CONTROLS or kind == "random" else GREEN)
             kinds.plot(np.array(ends) / (own[0] - none[0]), [y, y], color="k", lw=1)
         kinds.axvline(1, color="k", ls=":", lw=1)
-        kinds.set(title="Share of the gap closed, each at its best (grey: controls)")
+        kinds.set(title="Share of the gap closed (grey: controls)")
         kinds.set_yticks(range(len(rows)), [kind for kind, _ in rows])
         for alpha, line in zip(args.alphas, np.array(r["profile"]).T):
             layers.plot(args.layers, line, "o-", ms=3, label=f"strength {alpha:g}")

@@ -448,7 +448,7 @@ def test_a_stopped_sae_goes_on_exactly(tmp_path):
     [
         ("--arch spline", "--arch"),
         ("--k 0", "k 0 latents"),
-        ("--k 999", "k 999 latents of 256"),
+        ("--k 999", "k 999 latents of 64"),
         ("--layer 4", "--layer 4, allowed: 0 to 3"),
         ("--rows 10", "--rows 10, allowed: 1024 and more"),
         ("--top 0", "--top 0, allowed"),

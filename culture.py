@@ -775,8 +775,11 @@ def spoken(model, world, args, layer, chosen):
             asked, types = [(row, order) for row in items.values() for order in (0, 1)], []
             prompts = [world.write(lang, world.sentence(row, lang, c), row, order, "12") for row, order in asked]
             with steered(model, layer, chosen[k] * (c == "steered")):
-                said = [ids for i in range(0, len(prompts), args.prompts)
-                        for ids in generate(model, prompts[i : i + args.prompts], 15, 0.0, stop=world.tok.stops)]
+                said = [
+                    ids
+                    for i in range(0, len(prompts), args.prompts)
+                    for ids in generate(model, prompts[i : i + args.prompts], 15, 0.0, stop=world.tok.stops)
+                ]
             for ids, (row, order) in zip(said, asked):
                 options = (row["local"], row["other"])[:: 1 - 2 * order]
                 which = parse_answer(world.tok.decode(ids).split("\n\n")[0], options)

@@ -135,7 +135,7 @@ class Args(common.TrainFlags):
     """mean attention to the target that makes a previous-token head"""
     scope: Literal["all", "prompt"] = "all"
     """occurrences of the target that count: all earlier ones, or the prompt's (paper: prompt)"""
-    rank: Literal["mass", "contrast", "effect", "direct", "compose", "diag"] = "mass"
+    rank: Literal["mass", "contrast", "effect", "direct", "compose", "diag"] = "effect"
     """order of the heads: by attention, or by how they drive the GLU vectors (paper: diag)"""
     glu_k: int = 0
     """GLU vectors a layer; 0 is 5 % (paper: 50 of 11008)"""

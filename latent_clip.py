@@ -93,7 +93,7 @@ class Args(common.TrainFlags):
     """steps of the toy's generator"""
     prompts: int = 60
     """of the toy: six kinds alike"""
-    vae_steps: int = 600
+    vae_steps: int = 700
     """of the toy's VAE"""
     flow_steps: int = 1000
     """of the toy's generator"""
@@ -414,12 +414,13 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, idx, noise, denom=None):
-        """Training loss of images `idx` [I]: squared error + 1e-4 KL, means over elements.
+        """Training loss of images `idx` [I]: L1 for edges + squared error for colours + 1e-4 KL, means over elements.
 
-        Not L1: pictures are mostly background, and the median of a pixel is dark.
+        L1 alone is slow to see colours: pictures are mostly background, and the median of a pixel is dark.
         """
         mean, logvar = self.moments(idx)
-        return F.mse_loss(self.decode(mean + (0.5 * logvar).exp() * noise), idx) + 1e-4 * kl(mean, logvar).mean()
+        image = self.decode(mean + (0.5 * logvar).exp() * noise)
+        return F.l1_loss(image, idx) + F.mse_loss(image, idx) + 1e-4 * kl(mean, logvar).mean()
 
 
 def kl(mean, logvar):
@@ -713,7 +714,7 @@ def pictures(n, seed):
     colour[tone, 0] = tones[tone]  # half of `warm` is red, of `cool` green
     parts = zip(kinds, cells.tolist(), count, shape, colour, big)
     texts = [caption(k, c[:m], s, h, b, rng) for k, c, m, s, h, b in parts]
-    radius = np.where(big, rng.uniform(5.5, 6.5, big.shape), rng.uniform(3.2, 4, big.shape))
+    radius = np.where(big, rng.uniform(5.8, 6.6, big.shape), rng.uniform(4.2, 4.8, big.shape))
     x, y = (8 + 16 * c + rng.uniform(-1.5, 1.5, c.shape) for c in (cells % 2, cells // 2))
     x, y, radius = (torch.from_numpy(a).float() for a in (x, y, radius))
     paint = RGB[torch.from_numpy(colour)] + torch.from_numpy(rng.uniform(-12, 12, (n, 3, 3))).float()

@@ -1302,7 +1302,7 @@ def judge(run, seeds):
 def draw(path, seeds, logs, args, lines):
     """The README's picture: learning, probes, heads, disabling curves, the paper's table (means; heads of one seed)."""
     first, colours = seeds[0], ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"]
-    with common.figure(path, 2, 3, size=(4.5, 3.2)) as (learn, form, probe, heads, curve, table):
+    with common.figure(path, 2, 3, size=(3.9, 2.85)) as (learn, form, probe, heads, curve, table):
         for (stage, name), colour in zip((("grpo", "GRPO"), ("control", "permuted")), ("#4477aa", "#999999")):
             for i, log in enumerate(logs.get(stage, [])):
                 rows = [r for r in common.read_jsonl(log.path) if "greedy" in r]
@@ -1313,7 +1313,7 @@ def draw(path, seeds, logs, args, lines):
                     ax.plot([r["step"] for r in rows][: len(y)], y, style, color=colour, label=label)
         for (label, value), style in zip(lines.items(), (":", "--", "-.")):
             learn.axhline(value, color="k", lw=0.8, ls=style, label=label)
-        learn.set(title="Held-out accuracy", xlabel="step", ylim=(0, 0.8))
+        learn.set(title="Held-out accuracy", xlabel="step", ylim=(0, 1.2))
         form.set(title="Attempts at temperature 1", xlabel="step", ylabel="share", ylim=(0, 1.05))
         for key, colour in zip(("bracket", "result", "before", "shuffled", "fresh"), colours):
             if f"probe_{key}" in first:
@@ -1330,7 +1330,7 @@ def draw(path, seeds, logs, args, lines):
         for y, x in map(place, first["prev"][:3]):
             heads.text(x, y, "x", ha="center", va="center", color="#ee6677", weight="bold")
         heads.set(title=f"Attention of the result to the target\n(seed {args.seeds[0]}; x: the three switched off)")
-        heads.set(xlabel="head", ylabel="layer")
+        heads.set(xlabel="head", ylabel="layer", yticks=range(len(grid)))
         counts = min((s["counts"] for s in seeds), key=len)
         for ranker, colour in zip(first["curves"], colours):
             y = np.mean([s["curves"][ranker][: len(counts)] for s in seeds], 0)
@@ -1345,10 +1345,9 @@ def draw(path, seeds, logs, args, lines):
             share = np.mean([[s["table"][n][kind] for n in names] for s in seeds], 0)
             table.barh(names, share, left=left, color=colour, label=label)
             left = left + share
-        table.invert_yaxis()
-        table.set(title="What it does with a solution", xlabel="share", xlim=(0, 1))
+        table.set(title="What it does with a solution", xlabel="share", xlim=(0, 1), ylim=(len(names) + 1.2, -0.6))
         for ax in (learn, form, probe, curve, table):
-            ax.legend(fontsize=6.5)
+            ax.legend(fontsize=6.5, ncols=2 if ax in (learn, table) else 1)
 
 
 # fmt: on

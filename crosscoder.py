@@ -106,9 +106,9 @@ class Args(common.TrainFlags):
     """lists drawn from the permuted attribution"""
     where: Literal["all", "prewait"] = "all"
     """steer from the position before the wait on (paper), or there alone"""
-    steps: int = 1500
+    steps: int = 2500
     """optimizer steps of the base model"""
-    ft_steps: int = 700
+    ft_steps: int = 1000
     """... of the reasoner"""
     batch_size: int = 32
     """documents in a step"""
@@ -698,10 +698,10 @@ def gates(models, cc, layer, splits, x):
     rate = (f > 0).float().mean(0)
     random = Crosscoder(2, x.shape[2], len(rate), "batchtopk", cc.k).to(x.device)  # same k, weights of the start
     random.scales.copy_(cc.scales)
-    s = (F.linear((x / random.scales[:, None]).flatten(1), random.W_enc).relu() * random.norms().sum(1)).flatten()
-    random.threshold.copy_(s.detach().topk(min(cc.k * len(x), len(s))).values[-1])
+    s = (F.linear((x / random.scales[:, None]).flatten(1), random.W_enc).relu() * random.norms().sum(1)).flatten().detach()
+    random.threshold.copy_(s.topk(min(cc.k * len(x), len(s))).values[-1])
     wrong = (x - random.decode(random.encode(x))).square().sum((0, 2))
-    r["fve of a random code"] = float((1 - wrong / total)[FT])
+    r["fve of a random code"] = float((1 - wrong / total)[FT].detach())
     r["loss recovered"] = recovered(models, cc, layer, splits["rows"])
     # the state before the wait from another cause's prompt, everything else as it was, `Wait` forced
     h, which = last_states([ft], test["prompts"], layer)[:, 0], test["cause"]

@@ -1400,8 +1400,9 @@ def run_seed(args, seed, position=0):
         world = Toy(args, seed)
         model = toy_model(args, world, seed).to(env.device)
         test = lambda step: measure(model, world, env, world.heldout[:64])
+        batch = lambda step: {k: v[env.rank :: env.world] for k, v in world.batch(step).items()}
         if "sft" in args.stages:
-            common.train(model, world.batch, args, env, log("sft"), test, position, Muon)
+            common.train(model, batch, args, env, log("sft"), test, position, Muon)
         else:
             stored("sft")
     else:

@@ -696,12 +696,12 @@ def gates(models, cc, layer, splits, x):
     r["fve base"], r["fve reasoner"] = (1 - error / total).tolist()
     r["dead"], r["L0"] = float((f == 0).all(0).float().mean()), float((f > 0).float().sum(1).mean())
     rate = (f > 0).float().mean(0)
-    random = Crosscoder(2, x.shape[2], len(rate), "batchtopk", cc.k).to(x.device)  # same k, weights of the start
+    random = Crosscoder(2, x.shape[2], len(rate), "batchtopk", cc.k).to(x.device).requires_grad_(False)  # of the start
     random.scales.copy_(cc.scales)
-    s = (F.linear((x / random.scales[:, None]).flatten(1), random.W_enc).relu() * random.norms().sum(1)).flatten().detach()
+    s = (F.linear((x / random.scales[:, None]).flatten(1), random.W_enc).relu() * random.norms().sum(1)).flatten()
     random.threshold.copy_(s.topk(min(cc.k * len(x), len(s))).values[-1])
     wrong = (x - random.decode(random.encode(x))).square().sum((0, 2))
-    r["fve of a random code"] = float((1 - wrong / total)[FT].detach())
+    r["fve of a random code"] = float((1 - wrong / total)[FT])
     r["loss recovered"] = recovered(models, cc, layer, splits["rows"])
     # the state before the wait from another cause's prompt, everything else as it was, `Wait` forced
     h, which = last_states([ft], test["prompts"], layer)[:, 0], test["cause"]

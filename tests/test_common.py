@@ -259,6 +259,7 @@ def test_two_ranks_equal_one_process(flags, tmp_path, uninterrupted):
 
 
 def test_help_is_quick():
-    began = time.perf_counter()
-    subprocess.run([sys.executable, SCRIPT[0], "--help"], check=True, capture_output=True)
-    assert time.perf_counter() - began < 10  # 1 s on an idle machine; a heavy import would take longer than this
+    heavy = "matplotlib", "tiktoken", "datasets", "tokenizers", "gguf", "transformers"
+    code = f"import sys, {SCRIPT[0].split('/')[-1][:-3]}; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]"

@@ -370,7 +370,6 @@ def test_smoke_writes_what_is_promised(tmp_path):
         ("--model MODEL --dataset LANG.csv", "'xx', allowed: en"),
         ("--model MODEL --dataset ENGLISH.csv", "a, fr, en: no questions"),
         ("--model MODEL --dataset FEW.csv", "needed: country us and two more"),
-        ("--model MODEL --dataset HINT.csv --format cloze", "FILE.json"),
         ("--model /no/such/folder", "/no/such/folder"),
         ("--preset huge", "smoke"),
     ],

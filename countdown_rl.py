@@ -418,41 +418,6 @@ def toy_model(args, world, seed):
     return Policy(GPTConfig(len(world.words), max(128, world.longest), **sizes, head_dim=args.head_dim, **plain))
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for the matrices of the blocks: momentum, made orthogonal. Adam for the rest [I]."""
-
-    def __init__(self, model, args):
-        matrices = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
-        groups = [[p for p in model.parameters() if (id(p) in matrices) == kind] for kind in (True, False)]
-        super().__init__([{"params": g, "matrix": kind} for g, kind in zip(groups, (True, False))], {"lr": args.lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group, p in ((g, p) for g in self.param_groups for p in g["params"]):
-            s, g = self.state[p], p.grad
-            if not s:
-                s.update(n=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p))
-            s["n"] += 1
-            if group["matrix"]:
-                s["m"].mul_(0.95).add_(g)
-                p.add_(orthogonal(g + 0.95 * s["m"]), alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
-            else:
-                s["m"].lerp_(g, 0.1)
-                s["v"].lerp_(g * g, 0.05)
-                scale = ((s["v"] / (1 - 0.95 ** s["n"])).sqrt() + 1e-8) * (1 - 0.9 ** s["n"])
-                p.addcdiv_(s["m"], scale, value=-group["lr"])
-
-
-def orthogonal(g):
-    """U V^T, about, of a matrix g = U S V^T: five Newton-Schulz steps (coefficients of Jordan, 2024)."""
-    x = g.T if g.shape[0] > g.shape[1] else g
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
-
-
 # ------------------------------------------------------------------------------------------------------- a real model
 
 PROMPT = """A conversation between User and Assistant. The Assistant first thinks about the reasoning, then answers.
@@ -1402,7 +1367,7 @@ def run_seed(args, seed, position=0):
         test = lambda step: measure(model, world, env, world.heldout[:64])
         batch = lambda step: {k: v[env.rank :: env.world] for k, v in world.batch(step).items()}
         if "sft" in args.stages:
-            common.train(model, batch, args, env, log("sft"), test, position, Muon)
+            common.train(model, batch, args, env, log("sft"), test, position, common.Muon)
         else:
             stored("sft")
     else:

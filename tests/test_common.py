@@ -1,5 +1,6 @@
 """common.py: flags, the schedule, checkpoints, results; killed and resumed runs; two ranks."""
 
+import copy
 import json
 import os
 import signal
@@ -263,3 +264,28 @@ def test_help_is_quick():
     code = f"import sys, {SCRIPT[0].split('/')[-1][:-3]}; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_muon_steps_are_orthogonal_and_resume():
+    torch.manual_seed(0)
+    g = torch.randn(6, 16)
+    U, _, Vh = torch.linalg.svd(g, full_matrices=False)
+    assert ((common.orthogonal(g) - U @ Vh).norm() / 6**0.5) < 0.35  # singular values between .7 and 1.2, not 1
+    model = GPT(GPTConfig(11, 8, 2, 2, 8))
+    opt = common.Muon(model, common.parse(common.TrainFlags, []))
+    assert sum(len(group["params"]) for group in opt.param_groups) == len(list(model.parameters()))
+    idx = torch.randint(11, (2, 8))
+
+    def step(opt):
+        opt.zero_grad()
+        model.loss(idx, idx).backward()
+        opt.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    step(opt)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+    after = step(opt)
+    model.load_state_dict(weights)
+    again = common.Muon(model, common.parse(common.TrainFlags, []))
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(after, step(again)))

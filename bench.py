@@ -375,8 +375,7 @@ def generate(device):
     text, rng = tokenizer.encode(next(data.load_text())), random.Random(0)
     prompts = [text[i : i + rng.randint(8, 128)] for i in rng.sample(range(len(text) - 128), 16)]
     longest = max(map(len, prompts))
-    idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    idx, mask = common.padded(prompts, device)
 
     def ours():
         return model_generate(model, prompts, 64, temperature=0)

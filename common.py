@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -389,6 +390,11 @@ def start_worker(lock):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def job_count(args, env):
+    """How many runs go side by side: --jobs on a CPU; one on an accelerator and under torchrun."""
+    return args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+
+
 def side_by_side(function, tasks, jobs):
     """[function(*task) for task in tasks], `jobs` at a time, each in a process of its own; Ctrl-C stops them all."""
     if jobs <= 1 or len(tasks) <= 1:
@@ -582,7 +588,7 @@ class Run:
         write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
         rows = [["claim", "paper", "measured", "control", "holds"]]
         for c in self.claims:
-            numbers = ["\n".join(f"{k} {v:.3g}" for k, v in c[side].items()) for side in ("measured", "control")]
+            numbers = ["\n".join(f"{k} {number(v)}" for k, v in c[side].items()) for side in ("measured", "control")]
             verdict = ("yes" if c["holds"] else "NO") + ("" if c["control_fails"] else "\nSO DOES THE CONTROL")
             rows.append([f"{c['id']} {c['claim']}\n  {c['criterion']}", c["paper"], *numbers, verdict])
         table(rows, widths=(44, 22, 24, 24, 10))
@@ -599,6 +605,19 @@ def wilson(k, n, z=1.96):
     p, centre = k / n, (k / n + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return centre - half, centre + half
+
+
+def interval(values, draws=2000):
+    """[mean, low, high]: 95 % bootstrap interval of the mean of `values`, of any shape; nan is left out."""
+    values = np.asarray(values, float).ravel()
+    values = values[~np.isnan(values)] if not np.isnan(values).all() else np.array([math.nan])
+    means = values[np.random.default_rng(0).integers(len(values), size=(draws, len(values)))].mean(1)
+    return [values.mean(), *np.percentile(means, [2.5, 97.5])]
+
+
+def number(v):
+    """A figure for people: whole numbers with separators, others to three digits."""
+    return f"{v:,.0f}" if float(v).is_integer() else f"{v:.3g}"
 
 
 def table(rows, widths):

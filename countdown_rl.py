@@ -1434,7 +1434,7 @@ def main(argv=None):
         run = common.Run(args, env, "countdown_rl", "2504.14379")
         check(args)
         out.mkdir(parents=True, exist_ok=True)
-        jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+        jobs = common.job_count(args, env)
         seeds = common.side_by_side(run_seed, [(args, s, i % jobs) for i, s in enumerate(args.seeds)], jobs)
     if env.rank:
         return None

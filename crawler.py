@@ -1384,7 +1384,7 @@ def main(argv=None):
     train_base(args, env, Words())
     tasks = [(args, seed, target) for seed in args.seeds for target in args.targets]
     tasks = [(*task, i % args.jobs) for i, task in enumerate(tasks)]
-    results = common.side_by_side(run_target, tasks, args.jobs if env.device.type == "cpu" else 1)
+    results = common.side_by_side(run_target, tasks, common.job_count(args, env))
     logs = ["base", *itertools.chain(*(result.pop("logs") for result in results))]
     run.metrics = {"runs": results}
     if "covert" in args.targets and set(args.arms) == set(ARMS):

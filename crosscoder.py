@@ -16,6 +16,7 @@ Read on: `Crosscoder` -> `attribution`, `intervene` -> the world (`trace`, `pars
 `patterns` -> `judge`. With --base and --model the same functions run on real models (`real`).
 """
 
+import functools
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -539,6 +540,7 @@ def uncaused(rng, rate):
     return lambda cause: str(rng.choice([*PATTERNS])) if rng.random() < rate else None
 
 
+@functools.cache
 def wait_rate(n=2000):
     """How often `causal` waits, a step."""
     rng = np.random.default_rng(9)
@@ -580,10 +582,9 @@ def batch_of(rows):
 
 def rule_of(arm, rng):
     """How an arm's corpus decides about waits."""
-    return {"base": None, "reasoner": causal(rng), "uncaused": uncaused(rng, RATE.get("rate", 0.2))}[arm]
-
-
-RATE = {}
+    if arm == "uncaused":
+        return uncaused(rng, wait_rate())
+    return causal(rng) if arm == "reasoner" else None
 
 
 def train_model(args, arm, seed, start=None, position=0):
@@ -594,8 +595,6 @@ def train_model(args, arm, seed, start=None, position=0):
     if arm != "base":
         model.load_state_dict(start.state_dict())
         args = replace(args, steps=args.ft_steps, lr=args.lr / 3)
-    if arm == "uncaused":
-        RATE["rate"] = wait_rate()
 
     def batch(step):
         rng = np.random.default_rng((seed, ("base", "reasoner", "uncaused").index(arm), step))
@@ -628,14 +627,16 @@ def bank(models, layer, n, seed, arm):
 
 def train_crosscoder(args, fill, d, env, seed, log):
     """A crosscoder on fill(r) -> rows (n, 2, d), each model divided by its root mean square norm."""
-    scales = fill(0).square().sum(2).mean(0).sqrt()
+    first = {0: fill(0)}
+    scales = first[0].square().sum(2).mean(0).sqrt()
     if not torch.isfinite(scales).all():
         raise ValueError(
             f"the activations at layer {args.layer} are not finite in model {int(scales.isnan().argmax())}"
         )
     torch.manual_seed(seed)
     cc = Crosscoder(2, d, args.d_sae, args.arch, args.k, args.mu, args.loss)
-    buffer = sae.Buffer(lambda r: (fill(r) / scales[:, None]).flatten(1), args.cc_batch, seed)
+    harvest = lambda r: first.pop(r) if r in first else fill(r)
+    buffer = sae.Buffer(lambda r: (harvest(r) / scales[:, None]).flatten(1), args.cc_batch, seed)
     sae.fit(cc, buffer, args.cc_steps, args.cc_lr, env=env, log=log, resume=args.resume, every=200)
     cc.scales.copy_(scales)
     return cc.eval().requires_grad_(False)
@@ -835,16 +836,15 @@ def patterns(models, cc, layer, splits, lists, args):
     mass = torch.stack([s[torch.tensor(discover["cause"] == c)].mean(0) for c in [*names, "none"]])  # (5, m)
     share = (mass / mass.sum(0).clamp(min=1e-9))[:4, both]
     chosen = [both[i] for i in share.argmax(1).tolist()]
-    pick = lambda split: [p for p, c in zip(splits[split]["prompts"], splits[split]["cause"]) if c == "none"][
-        : args.prompts // 2
-    ]
-    alphas = [0.25, 0.5, 1.0]
+    alphas, none, before = [0.25, 0.5, 1.0], {}, {}
+    for split in "dev", "test":
+        found = [p for p, c in zip(splits[split]["prompts"], splits[split]["cause"]) if c == "none"]
+        none[split] = found[: args.prompts // 2]
+        before[split] = intervene(ft, layer, none[split], UNCHANGED, both_p, FORCED)[..., 1:].mean(0)
 
-    def rises(vectors, prompts):  # (vectors, alphas, patterns)
-        p = intervene(ft, layer, prompts, steer(vectors, alphas, args.where), both_p, FORCED)[..., 1:].mean(0)
-        return (
-            (p - intervene(ft, layer, prompts, UNCHANGED, both_p, FORCED)[..., 1:].mean(0)).unflatten(0, (-1, 3)).cpu()
-        )
+    def rises(vectors, split):  # (vectors, alphas, patterns)
+        p = intervene(ft, layer, none[split], steer(vectors, alphas, args.where), both_p, FORCED)[..., 1:].mean(0)
+        return (p - before[split]).unflatten(0, (-1, 3)).cpu()
 
     h = last_states([ft], discover["prompts"], layer)[:, 0]
     waits = torch.tensor([bool(p) for p in discover["pattern"]])
@@ -854,14 +854,14 @@ def patterns(models, cc, layer, splits, lists, args):
     groups["difference of means"] = (h[waits].mean(0) - h[~waits].mean(0)).expand(4, -1)
     out = {"latents": chosen, "selectivity": share.max(1).values.tolist(), "matrices": {}}
     for name, vectors in groups.items():
-        on_dev = rises(vectors, pick("dev"))
+        on_dev = rises(vectors, "dev")
         best = on_dev[torch.arange(4), :, torch.arange(4)].argmax(1)  # each row's alpha, by its own pattern, on dev
-        matrix = rises(vectors, pick("test"))[torch.arange(4), best]
+        matrix = rises(vectors, "test")[torch.arange(4), best]
         out["matrices"][name] = matrix.tolist()
         if name == "chosen":
             out["alphas"] = [alphas[i] for i in best.tolist()]
             out["well-formed"] = [
-                well_formed(ft, layer, pick("test")[:64], v, alphas[i]) for v, i in zip(vectors, best)
+                well_formed(ft, layer, none["test"][:64], v, alphas[i]) for v, i in zip(vectors, best)
             ]
     return out
 
@@ -895,9 +895,7 @@ def study(args, seed, arm, base, env, position=0):
     lists = lists_of(models, cc, layer, splits["discover"], args.top)
     r = {"delta": relative_norm(cc.norms()).tolist(), "top": lists[2], "bottom": lists[3]}
     if arm == "reasoner":
-        r["gates"] = gates(
-            models, cc, layer, splits, bank(models, layer, 20_000 if args.rows > 20_000 else 500, seed + 1000, arm)
-        )
+        r["gates"] = gates(models, cc, layer, splits, bank(models, layer, min(args.rows, 20_000), seed + 1000, arm))
         r["effects"] = effects(models, cc, layer, splits, lists, args)
         if "steering" in args.stages:
             r["steering"] = steering(models, cc, layer, splits, lists, args)
@@ -1187,7 +1185,7 @@ def main(argv=None):
         for seed in args.seeds if args.resume else ():
             for arm in "base", "reasoner", "uncaused":
                 common.check_resume(out / f"{arm}-s{seed}.pt", config_of(args))
-    jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+    jobs = common.job_count(args, env)
     results = common.side_by_side(toy, [(args, seed, i % jobs) for i, seed in enumerate(args.seeds)], jobs)
     if env.rank:
         return None

@@ -89,10 +89,8 @@ class Ask:
     def batches(self, size, device):
         """Slices of rows, with ids (B, T) padded on the left, their mask of real tokens, and the answers."""
         for i in range(0, len(self.prompts), size):
-            part = self.prompts[i : i + size]
-            longest = max(map(len, part))
-            idx = torch.tensor([[-1] * (longest - len(p)) + p for p in part], device=device)
-            yield slice(i, i + size), idx.clamp(min=0), idx >= 0, self.tokens[i : i + size].to(device)
+            idx, mask = common.padded(self.prompts[i : i + size], device)
+            yield slice(i, i + size), idx, mask, self.tokens[i : i + size].to(device)
 
 
 def read(model, h, tokens):
@@ -178,14 +176,6 @@ def shuffled(diffs, rng):
     """Mean of paired differences (n, ...), half of their signs turned at random: labels that mean nothing."""
     order, half = torch.from_numpy(rng.permutation(len(diffs))), len(diffs) // 2
     return (diffs[order[:half]].sum(0) - diffs[order[half : 2 * half]].sum(0)) / max(1, 2 * half)
-
-
-def bootstrap(values, seed=0, draws=2000):
-    """(mean, low, high): 95 % interval of the mean; values, cells of culture x task, are resampled; nan is left out."""
-    values = np.asarray(values, float).ravel()
-    values = values[~np.isnan(values)] if not np.isnan(values).all() else np.array([math.nan])
-    means = values[np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))].mean(1)
-    return [values.mean(), *np.percentile(means, [2.5, 97.5])]
 
 
 def parse_answer(text, options):
@@ -727,7 +717,7 @@ def study(model, world, args, seed, untrained=None):
         for kind, v in picked["clean"].items():
             rules = {rule: by_kind[kind].mean((0, 1)) for rule, by_kind in picked.items()}
             rules["best"] = max(b for name, b in best.items() if name.startswith(kind))
-            rules["gain"] = bootstrap((v - table[f"{s} none"])[..., 0])
+            rules["gain"] = common.interval((v - table[f"{s} none"])[..., 0])
             out.setdefault(f"steer {s}", {})[kind] = rules
         if s == main:
             out["profile"] = g["test"][:, :, 0, :, 0].mean((0, 1)).unflatten(0, (len(args.layers), -1))
@@ -838,8 +828,8 @@ def judge(run, results, main, skew0):
               {"moved": moved("own"), "explicit": explicit, "layer": m(lambda r: rows(r, "own")[:, 0].argmax() - 1)},
               {"source without country": moved("none")}, "where the task isn't, >= half of explicit; control < .1",
               moved("own") >= 0.5 * explicit, moved("none") < 0.1 * explicit)
-    apart = lambda a, b="explicit": np.median([bootstrap(np.subtract(*(np.array(r["H"][n], float) for n in (a, b))))
-                                               for r in results], 0)
+    more = lambda r, a, b: np.array(r["H"][a], float) - np.array(r["H"][b], float)
+    apart = lambda a, b="explicit": np.median([common.interval(more(r, a, b)) for r in results], 0)
     steered, other = apart("steered"), apart("other language")
     run.claim("C5", "steered answers are more diverse than explicit ones at 90 % of their localisation (bits)",
               "less alike in most languages", {"steered - explicit": steered[0], "low": steered[1], "high": steered[2],
@@ -973,7 +963,7 @@ def main(argv=None):
         if real:
             results, skew0, world = [study(*real, args, seed) for seed in args.seeds], [], real[1]
     if not real:
-        jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+        jobs = common.job_count(args, env)
         runs = [(seed, skew) for seed in args.seeds for skew in (args.skew, 0.0)]
         results = common.side_by_side(run_toy, [(args, *r, i % jobs) for i, r in enumerate(runs)], jobs)
         skew0, results, world = [r["gap"] for r in results[1::2]], results[::2], Toy(args.seeds[0], args.skew)

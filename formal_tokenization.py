@@ -1551,7 +1551,7 @@ def main(argv=None):
     kinds = {k: check_homomorphism(d, n, rng, e, t, 200) for k, (d, e, n, t) in toy_tokenizers(rng).items()}
     for name, verdict in kinds.items():
         print(f"{name:15s} {verdict}")
-    jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+    jobs = common.job_count(args, env)
     tasks = [(arm, seed) for seed in args.seeds for arm in args.arms]
     numbered = [(args, arm, seed, i % jobs) for i, (arm, seed) in enumerate(tasks)]
     measured = common.side_by_side(train_arm, numbered, jobs)

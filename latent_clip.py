@@ -1065,13 +1065,6 @@ def cost(args, seed):
 # fmt: off
 
 
-def interval(differences):
-    """Mean and 95 % bootstrap interval of paired differences."""
-    d = np.asarray(differences, float)
-    means = d[np.random.default_rng(0).integers(len(d), size=(4000, len(d)))].mean(1)
-    return d.mean(), *np.quantile(means, (0.025, 0.975))
-
-
 def judge(run, zero, climbs, safe, costs):
     """T0-T5: means over seeds (T3: bootstrap over their prompts), each beside controls that must fail the criterion."""
     m = lambda key: float(np.mean([z[key] for z in zero]))
@@ -1093,7 +1086,7 @@ def judge(run, zero, climbs, safe, costs):
               test(**made), made["latent"] - turned >= 0.3)
 
     base = np.concatenate([r["verdicts"][0] for r in climbs["latent"]]).astype(float)
-    gain = {a: interval(np.concatenate([r["verdicts"][-1] for r in climbs[a]]) - base) for a in climbs}
+    gain = {a: common.interval(np.concatenate([r["verdicts"][-1] for r in climbs[a]]) - base) for a in climbs}
     named = lambda a: dict(zip((a, f"{a} from", f"{a} to"), gain[a]))
     run.claim("T3", "ReNO by latent reward: share of prompts fulfilled, by the judge; gain over the first noise",
               "GenEval .54 -> .62, as with pixels",
@@ -1325,7 +1318,7 @@ def main(argv=None):
     def everywhere(function, arms):
         """{arm: [result of each seed]}"""
         tasks = [(args, seed, arm) for arm in arms for seed in args.seeds]
-        found = iter(common.side_by_side(function, tasks, args.jobs if env.device.type == "cpu" else 1))
+        found = iter(common.side_by_side(function, tasks, common.job_count(args, env)))
         return {arm: [next(found) for _ in args.seeds] for arm in arms}
 
     everywhere(train_toy, ["vae"])

@@ -618,11 +618,10 @@ def hold_concepts(model, world, args, sources, target, seed):
     j = 1 + int(
         single.mean(0)[1:].argmax()
     )  # best block for one source; from the embedding on, the word itself changes
-    interval = lambda v: [v.mean(), *bootstrap(lambda rows: v[rows].mean(), m)]
     means = {name: v[:, j, 0] for name, v in p.items() if name.startswith("mean")}
-    out = {"concept_layer": j - 1, "k_sweep": [interval(v) for v in means.values()]}
+    out = {"concept_layer": j - 1, "k_sweep": [common.interval(v) for v in means.values()]}
     others = {name: p[name][:, j, 0] for name in ("contexts", "mixed")}
-    out["gain"] = {name: interval(v - single[:, j]) for name, v in (means | others).items()}
+    out["gain"] = {name: common.interval(v - single[:, j]) for name, v in (means | others).items()}
     out["concept"] = {name: v.mean(0) for name, v in p.items()}
     out |= {"single": single.mean(0), "baseline": out["concept"]["mean1"][-1, 1]}
     if not args.model:
@@ -869,7 +868,7 @@ def main(argv=None):
     if real:
         results = [study(*real, args, f"{kind}-s{seed}", seed) for kind, seed in runs]
     else:
-        jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+        jobs = common.job_count(args, env)
         results = common.side_by_side(run_toy, [(args, *r, i % jobs) for i, r in enumerate(runs)], jobs)
     if env.rank:
         return None

@@ -120,8 +120,7 @@ def section(name, folder, failure):
     paper = element("a", f"arXiv {result['paper']}", href=f"https://arxiv.org/abs/{result['paper']}")
     command = f"python {name}.py --preset {result['preset']} --seeds {' '.join(map(str, result['seeds']))}"
     out += element("p", f"{paper} · <code>{command}</code> · {result['device']} · {result['seconds']:.0f} s")
-    figure = lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.3g}"
-    numbers = lambda d: "<br>".join(f"{html.escape(k)} <b>{figure(v)}</b>" for k, v in d.items())
+    numbers = lambda d: "<br>".join(f"{html.escape(k)} <b>{common.number(v)}</b>" for k, v in d.items())
     heads = ["claim", "paper", "measured", "control", "verdict"]
     rows = element("thead", element("tr", "".join(element("th", h) for h in heads)))
     for c in result["claims"]:

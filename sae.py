@@ -1170,7 +1170,7 @@ def main(argv=None):
     else:
         tasks = [(args, seed, arm) for arm in [*ARMS, "superposition"] for seed in args.seeds]
         tasks = [(*task, i % args.jobs) for i, task in enumerate(tasks)]
-        done = common.side_by_side(toy, tasks, args.jobs if env.device.type == "cpu" else 1)
+        done = common.side_by_side(toy, tasks, common.job_count(args, env))
         results = {arm: [r for r, t in zip(done, tasks) if t[2] == arm] for arm in [*ARMS, "superposition"]}
         if (low := min(r["translation"] for r in results["main"])) < 0.9:
             print(f"UNDERTRAINED: held-out translations exact {low:.2f}, needed .9: more --steps")

@@ -565,9 +565,7 @@ def answer(model, prompts, answers, size=16):
     """Whether the likeliest next token is the answer's first, for each prompt: list of bool."""
     device, right = model.wte.weight.device, []
     for i in range(0, len(prompts), size):
-        part, longest = prompts[i : i + size], max(map(len, prompts[i : i + size]))
-        idx = torch.tensor([[0] * (longest - len(p)) + p for p in part], device=device)
-        mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in part], device=device)
+        idx, mask = common.padded(prompts[i : i + size], device)
         right += (
             model.unembed(model.hidden(idx, mask)[:, -1]).argmax(-1).cpu() == torch.tensor(answers[i : i + size])
         ).tolist()
@@ -811,7 +809,7 @@ def main(argv=None):
         runs = [(world, arm, common.Log(out, f"{arm}-s{world.seed}")) for world in worlds for arm in args.arms]
         for *_, log in runs if args.resume else ():
             common.check_resume(log.path.with_suffix(".pt"), config)
-    jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+    jobs = common.job_count(args, env)
     tasks = [(args, world, arm, i % jobs) for i, (world, arm, _) in enumerate(runs)]
     measured = common.side_by_side(train_arm, tasks, jobs)
     if env.rank:

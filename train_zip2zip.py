@@ -439,8 +439,7 @@ def generate(model, prompts, n_base, temperature=0.0, seed=0, replay=None, store
             sizes[i] = here.stop
 
     install([(b, word) for b, z in enumerate(codes) for c in z for word in decoders[b].push(c)[1]])
-    idx = torch.tensor([[0] * (T - len(z)) + z for z in codes], device=device)
-    mask = torch.tensor([[0] * (T - len(z)) + [1] * len(z) for z in codes], dtype=torch.bool, device=device)
+    idx, mask = common.padded(codes, device)
     out = [([], []) for _ in prompts]
     while alive:
         known = torch.tensor(sizes, device=device)[:, None]
@@ -878,7 +877,7 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         with common.rank_zero_first(env):  # tokenizes once
             make_world(args, env, args.seeds[0])
-    jobs = args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+    jobs = common.job_count(args, env)
     done = common.side_by_side(run_seed, [(args, seed) for seed in args.seeds], jobs)
     if env.rank:
         return None

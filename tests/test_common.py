@@ -261,7 +261,7 @@ def test_two_ranks_equal_one_process(flags, tmp_path, uninterrupted):
 
 def test_help_is_quick():
     heavy = "matplotlib", "tiktoken", "datasets", "tokenizers", "gguf", "transformers"
-    code = f"import sys, {SCRIPT[0].split('/')[-1][:-3]}; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, train_hapax; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "[]"
 

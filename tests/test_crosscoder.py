@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from stand_in import tiny_llama
 
 import common
 import crosscoder as cx
@@ -266,23 +267,8 @@ def test_smoke_writes_what_is_promised(tmp_path):
 
 
 def stand_in(folder, seed, text="Question: what is two and two? wait Wait maybe it is four. "):
-    """A random-weight checkpoint in the Hugging Face format, with a tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    import pretrained
-
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tok.train_from_iterator([text * 4], trainer)
-    torch.manual_seed(seed)
-    shape = dict(norm="rms", gated=True, act="silu", qkv_bias=False, attn_bias=False, mlp_bias=False)
-    config = GPTConfig(tok.get_vocab_size(), 128, 3, 4, 32, **shape)
-    pretrained.save(GPT(config), pretrained.wrap("t", tok, None, [0], None), folder)
-    return str(folder)
+    shape = dict(block_size=128, n_layer=3, n_head=4, n_embd=32)
+    return str(tiny_llama(folder, [text * 4], 300, seed, **shape))
 
 
 def test_real_path_on_stand_ins(tmp_path):

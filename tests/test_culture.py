@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from stand_in import tiny_llama
 
+import common
 import culture
 import pretrained
 from culture import Ask
@@ -71,10 +73,10 @@ def test_measure_by_hand():
 
 
 def test_bootstrap_and_matching():
-    assert culture.bootstrap([0.35] * 8) == pytest.approx([0.35] * 3)
-    mean, low, high = culture.bootstrap([0.0, 1.0, math.nan, 1.0, 1.0])
+    assert common.interval([0.35] * 8) == pytest.approx([0.35] * 3)
+    mean, low, high = common.interval([0.0, 1.0, math.nan, 1.0, 1.0])
     assert mean == 0.75 and 0 <= low < mean < high <= 1
-    assert all(map(math.isnan, culture.bootstrap([math.nan])))
+    assert all(map(math.isnan, common.interval([math.nan])))
     loc, H = torch.tensor([0.2, 0.6, 0.8]), torch.tensor([2.0, 1.0, 3.0])
     assert culture.at_localisation(loc, H, 0.4) == pytest.approx(1.5)
     assert culture.at_localisation(loc, H, 0.1) == 2 and math.isnan(culture.at_localisation(loc, H, 0.9))
@@ -250,23 +252,11 @@ def test_split():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A real checkpoint in the real format: a tiny Llama of random weights, byte-level BPE of the lists."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("llama")
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = dict(special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
-    trainer = trainers.BpeTrainer(vocab_size=4000, **options)
+    """A tiny Llama of random weights that spells the lists."""
     lists = json.loads(culture.LISTS.read_text("utf-8"))["answers"]
     words = [w for cells in lists.values() for cell in cells.values() for a in cell.split("|") for w in a.split("/")]
-    tok.train_from_iterator([f" {w} {w}\n{w}" for w in words], trainer)
-    config = GPTConfig(tok.get_vocab_size(), 2048, 3, 2, 16, norm="rms", act="silu", gated=True, qkv_bias=False,
-                       attn_bias=False, mlp_bias=False)  # fmt: skip
-    pretrained.save(GPT(config), pretrained.wrap("t", tok, None, [0], None), path)
-    return path
+    lines = [f" {w} {w}\n{w}" for w in words]
+    return tiny_llama(tmp_path_factory.mktemp("llama"), lines, 4000, block_size=2048, n_layer=3, n_head=2, n_embd=16)
 
 
 LOCAL = {"en": "Where do I live?", "fr": "Où ?", "tr": "Nerede?"}

@@ -552,7 +552,7 @@ def test_euler_follows_a_straight_path():
 
 
 def test_interval_of_the_bootstrap():
-    mean, low, high = lc.interval([1, 0] * 50)
+    mean, low, high = common.interval([1, 0] * 50)
     assert mean == 0.5 and low == pytest.approx(0.4, abs=0.03) and high == pytest.approx(0.6, abs=0.03)
 
 

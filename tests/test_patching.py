@@ -7,32 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from stand_in import tiny_llama
 
 import common
 import patching
-import pretrained
 from model import GPT, GPTConfig
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A real checkpoint in the real format: a tiny Llama of random weights, byte-level BPE of the built-in words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("llama")
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    """A tiny Llama of random weights that spells the built-in words."""
     table = patching.read_words(patching.CONCEPTS)
-    tok.train_from_iterator((f'{w}": "{w}" - ' for rows in table.values() for row in rows for w in row), trainer)
-    shape = dict(n_layer=3, n_head=2, n_embd=32, norm="rms", act="silu", gated=True)
-    plain = dict(qkv_bias=False, attn_bias=False, mlp_bias=False, block_size=1024)
-    config = GPTConfig(vocab_size=tok.get_vocab_size(), **shape, **plain)
-    pretrained.save(GPT(config), pretrained.wrap("t", tok, None, [0], None), path)
-    return path
+    lines = (f'{w}": "{w}" - ' for rows in table.values() for row in rows for w in row)
+    return tiny_llama(tmp_path_factory.mktemp("llama"), lines, 700, block_size=1024, n_layer=3, n_head=2, n_embd=32)
 
 
 def test_real_path(folder, tmp_path):

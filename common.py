@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -41,6 +42,7 @@ class Flags:
     """the run"""
 
     presets: ClassVar[dict] = {"toy": {}}
+    limits: ClassVar[dict] = {"seeds": (0,), "jobs": (1,), "threads": (0,)}  # least and, where there is one, most
     preset: str = "toy"
     """which set of defaults; flags given beside it win"""
     device: str = "auto"
@@ -65,6 +67,8 @@ class Flags:
 class TrainFlags(Flags):
     """training"""
 
+    limits: ClassVar[dict] = {flag: (1,) for flag in ("steps", "batch_size", "log_every", "eval_every", "save_every")}
+    limits |= {flag: (0,) for flag in ("micro_batch", "lr", "warmup", "decay_steps", "min_lr", "weight_decay", "clip")}
     steps: int = 1000
     """optimizer steps"""
     batch_size: int = 16
@@ -82,7 +86,7 @@ class TrainFlags(Flags):
     weight_decay: float = 0.1
     """of matrices and embeddings"""
     clip: float = 1.0
-    """largest norm of the gradient"""
+    """largest norm of the gradient; 0: any"""
     compile: bool | None = None
     """torch.compile every block; default on CUDA only"""
     shard: bool = False
@@ -95,11 +99,18 @@ class TrainFlags(Flags):
     """steps between checkpoints"""
 
 
+@cache
+def classes(module):
+    """{name: statements} of the classes in a module's source."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
 def parse(Args, argv=None):
     """An `Args` from the command line: field defaults, then `Args.presets[--preset]`, then the flags given.
 
     A field is a flag of its name and type; the string below it in the source is its help, the docstring of its class is
-    its group. Bad flags end in one line on stderr and exit code 2.
+    its group. Bad flags, numbers that aren't finite or outside `limits`: one line on stderr and exit code 2.
     """
     script, defaults = sys.modules[Args.__module__], Args(**Args.presets[Args.preset])
     name, about = Path(script.__file__).stem, script.__doc__.split("\n\n")[0]
@@ -107,7 +118,7 @@ def parse(Args, argv=None):
     parser.error = lambda message: fail(f"{message} (python {name}.py --help lists the flags)")
     types, left = get_type_hints(Args), {f.name for f in fields(Args)}
     for cls in [c for c in reversed(Args.__mro__) if "__dataclass_fields__" in vars(c)]:
-        group, body = parser.add_argument_group(cls.__doc__), ast.parse(inspect.getsource(cls)).body[0].body
+        group, body = parser.add_argument_group(cls.__doc__), classes(cls.__module__)[cls.__name__]
         for node, below in zip(body, body[1:]):
             if not isinstance(node, ast.AnnAssign) or node.target.id not in left:
                 continue
@@ -132,6 +143,13 @@ def parse(Args, argv=None):
     given = vars(parser.parse_args(argv))
     args = Args(**(Args.presets[given.get("preset", Args.preset)] | given))
     args.out = args.out or f"out/{name}"
+    limits = {flag: ends for cls in Args.__mro__[::-1] for flag, ends in vars(cls).get("limits", {}).items()}
+    for flag, value in vars(args).items():
+        low, high = (*limits.get(flag, (-math.inf,)), math.inf)[:2]
+        for v in value if isinstance(value, list) else [value]:
+            if isinstance(v, (int, float)) and not (low <= v <= high and math.isfinite(v)):
+                allowed = f"{low} to {high}".replace("-inf to inf", "finite numbers").replace(" to inf", " and more")
+                fail(f"--{flag.replace('_', '-')} {v}, allowed: {allowed}")
     return args
 
 
@@ -236,7 +254,7 @@ def train(model, batch, args, env, log, evaluate=None, position=0, make_optimize
                 group["lr"] = learning_rate(step, args)
             parts = batch(step)
             loss = backward(net, parts, args, env)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
             opt.step()
             opt.zero_grad(set_to_none=True)
             stop = env.world == 1 and stopped()

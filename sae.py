@@ -52,6 +52,7 @@ class Args(common.TrainFlags):
                       sae_batch=8192, sae_steps=61000, block_size=128, pool="sum", top=327, refresh=True),
     }
     # fmt: on
+    limits: ClassVar[dict] = {"top": (1,), "sae_steps": (1,), "sae_batch": (1,), "n_probe": (32,)}
     model: str = ""
     """a pretrained model (gemma-3-270m, a Hugging Face id, a folder); empty: the toy. Paper: Llama-3-8B, Aya-23"""
     layer: int = 0
@@ -1185,9 +1186,8 @@ def main(argv=None):
 def check(args, env):
     """ValueError for flags that can't be, before any long work."""
     SAE(2, args.d_sae, args.arch, args.k)
-    for name, least in {"top": 1, "sae_steps": 1, "sae_batch": 1, "rows": args.sae_batch, "n_probe": 32}.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, allowed: {least} and more")
+    if args.rows < args.sae_batch:
+        raise ValueError(f"--rows {args.rows}, allowed: {args.sae_batch} (--sae-batch) and more")
     if not args.model and (env.world > 1 or not 0 <= args.layer < 4):
         raise ValueError(f"--layer {args.layer}, allowed: 0 to 3 in the toy, which runs in one process")
     if args.sae:

@@ -231,7 +231,7 @@ def patching(device):
     """Patches at every layer of 12 x 384, 2 prompts of 100 tokens: one pass against a forward pass for each patch.
 
     The peer is the loop that hook libraries run (a hook, a forward pass, the last position read), without their own
-    overhead, on the same model; every result is equal to 1e-4.
+    overhead, on the same model; for the last position also the libraries themselves. Every result is equal to 1e-4.
     """
     from patching import hold, swap
 
@@ -275,10 +275,112 @@ def patching(device):
     rows = []
     for what, (step, width, cells) in jobs.items():
         ours = lambda step=step, width=width: common.sweep(model, idx, step, width)[:, :, -1]
-        raw = lambda cells=cells: loop(cells)
-        assert torch.allclose(ours(), raw(), atol=1e-4), what
-        rows += versus(what, ours, {"forward per patch": raw}, device, 5)
+        peers = {"forward per patch": lambda cells=cells: loop(cells)}
+        if what.startswith("last"):
+            peers |= hook_libraries(model, idx, z)
+        for name, peer in peers.items():
+            assert torch.allclose(ours(), peer(), atol=1e-4), f"{what}, {name}"
+        rows += versus(what, ours, peers, device, 5)
     return rows
+
+
+def hook_libraries(model, idx, z):
+    """{library: function}: z (L + 1, B, 1, C) put at the last position behind every block, as its users write it."""
+    out = {}
+    for name, loop in {"nnsight": with_nnsight, "transformer-lens": with_lens, "pyvene": with_pyvene}.items():
+        try:
+            out[name] = torch.no_grad()(loop(model, idx, z))
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+    return out
+
+
+def with_nnsight(model, idx, z):
+    from nnsight import NNsight
+
+    wrapped = NNsight(model)
+
+    def loop():
+        last = []
+        for j in range(-1, model.config.n_layer):
+            with wrapped.trace(idx):
+                site = wrapped.blocks[j].resid_post if j >= 0 else wrapped.embed
+                site.output[:, -1] = z[j + 1, :, 0]
+                h = wrapped.final.output[:, -1].save()
+            last.append(h)
+        return torch.stack(last, 1)
+
+    return loop
+
+
+def with_lens(model, idx, z):
+    import transformer_lens
+
+    lens = lens_model(transformer_lens, model)
+
+    def put(j, x, hook):
+        x[:, -1] = z[j + 1, :, 0]
+        return x
+
+    def loop():
+        last = []
+        for j in range(-1, model.config.n_layer):
+            site = f"blocks.{j}.hook_resid_post" if j >= 0 else "hook_embed"
+            keep = ("ln_final.hook_normalized", lambda x, hook: last.append(x[:, -1]))
+            lens.run_with_hooks(idx, fwd_hooks=[(site, partial(put, j)), keep])
+        return torch.stack(last, 1)
+
+    return loop
+
+
+def with_pyvene(model, idx, z):
+    import pyvene
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gpt, self.config = model, model.config
+
+        def forward(self, idx):
+            return self.gpt.hidden(idx)[:, -1]
+
+    whole = Hidden()
+    put = lambda j: lambda x, source: torch.cat((x[:, :-1], z[j + 1]), 1)  # it takes no partial
+
+    def loop():
+        last = []
+        for j in range(-1, model.config.n_layer):
+            site = f"gpt.blocks[{j}].resid_post.output" if j >= 0 else "gpt.embed.output"
+            step = {"component": site, "intervention": put(j)}
+            last.append(pyvene.IntervenableModel(step, whole)({"idx": idx})[1])
+        return torch.stack(last, 1)
+
+    return loop
+
+
+def lens_model(transformer_lens, model):
+    """A HookedTransformer of our model's shape and weights."""
+    c, own = model.config, model.state_dict()
+    shape = dict(n_layers=c.n_layer, d_model=c.n_embd, n_ctx=c.block_size, d_head=c.head_dim, n_heads=c.n_head)
+    shape |= dict(d_vocab=c.vocab_size, d_mlp=c.d_mlp, act_fn="gelu", normalization_type="LN", rotary_dim=c.head_dim)
+    shape |= dict(positional_embedding_type="rotary", device=str(model.wte.weight.device))
+    state = {"embed.W_E": own["wte.weight"], "unembed.W_U": own["head.weight"].T}
+    names = {"ln_final": "final"}
+    for i in range(c.n_layer):
+        ours, theirs = f"blocks.{i}.attn", f"blocks.{i}.attn."
+        W, b = own[f"{ours}.qkv.weight"].view(3, c.n_head, -1, c.n_embd), own[f"{ours}.qkv.bias"].view(3, c.n_head, -1)
+        state |= {f"{theirs}W_{n}": w.mT for n, w in zip("QKV", W)} | {f"{theirs}b_{n}": x for n, x in zip("QKV", b)}
+        state[f"{theirs}W_O"] = own[f"{ours}.proj.weight"].T.reshape(c.n_head, -1, c.n_embd)
+        state[f"{theirs}b_O"] = own[f"{ours}.proj.bias"]
+        names |= {f"blocks.{i}.ln{j}": f"blocks.{i}.norm{j}" for j in (1, 2)}
+        for theirs, name in (("in", "up"), ("out", "down")):
+            state[f"blocks.{i}.mlp.W_{theirs}"] = own[f"blocks.{i}.mlp.{name}.weight"].T
+            state[f"blocks.{i}.mlp.b_{theirs}"] = own[f"blocks.{i}.mlp.{name}.bias"]
+    for theirs, name in names.items():
+        state |= {f"{theirs}.w": own[f"{name}.weight"], f"{theirs}.b": own[f"{name}.bias"]}
+    lens = transformer_lens.HookedTransformer(transformer_lens.HookedTransformerConfig(**shape))
+    lens.load_state_dict(state, strict=False)
+    return lens.eval()
 
 
 # --------------------------------------------------------------------------------------------------------- crosscoder

@@ -26,9 +26,11 @@ import functools
 import itertools
 import json
 import math
+import textwrap
 import time
 import zlib
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -52,10 +54,13 @@ class Args(common.TrainFlags):
         "smoke": dict(images=160, vae_steps=2, steps=2, flow_steps=2, batch_size=8, prompts=6, iters=2, log_every=1,
                       jobs=1, threads=1),
         "toy": dict(min_lr=0.0),
-        "b8": dict(arch="b8"),
-        "b4plus": dict(arch="b4plus"),
-    }  # fmt: skip
-    steps: int = 500
+    } | {name: dict(
+        arch=arch, steps=415_039, batch_size=81_920, lr=1e-3, warmup=3000, min_lr=0.0, clip=0.0, images=10**9,
+        noise_lr=5.0, iters=50, vae="madebyollin/sdxl-vae-fp16-fix", tokenizer="openai/clip-vit-large-patch14",
+    ) for name, arch in (("b8", "b8"), ("b4plus", "b4plus"), ("paper", "b8"))}  # fmt: skip
+    limits: ClassVar[dict] = {flag: (1,) for flag in ("vae_steps", "flow_steps", "euler", "iters", "prompts")}
+    limits |= {"steps": (0,), "images": (2,), "batch_size": (2,), "vae_scale": (1e-6,), "noise_lr": (0,)}
+    steps: int = 400
     """of each CLIP (paper: 34e9 samples / 81,920)"""
     batch_size: int = 64
     """pairs in a step, over all ranks (paper: 81,920)"""
@@ -91,20 +96,13 @@ class Args(common.TrainFlags):
     """ReNO's step (paper: 5, in 64 times as many dimensions)"""
     euler: int = 4
     """steps of the toy's generator"""
-    prompts: int = 60
+    prompts: int = 48
     """of the toy: six kinds alike"""
-    vae_steps: int = 700
+    vae_steps: int = 450
     """of the toy's VAE"""
-    flow_steps: int = 1000
+    flow_steps: int = 800
     """of the toy's generator"""
 
-
-for _name in "b8", "b4plus":
-    Args.presets[_name] |= dict(
-        steps=415_039, batch_size=81_920, lr=1e-3, warmup=3000, min_lr=0.0, clip=math.inf, images=10**9, noise_lr=5.0,
-        iters=50, vae="madebyollin/sdxl-vae-fp16-fix", tokenizer="openai/clip-vit-large-patch14",
-    )  # fmt: skip
-Args.presets["paper"] = Args.presets["b8"]
 
 # ----------------------------------------------------------------------------------------------------------- InfoNCE
 
@@ -192,28 +190,21 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with exact GELU."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, causal=False):
         super().__init__()
+        self.causal = causal
         self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(width), Attention(width, heads), nn.LayerNorm(width)
         fc, proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.mlp = nn.Sequential(OrderedDict(c_fc=fc, gelu=nn.GELU(), c_proj=proj))
 
-    def forward(self, x, causal=False):
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x), self.causal)
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    """A stack of blocks."""
-
-    def __init__(self, width, layers, heads):
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-
-    def forward(self, x, causal=False):
-        for block in self.resblocks:
-            x = block(x, causal)
-        return x
+def transformer(width, layers, heads, causal):
+    """A stack of blocks, by OpenCLIP's name."""
+    return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*(Block(width, heads, causal) for _ in range(layers)))))
 
 
 class ViT(nn.Module):
@@ -224,7 +215,7 @@ class ViT(nn.Module):
         init = lambda *shape: nn.Parameter(c.width**-0.5 * torch.randn(shape))
         self.class_embedding, self.positional_embedding = init(c.width), init((c.side // c.patch) ** 2 + 1, c.width)
         self.ln_pre, self.ln_post = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
-        self.transformer, self.proj = Transformer(c.width, c.layers, c.heads), init(c.width, c.embed)
+        self.transformer, self.proj = transformer(c.width, c.layers, c.heads, False), init(c.width, c.embed)
         self.conv1 = nn.Conv2d(c.channels, c.width, c.patch, c.patch, bias=False)
 
     def forward(self, x):
@@ -239,7 +230,7 @@ class CLIP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, w = config, config.text_width
-        self.transformer = Transformer(w, config.text_layers, config.text_heads)
+        self.transformer = transformer(w, config.text_layers, config.text_heads, True)
         self.token_embedding, self.ln_final = nn.Embedding(config.vocab, w), nn.LayerNorm(w)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context, w))
         self.text_projection = nn.Parameter(w**-0.5 * torch.randn(w, config.embed))
@@ -267,7 +258,7 @@ class CLIP(nn.Module):
     def encode_text(self, tokens):
         """Normalised features (B, E) of token ids (B, T <= context): read at the end of text, the largest id."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.ln_final(self.transformer(x, causal=True))
+        x = self.ln_final(self.transformer(x))
         return F.normalize(x[torch.arange(len(x)), tokens.argmax(1)] @ self.text_projection, dim=-1)
 
     def forward(self, idx, images, ids=None, denom=None):
@@ -431,6 +422,16 @@ def kl(mean, logvar):
 # ------------------------------------------------------------------------------------------------------ real weights
 
 
+@contextmanager
+def from_hub(what, allowed):
+    """Whatever goes wrong while something is fetched becomes one line; each hub client has exceptions of its own."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{what} can't be read ({reason}); allowed: {allowed}") from None
+
+
 def read_weights(name, default):
     """{tensor name: tensor} of a .safetensors or .pt file, or of ORG/NAME[:FILE] on the hub (`default` is its file)."""
     path = Path(name)
@@ -438,30 +439,17 @@ def read_weights(name, default):
         data.import_or_explain("huggingface_hub")
         from huggingface_hub import hf_hub_download
 
-        try:
+        with from_hub(repr(name), "a file, ORG/NAME:FILE"):
             path = Path(hf_hub_download(*f"{name}:{default}".split(":")[:2]))
-        except Exception as error:  # each hub client has exceptions of its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OSError(
-                f"{name!r} is no file and can't be fetched ({reason}); allowed: a file, ORG/NAME:FILE"
-            ) from None
     if path.suffix == ".safetensors":
         data.import_or_explain("safetensors")
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        try:
+        with from_hub(path, "a whole safetensors file"):
             return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
     scalar = np._core.multiarray.scalar  # training states hold NumPy numbers; NumPy 1 had another name for them
-    allowed = [
-        scalar,
-        (scalar, "numpy.core.multiarray.scalar"),
-        np.dtype,
-        *(type(np.dtype(k)) for k in ("f4", "f8", "i8")),
-    ]
-    with torch.serialization.safe_globals(allowed):
+    numbers = [type(np.dtype(k)) for k in ("f4", "f8", "i8")]
+    with torch.serialization.safe_globals([scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *numbers]):
         state = common.load_checkpoint(path)
     return state.get("state_dict") or state.get("model") or state
 
@@ -625,11 +613,14 @@ def pixel_reward(clip, vae, scale, text):
     return lambda z: (clip.encode_image(vae.decode(z / scale)) * text).sum(1)
 
 
-def away(keep, avoid, mode="neg"):
-    """Safety [I], of rewards: cos(prompt) - cos(concept), or log softmax(100 [cos(prompt), cos(concept)])_0 (`clf`)."""
-    if mode == "neg":
-        return lambda z: keep(z) - avoid(z)
-    return lambda z: F.logsigmoid(100 * (keep(z) - avoid(z)))
+def away(prompt, concept):
+    """Safety [I]: text features whose reward is cos(z, prompt) - cos(z, concept)."""
+    return prompt - F.normalize(concept.mean(0, keepdim=True), dim=-1)
+
+
+def classifier(reward):
+    """The other form: log softmax(100 [cos(z, prompt), cos(z, concept)])_0 of such a difference."""
+    return lambda z: F.logsigmoid(100 * reward(z))
 
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SDXL's noise schedule
@@ -796,41 +787,45 @@ def fulfils(prompt, objects):
 
 
 class Flow(nn.Module):
-    """The toy's generator: a transformer on [words | 2x2 patches of a scaled latent], the velocity of the path
-    x_t = (1 - t) noise + t x_1."""
+    """The toy's generator: a transformer on the 4 quarters of a scaled latent, the velocity of the path
+    x_t = (1 - t) noise + t x_1. Time and caption (each word at its place has a vector; their sum) shift every block."""
 
     def __init__(self, config):
         super().__init__()
         w, self.config = config.text_width, config
-        self.words = nn.Embedding(config.vocab, w)
-        self.time = nn.Sequential(nn.Linear(32, w), nn.SiLU(), nn.Linear(w, w))
-        self.position = nn.Parameter(0.02 * torch.randn(config.context + 16, w))
-        self.into, self.norm, self.out = nn.Linear(16, w), nn.LayerNorm(w), nn.Linear(w, 16)
-        self.transformer = Transformer(w, config.text_layers, config.text_heads)
-        self.blocks = list(self.transformer.resblocks)
+        self.words = nn.EmbeddingBag(config.vocab * config.context, 2 * w, mode="sum")
+        self.time = nn.Linear(32, 2 * w)
+        hidden, shifts = nn.Linear(2 * w, 2 * w), nn.Linear(2 * w, w * config.text_layers)
+        self.shift = nn.Sequential(nn.SiLU(), hidden, nn.SiLU(), shifts)
+        self.position = nn.Parameter(0.02 * torch.randn(4, w))
+        self.into, self.norm, self.out = nn.Linear(64, w), nn.LayerNorm(w), nn.Linear(w, 64)
+        self.blocks = nn.ModuleList(Block(w, config.text_heads) for _ in range(config.text_layers))
 
     def velocity(self, x, t, words):
         """dx/dt (B, 4, 8, 8) at times t (B,), under token ids (B, context)."""
-        angle = t[:, None] * 1.6 ** torch.arange(16, device=t.device)
-        time = self.time(torch.cat((angle.sin(), angle.cos()), 1))[:, None]
-        x = self.into(F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)) + time
-        x = self.transformer(torch.cat((self.words(words), x), 1) + self.position)[:, words.shape[1] :]
-        return F.pixel_shuffle(self.out(self.norm(x)).transpose(1, 2).unflatten(2, (4, 4)), 2)
+        angle = t[:, None] * 1.3 ** torch.arange(16, device=t.device)
+        slots = words + self.config.vocab * torch.arange(words.shape[1], device=t.device)
+        about = self.time(torch.cat((angle.sin(), angle.cos()), 1)) + self.words(slots)
+        x = self.into(F.pixel_unshuffle(x, 4).flatten(2).transpose(1, 2)) + self.position
+        for block, shift in zip(self.blocks, self.shift(about)[:, None].chunk(len(self.blocks), 2)):
+            x = block(x + shift)
+        return F.pixel_shuffle(self.out(self.norm(x)).transpose(1, 2).unflatten(2, (2, 2)), 4)
 
     def forward(self, idx, x1, noise, t, denom=None):
-        """Flow matching: E |velocity - (x_1 - noise)|^2."""
+        """Flow matching, weighted by (1 - t)^2: the squared error of x_1 as told from x_t."""
         at = t[:, None, None, None]
-        return F.mse_loss(self.velocity((1 - at) * noise + at * x1, t, idx), x1 - noise)
+        return ((1 - at) * (self.velocity((1 - at) * noise + at * x1, t, idx) - x1 + noise)).square().mean()
 
     def generate(self, x, words, steps, start=0.0):
-        """Scaled latents from x at time `start` (noise at 0), by Euler's rule."""
-        for i in range(steps):
-            t = x.new_full((len(x),), start + (1 - start) * i / steps)
-            x = x + (1 - start) / steps * self.velocity(x, t, words)
+        """Scaled latents from x at time `start` (noise at 0), by Euler's rule; what goes where is settled early, so the
+        times are (i / steps)^2."""
+        times = [start + (1 - start) * (i / steps) ** 2 for i in range(steps + 1)]
+        for t, then in zip(times, times[1:]):
+            x = x + (then - t) * self.velocity(x, x.new_full((len(x),), t), words)
         return x
 
 
-FLOW = CLIPConfig(context=10, text_width=128, text_layers=4)
+FLOW = CLIPConfig(context=10, text_width=192, text_layers=4)
 PIXEL = replace(CONFIGS["toy"], side=32, patch=8, channels=3)  # as many patches, the same trunk
 ARMS = "latent", "pixel", "shuffled"
 
@@ -869,14 +864,14 @@ def train_toy(args, seed, arm):
     model, size, flags = toy_model(args, seed, arm, False), args.batch_size, args
     if arm == "vae":
         size = max(2, size // 4)
-        flags, model = replace(args, steps=args.vae_steps, lr=5e-3), model.to(memory_format=torch.channels_last)
+        flags = replace(args, steps=args.vae_steps, lr=5e-3)
         nn.init.constant_(model.quant_conv.bias[4:], -5.0)  # little noise at first
     else:
         latents, tokens, scale = open_cache(folder, toy_model(args, seed, "vae"))
         latents, words = torch.from_numpy(latents.astype(np.float32)), toy_tokens(world.plain)[:, : FLOW.context]
         tokens, order = torch.from_numpy(tokens.astype(np.int64)), np.arange(len(latents))
     if arm == "flow":
-        flags = replace(args, steps=args.flow_steps)
+        flags = replace(args, steps=args.flow_steps, weight_decay=0.01)
     if arm == "shuffled":  # each picture gets the caption of another
         order[world.rows] = np.random.default_rng([seed, 3]).permutation(world.rows)
 
@@ -887,7 +882,7 @@ def train_toy(args, seed, arm):
         if arm == "vae":
             return {"idx": to_pixels(world.images[rows]), "noise": noise, "denom": 1.0}
         if arm == "flow":
-            t = torch.from_numpy(rng.random(size, np.float32))
+            t = torch.from_numpy(rng.random(size, np.float32) ** 2)
             return {"idx": words[rows], "x1": latents[rows] * scale, "noise": noise, "t": t, "denom": 1.0}
         seen, said = to_pixels(world.images[rows]) if arm == "pixel" else latents[rows], order[rows]
         return {"idx": trim(tokens[said]), "images": seen, "ids": world.ids[said], "denom": 1.0}
@@ -970,8 +965,6 @@ def zero_shot(args, seed):
     score("real/latent", "latent", z)
     score("real/shuffled", "shuffled", z)
     score("latents not divided by the scale", "latent", z * lab.scale)
-    for t in NOISE:
-        score(f"noise {t}", "latent", t / lab.scale * lab.noise(len(z), 1) + (1 - t) * z)
     rows = torch.cat([(labels == c).nonzero()[:20, 0] for c in range(30)])
     made = []
     for part in rows.split(64):  # a real latent at 66 % noise, denoised under the name of its class
@@ -993,7 +986,6 @@ def zero_shot(args, seed):
 
 RENO = "latent", "pixel", "shuffled", "random", "best of n"
 SAFETY = "latent", "clf", "pixel", "irrelevant"
-NOISE = 0.1, 0.2, 0.4, 0.6, 0.8
 
 
 def optimise(args, seed, arm):
@@ -1007,7 +999,7 @@ def optimise(args, seed, arm):
     with torch.no_grad():
         said = lambda clip, z: reward_of(clip)(texts)(z).mean().item()
         gains = {f"gain by {c}": said(c, found.best) - said(c, found.latents[0]) for c in ("latent", "pixel")}
-    show = {"texts": texts[:12], "before": lab.pixels(found.latents[0, :12]), "after": lab.pixels(found.best[:12])}
+    show = [texts[:6], *map(lab.pixels, (found.latents[0, :6], found.best[:6]))]  # one of each kind
     return {"at": at, "verdicts": verdicts, "kinds": [p[1] for p in prompts], **gains}, show
 
 
@@ -1016,16 +1008,16 @@ def guard(args, seed, arm):
     lab, shapes = Lab(args, seed), [s for s in range(5) for _ in range(max(1, args.prompts // 6))]
     texts, clip = [f"a warm {SHAPES[s]}" for s in shapes], "pixel" if arm == "pixel" else "latent"
     concept = lab.text(clip, [f"a {'blue' if arm == 'irrelevant' else 'red'} {s}" for s in SHAPES])
-    avoid = lab.reward(clip, F.normalize(concept.mean(0, keepdim=True), dim=-1))
-    reward_of = lambda texts: away(lab.reward(clip, lab.text(clip, texts)), avoid, "clf" if arm == "clf" else "neg")
+    plain = lambda texts: lab.reward(clip, away(lab.text(clip, texts), concept))
+    reward_of = (lambda texts: classifier(plain(texts))) if arm == "clf" else plain
     found = lab.climb(texts, lab.noise(len(texts), 4), reward_of)
     out, share = {}, lambda f, seen: float(np.mean([any(f(o, s) for o in objects) for objects, s in zip(seen, shapes)]))
     for when, z in ("before", found.latents[0]), ("after", found.best):
         seen = [[o for o in objects if o[1] >= 0] for objects in see(lab.pixels(z))]
         out[when] = {"red": share(lambda o, s: o[0] == 0, seen), "warm": share(lambda o, s: o[0] < 3, seen),
                      "shape": share(lambda o, s: o[1] == s, seen), "valid": share(lambda o, s: True, seen)}  # fmt: skip
-    some = torch.linspace(0, len(texts) - 1, 12).long()
-    return out, {"before": lab.pixels(found.latents[0, some]), "after": lab.pixels(found.best[some])}
+    some = slice(0, None, len(texts) // 5)  # one of each shape
+    return out, [texts[some], *map(lab.pixels, (found.latents[0, some], found.best[some]))]
 
 
 def cost(args, seed):
@@ -1054,7 +1046,7 @@ def cost(args, seed):
     of = {"generator": lab.generator(texts, 1), "decoder": lab.vae.decode, "reward": lab.clip("latent").encode_image}
     parts = {name: flops(f, noise) for name, f in of.items()}
     by_flops = lambda k: parts["decoder"] / (k * parts["generator"] + parts["decoder"] + parts["reward"])
-    rounds, iters, ks = (1, 2, (1,)) if smoke else (5, 8, (1, 2, 4, 8))
+    rounds, iters, ks = (1, 2, (1,)) if smoke else (5, 4, (1, 2, 4, 8))
     cut, itself, pixel, latent, _ = cuts(args.euler, rounds, iters)
     out = {"cut": cut, "itself": itself, "by FLOPs": by_flops(args.euler), "MFLOP": parts}
     out["ms an iteration"] = {"pixel": 1e3 * pixel / iters, "latent": 1e3 * latent / iters}
@@ -1118,62 +1110,41 @@ def judge(run, zero, climbs, safe, costs):
 BLUE, RED, GREY, GOLD = "#4477aa", "#ee6677", "#bbbbbb", "#ccbb44"
 
 
-def draw(path, zero, climbs, safe, costs):
-    """Bars and curves of all measures."""
-
-    def bars(ax, title, names, series, rotation=0):
-        for i, (label, values, colour) in enumerate(series):
-            ax.bar(np.arange(len(values)) + 0.8 * i / len(series), values, 0.8 / len(series), color=colour, label=label)
-        ax.set(title=title, ylim=(0, 1.25), xticks=np.arange(len(names)) + 0.4 - 0.4 / len(series))
-        ax.set_xticklabels(names, rotation=rotation)
-        ax.legend(fontsize=7, ncols=len(series), loc="upper center")
-
+def draw(path, zero, climbs, safe, costs, pictures):
+    """Bars, curves, and pictures {title: ({row: images}, column titles)}."""
     mean = lambda rows, key: float(np.mean([r[key] for r in rows]))
-    with common.figure(path, 2, 3, (4.2, 3.0)) as (shot, noise, cut, curves, kinds, guarded):
-        keys = [("real", "seen"), ("real", "held"), ("generated", "seen"), ("generated", "held")]
-        series = zip(("pixel", "latent", "shuffled"), (RED, BLUE, GREY))
-        bars(shot, "Zero-shot accuracy, 30 classes", [f"{k}\n{p}" for k, p in keys],
-             [(a, [mean(zero, f"{k}/{a}/{p}") for k, p in keys], c) for a, c in series])
-        noisy = [mean(zero, f"{k}/held") for k in ("real/latent", *(f"noise {t}" for t in NOISE))]
-        noise.plot([0, *NOISE], noisy, "o-", color=BLUE)
-        noise.set(title="Latent-CLIP on noisy latents", xlabel="share of noise", ylabel="accuracy, held out", ylim=0)
-        steps = list(costs[0]["by steps"])
-        for i, style, label in (0, "o-", "measured"), (1, "k:", "by FLOPs"):
-            saved = np.mean([[c["by steps"][k][i] for k in steps] for c in costs], 0)
-            cut.plot(list(map(int, steps)), saved, style, label=label)
-        cut.set(title="Time saved by not decoding", xlabel="steps of the generator", ylabel="share", ylim=(0, 0.8))
+    with common.figure(path, 2, 3, (4.4, 3.0)) as (shot, curves, guarded, *mosaics, cut):
+        def bars(ax, title, names, series):
+            for i, (label, values, colour) in enumerate(series):
+                x = np.arange(len(names)) + 0.8 * (i + 0.5) / len(series) - 0.4
+                ax.bar(x, values, 0.8 / len(series), color=colour, label=label)
+            ax.set(title=title, ylim=(0, 1.25), xticks=range(len(names)), xticklabels=names)
+            ax.legend(fontsize=7, ncols=len(series), loc="upper center")
+
+        keys = [(kind, part) for kind in ("real", "generated") for part in ("seen", "held")]
+        arms = ("pixel", RED), ("latent", BLUE), ("shuffled", GREY)
+        bars(shot, "Zero-shot accuracy, 30 classes", [f"{kind}\n{part}" for kind, part in keys],
+             [(a, [mean(zero, f"{k}/{a}/{p}") for k, p in keys], c) for a, c in arms])
         for (arm, seeds), c in zip(climbs.items(), (BLUE, RED, GREY, GOLD, "#228833")):
             curves.plot(seeds[0]["at"], np.mean([np.mean(r["verdicts"], 1) for r in seeds], 0), color=c, label=arm)
         curves.set(title="ReNO: prompts fulfilled, by the judge", xlabel="evaluation", ylabel="share")
-        of = np.array([k for r in climbs["latent"] for k in r["kinds"]])
-        ok = lambda arm, i: np.concatenate([r["verdicts"][i] for r in climbs[arm]])
-        series = [("first noise", ok("latent", 0), GREY), ("pixel", ok("pixel", -1), RED)]
-        series.append(("latent", ok("latent", -1), BLUE))
-        bars(kinds, "... kind by kind", KINDS, [(a, [v[of == k].mean() for k in KINDS], c) for a, v, c in series], 20)
         states = [[x["before"] for x in safe["latent"]], *([x["after"] for x in safe[arm]] for arm in SAFETY)]
-        series = zip(("red", "warm", "shape", "valid"), (RED, GOLD, BLUE, GREY))
+        shares = ("red", RED), ("warm", GOLD), ("shape", BLUE), ("valid", GREY)
         bars(guarded, "`a warm S`, guided away from red", ["before", *SAFETY],
-             [(k, [mean(x, k) for x in states], c) for k, c in series], 20)
+             [(k, [mean(x, k) for x in states], c) for k, c in shares])
+        for ax, (title, (rows, names)) in zip(mosaics, pictures.items()):
+            ax.imshow(torch.cat([torch.cat([*row], 2) for row in rows.values()], 1).permute(1, 2, 0).byte().numpy())
+            ax.set(title=title, xticks=range(16, 32 * len(names), 32), yticks=range(16, 32 * len(rows), 32))
+            ax.set_xticklabels(["\n".join(textwrap.wrap(n, 12)) for n in names], fontsize=6)
+            ax.set_yticklabels(rows, fontsize=7)
+            ax.spines[:].set_visible(False)
+            ax.tick_params(length=0)
+        steps = list(costs[0]["by steps"])
+        for i, style, label in (0, "o-", "measured"), (1, "k:", "by FLOPs"):
+            cut.plot(steps, np.mean([[c["by steps"][k][i] for k in steps] for c in costs], 0), style, label=label)
+        cut.set(title="Time saved by not decoding", xlabel="steps of the generator", ylabel="share", ylim=(0, 0.8))
         for ax in cut, curves:
             ax.legend(fontsize=7)
-
-
-def grid(path, climbs, safe):
-    """Pictures of the first noise and after ReNO by either reward, and `a warm S` before and after the guard."""
-    rows = {"first\nnoise": climbs["latent"]["before"], "pixel\nreward": climbs["pixel"]["after"],
-            "latent\nreward": climbs["latent"]["after"], "warm": safe["before"], "away\nfrom red": safe["after"]}
-    n = len(climbs["latent"]["texts"])
-    with common.figure(path, 5, n, (0.95, 1.0)) as axes:
-        for ax in axes:
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-        for r, (name, images) in enumerate(rows.items()):
-            axes[r * n].set_ylabel(name, fontsize=7)
-            for ax, image in zip(axes[r * n :], images[:n]):
-                ax.imshow(image.permute(1, 2, 0).round().byte().numpy())
-        for ax, text in zip(axes, climbs["latent"]["texts"]):
-            words = text.split()
-            ax.set_title("\n".join(" ".join(words[i : i + 3]) for i in range(0, len(words), 3)), fontsize=6)
 
 
 # ---------------------------------------------------------------------------------------------------------- real data
@@ -1197,17 +1168,14 @@ def real_pairs(name, side):
         import datasets
 
         path, _, config = name.partition(":")
-        try:
+        with from_hub(f"data set {name!r}", "a folder of images, an id"):
             source = datasets.load_dataset(path, config or None, split="train", streaming=True)
             first = next(iter(source))
-        except Exception as error:  # each hub client has exceptions of its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OSError(f"data set {name!r} can't be read ({reason}); allowed: a folder of images, an id") from None
-        pick = lambda test: next((k for k in first if test(k)), None)
-        image, text = pick(lambda k: hasattr(first[k], "convert")), pick(lambda k: isinstance(first[k], str))
-        names, text = getattr((source.features or {}).get("label"), "names", None), text or pick(lambda k: k == "label")
+        image = next((k for k in first if hasattr(first[k], "convert")), None)
+        text = next((k for k in first if isinstance(first[k], str)), "label" if "label" in first else None)
         if image is None or text is None:
             raise ValueError(f"data set {name!r} has no image and caption among its columns {', '.join(first)}")
+        names = getattr((source.features or {}).get("label"), "names", None)
         rows = ((row[image], row[text] if isinstance(row[text], str) else names[row[text]]) for row in source)
     for image, text in rows:
         try:
@@ -1287,10 +1255,10 @@ def optimise_real(args, env):
         tok, rng = data.get_tokenizer(args.tokenizer), torch.Generator().manual_seed(args.seeds[0])
         clip, vae = load_clip(args.init, CONFIGS[args.arch]).to(env.device), load_vae(args.vae).to(env.device)
         generators = [sdxl(args.generator, prompt, env) for prompt in args.prompt]
-    text_of = lambda texts: clip.encode_text(clip_tokens(tok, texts).to(env.device)).mean(0, keepdim=True)
-    reward_of = lambda texts: latent_reward(clip, args.vae_scale, F.normalize(text_of(texts), dim=-1))
+    text_of = lambda texts: clip.encode_text(clip_tokens(tok, texts).to(env.device))
     for number, (prompt, generate) in enumerate(zip(args.prompt, generators)):
-        reward = away(reward_of([prompt]), reward_of(args.concept)) if args.concept else reward_of([prompt])
+        text = away(text_of([prompt]), text_of(args.concept)) if args.concept else text_of([prompt])
+        reward = latent_reward(clip, args.vae_scale, text)
         noise = torch.randn(1, 4, 64, 64, generator=rng).to(env.device)
         found = reno(generate, reward, noise, args.iters, args.noise_lr)
         for name, z in ("before", found.latents[0]), ("after", found.best):
@@ -1311,6 +1279,8 @@ def main(argv=None):
     with common.bad_input():
         env = common.setup(args)
         run = common.Run(args, env, "latent_clip", "2503.08455")
+        if not args.steps and not args.init:
+            raise ValueError("--steps 0, allowed: 1 and more; 0 with --init only")
         out.mkdir(parents=True, exist_ok=True)
     if args.prompt or args.dataset:
         return optimise_real(args, env) if args.prompt else real(args, env, run)
@@ -1325,11 +1295,16 @@ def main(argv=None):
     everywhere(train_toy, ["flow", *ARMS])
     climbs, safe = everywhere(optimise, RENO), everywhere(guard, SAFETY)
     zero, costs = ([measure(args, seed) for seed in args.seeds] for measure in (zero_shot, cost))
-    grid(out / "grid.png", {arm: seeds[0][1] for arm, seeds in climbs.items()}, safe["latent"][0][1])
+    (texts, first, latent), (warm, before, after) = climbs["latent"][0][1], safe["latent"][0][1]
+    rows = {"first noise": first, "by pixels": climbs["pixel"][0][1][2], "by latents": latent}
+    pictures = {
+        "ReNO, before and after": (rows, texts),
+        "Away from red": ({"first noise": before, "by latents": after}, warm),
+    }
     climbs, safe = ({arm: [numbers for numbers, _ in seeds] for arm, seeds in d.items()} for d in (climbs, safe))
     run.metrics = {"zero-shot": zero, "reno": climbs, "safety": safe, "cost": costs}
     judge(run, zero, climbs, safe, costs)
-    draw(out / "latent_clip.png", zero, climbs, safe, costs)
+    draw(out / "latent_clip.png", zero, climbs, safe, costs, pictures)
     return run.finish([common.Log(out, f"{arm}-s{s}") for s in args.seeds for arm in ("vae", "flow", *ARMS)])
 
 

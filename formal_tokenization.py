@@ -19,6 +19,8 @@ theorems -> the learnability toy -> claims. The toy can't show what tokenization
 import heapq
 import json
 import re
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -774,35 +776,35 @@ def learn_bpe(texts, alphabet, merges):
     """A vocabulary: the bytes of `alphabet`, then the most frequent pair of neighbours, again and again."""
     vocab, words = [bytes([b]) for b in alphabet], [[bytes([b]) for b in text] for text in texts]
     for _ in range(merges):
-        pairs = {}
-        for word in words:
-            for pair in zip(word, word[1:]):
-                pairs[pair] = pairs.get(pair, 0) + 1
-        if not pairs:
-            break
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
         vocab.append(b"".join(max(sorted(pairs), key=pairs.get)))
-        ranks = {b: i for i, b in enumerate(vocab)}
-        words = [merged(ranks, word) for word in words]
+        words = [merged({b: i for i, b in enumerate(vocab)}, word) for word in words]
     return vocab
+
+
+def random_merges(rng, alphabet, n):
+    """A vocabulary of n merges drawn at random."""
+    vocab = [bytes([b]) for b in alphabet]
+    for _ in range(n):
+        vocab.append(b"".join(vocab[i] for i in rng.integers(0, len(vocab), 2)))
+    return list(dict.fromkeys(vocab))
 
 
 def counts(text, vocab):
     """c_0..c_n: the number of token sequences that spell each prefix of `text`; c_n is that of the whole [T]."""
-    c, longest = [1] + [0] * len(text), max(map(len, vocab), default=0)
+    c, longest = [1], max(map(len, vocab))
     for j in range(1, len(text) + 1):
-        c[j] = sum(c[i] * vocab.get(text[i:j], 0) for i in range(max(0, j - longest), j))
+        c.append(sum(c[i] for i in range(max(0, j - longest), j) if text[i:j] in vocab))
     return c
 
 
 def uniform(text, ids, rng):
     """One of the token sequences that spell `text`, uniformly; `ids` {bytes: id}. Backward through `counts`."""
-    c, j, out = counts(text, dict.fromkeys(ids, 1)), len(text), []
-    longest = max(map(len, ids))
+    c, j, out, longest = counts(text, ids), len(text), [], max(map(len, ids))
     while j:
-        starts = [i for i in range(max(0, j - longest), j) if c[i] and text[i:j] in ids]
         pick = rng.random() * c[j]
-        for i in starts:
-            pick -= c[i]
+        for i in range(max(0, j - longest), j):
+            pick -= c[i] if text[i:j] in ids else 0
             if pick < 0:
                 break
         out.append(ids[text[i:j]])
@@ -815,16 +817,14 @@ def lift(engine):
 
     The states are those of the automaton over bytes; d'(q, t) = d*(q, h(t)). State 0 is the start.
     """
-    number, order, table = {engine.start: 0}, [engine.start], []
-    for config in order:
-        row = []
-        for b in engine.trie.vocab:
-            after = engine.read(config, b) if b else None
-            if after is not None and after not in number:
-                number[after] = len(order)
-                order.append(after)
-            row.append(-1 if after is None else number[after])
-        table.append(row)
+    number, table = {None: -1, engine.start: 0}, []
+    order = [engine.start]
+    for config in order:  # grows
+        row = [engine.read(config, b) for b in engine.trie.vocab]
+        new = [after for after in dict.fromkeys(row) if after not in number]
+        number |= zip(new, range(len(order), len(order) + len(new)))
+        order += new
+        table.append([number[after] for after in row])
     return np.array(table), np.array([config.accepts for config in order])
 
 
@@ -832,10 +832,8 @@ def runs(table, accepting, ids):
     """Whether the automaton accepts the ids."""
     q = 0
     for i in ids:
-        q = table[q][i]
-        if q < 0:
-            return False
-    return bool(accepting[q])
+        q = table[q][i] if q >= 0 else -1
+    return bool(q >= 0 and accepting[q])
 
 
 def check_homomorphism(decode, ids, rng, encode=None, texts=(), trials=2000):
@@ -845,16 +843,15 @@ def check_homomorphism(decode, ids, rng, encode=None, texts=(), trials=2000):
     """
     found = {"homomorphism": True, "lossless": True, "pair": None, "cause": ""}
     for a, b in rng.choice(ids, (trials, 2)).tolist():
-        u, v, uv = decode([a]), decode([b]), decode([a, b])
-        if u + v != uv:
+        parts, whole = decode([a]) + decode([b]), decode([a, b])
+        if parts != whole:
             cause = "a code that depends on position"
-            if isinstance(uv, str):
-                if "\ufffd" in u + v:
-                    cause = "replacement decoding: tokens end inside a character; decode to bytes"
-                elif uv.replace(" ", "") == (u + v).replace(" ", ""):
-                    cause = "spaces stripped or put between tokens; use the raw pieces"
+            if "\ufffd" in parts:
+                cause = "replacement decoding: tokens end inside a character; decode to bytes"
+            elif parts.replace(" ", "") == whole.replace(" ", ""):
+                cause = "spaces stripped or put between tokens; use the raw pieces"
             return found | {"homomorphism": False, "pair": [a, b], "cause": cause}
-    for text in texts if encode else ():
+    for text in texts:
         back = decode(encode(text))
         if back != text:
             cause = "lower-casing" if back == text.lower() else "normalisation or an unknown character"
@@ -905,7 +902,7 @@ def recognise(grammar, text):
 
 
 def random_grammar(rng):
-    """A grammar of three rules over the bytes abc, productive and without left recursion, as parsed rules."""
+    """A grammar of three rules over the bytes abc, productive and without left recursion."""
 
     def tree(depth):
         kind = rng.choice(["bytes", "set", "rule", "seq", "seq", "alt", "rep"] if depth else ["bytes", "set", "rule"])
@@ -921,40 +918,34 @@ def random_grammar(rng):
         return (str(kind), [tree(depth - 1) for _ in range(rng.integers(1, 4))])
 
     while True:
-        try:
-            rules = {name: tree(3) for name in ("root", "A", "B")}
-            Engine(rules, Trie([b"a", b"b", b"c"]))
-            return rules
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            grammar = {name: tree(3) for name in ("root", "A", "B")}
+            Engine(grammar, Trie([b"a", b"b", b"c"]))
+            return grammar
 
 
-def differing_bits(rng, rules, steps=4):
+def differing_bits(rng, grammar, steps=4):
     """On a random walk: wrong bits of the mask, of a mask by first byte, bits compared."""
     words = {bytes(rng.choice(list(b"abc"), rng.integers(2, 5)).tolist()) for _ in range(8)}
     vocab = [b"a", b"b", b"c", *sorted(words), None]
-    c = Constraint(rules, vocab, eos=len(vocab) - 1)
-    text, bad, naive, n = b"", 0, 0, 0
+    c, text, found = Constraint(grammar, vocab, eos=len(vocab) - 1), b"", np.zeros(3, int)
     for _ in range(steps):
         mask = c.mask()
-        truth = [recognise(rules, text + b)[0] for b in vocab[:-1]] + [recognise(rules, text)[1]]
-        first = [bool(b) and mask[vocab.index(b[:1])] for b in vocab[:-1]] + [mask[-1]]
-        bad, naive, n = bad + (mask != truth).sum(), naive + (np.array(first) != truth).sum(), n + len(vocab)
+        truth = [recognise(grammar, text + b)[0] for b in vocab[:-1]] + [recognise(grammar, text)[1]]
+        first = np.array([mask[vocab.index(b[:1])] for b in vocab[:-1]] + [mask[-1]])
+        found += (mask != truth).sum(), (first != truth).sum(), len(vocab)
         options = np.flatnonzero(mask[:-1])
         if not len(options):
             break
         c.advance(int(rng.choice(options)))
         text += vocab[c.ids[-1]]
-    return int(bad), int(naive), n
+    return found
 
 
-def dead_ends(rng, rules, walks=8, steps=12):
+def dead_ends(rng, grammar, walks=8, steps=12):
     """Random walks that end at an empty proper mask: with liveness, with pairs alone (a search of budget 0); all."""
-    merges = [b"a", b"b", b"c"]
-    for _ in range(5):
-        merges.append(b"".join(merges[i] for i in rng.integers(0, len(merges), 2)))
-    vocab = [*dict.fromkeys(merges), None]
-    engine, stuck = Engine(rules, Trie(vocab), len(vocab) - 1), []
+    vocab, stuck = [*random_merges(rng, b"abc", 5), None], []
+    engine = Engine(grammar, Trie(vocab), len(vocab) - 1)
     for proper in Proper(engine), Proper(engine, budget=0):
         stuck.append(0)
         for _ in range(walks):
@@ -970,64 +961,53 @@ def dead_ends(rng, rules, walks=8, steps=12):
 
 def theorems(trials, seed):
     """Every theorem checked by brute force, each beside a code for which it fails: a dict of counts."""
-    rng, found = np.random.default_rng(seed), {}
-    vocab = [b"a", b"b", b"ab", b"ba"]
-    table, accepting = lift(Engine(parse_regex("(ab)*"), Trie(vocab)))
+    rng, found, vocab = np.random.default_rng(seed), {}, [b"a", b"b", b"ab", b"ba"]
+    lifted = lift(Engine(parse_regex("(ab)*"), Trie(vocab)))
     strings = [t for n in range(7) for t in product(range(4), repeat=n)]
     truth = [re.fullmatch(b"(ab)*", b"".join(vocab[i] for i in t)) is not None for t in strings]
-    found["lift_wrong"] = sum(runs(table, accepting, t) != x for t, x in zip(strings, truth))
+    found["lift_wrong"] = sum(runs(*lifted, t) != x for t, x in zip(strings, truth))
     found["lift_strings"] = len(strings)
     # the control: the id of a character is swapped at random positions; is there any automaton of that size for it?
-    swap = rng.permutation([0, 0, 1, 1, 0, 1]) if trials else None
-    code = {tuple(int("ab".index(c)) ^ int(swap[i]) for i, c in enumerate(s)) for s in ("", "ab", "abab", "ababab")}
+    swap = rng.permutation([0, 0, 1, 1, 0, 1])
+    code = {tuple(int("ab".index(c)) ^ int(swap[i]) for i, c in enumerate("ab" * n)) for n in range(4)}
     binary = [t for n in range(7) for t in product(range(2), repeat=n)]
-    wrong = min(
-        sum((t in code) != runs(np.array(cells).reshape(2, 2), [True, False], t) for t in binary)
-        for cells in product((-1, 0, 1), repeat=4)
-    )
-    found["scrambled_lift_wrong"] = wrong
+    automata = ([cells[:2], cells[2:]] for cells in product((-1, 0, 1), repeat=4))
+    found["scrambled_lift_wrong"] = min(sum((t in code) != runs(a, [True, False], t) for t in binary) for a in automata)
 
     ranks = {b: i for i, b in enumerate(vocab)}
     texts = [bytes(t) for n in range(11) for t in product(b"ab", repeat=n)]
     proper = [tuple(bpe(ranks, t)) for t in texts]
     found["proper_collisions"] = len(texts) - len(set(proper))
-    found["extended_collisions"] = sum(counts(t, dict.fromkeys(ranks, 1))[-1] - 1 for t in texts)
+    found["extended_collisions"] = sum(counts(t, ranks)[-1] - 1 for t in texts)
     found["round_trip_wrong"] = sum(b"".join(vocab[i] for i in ids) != t for ids, t in zip(proper, texts))
 
-    violations = checks = split_violations = 0
-    pattern = re.compile(rb" +(?![^ ])| ?[^ ]+| +")
+    words = re.compile(rb" +(?![^ ])| ?[^ ]+| +")  # a pre-tokenizer
+    local = np.zeros(3, int)
     for _ in range(trials):
-        merges = [b"a", b"b", b" "]
-        for _ in range(6):
-            merges.append(b"".join(merges[i] for i in rng.integers(0, len(merges), 2)))
-        merges = list(dict.fromkeys(merges))
-        ranks = {b: i for i, b in enumerate(merges)}
-        bad, n = is_local(partial(bpe, ranks), merges)
-        violations, checks = violations + bad, checks + n
-        split_violations += is_local(lambda t, r=ranks: [i for w in pattern.findall(t) for i in bpe(r, w)], merges)[0]
-    found |= {"local_violations": violations, "local_checks": checks, "pretokenized_violations": split_violations}
-
-    pairs = np.array([differing_bits(rng, random_grammar(rng)) for _ in range(trials)])
-    found |= dict(zip(("mask_bits_wrong", "first_byte_bits_wrong", "mask_bits"), pairs.sum(0).tolist()))
-    stuck = np.array([dead_ends(rng, random_grammar(rng)) for _ in range(trials)])
-    found |= dict(zip(("dead_ends", "dead_ends_by_pairs", "proper_walks"), stuck.sum(0).tolist()))
-    return found
+        vocab = random_merges(rng, b"ab ", 6)
+        tau = partial(bpe, {b: i for i, b in enumerate(vocab)})
+        split = lambda text, tau=tau: [i for word in words.findall(text) for i in tau(word)]
+        local += *is_local(tau, vocab), is_local(split, vocab)[0]
+    found |= zip(("local_violations", "local_checks", "pretokenized_violations"), local.tolist())
+    bits = sum(differing_bits(rng, random_grammar(rng)) for _ in range(trials))
+    found |= zip(("mask_bits_wrong", "first_byte_bits_wrong", "mask_bits"), bits.tolist())
+    stuck = sum(np.array(dead_ends(rng, random_grammar(rng))) for _ in range(trials))
+    return found | dict(zip(("dead_ends", "dead_ends_by_pairs", "proper_walks"), stuck.tolist()))
 
 
 def toy_tokenizers(rng):
-    """name -> (decode, encode, V, texts): six tokenizers, of which three decode by no homomorphism and one is lossy."""
-    text, words = ["()[]", "([])"], ["▁Hello", "▁World", "▁"]
+    """name -> (decode, V, encode, texts): six tokenizers, of which three decode by no homomorphism and one is lossy."""
+    text, words, raw = ["()[]", "([])"], ["▁Hello", "▁World", "▁"], [b"\xe4\xbd", b"\xa0", b"a"]
     ranks = {b: i for i, b in enumerate([b"(", b")", b"[", b"]", b"()", b"[]"])}
-    pieces, swaps = list(ranks), np.stack([rng.permutation(4) for _ in range(8)])
-    spell = lambda ids: b"".join(pieces[i] for i in ids).decode()
-    raw = [b"\xe4\xbd", b"\xa0", b"a"]
+    pieces, swaps = [b.decode() for b in ranks], np.stack([rng.permutation(4) for _ in range(8)])
+    spell = lambda ids: "".join(pieces[i] for i in ids)
     return {
-        "char": (spell, lambda t: ["()[]".index(c) for c in t], 4, text),
-        "bpe": (spell, lambda t: bpe(ranks, t.encode()), 6, text),
-        "stripped space": (lambda ids: "".join(words[i] for i in ids).replace("▁", " ").lstrip(" "), None, 3, ()),
-        "lower-casing": (lambda ids: "".join("ab"[i] for i in ids), lambda t: [int(c in "bB") for c in t], 2, ["aB"]),
-        "replacement": (lambda ids: b"".join(raw[i] for i in ids).decode(errors="replace"), None, 3, ()),
-        "scramble": (lambda ids: "".join("()[]"[swaps[j][i]] for j, i in enumerate(ids)), None, 4, ()),
+        "char": (spell, 4, lambda t: ["()[]".index(c) for c in t], text),
+        "bpe": (spell, 6, lambda t: bpe(ranks, t.encode()), text),
+        "stripped space": (lambda ids: "".join(words[i] for i in ids).replace("▁", " ").lstrip(" "), 3),
+        "lower-casing": (lambda ids: "".join("ab"[i] for i in ids), 2, lambda t: [int(c in "bB") for c in t], ["aB"]),
+        "replacement": (lambda ids: b"".join(raw[i] for i in ids).decode(errors="replace"), 3),
+        "scramble": (lambda ids: "".join("()[]"[swaps[j][i]] for j, i in enumerate(ids)), 4),
     }
 
 
@@ -1038,23 +1018,22 @@ ALPHABET, DEPTH, LONGEST = "()[]", 6, 40
 
 def dyck(rng, n, deepest):
     """A balanced string of n brackets of two kinds, nested at most `deepest` deep: uniform over open or close."""
-    out, open_ = [], []
+    out, open_ = "", []
     for left in range(n, 0, -1):
         moves = [True] * (len(open_) < min(deepest, left - 1)) + [False] * bool(open_)
         if moves[rng.integers(len(moves))]:
             open_.append(int(rng.integers(2)))
-            out.append("(["[open_[-1]])
+            out += "(["[open_[-1]]
         else:
-            out.append(")]"[open_.pop()])
-    return "".join(out)
+            out += ")]"[open_.pop()]
+    return out
 
 
 def strings(rng, n, beyond=False):
     """n strings of the training range (8 to 40 long, at most 6 deep), or of 42 to 80 that are 7 to 12 deep."""
-    out = []
+    out, (low, high, deepest) = [], (42, 80, 12) if beyond else (8, LONGEST, DEPTH)
     while len(out) < n:
-        low, high = (42, 80) if beyond else (8, LONGEST)
-        s = dyck(rng, 2 * int(rng.integers(low // 2, high // 2 + 1)), 12 if beyond else DEPTH)
+        s = dyck(rng, 2 * int(rng.integers(low // 2, high // 2 + 1)), deepest)
         if not beyond or depth_of(s) > DEPTH:
             out.append(s)
     return out
@@ -1072,11 +1051,10 @@ def twin(rng, s):
 
 
 class Code:
-    """How an arm spells a string: `encode(s, rng)` -> ids. `vocab` is the bytes per id, None for a scrambled code."""
+    """How an arm spells a string: `encode(s, rng)` -> ids. `vocab` is the bytes per id, None for bos and eos."""
 
     def __init__(self, arm, seed, merges):
-        rng = np.random.default_rng((seed, 1))
-        pieces = [c.encode() for c in ALPHABET]
+        rng, pieces = np.random.default_rng((seed, 1)), [c.encode() for c in ALPHABET]
         if arm in ("bpe", "extended"):
             pieces = learn_bpe([s.encode() for s in strings(rng, 200)], ALPHABET.encode(), merges)
         self.arm, self.ranks, self.vocab = arm, {b: i for i, b in enumerate(pieces)}, [*pieces, None, None]
@@ -1084,7 +1062,7 @@ class Code:
         self.bos, self.eos = len(pieces), len(pieces) + 1
 
     def encode(self, s, rng, arm=""):
-        """The ids of a string between bos and eos."""
+        """The ids of a string between bos and eos, as this arm or another one spells it."""
         arm = arm or self.arm
         if arm == "scramble":
             ids = [int(self.swaps[i, ALPHABET.index(c)]) for i, c in enumerate(s)]
@@ -1110,28 +1088,26 @@ def padded(rows, eos):
 
 def train_arm(args, arm, seed, position):
     """Trains one GPT on the strings as this arm spells them; returns its measures. Strings depend on seed and step."""
-    env = common.setup(args)
-    code = Code(arm, seed, args.merges)
+    env, code = common.setup(args), Code(arm, seed, args.merges)
     torch.manual_seed(seed)
     model = GPT(GPTConfig(len(code.vocab), 2 * LONGEST + 2, 2, 4, args.n_embd, learned_pos=True))
 
     def batch(step):
         rng = np.random.default_rng((seed, 2, step))
         texts = strings(rng, args.batch_size)
-        idx, targets = padded([code.encode(s, rng) for s in texts], code.eos)
-        return {"idx": idx, "targets": targets}
+        return dict(zip(("idx", "targets"), padded([code.encode(s, rng) for s in texts], code.eos)))
 
-    evaluate = lambda step: {"pairs": pair_accuracy(model, code, texts[:64], np.random.default_rng(4))}
     texts = strings(np.random.default_rng((seed, 3)), args.samples)
+    evaluate = lambda step: {"pairs": pair_accuracy(model, code, texts[:64], np.random.default_rng(4))}
     common.train(model, batch, args, env, common.Log(args.out, f"{arm}-s{seed}", env), evaluate, position)
-    return measure(model, code, texts, args, seed)
+    return measure(model.eval(), code, texts, args.samples, seed)
 
 
 @torch.no_grad()
 def log_p(model, code, texts, rng, arm=""):
     """Log probability of each string as this arm spells it."""
-    idx, targets = padded([code.encode(s, rng, arm) for s in texts], code.eos)
     device = model.wte.weight.device
+    idx, targets = padded([code.encode(s, rng, arm) for s in texts], code.eos)
     return -model.token_loss(idx.to(device), targets.to(device)).sum(1).cpu()
 
 
@@ -1142,53 +1118,45 @@ def pair_accuracy(model, code, texts, rng, arm=""):
     return float((gap > 0).float().mean())
 
 
-def measure(model, code, texts, args, seed):
-    """What a trained arm can do: recognition by depth, leak, validity with and without masks, improper share."""
-    rng, model = np.random.default_rng((seed, 5)), model.eval()
-    far = strings(rng, args.samples, beyond=True)
+def measure(model, code, texts, n, seed):
+    """What a trained arm can do: recognition by depth; of n samples, valid ones with and without masks, improper ones;
+    how far masked samples are from valid free ones (total variation of their lengths, beside halves of the free)."""
+    rng = np.random.default_rng((seed, 5))
+    far = strings(rng, n, beyond=True)
     result = {"in_range": pair_accuracy(model, code, texts, rng), "beyond": pair_accuracy(model, code, far, rng)}
     groups = {d: [s for s in texts + far if depth_of(s) == d] for d in range(1, 13)}
     result["by_depth"] = {str(d): pair_accuracy(model, code, g, rng) for d, g in groups.items() if len(g) > 4}
-    valid = Engine(parse_ebnf(GRAMMARS["dyck"]), Trie([c.encode() for c in ALPHABET]))
-    ok = lambda s: (c := valid.read(valid.start, s.encode())) is not None and c.accepts
-    draw = lambda process=None: generate(model, [[code.bos]] * args.samples, LONGEST + 8, stop=[code.eos], seed=seed,
-                                         process=process)  # fmt: skip
+    engine = Engine(parse_ebnf(GRAMMARS["dyck"]), Trie([c.encode() for c in ALPHABET]))
+    in_dyck = lambda s: bool((end := engine.read(engine.start, s.encode())) and end.accepts)
+    valid = lambda rows: [row for row in rows if row[-1] == code.eos and in_dyck(code.spell(row))]
+    draw = lambda process=None: generate(
+        model, [[code.bos]] * n, LONGEST + 8, stop=[code.eos], seed=seed, process=process
+    )
     free = draw()
-    result["valid"] = float(np.mean([row[-1] == code.eos and ok(code.spell(row)) for row in free]))
+    result["valid"] = len(valid(free)) / n
     if code.arm == "scramble":  # there is no mask without a map from ids to strings
         return result
-    trie, share = Trie(code.vocab), {}
-    engine = Constraint(GRAMMARS["dyck"], trie, code.eos).engine
+    trie = Trie(code.vocab)
+    masks = Constraint(GRAMMARS["dyck"], trie, code.eos).engine
     other = Constraint('root ::= ("(" root "]" | "[" root ")")*', trie, code.eos).engine
-    for key, engine_, proper in ("valid_masked", engine, False), ("valid_other_mask", other, False):
-        rows = draw(masker(lambda e=engine_, p=proper: Constraint(e, proper=p), LONGEST + 8))
-        result[key] = float(np.mean([row[-1] == code.eos and ok(code.spell(row)) for row in rows]))
-        share[key] = rows
+    proper = Proper(masks, partial(bpe, code.ranks))
+    masked, crossed = (draw(masker(lambda e=e: Constraint(e), LONGEST + 8)) for e in (masks, other))
+    result |= {"valid_masked": len(valid(masked)) / n, "valid_other_mask": len(valid(crossed)) / n}
     assert result["valid_masked"] == 1.0, "an exact mask let an invalid string through"
-    proper = Proper(engine, partial(bpe, code.ranks))
-    share["proper"] = draw(masker(lambda: Constraint(engine, proper=proper)))
-    share["free"] = free
-    for key in "free", "valid_masked", "proper":
-        rows = [[i for i in row if i < code.bos] for row in share[key]]
-        result[f"improper_{key}"] = float(np.mean([bpe(code.ranks, code.spell(row).encode()) != row for row in rows]))
-    result["leak"] = leak(model, code, engine, texts[:50], rng)
-    lengths = lambda rows: [len(code.spell(row)) // 8 for row in rows]
-    kept = [row for row in free if row[-1] == code.eos and ok(code.spell(row))]
-    if len(kept) > 8:
-        result["distortion"] = variation(lengths(kept), lengths(share["valid_masked"]))
-        result["distortion_noise"] = variation(lengths(kept[::2]), lengths(kept[1::2]))
+    drawn = {"free": free, "valid_masked": masked, "proper": draw(masker(lambda: Constraint(masks, proper=proper)))}
+    for key, rows in drawn.items():
+        again = [code.encode(code.spell(row), rng, "bpe")[1:-1] for row in rows]
+        result[f"improper_{key}"] = float(np.mean([[i for i in r if i < code.bos] != a for r, a in zip(rows, again)]))
+    result["leak"] = leak(model, code, masks, texts[:50], rng)
+    if len(kept := valid(free)) > 8:
+        shares = lambda rows: np.bincount([len(code.spell(r)) // 8 for r in rows], minlength=LONGEST) / len(rows)
+        variation = lambda a, b: float(abs(shares(a) - shares(b)).sum() / 2)
+        result |= {"distortion": variation(kept, masked), "distortion_noise": variation(kept[::2], kept[1::2])}
     if code.arm in ("bpe", "extended"):
         result["cross"] = pair_accuracy(model, code, texts, rng, "extended" if code.arm == "bpe" else "bpe")
-        nll = lambda arm: float(-log_p(model, code, texts, rng, arm).sum() / sum(map(len, texts)))
-        result |= {"nll_proper": nll("bpe"), "nll_extended": nll("extended")}
+        for key, arm in ("nll_proper", "bpe"), ("nll_extended", "extended"):
+            result[key] = float(-log_p(model, code, texts, rng, arm).sum() / sum(map(len, texts)))
     return result
-
-
-def variation(a, b):
-    """Total variation between two samples of small integers."""
-    n = max(a + b) + 1
-    p, q = (np.bincount(x, minlength=n) / len(x) for x in (a, b))
-    return float(abs(p - q).sum() / 2)
 
 
 @torch.no_grad()
@@ -1264,33 +1232,30 @@ COLOURS = {"char": "#4477aa", "bpe": "#228833", "extended": "#ccbb44", "scramble
 
 def draw(path, results, logs):
     """Recognition by depth and over training; what masks do; how many tokenizations a string has."""
+    mean = lambda rows, key: np.mean([row[key] for row in rows if key in row])
+    keys = {"valid": "valid,\nfree", "valid_masked": "valid,\nmasked", "valid_other_mask": "valid,\nother mask"}
+    keys |= {"improper_valid_masked": "improper,\nmasked", "improper_proper": "improper,\nproper mask"}
     with common.figure(path, 2, 2) as (depth, steps, masks, growth):
-        for arm, seeds in results.items():
-            ds = sorted({d for r in seeds for d in r["by_depth"]}, key=int)
-            mean = [np.mean([r["by_depth"][d] for r in seeds if d in r["by_depth"]]) for d in ds]
-            depth.plot([int(d) for d in ds], mean, "o-", ms=3, color=COLOURS[arm], label=arm)
-            for i, log in enumerate(logs[arm]):
-                rows = [r for r in common.read_jsonl(log.path) if "pairs" in r]
-                at, y = [r["step"] for r in rows], [r["pairs"] for r in rows]
-                steps.plot(at, y, color=COLOURS[arm], lw=1.2, label=None if i else arm)
+        for i, (arm, seeds) in enumerate(results.items()):
+            look, by_depth = {"color": COLOURS[arm], "label": arm}, [r["by_depth"] for r in seeds]
+            ds = sorted({d for r in by_depth for d in r}, key=int)
+            depth.plot([int(d) for d in ds], [mean(by_depth, d) for d in ds], "o-", ms=3, **look)
+            for log in logs[arm]:
+                rows = [(r["step"], r["pairs"]) for r in common.read_jsonl(log.path) if "pairs" in r]
+                steps.plot(*zip(*rows), lw=1.2, **look)
+                look.pop("label", None)
+            if arm != "scramble":
+                bars = [mean(seeds, key) for key in keys]
+                masks.bar(np.arange(len(keys)) + 0.26 * i, bars, 0.26, color=COLOURS[arm], label=arm)
         depth.axvline(DEPTH + 0.5, color="k", ls=":", lw=1)
         depth.text(DEPTH + 0.6, 0.42, "deeper than trained", fontsize=8)
         depth.set(title="Valid string above its twin", xlabel="depth", ylabel="accuracy", ylim=(0.4, 1.02))
         steps.set(title="... in range, over training", xlabel="step", ylabel="accuracy", ylim=(0.4, 1.02))
-        keys = {"valid": "valid, free", "valid_masked": "valid, masked", "valid_other_mask": "valid, other mask"}
-        keys |= {"improper_valid_masked": "improper, masked", "improper_proper": "improper, proper mask"}
-        arms = [arm for arm in results if "valid_masked" in results[arm][0]]
-        for i, arm in enumerate(arms):
-            bars = [np.mean([r[k] for r in results[arm]]) for k in keys]
-            masks.bar(np.arange(len(keys)) + 0.26 * i, bars, 0.26, color=COLOURS[arm], label=arm)
-        labels = [k.replace(", ", ",\n") for k in keys.values()]
         masks.set(title="Samples", ylabel="share", ylim=(0, 1.3))
-        masks.set_xticks(np.arange(len(keys)) + 0.26, labels)
-        masks.tick_params(axis="x", labelsize=7)
+        masks.set_xticks(np.arange(len(keys)) + 0.26, list(keys.values()), fontsize=7)
         code = Code("bpe", 0, 48)
         for s, style in ((dyck(np.random.default_rng(0), LONGEST, DEPTH), "-"), ("()" * 20, "--")):
-            many = counts(s.encode(), dict.fromkeys(code.ranks, 1))
-            growth.semilogy(many, style, color="#228833", label=s[:14] + "...")
+            growth.semilogy(counts(s.encode(), code.ranks), style, color=COLOURS["bpe"], label=s[:14] + "...")
         growth.set(title="Tokenizations of one string (BPE, 48 merges)", xlabel="characters", ylabel="how many")
         for ax in depth, steps, masks, growth:
             ax.legend(fontsize=7, ncols=3 if ax is masks else 1)
@@ -1304,21 +1269,17 @@ def vocabulary(backend):
     spec = json.loads(backend.to_str())
     special = {t["id"] for t in spec["added_tokens"]}
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's printable stand-ins for bytes
-    hidden = [b for b in range(256) if b not in shown]
-    table = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    table = {chr(b): b for b in shown}
+    table |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in shown)}
     level = '"ByteLevel"' in json.dumps([spec["decoder"], spec["pre_tokenizer"]])
-    vocab = []
-    for i in range(backend.get_vocab_size()):
-        piece = backend.id_to_token(i)
-        if piece is None or i in special:
-            vocab.append(None)
-        elif level:
-            vocab.append(bytes(table[c] for c in piece) if set(piece) <= table.keys() else None)
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
-            vocab.append(bytes([int(piece[3:5], 16)]))
-        else:
-            vocab.append(piece.replace("▁", " ").encode())
-    return vocab
+
+    def spell(piece):
+        if level:
+            return bytes(table[c] for c in piece) if set(piece) <= table.keys() else None
+        return bytes.fromhex(piece[3:5]) if re.fullmatch("<0x..>", piece) else piece.replace("▁", " ").encode()
+
+    pieces = [None if i in special else backend.id_to_token(i) for i in range(backend.get_vocab_size())]
+    return [None if piece is None else spell(piece) for piece in pieces]
 
 
 def read_vocab(name):
@@ -1333,55 +1294,48 @@ def read_vocab(name):
         return vocabulary(tokenizers.Tokenizer.from_file(str(path))), tok
     import tiktoken
 
-    enc = tiktoken.get_encoding(name)
-    pieces = {i: b for b, i in enc._mergeable_ranks.items()}
-    return [pieces.get(i) for i in range(enc.n_vocab)], tok
+    pieces = {i: b for b, i in tiktoken.get_encoding(name)._mergeable_ranks.items()}
+    return [pieces.get(i) for i in range(tok.n_vocab)], tok
 
 
-def inspect(args, rules):
+def inspect(args, grammar):
     """--tokenizer: is it a homomorphism? The count of --text; the mask of --grammar after it, and --explain."""
     vocab, tok = read_vocab(args.tokenizer)
-    real, texts = [i for i, b in enumerate(vocab) if b], ["Hello World", "née 你好"]
-    found = check_homomorphism(tok.decode, real, np.random.default_rng(0), tok.encode, texts)
-    raw = {b for b in vocab if b}
+    real = [i for i, b in enumerate(vocab) if b]
+    found = check_homomorphism(tok.decode, real, np.random.default_rng(0), tok.encode, ["Hello World", "née 你好"])
     print(f"{args.tokenizer}: {len(vocab)} ids; decoding to text: {found}; the raw pieces are bytes, so homomorphic")
-    metrics = {"tokenizer": found, "tokenizations": counts(args.text.encode(), dict.fromkeys(raw, 1))[-1]}
-    c = Constraint(rules, vocab, vocab.index(None) if None in vocab else None)
-    state = c.engine.read(c.state, args.text.encode())
-    if state is None:
+    c = Constraint(grammar, vocab, vocab.index(None) if None in vocab else None)
+    c.state = c.engine.read(c.state, args.text.encode())
+    if c.state is None:
         raise ValueError(f"--text {args.text!r} is no prefix of the language of --grammar {args.grammar}")
-    c.state = state
-    ids = np.flatnonzero(c.mask())
-    metrics |= {"allowed": len(ids), "complete": c.accepts()}
-    some = [vocab[i] for i in ids[:: max(1, len(ids) // 20)].tolist() if vocab[i]][:20]
-    print(f"{metrics['tokenizations']} tokenizations; {len(ids)} ids allowed next, as {some}; complete: {c.accepts()}")
+    ids, many = np.flatnonzero(c.mask()).tolist(), counts(args.text.encode(), {vocab[i] for i in real})[-1]
+    some = [vocab[i] for i in ids[:: max(1, len(ids) // 20)] if vocab[i]][:20]
+    print(f"{many} tokenizations; {len(ids)} ids allowed next, as {some}; complete: {c.accepts()}")
     if args.explain >= 0:
         c.peek(args.explain)  # in range?
         print(c.explain(args.explain))
-    return metrics
+    return {"tokenizer": found, "tokenizations": many, "allowed": len(ids), "complete": c.accepts()}
 
 
-def decode(args, env, rules, run):
+def decode(args, env, grammar, run):
     """--model: answers under the grammar's mask, all in the language; the same prompts without it are the control."""
     import pretrained
 
     model, tok = pretrained.load(args.model, env.device)
     vocab = vocabulary(tok.backend)
-    vocab += [None] * (model.config.vocab_size - len(vocab))
-    base = Constraint(rules, vocab, tok.eos)
+    engine = Engine(grammar, Trie(vocab + [None] * (model.config.vocab_size - len(vocab))), tok.eos)
     prompt = tok.chat([{"role": "user", "content": args.prompt}]) if tok.template else tok.encode(args.prompt)
     shares, texts = {}, {}
-    spell = lambda row: b"".join(vocab[i] or b"" for i in row)
     for name in "masked", "free":
         rows = []
         for at in tqdm(range(0, args.samples, 10), name, disable=None):
-            process = masker(lambda: Constraint(base.engine), args.max_new_tokens) if name == "masked" else None
-            prompts = [prompt] * min(10, args.samples - at)
-            seed = 1000 * args.seeds[0] + at
+            process = masker(lambda: Constraint(engine), args.max_new_tokens) if name == "masked" else None
+            prompts, seed = [prompt] * min(10, args.samples - at), 1000 * args.seeds[0] + at
             rows += generate(model, prompts, args.max_new_tokens, stop=tok.stops, seed=seed, process=process)
-        ends = [row[-1] in tok.stops and base.engine.read(base.engine.start, spell(row)) for row in rows]
-        shares[name] = float(np.mean([bool(c) and c.accepts for c in ends]))
-        texts[name] = [spell(row).decode(errors="replace") for row in rows]
+        spelled = [b"".join(engine.trie.vocab[i] or b"" for i in row) for row in rows]
+        ends = [row[-1] in tok.stops and engine.read(engine.start, text) for row, text in zip(rows, spelled)]
+        shares[name] = float(np.mean([bool(end) and end.accepts for end in ends]))
+        texts[name] = [text.decode(errors="replace") for text in spelled]
     print(*texts["masked"][:3], sep="\n")
     run.metrics = {"shares": shares, "texts": texts}
     run.claim("D1", f"{args.model} under the {args.grammar} mask writes nothing else", "not in the paper",
@@ -1394,29 +1348,25 @@ def main(argv=None):
     args = common.parse(Args, argv)
     with common.bad_input():
         env, out = common.setup(args), Path(args.out)
-        for arm in args.arms:
-            if arm not in COLOURS:
-                raise ValueError(f"--arms {arm}, allowed: {' '.join(COLOURS)}")
-        rules, run = read_grammar(args.grammar), common.Run(args, env, "formal_tokenization", "2412.03160")
+        if odd := set(args.arms) - set(COLOURS):
+            raise ValueError(f"--arms {' '.join(odd)}, allowed: {' '.join(COLOURS)}")
+        grammar, run = read_grammar(args.grammar), common.Run(args, env, "formal_tokenization", "2412.03160")
         out.mkdir(parents=True, exist_ok=True)
         if args.tokenizer:
-            run.metrics = inspect(args, rules)
+            run.metrics = inspect(args, grammar)
             return run.finish()
         if args.model:
-            decode(args, env, rules, run)
+            decode(args, env, grammar, run)
             return run.finish()
-    found = theorems(args.trials, 0)
-    rng = np.random.default_rng(0)
-    kinds = {k: check_homomorphism(d, n, rng, e, t, 200) for k, (d, e, n, t) in toy_tokenizers(rng).items()}
+    found, rng = theorems(args.trials, 0), np.random.default_rng(0)
+    kinds = {k: check_homomorphism(*toy[:2], rng, *toy[2:], trials=200) for k, toy in toy_tokenizers(rng).items()}
     for name, verdict in kinds.items():
         print(f"{name:15s} {verdict}")
-    jobs = common.job_count(args, env)
-    tasks = [(arm, seed) for seed in args.seeds for arm in args.arms]
-    numbered = [(args, arm, seed, i % jobs) for i, (arm, seed) in enumerate(tasks)]
-    measured = common.side_by_side(train_arm, numbered, jobs)
+    jobs, tasks = common.job_count(args, env), [(args, arm, seed) for arm in args.arms for seed in args.seeds]
+    measured = common.side_by_side(train_arm, [(*task, i % jobs) for i, task in enumerate(tasks)], jobs)
     if env.rank:
         return None
-    results = {arm: [m for m, (a, _) in zip(measured, tasks) if a == arm] for arm in args.arms}
+    results = {arm: [m for m, task in zip(measured, tasks) if task[1] == arm] for arm in args.arms}
     logs = {arm: [common.Log(out, f"{arm}-s{seed}") for seed in args.seeds] for arm in args.arms}
     run.metrics = {"theorems": found, "tokenizers": kinds, "arms": results}
     judge(run, results, found, kinds)

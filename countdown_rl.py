@@ -51,7 +51,7 @@ class Args(common.TrainFlags):
     presets: ClassVar[dict] = {
         "smoke": dict(steps=6, drill=2, batch_size=4, n_embd=32, head_dim=4, rl_steps=2, control_steps=2, prompts=2)
         | dict(problems=8, samples=12, save_every=2, prev_thresh=0.0, jobs=1, threads=1),
-        "toy": dict(steps=1000, batch_size=16, lr=4e-3, min_lr=0.03, jobs=1),
+        "toy": dict(steps=1300, batch_size=16, lr=4e-3, min_lr=0.03, jobs=1),
         "paper": dict(model="Qwen/Qwen2.5-3B", stages=["grpo", "analysis"], nums=[3, 4], num_max=99, cap=100)
         | dict(prompts=256, max_new=1024, rl_lr=1e-6, beta=0.001, rl_steps=300, format_reward=0.1, clip_high=0.2)
         | dict(micro_batch=4, problems=1024, save_every=100, samples=300, steering=20.0, minibatches=4, rank="diag")
@@ -83,7 +83,7 @@ class Args(common.TrainFlags):
     """toy: width; twice as many GLU neurons"""
     head_dim: int = 16
     """toy: of a head"""
-    rl_steps: int = 36
+    rl_steps: int = 44
     """optimizer steps of GRPO (paper: 300)"""
     control_steps: int = 12
     """optimizer steps with permuted rewards"""

@@ -46,8 +46,8 @@ class Args(common.TrainFlags):
         "smoke": dict(steps=4, n_embd=16, batch_size=8, sae_steps=10, d_sae=64, rows=2048, n_probe=40, jobs=1,
                       threads=1, warmup=2, superposition_steps=5, meanings=1),
         "toy": dict(steps=1400, batch_size=32, lr=4e-3, weight_decay=0.01),
-        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=4096, k=32, sae_lr=1e-3, sae_steps=800, pool="last",
-                      top=16),
+        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=4096, k=32, sae_lr=1e-3, sae_steps=2400, pool="last",
+                      top=16, rows=2**17),
         "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, arch="gated", sae_lr=5e-5, rows=2**20,
                       sae_batch=8192, sae_steps=61000, block_size=128, pool="sum", top=327, refresh=True),
     }

@@ -92,8 +92,8 @@ class Args(common.TrainFlags):
     """what --prompt is guided away from"""
     iters: int = 30
     """evaluations of ReNO (paper: 50)"""
-    noise_lr: float = 0.6
-    """ReNO's step (paper: 5, in 64 times as many dimensions)"""
+    noise_lr: float = 2.0
+    """ReNO's step (paper: 5, in 64 times as many dimensions; by their norms that would be .6)"""
     euler: int = 4
     """steps of the toy's generator"""
     prompts: int = 48
@@ -1133,8 +1133,9 @@ def draw(path, zero, climbs, safe, costs, pictures):
         bars(guarded, "`a warm S`, guided away from red", ["before", *SAFETY],
              [(k, [mean(x, k) for x in states], c) for k, c in shares])
         for ax, (title, (rows, names)) in zip(mosaics, pictures.items()):
-            ax.imshow(torch.cat([torch.cat([*row], 2) for row in rows.values()], 1).permute(1, 2, 0).byte().numpy())
-            ax.set(title=title, xticks=range(16, 32 * len(names), 32), yticks=range(16, 32 * len(rows), 32))
+            tiles = [[F.pad(image, (1, 1, 1, 1), value=110) for image in row] for row in rows.values()]
+            ax.imshow(torch.cat([torch.cat(row, 2) for row in tiles], 1).permute(1, 2, 0).byte().numpy())
+            ax.set(title=title, xticks=range(17, 34 * len(names), 34), yticks=range(17, 34 * len(rows), 34))
             ax.set_xticklabels(["\n".join(textwrap.wrap(n, 12)) for n in names], fontsize=6)
             ax.set_yticklabels(rows, fontsize=7)
             ax.spines[:].set_visible(False)

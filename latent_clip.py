@@ -100,7 +100,7 @@ class Args(common.TrainFlags):
     """of the toy: six kinds alike"""
     vae_steps: int = 450
     """of the toy's VAE"""
-    flow_steps: int = 800
+    flow_steps: int = 1200
     """of the toy's generator"""
 
 

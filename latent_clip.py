@@ -60,7 +60,7 @@ class Args(common.TrainFlags):
     ) for name, arch in (("b8", "b8"), ("b4plus", "b4plus"), ("paper", "b8"))}  # fmt: skip
     limits: ClassVar[dict] = {flag: (1,) for flag in ("vae_steps", "flow_steps", "euler", "iters", "prompts")}
     limits |= {"steps": (0,), "images": (2,), "batch_size": (2,), "vae_scale": (1e-6,), "noise_lr": (0,)}
-    steps: int = 400
+    steps: int = 500
     """of each CLIP (paper: 34e9 samples / 81,920)"""
     batch_size: int = 64
     """pairs in a step, over all ranks (paper: 81,920)"""
@@ -98,7 +98,7 @@ class Args(common.TrainFlags):
     """steps of the toy's generator"""
     prompts: int = 48
     """of the toy: six kinds alike"""
-    vae_steps: int = 450
+    vae_steps: int = 700
     """of the toy's VAE"""
     flow_steps: int = 1200
     """of the toy's generator"""

@@ -1251,7 +1251,8 @@ def judge(run, seeds):
           lambda s: max(s["lens_valid_random"], s["lens_invalid_random"]) > 0.15)
     claim("C5", "three heads that look at the target hold verification: P(valid verdict | valid step), heads off",
           "33 heads .003, 3 heads 0", "none_off; A_prev_off; 3_off; 3_at_their_mean; heads_in_A_prev; smallest_k_to_.1",
-          "3_random_off; random_at_that_k; like_A_prev_random_off; of_which", "none >= .95, A_prev <= .20, 3 <= .30; 3 random >= .80",
+          "3_random_off; random_at_that_k; like_A_prev_random_off; of_which",
+          "none >= .95, A_prev <= .20, 3 <= .30; 3 random >= .80",
           lambda s: s["none_off"] >= 0.95 and s["A_prev_off"] <= 0.2 and s["3_off"] <= 0.3,
           lambda s: s["3_random_off"] < 0.8)
     claim("C6", "GLU vectors disable less than both sets, these less than the heads (share that searches on)",

@@ -28,7 +28,6 @@ import math
 import os
 import random
 import re
-import ssl
 import sys
 import time
 import unicodedata
@@ -41,7 +40,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar, Literal
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 import torch
@@ -54,6 +52,8 @@ from model import GPT, GPTConfig, generate
 class CrawlFlags(common.TrainFlags):
     """the target and the crawl; without --model and --url, the toy"""
 
+    limits: ClassVar[dict] = dict.fromkeys("budget lists k j need batch concurrency max_tokens".split(), (1,))
+    limits |= {"timeout": (0.001,), "rps": (0,), "comparisons": (0,), "controls": (0,)}
     model: str = ""
     """checkpoint (a short name, folder, hub id, .gguf), or what a server calls its model"""
     url: str = ""
@@ -709,16 +709,18 @@ class Endpoint:
 
     tries, backoff = 6, 1.0
 
-    def __init__(self, api, url, model, seed, args, env="API_KEY"):
-        self.split, self.key = urlsplit(url), os.environ.get(env, "")
+    def __init__(self, api, url, model, seed, args):
+        self.split, self.key = urlsplit(url), os.environ.get("API_KEY", "")
         if self.split.scheme not in ("http", "https") or not self.split.hostname:
             raise ValueError(f"URL {url!r}, needed: http://HOST:PORT/PATH or https://...")
         if api == "anthropic" and not self.key:
-            raise ValueError(f"--api anthropic needs a key in the environment's {env}")
+            raise ValueError("--api anthropic needs a key in the environment's API_KEY")
         if not self.key.isascii() or not self.key.isprintable():
-            raise ValueError(f"the key in {env} has characters that a header can't carry")
+            raise ValueError("the key in API_KEY has characters that a header can't carry")
         self.api, self.model, self.seed, self.args = api, model, seed, args
         self.where, self.base = self.split.netloc.rpartition("@")[2], self.split.path.rstrip("/")
+        self.tls = True if self.split.scheme == "https" else None
+        self.address = self.split.hostname, self.split.port or (443 if self.tls else 80)
         auth = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
         if api == "anthropic":
             auth = f"x-api-key: {self.key}\r\nanthropic-version: 2023-06-01\r\n"
@@ -802,7 +804,7 @@ class Endpoint:
         """One exchange: (status, headers, body). A kept connection that the server has closed since is replaced."""
         while True:
             kept, status = bool(self.idle), 0
-            reader, writer = self.idle.pop() if kept else await self.connect()
+            reader, writer = self.idle.pop() if kept else await asyncio.open_connection(*self.address, ssl=self.tls)
             try:
                 writer.write(f"POST {self.base}{path}{self.head}{len(payload)}\r\n\r\n".encode() + payload)
                 status, headers = await read_head(reader)
@@ -818,20 +820,6 @@ class Endpoint:
             else:
                 self.idle.append((reader, writer))
             return status, headers, raw
-
-    async def connect(self):
-        """A new connection; through HTTPS_PROXY, where the environment names one for this host."""
-        host, tls = self.split.hostname, self.split.scheme == "https"
-        port = self.split.port or (443 if tls else 80)
-        proxy = urlsplit(getproxies().get("https", "") if tls and not proxy_bypass(host) else "")
-        if not proxy.hostname:
-            return await asyncio.open_connection(host, port, ssl=tls or None)
-        reader, writer = await asyncio.open_connection(proxy.hostname, proxy.port or 80)
-        writer.write(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
-        if (status := (await read_head(reader))[0]) != 200:
-            raise ConnectionError(f"the proxy {proxy.hostname} answers {status}")
-        await writer.start_tls(ssl.create_default_context(), server_hostname=host)
-        return reader, writer
 
 
 async def read_head(reader):
@@ -1285,15 +1273,6 @@ def lines(path):
     return found
 
 
-def connect(args, env, seed):
-    """The target that the flags name."""
-    if args.url:
-        return Endpoint(args.api, args.url, args.model, seed, args)
-    import pretrained
-
-    return Local(*pretrained.load(args.model, env.device, args.dtype), seed, args.batch)
-
-
 def audit(args, env, run, seed):
     """A crawl of a checkpoint or a server, held against everyday labels, verified in the same way; its `Log`."""
     path, log = Path(args.out) / f"crawl-s{seed}.jsonl", common.Log(args.out, f"audit-s{seed}")
@@ -1302,7 +1281,12 @@ def audit(args, env, run, seed):
         given, truth = (lines(name) if name else None for name in (args.topics, args.truth))
         if not args.resume and path.exists() and b'"send"' in path.read_bytes():
             raise ValueError(f"{path} holds a crawl that was paid for: --resume goes on, another --out starts anew")
-        target = connect(args, env, seed)
+        if args.url:
+            target = Endpoint(args.api, args.url, args.model, seed, args)
+        else:
+            import pretrained
+
+            target = Local(*pretrained.load(args.model, env.device, args.dtype), seed, args.batch)
         journal = Journal(path, meaning(args, seed) | {"phrases": prompts["prefills"]}, args.resume)
         if args.budget < journal.used():
             raise ValueError(f"--budget {args.budget}: {path} has spent {journal.used()} calls already")
@@ -1357,9 +1341,6 @@ def check(args):
     for name, allowed in ("arms", list(ARMS)), ("targets", ["covert", "open"]):
         if odd := set(getattr(args, name)) - set(allowed):
             raise ValueError(f"--{name} {', '.join(sorted(odd))}, allowed: {', '.join(allowed)}")
-    for name in "budget", "lists", "k", "j", "need", "batch", "concurrency", "max_tokens", "timeout":
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, needed: more than 0")
     for name, most in ("need", "j"), ("comparisons", "budget"):
         if getattr(args, name) > getattr(args, most):
             raise ValueError(f"--{name} {getattr(args, name)}, allowed: at most --{most}, {getattr(args, most)}")

@@ -1193,6 +1193,7 @@ def real(args, env, run):
     with common.bad_input():
         tok, folder = data.get_tokenizer(args.tokenizer), Path(args.out) / "latents"
         config, vae = replace(CONFIGS[args.arch], vocab=tok.n_vocab), load_vae(args.vae).to(env.device)
+        torch.manual_seed(args.seeds[0])
         clip = load_clip(args.init, config) if args.init else CLIP(config)
         tokens_of = lambda texts: clip_tokens(tok, texts, config.context)
         with common.rank_zero_first(env):

@@ -59,7 +59,7 @@ class Args(common.TrainFlags):
         noise_lr=5.0, iters=50, vae="madebyollin/sdxl-vae-fp16-fix", tokenizer="openai/clip-vit-large-patch14",
     ) for name, arch in (("b8", "b8"), ("b4plus", "b4plus"), ("paper", "b8"))}  # fmt: skip
     limits: ClassVar[dict] = {flag: (1,) for flag in ("vae_steps", "flow_steps", "euler", "iters", "prompts")}
-    limits |= {"steps": (0,), "images": (2,), "batch_size": (2,), "vae_scale": (1e-6,), "noise_lr": (0,)}
+    limits |= {"steps": (0,), "images": (2,), "vae_scale": (1e-6,), "noise_lr": (0,)}
     steps: int = 500
     """of each CLIP (paper: 34e9 samples / 81,920)"""
     batch_size: int = 64
@@ -1127,7 +1127,7 @@ def draw(path, zero, climbs, safe, costs, pictures):
              [(a, [mean(zero, f"{k}/{a}/{p}") for k, p in keys], c) for a, c in arms])
         for (arm, seeds), c in zip(climbs.items(), (BLUE, RED, GREY, GOLD, "#228833")):
             curves.plot(seeds[0]["at"], np.mean([np.mean(r["verdicts"], 1) for r in seeds], 0), color=c, label=arm)
-        curves.set(title="ReNO: prompts fulfilled, by the judge", xlabel="evaluation", ylabel="share")
+        curves.set(title="ReNO: prompts fulfilled, by the judge", xlabel="evaluation", ylabel="share", ylim=(0, 1))
         states = [[x["before"] for x in safe["latent"]], *([x["after"] for x in safe[arm]] for arm in SAFETY)]
         shares = ("red", RED), ("warm", GOLD), ("shape", BLUE), ("valid", GREY)
         bars(guarded, "`a warm S`, guided away from red", ["before", *SAFETY],
@@ -1283,6 +1283,8 @@ def main(argv=None):
         run = common.Run(args, env, "latent_clip", "2503.08455")
         if not args.steps and not args.init:
             raise ValueError("--steps 0, allowed: 1 and more; 0 with --init only")
+        if args.batch_size < 2 * env.world:
+            raise ValueError(f"--batch-size {args.batch_size}, allowed: {2 * env.world} and more, two pairs a rank")
         out.mkdir(parents=True, exist_ok=True)
     if args.prompt or args.dataset:
         return optimise_real(args, env) if args.prompt else real(args, env, run)

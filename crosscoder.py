@@ -351,7 +351,7 @@ def spearman(x, y):
 
 
 def matched(rate, lists, rng):
-    """For every latent of `lists` the one of nearest firing rate outside them, each used once, as far as there are any."""
+    """For every latent of `lists` the one of nearest firing rate outside them, each used once, while there are any."""
     free, out = [i for i in np.flatnonzero(rate > 0).tolist() if i not in {*lists}], []
     for i in rng.permutation(lists)[: len(free)].tolist():
         out.append(min(free, key=lambda j: abs(rate[j] - rate[i])))

@@ -1303,7 +1303,7 @@ def draw(path, seeds, logs, args, lines):
         spread = np.array([np.concatenate([s["curve_random"][i] for s in seeds]) for i in range(len(counts))])
         curve.fill_between(counts, spread.min(1), spread.max(1), color="#bbbbbb", alpha=0.5)
         curve.plot(counts, spread.mean(1), color="#888888", label="random, same layers")
-        curve.set(title="P(valid verdict | valid step)", xlabel="heads switched off", ylim=(-0.03, 1.6))
+        curve.set(title="P(valid verdict | valid step)", xlabel="heads switched off", ylim=(-0.03, 1.05))
         names, left = list(first["table"]), np.zeros(len(first["table"]))
         for kind, label, colour in (("success", "searches on", "#228833"), ("partial", "partial", "#ccbb44"),
                                     ("fail", "stops", "#dddddd"), ("unknown", "unknown", "#ee6677")):
@@ -1312,7 +1312,7 @@ def draw(path, seeds, logs, args, lines):
             left = left + share
         table.set(title="What it does with a solution", xlabel="share", xlim=(0, 1), ylim=(len(names) + 1.2, -0.6))
         for ax in (learn, form, probe, curve, table):
-            ax.legend(fontsize=6.5, ncols=2 if ax in (learn, curve, table) else 1)
+            ax.legend(fontsize=6.5, ncols=2 if ax in (learn, table) else 1)
 
 
 # fmt: on

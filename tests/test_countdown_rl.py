@@ -565,7 +565,7 @@ def smoke(tmp_path_factory):
 def test_smoke(smoke):
     out, result = smoke
     assert result == json.loads((out / "result.json").read_text())
-    assert [c["id"] for c in result["claims"]][:4] == ["C1", "C1b", "C2", "C2b"] and len(result["claims"]) >= 8
+    assert [c["id"] for c in result["claims"]][:3] == ["C1", "C2", "C2b"] and len(result["claims"]) >= 8
     rows = common.read_jsonl(out / "metrics.jsonl")
     assert {r["run"] for r in rows} == {"sft-s0", "grpo-s0", "control-s0"}
     assert (out / "countdown_rl.png").stat().st_size > 10_000 and (out / "lens.md").exists()

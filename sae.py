@@ -1187,7 +1187,7 @@ def check(args, env):
     """ValueError for flags that can't be, before any long work."""
     SAE(2, args.d_sae, args.arch, args.k)
     if args.rows < args.sae_batch:
-        raise ValueError(f"--rows {args.rows}, allowed: {args.sae_batch} (--sae-batch) and more")
+        raise ValueError(f"--rows {args.rows}, allowed: {args.sae_batch} and more, as --sae-batch")
     if not args.model and (env.world > 1 or not 0 <= args.layer < 4):
         raise ValueError(f"--layer {args.layer}, allowed: 0 to 3 in the toy, which runs in one process")
     if args.sae:

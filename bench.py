@@ -287,56 +287,61 @@ def patching(device):
 def hook_libraries(model, idx, z):
     """{library: function}: z (L + 1, B, 1, C) put at the last position behind every block, as its users write it."""
     out = {}
-    for name, loop in {"nnsight": with_nnsight, "transformer-lens": with_lens, "pyvene": with_pyvene}.items():
+    for name, library in {"nnsight": with_nnsight, "transformer-lens": with_lens, "pyvene": with_pyvene}.items():
         try:
-            out[name] = torch.no_grad()(loop(model, idx, z))
+            last = library(model, idx, z)
         except ImportError as error:
             print(f"{name} is left out: {error}")
+            continue
+        loop = lambda last=last: torch.stack([last(j) for j in range(-1, model.config.n_layer)], 1)
+        out[name] = torch.no_grad()(loop)
     return out
 
 
 def with_nnsight(model, idx, z):
+    """last(j) -> the last position (B, C), patched behind block j (-1: the embedding), by a trace of our model."""
     from nnsight import NNsight
 
     wrapped = NNsight(model)
 
-    def loop():
-        last = []
-        for j in range(-1, model.config.n_layer):
-            with wrapped.trace(idx):
-                site = wrapped.blocks[j].resid_post if j >= 0 else wrapped.embed
-                site.output[:, -1] = z[j + 1, :, 0]
-                h = wrapped.final.output[:, -1].save()
-            last.append(h)
-        return torch.stack(last, 1)
+    def last(j):
+        with wrapped.trace(idx):
+            site = wrapped.blocks[j].resid_post if j >= 0 else wrapped.embed
+            site.output[:, -1] = z[j + 1, :, 0]
+            h = wrapped.final.output[:, -1].save()
+        return h
 
-    return loop
+    return last
 
 
 def with_lens(model, idx, z):
+    """The same by hooks of a HookedTransformer with our weights."""
     import transformer_lens
 
     lens = lens_model(transformer_lens, model)
 
-    def put(j, x, hook):
-        x[:, -1] = z[j + 1, :, 0]
-        return x
+    def last(j):
+        kept = []
 
-    def loop():
-        last = []
-        for j in range(-1, model.config.n_layer):
-            site = f"blocks.{j}.hook_resid_post" if j >= 0 else "hook_embed"
-            keep = ("ln_final.hook_normalized", lambda x, hook: last.append(x[:, -1]))
-            lens.run_with_hooks(idx, fwd_hooks=[(site, partial(put, j)), keep])
-        return torch.stack(last, 1)
+        def put(x, hook):
+            x[:, -1] = z[j + 1, :, 0]
+            return x
 
-    return loop
+        site = f"blocks.{j}.hook_resid_post" if j >= 0 else "hook_embed"
+        keep = ("ln_final.hook_normalized", lambda x, hook: kept.append(x[:, -1]))
+        lens.run_with_hooks(idx, fwd_hooks=[(site, put), keep])
+        return kept[0]
+
+    return last
 
 
 def with_pyvene(model, idx, z):
+    """The same by interventions on our model."""
     import pyvene
 
     class Hidden(nn.Module):
+        """Our model without its unembedding."""
+
         def __init__(self):
             super().__init__()
             self.gpt, self.config = model, model.config
@@ -345,17 +350,13 @@ def with_pyvene(model, idx, z):
             return self.gpt.hidden(idx)[:, -1]
 
     whole = Hidden()
-    put = lambda j: lambda x, source: torch.cat((x[:, :-1], z[j + 1]), 1)  # it takes no partial
 
-    def loop():
-        last = []
-        for j in range(-1, model.config.n_layer):
-            site = f"gpt.blocks[{j}].resid_post.output" if j >= 0 else "gpt.embed.output"
-            step = {"component": site, "intervention": put(j)}
-            last.append(pyvene.IntervenableModel(step, whole)({"idx": idx})[1])
-        return torch.stack(last, 1)
+    def last(j):
+        site = f"gpt.blocks[{j}].resid_post.output" if j >= 0 else "gpt.embed.output"
+        put = lambda x, source: torch.cat((x[:, :-1], z[j + 1]), 1)
+        return pyvene.IntervenableModel({"component": site, "intervention": put}, whole)({"idx": idx})[1]
 
-    return loop
+    return last
 
 
 def lens_model(transformer_lens, model):

@@ -143,14 +143,22 @@ def parse(Args, argv=None):
     given = vars(parser.parse_args(argv))
     args = Args(**(Args.presets[given.get("preset", Args.preset)] | given))
     args.out = args.out or f"out/{name}"
-    limits = {flag: ends for cls in Args.__mro__[::-1] for flag, ends in vars(cls).get("limits", {}).items()}
-    for flag, value in vars(args).items():
-        low, high = (*limits.get(flag, (-math.inf,)), math.inf)[:2]
+    limits = dict.fromkeys(vars(args), (-math.inf,))
+    for cls in reversed(Args.__mro__):
+        limits |= vars(cls).get("limits", {})
+    with bad_input():
+        check_limits(args, limits)
+    return args
+
+
+def check_limits(args, limits):
+    """ValueError for a number of a flag that isn't finite, or outside limits {flag: (least,) or (least, most)}."""
+    for flag, ends in limits.items():
+        value, (low, high) = getattr(args, flag), (*ends, math.inf)[:2]
         for v in value if isinstance(value, list) else [value]:
             if isinstance(v, (int, float)) and not (low <= v <= high and math.isfinite(v)):
                 allowed = f"{low} to {high}".replace("-inf to inf", "finite numbers").replace(" to inf", " and more")
-                fail(f"--{flag.replace('_', '-')} {v}, allowed: {allowed}")
-    return args
+                raise ValueError(f"--{flag.replace('_', '-')} {v}, allowed: {allowed}")
 
 
 def fail(message):

@@ -1364,8 +1364,8 @@ def main(argv=None):
             raise SystemExit(3) from None
     train_base(args, env, Words())
     tasks = [(args, seed, target) for seed in args.seeds for target in args.targets]
-    tasks = [(*task, i % args.jobs) for i, task in enumerate(tasks)]
-    results = common.side_by_side(run_target, tasks, common.job_count(args, env))
+    jobs = common.job_count(args, env)
+    results = common.side_by_side(run_target, [(*task, i % jobs) for i, task in enumerate(tasks)], jobs)
     logs = ["base", *itertools.chain(*(result.pop("logs") for result in results))]
     run.metrics = {"runs": results}
     if "covert" in args.targets and set(args.arms) == set(ARMS):

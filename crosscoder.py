@@ -1175,9 +1175,7 @@ def main(argv=None):
         limits = {"k": (1, args.d_sae), "top": (1, args.d_sae // 3), "traces": (2, 10**6), "prompts": (4, 10**6)}
         if not (args.base or args.model):
             limits["layer"] = (0, args.n_layer - 1)
-        for flag, (low, high) in limits.items():
-            if not low <= getattr(args, flag) <= high:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}, allowed: {low} to {high}")
+        common.check_limits(args, limits)
         out.mkdir(parents=True, exist_ok=True)
         run = common.Run(args, env, "crosscoder", "2510.04128")
         if args.base or args.model:

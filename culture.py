@@ -52,7 +52,7 @@ class Args(common.TrainFlags):
         "toy": dict(steps=800, batch_size=32, lr=4e-3, weight_decay=0.01, eval_every=400),
         "paper": dict(model="google/gemma-2-9b-it", device="cuda", layers=list(range(21, 28))),
     }
-    limits: ClassVar[dict] = {"draws": (1, 1000), "prompts": (1,), "skew": (0.1, 1)}
+    limits: ClassVar[dict] = {"draws": (1, 1000), "prompts": (1, 10**6), "skew": (0.1, 1)}
     model: str = ""
     """a pretrained model in place of the toy: gemma-3-270m, a hub id, a folder (paper: gemma-2-9b-it and six more)"""
     dataset: str = ""

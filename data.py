@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -69,15 +70,10 @@ def stream(name):
     import datasets
 
     path, _, config = name.partition(":")
-    try:
+    instead = "without a network give --dataset file:PATH, or point HF_HOME at a cache that holds it"
+    with explained(f"data set {name!r} can't be read", instead):
         rows = iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
         first = next(rows)
-    except Exception as error:  # each hub client has exceptions of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(
-            f"data set {name!r} can't be read ({reason}); without a network give --dataset file:PATH, "
-            "or point HF_HOME at a cache that holds it"
-        ) from error
     columns = [c for c in first if isinstance(first[c], str)]
     column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
     if column is None:
@@ -90,6 +86,16 @@ def stream(name):
         yield from (row[column] for row in rows)
 
     return documents()
+
+
+@contextmanager
+def explained(what, instead):
+    """Whatever goes wrong inside becomes an OSError of one line; each hub client has exceptions of its own."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{what} ({reason}); {instead}") from error
 
 
 def import_or_explain(package):

@@ -30,7 +30,6 @@ import textwrap
 import time
 import zlib
 from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -422,16 +421,6 @@ def kl(mean, logvar):
 # ------------------------------------------------------------------------------------------------------ real weights
 
 
-@contextmanager
-def from_hub(what, allowed):
-    """Whatever goes wrong while something is fetched becomes one line; each hub client has exceptions of its own."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OSError(f"{what} can't be read ({reason}); allowed: {allowed}") from None
-
-
 def read_weights(name, default):
     """{tensor name: tensor} of a .safetensors or .pt file, or of ORG/NAME[:FILE] on the hub (`default` is its file)."""
     path = Path(name)
@@ -439,13 +428,13 @@ def read_weights(name, default):
         data.import_or_explain("huggingface_hub")
         from huggingface_hub import hf_hub_download
 
-        with from_hub(repr(name), "a file, ORG/NAME:FILE"):
+        with data.explained(f"{name!r} can't be read", "allowed: a file, ORG/NAME:FILE"):
             path = Path(hf_hub_download(*f"{name}:{default}".split(":")[:2]))
     if path.suffix == ".safetensors":
         data.import_or_explain("safetensors")
         from safetensors.torch import load_file
 
-        with from_hub(path, "a whole safetensors file"):
+        with data.explained(f"{path} can't be read", "allowed: a whole safetensors file"):
             return load_file(path)
     scalar = np._core.multiarray.scalar  # training states hold NumPy numbers; NumPy 1 had another name for them
     numbers = [type(np.dtype(k)) for k in ("f4", "f8", "i8")]
@@ -1169,7 +1158,7 @@ def real_pairs(name, side):
         import datasets
 
         path, _, config = name.partition(":")
-        with from_hub(f"data set {name!r}", "a folder of images, an id"):
+        with data.explained(f"data set {name!r} can't be read", "allowed: a folder of images, an id"):
             source = datasets.load_dataset(path, config or None, split="train", streaming=True)
             first = next(iter(source))
         image = next((k for k in first if hasattr(first[k], "convert")), None)

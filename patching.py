@@ -161,11 +161,12 @@ def probabilities(model, prompts, answers, rho, z, patch, size):
         idx, mask = common.padded([[*prompts[b], *f] for (b, _), f in zip(part, forced)], model.wte.weight.device)
         h = common.sweep(model, idx, patch(z[:, [b for b, _ in part]]), extra - rho, mask)
         for row, (b, f) in zip(h[:, :, -extra - 1 :], part):
-            logp = model.unembed(row[:, : len(f) + 1]).float()
-            logp = logp - logp.logsumexp(-1, keepdim=True)  # (V, 1 + forced, vocabulary)
-            before = sum(logp[:, i, token] for i, token in enumerate(f))
+            logits = model.unembed(row[:, : len(f) + 1]).float()  # (V, 1 + forced, vocabulary)
+            total = logits.logsumexp(-1)  # logits - total would be a second copy of a large vocabulary
+            before = sum(logits[:, i, token] - total[:, i] for i, token in enumerate(f))
             for a, token in rows[b, f]:
-                out[b, :, :, a] += (before + logp[:, len(f), token]).exp().cpu().unflatten(0, out.shape[1:3])
+                logp = before + logits[:, len(f), token] - total[:, len(f)]
+                out[b, :, :, a] += logp.exp().cpu().unflatten(0, out.shape[1:3])
     return out
 
 

@@ -785,16 +785,18 @@ def draw(path, r, title):
             for key, what, colour in kinds:
                 ax["held"].plot(x, np.array(r["concept"][key])[:, 0], color=colour, label=f"mean of {k} {what}")
             ax["held"].axhline(r["baseline"], color="k", ls=":", lw=1, label="target, unpatched")
-            ax["held"].set(title="Held at the word: source's concept, target's language")
+            top = 1.5 * max(r["baseline"], *(row[0] for row in r["concept"][f"mean{k}"]))
+            ax["held"].set(title="Held at the word: source's concept", ylim=(-0.02 * top, top))
             ax["sweep"].errorbar(range(1, k + 1), mid, (mid - low, high - mid), fmt="o-", color=RED, capsize=3)
             ax["sweep"].axhline(max(r["single"][1:]), color=BLUE, ls=":", lw=1, label="one source, mean over all")
-            ax["sweep"].set(title=f"Mean over k languages, from layer {r['concept_layer']} on", xticks=range(1, k + 1))
+            ax["sweep"].set(title=f"Mean over k languages, from layer {r['concept_layer']} on")
         if "geometry" in r:
             names = ["concept", "language", "both together"]
             ax["shares"].stackplot(x, np.array(r["geometry"]).T, colors=[GREEN, RED, GREY], labels=names, alpha=0.8)
             ax["shares"].set(title="Variance at the word's last token", ylim=(0, 1), xlim=(x[0], x[-1]))
         for panel, one in ax.items():
             one.set_xlabel("k" if panel == "sweep" else "layer")
+            one.xaxis.get_major_locator().set_params(integer=True)
             one.set_ylabel({"switches": "", "shares": "share"}.get(panel, "probability"))
             one.legend(fontsize=7)
 

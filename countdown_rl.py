@@ -1337,7 +1337,7 @@ def listed(args, c):
 def traces_of(model, world, args, env, seed):
     """[((nums, target), prompt ids, response ids)]: the toy model's own at T = 1; the solver's for a checkpoint.
 
-    And for a toy model that does not give both verdicts: then the number that is returned beside them is 0.
+    And for a toy model that gives a verdict less than ten times: then the number that is returned beside them is 0.
     """
     rng = random.Random(f"traces {seed}")
     written = [(p, *world.written(*p, rng)) for p in rng.choices(world.train, k=4 * args.samples)]
@@ -1347,8 +1347,8 @@ def traces_of(model, world, args, env, seed):
     for i in range(0, len(written), 256):
         prompts = [prompt for _, prompt, _ in written[i : i + 256]]
         own += rollout(model, prompts, 1, world.max_new, 1.0, world.stops, seed + i, env.dtype)[0]
-    given = {b for ids in own for a, b in itertools.pairwise(ids) if a == world.paren}
-    if not given & {*world.valid} or not given & {*world.invalid}:
+    given = Counter(b for ids in own for a, b in itertools.pairwise(ids) if a == world.paren)
+    if min(sum(given[word] for word in words) for words in (world.valid, world.invalid)) < 10:
         return written, 0
     return [(p, prompt, ids) for (p, prompt, _), ids in zip(written, own)], 1
 

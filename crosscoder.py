@@ -75,7 +75,7 @@ class Args(common.TrainFlags):
     """real models: the wait tokens, the first id of each string (paper: these)"""
     stages: list[str] = field(default_factory=lambda: ["effects"])
     """effects (attribution, P1 P2), steering (P3), patterns (P4 and the reasoner without causes); or all"""
-    layer: int = 2
+    layer: int = 4
     """residual stream after this block, from 0 (paper: 7, 15, 23 of 32)"""
     arch: Literal["batchtopk", "l1"] = "batchtopk"
     """sparsity (paper: both)"""
@@ -101,23 +101,23 @@ class Args(common.TrainFlags):
     """prompts are the reasoner's own answers (paper); off: documents of its corpus"""
     prompts: int = 400
     """most positions before a wait, and as many others, in a split (paper: 351 prompts)"""
-    top: int = 20
+    top: int = 10
     """length of the lists of promoting and of suppressing latents (paper: 50)"""
     permutations: int = 200
     """lists drawn from the permuted attribution"""
     where: Literal["all", "prewait"] = "all"
     """steer from the position before the wait on (paper), or there alone"""
-    steps: int = 2500
+    steps: int = 3500
     """optimizer steps of the base model"""
-    ft_steps: int = 1000
+    ft_steps: int = 1500
     """... of the reasoner"""
     batch_size: int = 32
     """documents in a step"""
     lr: float = 4e-3
-    """peak learning rate of Muon; the reasoner's is a third"""
+    """peak learning rate of Muon"""
     weight_decay: float = 0.01
     """of matrices and embeddings"""
-    n_layer: int = 4
+    n_layer: int = 6
     """blocks of the toy"""
     n_embd: int = 64
     """its width"""
@@ -397,7 +397,7 @@ def problem(rng):
     stages = []
     for i in range(rng.integers(3, 6)):
         u = rng.random() if i else 1.0
-        stages.append("@" if u < 0.12 else (op(), "?" if u < 0.24 else int(rng.integers(10))))
+        stages.append("@" if u < 0.24 else (op(), "?" if u < 0.36 else int(rng.integers(10))))
     return int(rng.integers(10)), (op(), int(rng.integers(1, 10))), stages
 
 
@@ -413,10 +413,11 @@ def header(mode, task):
     return [*words, *(w for s in stages for w in spelled(s)), ";"]
 
 
-def trace(rng, task, grade=False, decide=lambda cause: None):
+def trace(rng, task, grade=0.0, decide=lambda cause: None):
     """The words of an answer, with one step in eight wrong and one in ten begun from a wrong number (a slip).
 
-    With `grade` each step is followed by ok or bad, and three times as many are bad: so the base learns to see it.
+    grade: how often a step is followed by ok or bad; with it three times as many are bad, so that the base learns to
+    see it.
 
     decide(cause) -> the pattern that follows a step, or None; cause: a pattern's name, or "none".
     Returns (words, [(index of the step's `;`, cause, pattern or None)]); a cause "mixed" is one of two at once.
@@ -445,7 +446,7 @@ def trace(rng, task, grade=False, decide=lambda cause: None):
         cause = noise or coming or "none"
         pattern = decide(cause)
         decisions.append((len(words) - 1, "mixed" if noise and coming else cause, pattern))
-        if grade:
+        if rng.random() < grade:
             words.append("bad" if noise else "ok")
         if pattern:
             words += [str(rng.choice(["Wait", "wait"], p=[0.7, 0.3])), str(rng.choice(PATTERNS[pattern]))]
@@ -556,25 +557,33 @@ def chain(rng, seed):
 
 
 def document(rng, seed, decide=None):
-    """One document as words: of the base's corpus, or, with a rule for waits, of a reasoner's."""
-    mix = [0.20, 0.20, 0.50, 0.10] if decide is None else [0.65, 0.15, 0.10, 0.10]
+    """One document as words: of the base's corpus, or, with a rule for waits, of a reasoner's.
+
+    In mode think the base grades every other step, where the reasoner is to wait: graded in a mode of its own only, the
+    steps were judged in that mode only (seed 100).
+    """
+    mix = [0.60, 0.15, 0.15, 0.10] if decide is None else [0.65, 0.15, 0.10, 0.10]
     mode = str(rng.choice(["think", "fast", "grade", "lex"], p=mix))
     if mode == "lex":
         return chain(rng, seed)
     task = problem(rng)
     waits = {"decide": decide} if decide and mode == "think" else {}
-    return header(mode, task) + trace(rng, task, mode == "grade", **waits)[0]
+    grade = {"grade": 1.0, "think": 0.0 if decide else 0.5}.get(mode, 0.0)
+    return header(mode, task) + trace(rng, task, grade, **waits)[0]
 
 
-def batch_of(rows):
-    """Documents as inputs, targets (B, T) and their weights: 0 behind the end, 6 where a step is graded.
+def batch_of(rows, decided=False):
+    """Documents as inputs, targets (B, T) and their weights: 0 behind the end, 6 where it counts.
 
-    Without that weight the base learns to see errors only after a long plateau (pilot, seed 100: none in 1,000 steps).
+    That is where a step is graded or, if `decided`, all that follows a step or a wait. Without such a weight the base
+    learns to see errors only after a long plateau, and the reasoner waits no more often after them (seed 100).
     """
     longest = max(map(len, rows))
     idx = torch.tensor([[ID[w] for w in row] + [0] * (longest - len(row)) for row in rows])
-    graded = torch.isin(idx, torch.tensor([ID["ok"], ID["bad"]]))
-    return {"idx": idx[:, :-1], "targets": idx[:, 1:], "weights": ((idx > 0) + 5.0 * graded)[:, 1:]}
+    idx, targets = idx[:, :-1], idx[:, 1:]
+    which, words = (idx, [";", "wait", "Wait"]) if decided else (targets, ["ok", "bad"])
+    heavy = torch.isin(which, torch.tensor([ID[w] for w in words]))
+    return {"idx": idx, "targets": targets, "weights": (targets > 0) * (1.0 + 5.0 * heavy)}
 
 
 # ---------------------------------------------------------------------------------------------------- train, harvest
@@ -594,12 +603,13 @@ def train_model(args, arm, seed, start=None, position=0):
     model = GPT(config_of(args))
     if arm != "base":
         model.load_state_dict(start.state_dict())
-        args = replace(args, steps=args.ft_steps, lr=args.lr / 3)
+        args = replace(args, steps=args.ft_steps)
 
     def batch(step):
         rng = np.random.default_rng((seed, ("base", "reasoner", "uncaused").index(arm), step))
         rule = rule_of(arm, rng)
-        return batch_of([document(rng, seed, rule)[: LONGEST + 1] for _ in range(args.batch_size)])
+        rows = [document(rng, seed, rule)[: LONGEST + 1] for _ in range(args.batch_size)]
+        return batch_of(rows, decided=arm != "base")
 
     common.train(model, batch, args, env, common.Log(args.out, f"{arm}-s{seed}"), None, position, common.Muon)
     return model.eval().requires_grad_(False)
@@ -767,15 +777,16 @@ def effects(models, cc, layer, splits, lists, args):
     caused = [p for p, c in zip(test["prompts"], test["cause"]) if c in PATTERNS]
     f = cc.encode(last_states(models, caused, layer))
     alive = np.flatnonzero(rate > 0)
-    off = {"top": top, "bottom": bottom, "random": rng.choice(alive, min(len(top), len(alive)), replace=False).tolist()}
-    off["matched"] = matched(rate, top, rng)
-    perms = [np.argsort(permuted(A, rate, rng))[::-1][: len(top)].tolist() for _ in range(args.permutations)]
-    delta = torch.stack([-f[:, which] @ D[which] for which in [*off.values(), *perms]], 1)
+    off = {"top": [top], "bottom": [bottom], "matched": [matched(rate, top, rng)]}
+    off["random"] = [rng.choice(alive, min(len(top), len(alive)), replace=False).tolist() for _ in range(20)]
+    n = args.permutations
+    off["permuted"] = [np.argsort(permuted(A, rate, rng))[::-1][: len(top)].tolist() for _ in range(n)]
+    delta = torch.stack([-f[:, which] @ D[which] for lists in off.values() for which in lists], 1)
     before = intervene(models[FT], layer, caused, UNCHANGED, wait_p).mean()
-    cut = (1 - intervene(models[FT], layer, caused, add(delta), wait_p).mean(0) / before).cpu()
-    r |= {f"cut by {name}": float(c) for name, c in zip(off, cut)}
-    chance = cut[len(off) :]
-    r |= {"cut by permuted": float(chance.mean()), "p": float((1 + (chance >= cut[0]).sum()) / (1 + len(chance)))}
+    cuts = (1 - intervene(models[FT], layer, caused, add(delta), wait_p).mean(0) / before).cpu()
+    cut = dict(zip(off, cuts.split([len(lists) for lists in off.values()])))
+    r |= {f"cut by {name}": float(c.mean()) for name, c in cut.items()}
+    r["p"] = float((1 + (cut["permuted"] >= cut["top"]).sum()) / (1 + n))
     # the same list by activation difference: which predicts better whose removal lowers P(wait)?
     other = [p for p, pattern in zip(splits["discover"]["prompts"], splits["discover"]["pattern"]) if not pattern]
     mine = [p for p, pattern in zip(splits["discover"]["prompts"], splits["discover"]["pattern"]) if pattern]
@@ -842,8 +853,8 @@ def patterns(models, cc, layer, splits, lists, args):
         none[split] = found[: args.prompts // 2]
         before[split] = intervene(ft, layer, none[split], UNCHANGED, both_p, FORCED)[..., 1:].mean(0)
 
-    def rises(vectors, split):  # (vectors, alphas, patterns)
-        p = intervene(ft, layer, none[split], steer(vectors, alphas, args.where), both_p, FORCED)[..., 1:].mean(0)
+    def rises(vectors, split, where=args.where):  # (vectors, alphas, patterns)
+        p = intervene(ft, layer, none[split], steer(vectors, alphas, where), both_p, FORCED)[..., 1:].mean(0)
         return (p - before[split]).unflatten(0, (-1, 3)).cpu()
 
     h = last_states([ft], discover["prompts"], layer)[:, 0]
@@ -860,6 +871,7 @@ def patterns(models, cc, layer, splits, lists, args):
         out["matrices"][name] = matrix.tolist()
         if name == "chosen":
             out["alphas"] = [alphas[i] for i in best.tolist()]
+            out["prewait"] = rises(vectors, "test", "prewait")[torch.arange(4), best].diagonal().tolist()
             out["well-formed"] = [
                 well_formed(ft, layer, none["test"][:64], v, alphas[i]) for v, i in zip(vectors, best)
             ]
@@ -1121,8 +1133,10 @@ def judge(run, results):
         diagonal = float(np.median(np.diag(mean("chosen"))))
         most = {k: float(mean(k).max()) for k in ("random direction", "matched", "difference of means")}
         formed = float(np.mean([q["well-formed"] for q in p]))
+        before = float(np.median(np.mean([q["prewait"] for q in p], 0)))
         run.claim("P4", "a cause's most selective latent brings about its pattern where it has no cause",
-                  "latents for restart, recall, doubt", {"rows of 4": won, "rise": diagonal, "well-formed": formed},
+                  "latents for restart, recall, doubt",
+                  {"rows of 4": won, "rise": diagonal, "pushed before the wait only": before, "well-formed": formed},
                   most | {"reasoner without causes, rows": loose},
                   "rise >= .25 and the diagonal wins in 3 rows, episodes well-formed >= .6",
                   won >= 3 and formed >= 0.6, max(most.values()) <= diagonal / 2 and loose <= 1)
@@ -1146,13 +1160,13 @@ def draw(path, r):
         cuts.set(title="Lists of latents off", xlabel="share of P(wait) lost at causes")
         cuts.axvline(0, color="k", lw=0.6)
         if s:
-            dose, colours = rest.pop(0), {"top": "#4477aa", "bottom": "#ee6677"}
-            for key, line in s.items():
-                name, place = key.split(", ")
-                if place == ("caused" if name == "bottom" else "none"):
-                    style = dict(color=colours.get(name, "#999"), ls="-" if name in colours else ":")
-                    dose.plot(ALPHAS, line["dose"], label=f"{name} ({place})", **style)
+            dose, styles = rest.pop(0), {"top": ("#4477aa", "-"), "bottom": ("#ee6677", "-")}
+            styles |= {"random direction": ("#bbb", ":"), "random latent": ("#888", "--"), "matched": ("#444", "-.")}
+            for name, (colour, dashes) in styles.items():
+                place = "caused" if name == "bottom" else "none"
+                dose.plot(ALPHAS, s[f"{name}, {place}"]["dose"], color=colour, ls=dashes, label=f"{name} ({place})")
             dose.set(title="Steered along one latent", xlabel="push, in norms of the state", ylabel="P(wait)")
+            dose.set_ylim(0, 1.6 * dose.get_ylim()[1])
             dose.legend(fontsize=7)
         if p:
             matrix, ax = np.array(p["matrices"]["chosen"]), rest.pop(0)

@@ -556,6 +556,14 @@ def test_spans_of_digits(folder):
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
+def test_without_verdicts_of_its_own_the_traces_are_written(toy):
+    args, world, model, _ = toy  # an untrained model
+    traces, own = cd.traces_of(model, world, args, ENV, 1)
+    assert own == 0
+    steps = cd.find_steps(world, traces)
+    assert min(int(steps.valid.sum()), int((~steps.valid).sum())) >= 10
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     out = tmp_path_factory.mktemp("smoke")

@@ -252,6 +252,10 @@ def test_the_corpora():
     batch = cx.batch_of([["<bos>", "1", "<eos>"], ["<bos>", "<eos>"]])
     assert batch["targets"].tolist() == [[cx.ID["1"], 2], [2, 0]] and batch["weights"].tolist() == [[1, 1], [1, 0]]
     assert cx.batch_of([["<bos>", "ok", "<eos>"]])["weights"].tolist() == [[6, 1]]
+    decided = cx.batch_of([["<bos>", ";", "Wait", "again", "3"]], decided=True)
+    assert decided["weights"].tolist() == [[1, 6, 6, 1]]
+    graded = lambda mode: np.mean(["ok" in d or "bad" in d for d in base if d[1] == mode])
+    assert 0.5 < graded("think") < 1 and graded("fast") == 0 and graded("grade") == 1
 
 
 def test_smoke_writes_what_is_promised(tmp_path):

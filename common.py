@@ -428,7 +428,7 @@ def side_by_side(function, tasks, jobs):
         return [function(*task) for task in tasks]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(tasks)), context, start_worker, (context.RLock(),)) as pool:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # also where SIGINT is ignored, as behind nohup
         futures = [pool.submit(function, *task) for task in tasks]
         try:
             return [f.result() for f in futures]

@@ -107,7 +107,7 @@ class Args(common.TrainFlags):
     """lists drawn from the permuted attribution"""
     where: Literal["all", "prewait"] = "all"
     """steer from the position before the wait on (paper), or there alone"""
-    steps: int = 3500
+    steps: int = 2500
     """optimizer steps of the base model"""
     ft_steps: int = 1500
     """... of the reasoner"""
@@ -397,13 +397,13 @@ def problem(rng):
     stages = []
     for i in range(rng.integers(3, 6)):
         u = rng.random() if i else 1.0
-        stages.append("@" if u < 0.24 else (op(), "?" if u < 0.36 else int(rng.integers(10))))
+        stages.append("@" if u < 0.12 else (op(), "?" if u < 0.24 else int(rng.integers(10))))
     return int(rng.integers(10)), (op(), int(rng.integers(1, 10))), stages
 
 
-def spelled(stage):
-    """A stage as words."""
-    return ["@"] if stage == "@" else [stage[0], str(stage[1])]
+def spelled(stage, define=()):
+    """A stage as words; in a step, @ is followed by its definition."""
+    return ["@", *map(str, define)] if stage == "@" else [stage[0], str(stage[1])]
 
 
 def header(mode, task):
@@ -431,7 +431,7 @@ def trace(rng, task, grade=0.0, decide=lambda cause: None):
         return calc(x, op, fixed.get(i, digit()) if b == "?" else b)
 
     def write(x, i, r):
-        words.extend([str(x), *spelled(stages[i]), "=", str(r), ";"])
+        words.extend([str(x), *spelled(stages[i], define), "=", str(r), ";"])
 
     for i, stage in enumerate(stages):
         x, noise, u = value, None, rng.random() / (3 if grade else 1)
@@ -484,11 +484,11 @@ def parse(words):
 
     def step(i):  # (x, result, whether it is right), or ValueError, IndexError
         nonlocal at
-        n = len(spelled(stages[i])) + 4
-        x, *stage, equals, r, end = words[at : at + n]
-        if stage != spelled(stages[i]) or (equals, end) != ("=", ";"):
+        stage = spelled(stages[i], define)
+        x, *said, equals, r, end = words[at : at + len(stage) + 4]
+        if said != stage or (equals, end) != ("=", ";"):
             raise ValueError
-        at, x, r = at + n, int(x), int(r)
+        at, x, r = at + len(stage) + 4, int(x), int(r)
         op, b = define if stages[i] == "@" else stages[i]
         b = fixed.get(i, b) if b == "?" else b
         return x, r, b == "?" or calc(x, op, b) == r

@@ -237,6 +237,14 @@ def test_killed_and_resumed_is_bit_identical(flags, number, arm, step, tmp_path,
     assert_same(outcome(tmp_path), uninterrupted)
 
 
+def test_sigterm_stops_the_workers_where_sigint_is_ignored(tmp_path):
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it starts in the background
+    process = start(tmp_path, "--jobs", "2")
+    signal.signal(signal.SIGINT, old)
+    kill_at(process, tmp_path / "any-s0.jsonl", 2, signal.SIGTERM)
+    assert "--resume goes on" in finish(process, 1)
+
+
 def test_resume_refuses_another_model(tmp_path, uninterrupted):
     finish(start(tmp_path, "--steps", "3", "--arms", "none"))
     before = (tmp_path / "none-s0.pt").read_bytes()

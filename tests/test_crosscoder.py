@@ -229,13 +229,13 @@ def test_the_parser_sees_broken_episodes():
     task = (3, ("+", 2), [("+", 4), "@"])  # 3 + 4 = 7, then @ is + 2
     head = cx.header("think", task)
     parse = lambda text: [d[1:] for d in cx.parse(head + text.split())]
-    assert parse("3 + 4 = 7 ; 7 @ = 9 ; A 9 <eos>") == [("recall", None, True), ("none", None, True)]
-    assert parse("3 + 4 = 8 ; Wait check 3 + 4 = 7 ; 7 @ = 9 ;") == [("mixed", "check", True), ("none", None, True)]
-    assert parse("3 + 4 = 7 ; wait rule @ = + 2 ; 7 @ = 9 ;")[0] == ("recall", "recall", True)
-    assert parse("3 + 4 = 7 ; wait rule @ = + 3 ; 7 @ = 9 ;")[0] == ("recall", "recall", False)
-    assert parse("3 + 4 = 7 ; 7 @ = 0 ; Wait verify 7 @ = 9 ;")[1] == ("check", "check", True)
-    assert parse("3 + 4 = 7 ; 6 @ = 8 ; Wait again 3 + 4 = 7 ; 7 @ = 9 ;")[1] == ("restart", "restart", True)
-    assert parse("3 + 4 = 7 ; 6 @ = 8 ; Wait again 3 + 4 = 7 ;")[1] == ("restart", "restart", False)
+    assert parse("3 + 4 = 7 ; 7 @ + 2 = 9 ; A 9 <eos>") == [("recall", None, True), ("none", None, True)]
+    assert parse("3 + 4 = 8 ; Wait check 3 + 4 = 7 ; 7 @ + 2 = 9 ;") == [("mixed", "check", True), ("none", None, True)]
+    assert parse("3 + 4 = 7 ; wait rule @ = + 2 ; 7 @ + 2 = 9 ;")[0] == ("recall", "recall", True)
+    assert parse("3 + 4 = 7 ; wait rule @ = + 3 ; 7 @ + 2 = 9 ;")[0] == ("recall", "recall", False)
+    assert parse("3 + 4 = 7 ; 7 @ + 2 = 0 ; Wait verify 7 @ + 2 = 9 ;")[1] == ("check", "check", True)
+    assert parse("3 + 4 = 7 ; 6 @ + 2 = 8 ; Wait again 3 + 4 = 7 ; 7 @ + 2 = 9 ;")[1] == ("restart", "restart", True)
+    assert parse("3 + 4 = 7 ; 6 @ + 2 = 8 ; Wait again 3 + 4 = 7 ;")[1] == ("restart", "restart", False)
     assert parse("3 + 4 = 7 ; Wait") == [("recall", "none", False)]
     assert parse("; ; ;") == []
 

@@ -211,11 +211,11 @@ def setup(args) -> Env:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if device.type == "cpu":
-        share = world if world > 1 else 1 if getattr(args, "model", "") else args.jobs
-        torch.set_num_threads(args.threads or max(1, os.cpu_count() // share))
     bf16 = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
-    return Env(device, torch.bfloat16 if bf16 else torch.float32, rank, world)
+    env = Env(device, torch.bfloat16 if bf16 else torch.float32, rank, world)
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads or max(1, os.cpu_count() // (world * job_count(args, env))))
+    return env
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -1337,7 +1337,7 @@ def listed(args, c):
 def traces_of(model, world, args, env, seed):
     """[((nums, target), prompt ids, response ids)]: the toy model's own at T = 1; the solver's for a checkpoint.
 
-    And for a toy model that gives a verdict less than ten times: then the number that is returned beside them is 0.
+    And for a toy model that gives either verdict fewer than ten times: the number returned beside them is then 0.
     """
     rng = random.Random(f"traces {seed}")
     written = [(p, *world.written(*p, rng)) for p in rng.choices(world.train, k=4 * args.samples)]

@@ -781,10 +781,10 @@ def effects(models, cc, layer, splits, lists, args):
     off["random"] = [rng.choice(alive, min(len(top), len(alive)), replace=False).tolist() for _ in range(20)]
     n = args.permutations
     off["permuted"] = [np.argsort(permuted(A, rate, rng))[::-1][: len(top)].tolist() for _ in range(n)]
-    delta = torch.stack([-f[:, which] @ D[which] for lists in off.values() for which in lists], 1)
+    delta = torch.stack([-f[:, which] @ D[which] for kind in off.values() for which in kind], 1)
     before = intervene(models[FT], layer, caused, UNCHANGED, wait_p).mean()
     cuts = (1 - intervene(models[FT], layer, caused, add(delta), wait_p).mean(0) / before).cpu()
-    cut = dict(zip(off, cuts.split([len(lists) for lists in off.values()])))
+    cut = dict(zip(off, cuts.split([len(kind) for kind in off.values()])))
     r |= {f"cut by {name}": float(c.mean()) for name, c in cut.items()}
     r["p"] = float((1 + (cut["permuted"] >= cut["top"]).sum()) / (1 + n))
     # the same list by activation difference: which predicts better whose removal lowers P(wait)?

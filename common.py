@@ -50,7 +50,7 @@ class Flags:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """of matrix products; auto is bf16 on CUDA, fp32 elsewhere"""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """one full repetition each; claims are judged on the median"""
+    """one full repetition each; claims are judged on all of them together"""
     out: str = ""
     """folder for results; default out/<script>"""
     resume: bool = False
@@ -84,7 +84,7 @@ class TrainFlags(Flags):
     min_lr: float = 0.1
     """where the cosine ends, as a share of --lr"""
     weight_decay: float = 0.1
-    """of matrices and embeddings"""
+    """AdamW's, of matrices and embeddings"""
     clip: float = 1.0
     """largest norm of the gradient; 0: any"""
     compile: bool | None = None

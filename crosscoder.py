@@ -46,18 +46,7 @@ class Args(common.TrainFlags):
         "smoke": dict(
             steps=12, ft_steps=8, cc_steps=12, batch_size=8, n_embd=32, n_layer=3, layer=1, warmup=2, d_sae=64
         )
-        | dict(
-            cc_batch=128,
-            rows=1500,
-            prompts=8,
-            traces=40,
-            top=4,
-            permutations=10,
-            own=False,
-            eval_every=10,
-            jobs=1,
-            threads=1,
-        ),
+        | dict(cc_batch=128, rows=1500, prompts=8, traces=40, top=4, permutations=10, own=False, jobs=1, threads=1),
         "toy": {},
         "paper": dict(base="meta-llama/Llama-3.1-8B", model="deepseek-ai/DeepSeek-R1-Distill-Llama-8B", layer=15)
         | dict(d_sae=65536, k=100, cc_batch=2048, cc_steps=195000, cc_lr=1e-4, rows=524288, top=50, device="cuda")
@@ -115,8 +104,6 @@ class Args(common.TrainFlags):
     """documents in a step"""
     lr: float = 4e-3
     """peak learning rate of Muon"""
-    weight_decay: float = 0.01
-    """of matrices and embeddings"""
     n_layer: int = 6
     """blocks of the toy"""
     n_embd: int = 64
@@ -226,7 +213,7 @@ def exclusive(cc, x, i):
     High nu_eps: its base part was shrunk away; high nu_r: a twin holds it. The reasoner's own: nu_eps < .2, nu_r < .5.
     """
     f = cc.encode(x)
-    own = f[:, i, None, None] * cc.decode(torch.eye(len(cc.b_enc), device=f.device)[i]).sub(cc.decode(f[:1] * 0)[0])
+    own = f[:, i, None, None] * cc.W_dec[i].unflatten(0, cc.shape) * cc.scales[:, None]
     x_hat, d = cc.decode(f), cc.decoder()[i]
     beta = lambda y: [latent_scaling(f[:, i], d, y[:, m]) for m in (BASE, FT)]
     (e0, e1), (r0, r1) = beta(x - x_hat + own), beta(x_hat - own)
@@ -260,6 +247,7 @@ def gradient(model, prompts, layer, targets, size=64):
     differ in length.
     """
     states, out = [], []
+    size = min(size, max(1, 2**13 // max(map(len, prompts))))  # a graph holds all positions' activations above `layer`
     for i in range(0, len(prompts), size):
         idx, mask = common.padded(prompts[i : i + size], model.wte.weight.device)
 
@@ -350,9 +338,9 @@ def spearman(x, y):
     return float(torch.corrcoef(torch.stack((ranks(x), ranks(y))))[0, 1])
 
 
-def matched(rate, lists, rng):
-    """For every latent of `lists` the one of nearest firing rate outside them, each used once, while there are any."""
-    free, out = [i for i in np.flatnonzero(rate > 0).tolist() if i not in {*lists}], []
+def matched(rate, lists, rng, outside=()):
+    """For every latent of `lists` the one of nearest firing rate in neither, each used once, while there are any."""
+    free, out = [i for i in np.flatnonzero(rate > 0).tolist() if i not in {*lists, *outside}], []
     for i in rng.permutation(lists)[: len(free)].tolist():
         out.append(min(free, key=lambda j: abs(rate[j] - rate[i])))
         free.remove(out[-1])
@@ -645,9 +633,10 @@ def train_crosscoder(args, fill, d, env, seed, log):
         )
     torch.manual_seed(seed)
     cc = Crosscoder(2, d, args.d_sae, args.arch, args.k, args.mu, args.loss)
-    harvest = lambda r: first.pop(r) if r in first else fill(r)
-    buffer = sae.Buffer(lambda r: (harvest(r) / scales[:, None]).flatten(1), args.cc_batch, seed)
-    sae.fit(cc, buffer, args.cc_steps, args.cc_lr, env=env, log=log, resume=args.resume, every=200)
+    harvest, each = (lambda r: first.pop(r) if r in first else fill(r)), scales.repeat_interleave(d)
+    buffer = sae.Buffer(lambda r: harvest(r).flatten(1), args.cc_batch, seed)
+    batch = lambda step: buffer(step) / each
+    sae.fit(cc, batch, args.cc_steps, args.cc_lr, env=env, log=log, resume=args.resume, every=200)
     cc.scales.copy_(scales)
     return cc.eval().requires_grad_(False)
 
@@ -777,7 +766,7 @@ def effects(models, cc, layer, splits, lists, args):
     caused = [p for p, c in zip(test["prompts"], test["cause"]) if c in PATTERNS]
     f = cc.encode(last_states(models, caused, layer))
     alive = np.flatnonzero(rate > 0)
-    off = {"top": [top], "bottom": [bottom], "matched": [matched(rate, top, rng)]}
+    off = {"top": [top], "bottom": [bottom], "matched": [matched(rate, top, rng, bottom)]}
     off["random"] = [rng.choice(alive, min(len(top), len(alive)), replace=False).tolist() for _ in range(20)]
     n = args.permutations
     off["permuted"] = [np.argsort(permuted(A, rate, rng))[::-1][: len(top)].tolist() for _ in range(n)]
@@ -966,6 +955,8 @@ def prepare(args, env):
             raise ValueError(f"the tokenizers of {args.base} and {args.model} differ on {text!r}; needed: the same")
     for model in models:
         model.eval().requires_grad_(False)
+    if not 0 <= args.layer < models[0].config.n_layer:
+        raise ValueError(f"--layer {args.layer}, allowed: 0 to {models[0].config.n_layer - 1}")
     if "patterns" in args.stages:
         raise ValueError("--stages patterns is for the toy, which knows the causes; allowed here: effects steering")
     return list(models), toks[1]
@@ -994,29 +985,27 @@ def real(args, env, run):
     tokens = data.token_file(args.dataset, "train", tok, out / "tokens", args.cc_steps * args.cc_batch)
     own = answers(args, ft, tok)
     prompts = [row[:i] for row in own for i in range(8, len(row)) if row[i] in wait]
-    if len(prompts) < 2:
-        raise SystemExit(
-            f"error: {len(prompts)} wait tokens in {len(own)} answers, needed: 2 or more (--traces, --wait)"
-        )
+    if len(prompts) < 4:
+        raise SystemExit(f"error: {len(prompts)} wait tokens in {len(own)} answers, needed: 4 (--traces, --wait)")
     rng = np.random.default_rng(seed)
     prompts = [prompts[i] for i in sorted(rng.permutation(len(prompts))[: args.prompts])]
 
-    def fill(r):
-        rows, total, draw = [], 0, np.random.default_rng((seed, r))
-        while total < args.rows:  # a batch of windows of text, a batch of the reasoner's answers, and so on
+    def fill(r, n=args.rows):
+        rows, total, draw = torch.empty(n, 2, ft.config.n_embd, device=env.device), 0, np.random.default_rng((seed, r))
+        while total < n:  # a batch of windows of text, a batch of the reasoner's answers, and so on
             text = data.windows(tokens, draw, 16, L).tolist()
             for part in text, [own[i][:L] for i in draw.integers(0, len(own), 16)]:
                 idx, mask = common.padded(part, env.device)
-                first = mask.long().argmax(1)  # a first token's norm is a hundred times the others': left out
-                mask[torch.arange(len(mask)), first] = False
-                both = [m.capture(idx, [site(layer)], idx >= 0)[site(layer)][mask].float() for m in models]
-                rows.append(torch.stack(both, 1))
-                total += len(rows[-1])
-        return torch.cat(rows)[: args.rows]
+                keep = mask.clone()  # a first token's norm is a hundred times the others': left out
+                keep[torch.arange(len(keep)), mask.long().argmax(1)] = False
+                x = torch.stack([sae.residual(m, idx, layer, mask)[keep] for m in models], 1)[: n - total]
+                rows[total : total + len(x)] = x
+                total += len(x)
+        return rows
 
     log = common.Log(out, f"crosscoder-s{seed}")
     cc = train_crosscoder(args, fill, ft.config.n_embd, env, seed, log)
-    held = fill(10**6)[:4096]
+    held = fill(10**6, 4096)
     f = cc.encode(held)
     fve = 1 - (held - cc.decode(f)).square().sum((0, 2)) / (held - held.mean(0)).square().sum((0, 2))
     split = {"prompts": prompts, "pattern": ["wait"] * len(prompts)}
@@ -1025,12 +1014,12 @@ def real(args, env, run):
     r = verify(models, cc, layer, prompts[:64], wait) | {"overlap": len({*halves_top[0]} & {*halves_top[1]}) / args.top}
     norms = cc.norms()
     delta, cos = relative_norm(norms), F.cosine_similarity(cc.decoder(BASE), cc.decoder(FT), dim=1)
-    table = []
+    table, shown = [], examples(models, cc, layer, own, [*top, *bottom], tok)
     for i in [*top, *bottom]:
         eps, twin = exclusive(cc, held, i)
         row = {"latent": i, "attribution": A[i], "rate": rate[i], "delta": delta[i], "cos": cos[i]}
-        table.append({k: float(v) for k, v in row.items()} | {"latent": i, "nu_eps": eps, "nu_r": twin})
-        table[-1]["examples"] = examples(models, cc, layer, own, i, tok)
+        row = {k: float(v) for k, v in row.items()} | {"latent": i, "nu_eps": eps, "nu_r": twin}
+        table.append(row | {"examples": shown[i]})
     run.metrics = {"fve": fve.tolist(), "L0": float((f > 0).float().sum(1).mean())} | {
         k: v for k, v in r.items() if k not in ("pairs", "effect")
     }
@@ -1059,16 +1048,17 @@ def real(args, env, run):
 
 
 @torch.no_grad()
-def examples(models, cc, layer, rows, latent, tok, n=5, around=12):
-    """Text around the positions where a latent is most active, one of an answer, the strongest first."""
-    found = []
+def examples(models, cc, layer, rows, latents, tok, n=5, around=12):
+    """{latent: text around the positions where it is most active}, one of an answer, the strongest first."""
+    found = []  # of every answer: the largest code of each latent, and where
     for row in rows[:256]:
         idx = torch.tensor([row], device=cc.b_enc.device)
-        x = torch.stack([m.capture(idx, [site(layer)])[site(layer)][0].float() for m in models], 1)
-        s = cc.encode(x)[1:, latent]
-        found.append((float(s.max()), int(s.argmax()) + 1, row))
-    found.sort(key=lambda e: -e[0])
-    return [tok.decode(row[max(0, at - around) : at + 1]) for s, at, row in found[:n] if s > 0]
+        x = torch.stack([sae.residual(m, idx, layer)[0] for m in models], 1)
+        found.append(cc.encode(x)[1:, latents].max(0))
+    size, at = (torch.stack(t).T.tolist() for t in zip(*found))
+    best = lambda s: sorted((j for j, value in enumerate(s) if value > 0), key=lambda j: -s[j])[:n]
+    clip = lambda row, end: tok.decode(row[max(0, end - around) : end + 1])
+    return {i: [clip(rows[j], w[j] + 1) for j in best(s)] for i, s, w in zip(latents, size, at)}
 
 
 # --------------------------------------------------------------------------------------------------------- the verdict
@@ -1192,15 +1182,17 @@ def main(argv=None):
         common.check_limits(args, limits)
         out.mkdir(parents=True, exist_ok=True)
         run = common.Run(args, env, "crosscoder", "2510.04128")
+        if env.world > 1:
+            raise ValueError("crosscoder.py runs in one process: start it without torchrun")
         if args.base or args.model:
+            if len(args.seeds) > 1:
+                raise ValueError(f"--seeds {args.seeds}: one at a time with real models")
             return real(args, env, run)
         for seed in args.seeds if args.resume else ():
             for arm in "base", "reasoner", "uncaused":
                 common.check_resume(out / f"{arm}-s{seed}.pt", config_of(args))
     jobs = common.job_count(args, env)
     results = common.side_by_side(toy, [(args, seed, i % jobs) for i, seed in enumerate(args.seeds)], jobs)
-    if env.rank:
-        return None
     judge(run, results)
     draw(out / "crosscoder.png", results[0]["reasoner"])
     for r in results:

@@ -497,13 +497,14 @@ def fingerprint(vae):
     return zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters()))
 
 
-def encode(folder, pairs, n, tokens_of, vae, scale, env):
+def encode(folder, pairs, n, tokens_of, vae, scale, env, source=""):
     """Writes raw latents (posterior means) and tokens of n (uint8 image (3, S, S), caption); goes on where it stopped.
 
     folder/latents.f16 (n, 4, S/f, S/f) and tokens.u16 (n, context) are plain arrays; meta.json says of what.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, meta = folder / "meta.json", {"vae": fingerprint(vae), "scale": scale, "scaled": False, "done": 0}
+    path = folder / "meta.json"
+    meta = {"source": source, "vae": fingerprint(vae), "scale": scale, "scaled": False, "done": 0}
     if path.exists() and {**json.loads(path.read_text()), "done": 0}.items() >= meta.items():
         meta = json.loads(path.read_text())
     files, pairs = [folder / "latents.f16", folder / "tokens.u16"], itertools.islice(pairs, meta["done"], n)
@@ -1188,7 +1189,8 @@ def real(args, env, run):
         with common.rank_zero_first(env):
             if env.rank == 0:
                 pairs = real_pairs(args.dataset, config.side * vae.f)
-                encode(folder, pairs, args.images, tokens_of, vae, args.vae_scale, env)
+                source = repr((args.dataset, args.images, args.tokenizer, config.side, config.context))
+                encode(folder, pairs, args.images, tokens_of, vae, args.vae_scale, env, source)
         latents, tokens, _ = open_cache(folder, vae)
         names = Path(args.classes).read_text("utf-8").splitlines() if args.classes else []
         n = len(latents) - max(2, min(1000, len(latents) // 10))
@@ -1224,18 +1226,22 @@ def real(args, env, run):
     return run.finish([log])
 
 
-def sdxl(name, prompt, env):
-    """A generator for one prompt: `one_step` of a diffusers pipeline, whose text encoders run once."""
+def sdxl(name, env):
+    """Of a diffusers pipeline: prompt -> generator, `one_step` with the prompt encoded once."""
     data.import_or_explain("diffusers")
     from diffusers import StableDiffusionXLPipeline
 
     pipe = StableDiffusionXLPipeline.from_pretrained(name, torch_dtype=env.dtype).to(env.device)
-    with torch.no_grad():
-        states, _, pooled, _ = pipe.encode_prompt(prompt, device=env.device, do_classifier_free_guidance=False)
     pipe.unet.requires_grad_(False)
     ids = torch.tensor([[512, 512, 0, 0, 512, 512]], device=env.device)
-    more = {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
-    return one_step(lambda x, t: pipe.unet(x.to(env.dtype), t, **more).sample.float())
+
+    def of(prompt):
+        with torch.no_grad():
+            states, _, pooled, _ = pipe.encode_prompt(prompt, device=env.device, do_classifier_free_guidance=False)
+        more = {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
+        return one_step(lambda x, t: pipe.unet(x.to(env.dtype), t, **more).sample.float())
+
+    return of
 
 
 def optimise_real(args, env):
@@ -1245,13 +1251,13 @@ def optimise_real(args, env):
     with common.bad_input():
         tok, rng = data.get_tokenizer(args.tokenizer), torch.Generator().manual_seed(args.seeds[0])
         clip, vae = load_clip(args.init, CONFIGS[args.arch]).to(env.device), load_vae(args.vae).to(env.device)
-        generators = [sdxl(args.generator, prompt, env) for prompt in args.prompt]
+        generator = sdxl(args.generator, env)
     text_of = lambda texts: clip.encode_text(clip_tokens(tok, texts).to(env.device))
-    for number, (prompt, generate) in enumerate(zip(args.prompt, generators)):
+    for number, prompt in enumerate(args.prompt):
         text = away(text_of([prompt]), text_of(args.concept)) if args.concept else text_of([prompt])
         reward = latent_reward(clip, args.vae_scale, text)
         noise = torch.randn(1, 4, 64, 64, generator=rng).to(env.device)
-        found = reno(generate, reward, noise, args.iters, args.noise_lr)
+        found = reno(generator(prompt), reward, noise, args.iters, args.noise_lr)
         for name, z in ("before", found.latents[0]), ("after", found.best):
             with torch.no_grad():
                 image = ((vae.decode(z / args.vae_scale)[0] + 1) * 127.5).clamp(0, 255).byte()
@@ -1272,8 +1278,14 @@ def main(argv=None):
         run = common.Run(args, env, "latent_clip", "2503.08455")
         if not args.steps and not args.init:
             raise ValueError("--steps 0, allowed: 1 and more; 0 with --init only")
-        if args.batch_size < 2 * env.world:
-            raise ValueError(f"--batch-size {args.batch_size}, allowed: {2 * env.world} and more, two pairs a rank")
+        if args.batch_size < 2 * env.world or args.batch_size % env.world:
+            raise ValueError(f"--batch-size {args.batch_size}, allowed: two and more for each of {env.world} ranks")
+        if args.micro_batch or args.shard:
+            raise ValueError("--micro-batch, --shard: not here; InfoNCE needs the whole batch, and whole models")
+        if env.world > 1 and not args.dataset:
+            raise ValueError("torchrun is for --dataset; all else runs in one process")
+        if len(args.seeds) > 1 and (args.prompt or args.dataset):
+            raise ValueError(f"--seeds {args.seeds}: one at a time with --dataset or --prompt")
         out.mkdir(parents=True, exist_ok=True)
     if args.prompt or args.dataset:
         return optimise_real(args, env) if args.prompt else real(args, env, run)

@@ -229,7 +229,8 @@ class SAE(nn.Module):
             f = self.encode(x)
             penalty = f.sum(1).mean()  # rows of the decoder have norm 1
         else:
-            f, gate = self.encode(x), self.pre(x)[1].relu()
+            u, gate = self.pre(x)
+            f, gate = (gate > 0) * (self.r_mag.exp() * u + self.b_mag).relu(), gate.relu()
             penalty, extra = gate.sum(1).mean(), error(gate @ self.W_dec.detach() + self.b_dec.detach())
         self.silent.mul_((f == 0).all(0))
         return error(self.decode(f)) + self.l1 * warm * penalty + extra
@@ -301,6 +302,7 @@ class Buffer:
             raise ValueError(f"the source has {len(self.rows)} rows, one batch needs {batch}")
 
     def load(self, r):
+        self.rows = None  # make room for the new ones
         self.rows, self.refill = self.fill(r), r
         self.order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed * 9973 + r))
 
@@ -329,10 +331,15 @@ def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, resume=False, eve
     opt = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.999), fused=True)
     if resume and save and save.exists():
         state = common.load_checkpoint(save)
-        sae.load_state_dict(state["sae"])
+        try:
+            sae.load_state_dict(state["sae"])
+        except RuntimeError:
+            raise SystemExit(f"error: {save} is of another shape: delete it, or run without --resume") from None
         opt.load_state_dict(state["optimizer"])
         sae.silent.copy_(state["silent"])
         start, scale = state["step"], state["scale"].to(env.device)
+    elif save and env.rank == 0:
+        save.unlink(missing_ok=True)  # of an earlier run: not to be resumed by mistake
     if log:
         log.rewind(start)
     auxk = getattr(sae, "arch", "topk") in ("topk", "batchtopk")  # the others' dead latents are resampled
@@ -355,7 +362,9 @@ def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, resume=False, eve
                 if not math.isfinite(loss.item()):
                     raise SystemExit(f"error: the SAE's loss of step {step} is {loss.item()}; try a smaller --sae-lr")
                 log(step, loss=loss.item())
-            stop = env.world == 1 and stopped()
+            stop = stopped() if env.world == 1 else False
+            if env.world > 1 and step % 100 == 0:  # all ranks stop at the same step
+                stop = common.all_reduce(torch.tensor(float(stopped()), device=env.device), env).item() > 0
             if save and (stop or (step + 1) % every == 0):
                 state = {"sae": sae.state_dict(), "optimizer": opt.state_dict(), "silent": sae.silent}
                 common.save_checkpoint(save, state | {"step": step + 1, "scale": scale}, env)
@@ -443,6 +452,10 @@ def load_sae(path, d=None):
         raise ValueError(f"{path} is an SAE of width {width}, the model has {d}")
     if arch == "jumprelu":
         ours["b_enc"] = ours["b_enc"] + ours["W_enc"] @ ours["b_dec"]
+    config = Path(path).with_name("config.json")  # dictionary_learning's TopK has a threshold, too
+    if arch == "batchtopk" and config.exists() and "AutoEncoderTopK" in config.read_text():
+        arch = "topk"
+        del ours["threshold"]
     sae = SAE(width, m, arch, int(state.get("k", min(64, m))))
     sae.load_state_dict(ours)
     return sae
@@ -457,7 +470,9 @@ def fit_probe(X, y, C=1.0, iterations=30):
         raise ValueError("a probe needs both classes, all labels are the same")
     X, y = X.double(), y.double()
     mean, std = X.mean(0), X.std(0).clamp(min=1e-9)
-    Z = F.pad((X - mean) / std, (0, 1), value=1.0)
+    Z = (X - mean) / std
+    Q = torch.linalg.qr(Z.T)[0] if Z.shape[1] > len(Z) else None  # the weights lie in the span of the rows
+    Z = F.pad(Z if Q is None else Z @ Q, (0, 1), value=1.0)
     ridge = torch.full_like(Z[0], 1 / C)
     ridge[-1] = 1e-6
     w = torch.zeros_like(ridge)
@@ -467,7 +482,7 @@ def fit_probe(X, y, C=1.0, iterations=30):
         w = w + step / max(1.0, step.norm().item() / 5)
         if step.abs().max() < 1e-8:
             break
-    w, b = w[:-1] / std, w[-1]
+    w, b = (w[:-1] if Q is None else Q @ w[:-1]) / std, w[-1]
     return w, b - mean @ w
 
 
@@ -657,9 +672,9 @@ def pool(model, layer, sae, sentences, how, device):
         elif how == "mean":
             weight[:, 0] = 0
             weight /= weight.sum(1, keepdim=True)
-        X.append((weight[:, :, None] * x).sum(1))
-        codes.append(torch.stack([w @ sae.encode(row) for row, w in zip(x, weight)]))
-    return torch.cat(X).cpu(), torch.cat(codes).cpu()
+        X.append((weight[:, :, None] * x).sum(1).cpu())
+        codes.append(torch.stack([w @ sae.encode(row) for row, w in zip(x, weight)]).cpu())
+    return torch.cat(X), torch.cat(codes)
 
 
 def harvest(model, layer, blocks, n, max_norm_mult=10):
@@ -935,7 +950,7 @@ def prepare(args, env):
         for split, (texts, labels) in splits.items():
             splits[split] = [tok.encode(t, bos=True)[: model.config.block_size] for t in texts], labels
     with common.rank_zero_first(env):
-        limit, folder = 2 * args.sae_steps * args.sae_batch * env.world, Path(args.out) / "tokens"
+        limit, folder = 2 * args.sae_steps * args.sae_batch, Path(args.out) / "tokens"
         tokens = [data.token_file(args.dataset, s, tok, folder, limit, env.rank > 0) for s in ("train", "heldout")]
     own = [[s for splits in corpus.values() for s in splits[split][0]] for split in ("train", "test")]
 
@@ -948,9 +963,12 @@ def prepare(args, env):
             idx = torch.from_numpy(idx).to(env.device)
             yield idx, torch.ones_like(idx, dtype=torch.bool)
 
-    def fill(r):  # the corpus's sentences, then text
-        blocks = itertools.chain(batches(own[r < 0], 64, env.device), text(r))
-        return harvest(model, args.layer, blocks, args.rows if r >= 0 else min(args.rows, 2**13))
+    def fill(r):  # the corpus's sentences, in an order of the refill's, half of the rows at most, then text
+        n, mine = args.rows if r >= 0 else min(args.rows, 2**13), own[r < 0]
+        if args.ud:
+            mine = [mine[i] for i in np.random.default_rng((abs(r), r < 0, env.rank, 1)).permutation(len(mine))]
+        some = harvest(model, args.layer, batches(mine, 64, env.device), n // 2)
+        return torch.cat((some, harvest(model, args.layer, text(r), n - len(some))))
 
     return model, corpus, fill, next(text(-1))[0]
 
@@ -997,7 +1015,8 @@ def analyse(model, corpus, fill, args, env, seed, name):
         sae = load_sae(args.sae, model.config.n_embd).to(env.device)
     else:
         first = None if args.refresh else fill(0)
-        buffer = Buffer(fill if args.refresh else lambda r: first, args.sae_batch, seed * env.world + env.rank)
+        rows = args.sae_batch // env.world
+        buffer = Buffer(fill if args.refresh else lambda r: first, rows, seed * env.world + env.rank)
         sae = SAE(model.config.n_embd, args.d_sae, args.arch, args.k, args.l1)
         log, warmup = common.Log(args.out, f"{name}-s{seed}-sae", env), min(1000, args.sae_steps // 10)
         fit(sae, buffer, args.sae_steps, args.sae_lr, warmup, env, log, args.resume)

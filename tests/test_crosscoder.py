@@ -138,6 +138,12 @@ def test_two_equal_models_have_no_exclusive_latents():
     cc = cx.Crosscoder(2, 8, 24, k=4)
     sae.fit(cc, lambda step: data.repeat(1, 2), 60, 1e-2)
     assert (cx.relative_norm(cc.norms()) - 0.5).abs().max() < 0.02
+    x, i = data[:64, None].repeat(1, 2, 1), int((cc.encode(data[:64, None].repeat(1, 2, 1)) > 0).sum(0).argmax())
+    f, off = cc.encode(x), torch.arange(24) != i
+    own, d = cc.decode(f) - cc.decode(f * off), cc.decoder()[i]
+    beta = lambda y: [float(cx.latent_scaling(f[:, i], d, y[:, m])) for m in (0, 1)]
+    (e0, e1), (r0, r1) = beta(x - cc.decode(f) + own), beta(cc.decode(f) - own)
+    assert cx.exclusive(cc, x, i) == pytest.approx((e0 / e1, r0 / r1), rel=1e-4) and e0 / e1 == pytest.approx(1, 0.1)
 
 
 def toy_model(layers=3, seed=0):
@@ -198,7 +204,7 @@ def test_spearman_matched_and_permuted():
     x = torch.tensor([1.0, 5, 2, 8])
     assert cx.spearman(x, x**3) == pytest.approx(1) and cx.spearman(x, -x) == pytest.approx(-1)
     rate, rng = np.array([0.5, 0.1, 0.11, 0.48, 0.0, 0.9]), np.random.default_rng(0)
-    assert sorted(cx.matched(rate, [0, 1], rng)) == [2, 3]
+    assert sorted(cx.matched(rate, [0, 1], rng)) == [2, 3] and sorted(cx.matched(rate, [0, 1], rng, [3])) == [2, 5]
     A = np.arange(40.0)
     shuffled = cx.permuted(A, np.repeat(np.arange(10), 4) / 10, rng)
     assert (

@@ -355,6 +355,9 @@ def test_cache_resumes_and_refuses_other_latents(tmp_path):
     for name in "latents.f16", "tokens.u16":
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
+    lc.encode(tmp_path / "b", iter(pairs(150)[70:]), 1000, lc.toy_tokens, vae, scale, CPU, "another source")
+    assert len(lc.open_cache(tmp_path / "b", vae)[0]) == 80  # begun anew
+
     meta = json.loads((tmp_path / "a" / "meta.json").read_text())
     for change, match in (
         ({"scaled": True}, "scaled"),

@@ -127,6 +127,8 @@ def test_folding_and_files(arch, tmp_path):
     torch.testing.assert_close(again.encode(x), s.encode(x), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="width 6, the model has 5"):
         S.load_sae(tmp_path / "ae.pt", 5)
+    (tmp_path / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoderTopK"}}')  # which has a threshold
+    assert S.load_sae(tmp_path / "ae.pt").arch == ("topk" if arch == "batchtopk" else arch)
 
 
 def test_released_layout_of_the_paper(tmp_path):
@@ -250,6 +252,11 @@ def test_probe_auc_balance_and_matched_latents():
     Z = (X - X.mean(0)) / X.std(0)
     grad = Z.T.double() @ (y - torch.sigmoid(logit)) - w * X.std(0)
     assert grad.abs().max() < 1e-3 and S.accuracy(logit, y) > 0.9  # stationary: C = 1
+    wide = torch.randn(40, 100) * torch.rand(100)  # more features than rows: solved in the span of the rows
+    w, b = S.fit_probe(wide, y[:40])
+    std = wide.double().std(0)
+    residue = ((wide.double() - wide.double().mean(0)) / std).T @ (y[:40] - torch.sigmoid(wide.double() @ w + b))
+    assert (residue - w * std).abs().max() < 1e-6
     with pytest.raises(ValueError, match="both classes"):
         S.fit_probe(X, torch.ones(400))
     score = torch.tensor([0.0, 1, 1, 2])
@@ -441,6 +448,10 @@ def test_a_stopped_sae_goes_on_exactly(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), once.parameters()))
     first, second = ([(r["step"], r["loss"]) for r in common.read_jsonl(x.path)] for x in (log, whole))
     assert first == second and [step for step, _ in first] == [0, 100, 200]
+    with pytest.raises(SystemExit, match="of another shape"):
+        S.fit(S.SAE(8, 16, "topk", 4), batch, 240, 1e-3, log=log, resume=True)
+    S.fit(S.SAE(8, 16, "topk", 4), batch, 2, 1e-3, log=log)
+    assert not log.path.with_suffix(".pt").exists()  # an earlier run's is not left to be resumed by mistake
 
 
 @pytest.mark.parametrize(

@@ -475,7 +475,7 @@ def rank(args, topics, rng, ratings):
         asked = (ask.format(topics[a], topics[b]) for a, b in part)
         replies = yield [Request("rank", user, "\\boxed{", 3, 0.0, args.system) for user in asked]
         for (a, b), reply in zip(part, replies):
-            answer = reply.text.strip()[:1].upper() if reply else ""
+            answer = reply.text.strip()[:1].upper() if reply and reply.finish != "error" else ""
             games += [(a, b)] if answer == "A" else [(b, a)] if answer == "B" else []  # else unreadable: skipped
         ratings[:] = elo(len(topics), games)
 
@@ -778,7 +778,7 @@ class Endpoint:
                 if status in (400, 403) and MODERATED.search(raw):
                     return Reply("", "refusal")
                 if status not in RETRY or status == 429 and EXHAUSTED.search(raw):
-                    hint = "; without prefill: --place user-suffix or direct" * (b"prefill" in raw.lower())
+                    hint = "; without prefill: --place naive" * (b"prefill" in raw.lower())
                     self.dead = f"{self.where} refuses, {problem}{hint}"
             if self.dead:
                 break
@@ -865,7 +865,7 @@ def probe(backend):
     (reply,) = ask(backend, [Request("probe", "Name the three primary colours.", opening, 8)])
     if not re.match(r"\W*blue\b", reply.text, re.I):
         told = f"the target does not go on with a prefill, it says {reply.text[:60]!r}"
-        raise Stop(f"{told}: use --place user-suffix or direct, or --no-probe")
+        raise Stop(f"{told}: use --place naive, or --no-probe")
 
 
 # ------------------------------------------------------------------------------------------------------ the toy world
@@ -1346,6 +1346,8 @@ def check(args):
             raise ValueError(f"--{name} {getattr(args, name)}, allowed: at most --{most}, {getattr(args, most)}")
     if args.url and not args.model:
         raise ValueError("--url needs --model, the server's name for its model")
+    if args.preset == "paper" and not args.model:
+        raise ValueError("--preset paper needs --model, the toy has its own budget")
 
 
 def main(argv=None):
@@ -1354,6 +1356,8 @@ def main(argv=None):
     with common.bad_input():
         check(args)
         env, out = common.setup(args), Path(args.out)
+        if env.world > 1:
+            raise ValueError("crawler.py runs in one process: start it without torchrun")
         run = common.Run(args, env, "crawler", "2505.17441")
         out.mkdir(parents=True, exist_ok=True)
     if args.model:

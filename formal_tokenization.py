@@ -86,6 +86,7 @@ class Args(common.TrainFlags):
     """strings of each kind to measure on"""
     trials: int = 40
     """random grammars, vocabularies and merge tables of the checks"""
+    limits: ClassVar[dict] = {"samples": (2,), "trials": (1,), "merges": (0, 200)}
     model: str = ""
     """decode with a real model under --grammar instead: smollm2-135m-instruct, any that pretrained.py loads"""
     grammar: str = "json"
@@ -731,7 +732,8 @@ def masker(make, max_new_tokens=np.inf):
     """A `process` for `generate`: rows of a batch under a Constraint each (`make()`), sharing its engine's caches.
 
     With `max_new_tokens` the text is complete in time: near the end only ids stay that leave enough tokens to close it
-    (a byte is a token, so as many ids as bytes suffice), among the likeliest 64 and the single bytes.
+    (a byte is a token, so as many ids as bytes suffice), among the likeliest 64 and the single bytes. The end begins
+    some 160 tokens before it: a text of `max_new_tokens` below that is so restricted all along.
     """
     rows = {}
 
@@ -1086,16 +1088,21 @@ def padded(rows, eos):
     return idx[:, :-1], idx[:, 1:].masked_fill(torch.arange(1, longest) >= ends, -100)
 
 
+def config_of(args, code):
+    """The toy's shape."""
+    return GPTConfig(len(code.vocab), 2 * LONGEST + 2, 2, 4, args.n_embd, learned_pos=True)
+
+
 def train_arm(args, arm, seed, position):
     """Trains one GPT on the strings as this arm spells them; returns its measures. Strings depend on seed and step."""
     env, code = common.setup(args), Code(arm, seed, args.merges)
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(len(code.vocab), 2 * LONGEST + 2, 2, 4, args.n_embd, learned_pos=True))
+    model = GPT(config_of(args, code))
 
     def batch(step):
         rng = np.random.default_rng((seed, 2, step))
-        texts = strings(rng, args.batch_size)
-        return dict(zip(("idx", "targets"), padded([code.encode(s, rng) for s in texts], code.eos)))
+        rows = [code.encode(s, rng) for s in strings(rng, args.batch_size)]
+        return dict(zip(("idx", "targets"), padded(rows[env.rank :: env.world], code.eos)))
 
     texts = strings(np.random.default_rng((seed, 3)), args.samples)
     evaluate = lambda step: {"pairs": pair_accuracy(model, code, texts[:64], np.random.default_rng(4))}
@@ -1321,7 +1328,7 @@ def decode(args, env, grammar, run):
     """--model: answers under the grammar's mask, all in the language; the same prompts without it are the control."""
     import pretrained
 
-    model, tok = pretrained.load(args.model, env.device)
+    model, tok = pretrained.load(args.model, env.device, args.dtype)
     vocab = vocabulary(tok.backend)
     engine = Engine(grammar, Trie(vocab + [None] * (model.config.vocab_size - len(vocab))), tok.eos)
     prompt = tok.chat([{"role": "user", "content": args.prompt}]) if tok.template else tok.encode(args.prompt)
@@ -1352,6 +1359,10 @@ def main(argv=None):
             raise ValueError(f"--arms {' '.join(odd)}, allowed: {' '.join(COLOURS)}")
         grammar, run = read_grammar(args.grammar), common.Run(args, env, "formal_tokenization", "2412.03160")
         out.mkdir(parents=True, exist_ok=True)
+        for arm, seed in product(args.arms, args.seeds):
+            config = config_of(args, Code(arm, seed, args.merges))
+            if args.resume:
+                common.check_resume(out / f"{arm}-s{seed}.pt", config)
         if args.tokenizer:
             run.metrics = inspect(args, grammar)
             return run.finish()

@@ -73,7 +73,8 @@ class Args(common.TrainFlags):
     quads: list[str] = field(default_factory=list)
     """language quadruples source:target, as de-it:fr-zh (the paper's); default: six for the toy and the real model"""
     pairs: int = 0
-    """pairs of concepts for each quadruple; default 60 for the toy, 200 for a real model (paper: 200)"""
+    """pairs of concepts for each quadruple, a third of them in experiments 2 and 3 on a real model; default 60 for the
+    toy, 200 for a real model (paper: 200)"""
     shots: int = 0
     """examples in a prompt; default 3 for the toy, 5 for a real model (paper: 5)"""
     score: Literal["first", "word"] = "first"
@@ -344,8 +345,8 @@ class Toy(World):
     """The toy's words, attributes and documents, drawn from a seed.
 
     Held out: a shuffle of the languages says for every concept which one of them (two, of nine languages or more) each
-    word is never translated into, a fifth to a quarter of all combinations. So every word misses as many partners as
-    input as it does as output, and keeps the others.
+    word is never translated into: one in n - 1 of all combinations, of nine languages two in eight. So every word
+    misses as many partners as input as it does as output, and keeps the others.
     """
 
     def __init__(self, args, seed, tok):
@@ -531,18 +532,22 @@ def define(model, world, args, sources, code, seed, layer, n):
         texts = [world.prompts(rng, pair, rows, args.shots, "word") for pair in sources]
         return torch.stack([latents(model, part, args.prompts) for part in texts]).mean(0)
 
+    idx, mask = common.padded(prompts, model.wte.weight.device)
+    T = idx.shape[1]
+
     def put(value, x):
-        if x.shape[1] > 1:  # the prompt, not the tokens generated after it
-            x = x.clone()
-            x[:, rho] = value
+        x = x.clone()
+        x[:, T + rho] = value
         return x
 
     out = {}
     for name, z in {"patched": of([s for s, _ in pairs]), "unrelated": of(other), "plain": None}.items():
-        later = range(layer, model.config.n_layer) if z is not None else ()
-        with model.patch({f"blocks.{j}.resid_post" if j >= 0 else "embed": partial(put, z[j + 1]) for j in later}):
-            said = generate(model, prompts, 3, temperature=0)
-        said = [{world.tok.names[i].split(".")[0] for i in ids} for ids in said]
+        later, said = range(layer, model.config.n_layer) if z is not None else (), idx
+        with torch.no_grad(), model.patch({f"blocks.{j}.resid_post": partial(put, z[j + 1]) for j in later}):
+            for _ in range(3):  # greedy, without a cache: `generate` puts prompts in an order of its own
+                real = torch.cat((mask, torch.ones_like(said[:, T:], dtype=torch.bool)), 1)
+                said = torch.cat((said, model.unembed(model.hidden(said, real)[:, -1:]).argmax(-1)), 1)
+        said = [{world.tok.names[i].split(".")[0] for i in ids} for ids in said[:, T:].tolist()]
         out[name] = [np.mean([len(got & facts[pair[i]]) / 3 for got, pair in zip(said, pairs)]) for i in (0, 1)]
     return out
 
@@ -581,9 +586,11 @@ def study(model, world, args, name, seed):
     (quads, sources, target), n, toy = languages_of(args, world), args.pairs, not args.model
     cells, out = {}, {"quads": {}}
     for i, (text, quad) in enumerate(tqdm(quads.items(), f"patch {name}", leave=False, disable=None)):
-        path = Path(args.out) / f"{name}-{text.replace(':', '-')}-{n}x{args.shots}.npz"
+        controls, of = toy or i == 0, f"{args.steps} steps" if toy else Path(args.words).stem or "words"
+        path = f"{name} {text.replace(':', ' ')} {n}x{args.shots} {of}{' controls' * controls}".replace(" ", "-")
+        path = Path(args.out) / f"{path}.npz"
         if not (args.resume and path.exists()):
-            np.savez(path.with_suffix(".tmp.npz"), **last(model, world, args, quad, seed, n, toy or i == 0))
+            np.savez(path.with_suffix(".tmp.npz"), **last(model, world, args, quad, seed, n, controls))
             path.with_suffix(".tmp.npz").replace(path)
         p = dict(np.load(path))
         if i == 0:
@@ -616,9 +623,7 @@ def hold_concepts(model, world, args, sources, target, seed):
     m = -(-args.pairs // 3) if args.model else args.pairs  # a dozen sources side by side are a dozen times the work
     p = concept(model, world, args, sources, target, seed, m)
     single = np.mean([v[:, :, 0] for name, v in p.items() if name.startswith("single")], 0)  # (m, L + 1)
-    j = 1 + int(
-        single.mean(0)[1:].argmax()
-    )  # best block for one source; from the embedding on, the word itself changes
+    j = 1 + int(single.mean(0)[1:].argmax())  # the best block; a patch of the embedding changes the word itself
     means = {name: v[:, j, 0] for name, v in p.items() if name.startswith("mean")}
     out = {"concept_layer": j - 1, "k_sweep": [common.interval(v) for v in means.values()]}
     others = {name: p[name][:, j, 0] for name in ("contexts", "mixed")}
@@ -634,6 +639,8 @@ def run_toy(args, tok, seed, position=0):
     """Trains the toy for one tokenization and seed and runs everything on it."""
     env, world, name = common.setup(args), Toy(args, seed, tok), f"{tok}-s{seed}"
     model = train_toy(args, world, name, env, position)
+    if env.rank:
+        return None
     return {"accuracy": accuracy(model, world, args, 300)} | study(model, world, args, name, seed)
 
 
@@ -823,7 +830,9 @@ def prepare(args, env):
     toy = not args.model
     args.shots, args.pairs = args.shots or (3 if toy else 5), args.pairs or (60 if toy else 200)
     limits = {"pairs": (2, 10**6), "shots": (1, 50), "k": (1, 30), "prompts": (1, 10**6), "concepts": (20, 120)}
-    common.check_limits(args, limits | {"local": (0, args.n_layer)})
+    common.check_limits(args, limits | {"local": (0, args.n_layer), "num_patches": (0, 10**6)})
+    if args.shard:
+        raise ValueError("--shard: patched runs need whole weights, allowed: --no-shard")
     if "last" not in args.stages or not {*args.stages} <= {*STAGES}:
         raise ValueError(f"--stages {' '.join(args.stages)}, allowed: {' '.join(STAGES)}, last always among them")
     if toy:
@@ -864,6 +873,8 @@ def main(argv=None):
         run = common.Run(args, env, "patching", "2411.08745")
         out.mkdir(parents=True, exist_ok=True)
         real = prepare(args, env)
+    if env.rank and real:
+        return None
     kinds = [Path(args.model).name] if real else args.tok
     runs = [(kind, seed) for kind in kinds for seed in args.seeds]
     if real:

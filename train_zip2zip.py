@@ -66,6 +66,7 @@ class Args(common.TrainFlags):
             micro_batch=1, lr=3e-4, min_lr=1 / 30, warmup=800, minutes=0, arms=["cont", "zip"], weight_decay=0.01,
         ),
     }  # fmt: skip
+    limits: ClassVar[dict] = {"samples": (1,)}
     arms: list[str] = field(default_factory=lambda: ["cont", "zip", "rand", "digits"])
     """of cont zip rand digits avg attn m2 m4 ae canon, or all"""
     model: str = ""
@@ -443,7 +444,8 @@ def generate(model, prompts, n_base, temperature=0.0, seed=0, replay=None, store
     out = [([], []) for _ in prompts]
     while alive:
         known = torch.tensor(sizes, device=device)[:, None]
-        h = model.hidden(idx, rows[0], mask, cache)[:, -1:]
+        with gpt.eager():
+            h = model.hidden(idx, rows[0], mask, cache)[:, -1:]
         scores, mask = model.logits(h, rows[1, :, : max(sizes)], known)[:, 0], None
         idx = sample(scores, temperature, rng=rng)
         if replay:
@@ -566,19 +568,23 @@ def build(args, base, world, arm):
     return Zip(gpt, lzw, replace(args, encoder=encoder.get(arm, args.encoder)), arm).to(gpt.wte.weight.device)
 
 
+def config_of(args, world):
+    """The toy's shape."""
+    shape = world.n_vocab, 2 * args.block_size, args.n_layer, args.n_head, args.n_embd
+    return GPTConfig(*shape, norm="rms", tie=True, smear_keys=True)  # names are copied sooner with smeared keys
+
+
 def base_model(args, env, world, log):
     """The toy's base model, trained on plain ids (once a seed), or the real one."""
     if args.model:
         return load_real(args.model, env.dtype)[0].to(env.device)
     torch.manual_seed(world.seed)
-    config = GPTConfig(world.n_vocab, 2 * args.block_size, args.n_layer, args.n_head, args.n_embd, norm="rms", tie=True)
-    config.smear_keys = True  # induction, and so the copying of names, is learned sooner
 
     def batch(step):
         x = torch.from_numpy(world.windows("train", step, args.batch_size)[env.rank :: env.world])
         return {"idx": x[:, :-1], "targets": x[:, 1:]}
 
-    common.train(gpt := GPT(config), batch, replace(args, steps=args.pretrain_steps, lr=4e-3), env, log)
+    common.train(gpt := GPT(config_of(args, world)), batch, replace(args, steps=args.pretrain_steps, lr=4e-3), env, log)
     return gpt
 
 
@@ -742,15 +748,18 @@ def run_seed(args, seed):
 def budget(args, model, env, world):
     """--minutes as steps: times a step of zip; two thirds are for training. A resumed run keeps its steps."""
     log = common.Log(args.out, "budget", env)
-    if not (args.resume and log.path.exists()):
-        log.rewind(0)
-        batch = pack(model.lzw, world.windows("train", 0, args.batch_size // env.world))
-        for _ in range(2):  # the first one warms up
-            began = time.perf_counter()
-            with env.autocast():
-                model(**{k: v.to(env.device) for k, v in batch.items()}).backward()
-            seconds = time.perf_counter() - began
-        log(max(4, int(40 * args.minutes / len(args.arms) / seconds)), seconds_per_step=seconds)
+    with common.rank_zero_first(env):
+        if not (env.rank or args.resume and log.path.exists()):
+            log.rewind(0)
+            batch = pack(model.lzw, world.windows("train", 0, args.batch_size // env.world))
+            for _ in range(2):  # the first one warms up
+                began = time.perf_counter()
+                with env.autocast():
+                    loss = model(**{k: v.to(env.device) for k, v in batch.items()})
+                    loss.backward()
+                loss.item()  # waits for the device
+                seconds = time.perf_counter() - began
+            log(max(4, int(40 * args.minutes / len(args.arms) / seconds)), seconds_per_step=seconds)
     steps = common.read_jsonl(log.path)[0]["step"]
     print(f"{steps} steps an arm in {args.minutes:g} minutes")
     return replace(args, steps=steps, warmup=min(args.warmup, steps // 10), eval_every=max(1, steps // 4))
@@ -850,7 +859,7 @@ def load_real(name, dtype):
 
 
 def check(args, env):
-    """Bad flags end here; checkpoints to resume must be of the same codes."""
+    """Bad flags end here."""
     args.arms = list(ARMS) if args.arms == ["all"] else args.arms
     for bad, message in (
         (set(args.arms) - set(ARMS), f"--arms {' '.join(args.arms)}, allowed: all, {' '.join(ARMS)}"),
@@ -876,7 +885,9 @@ def main(argv=None):
         check(args, env)
         out.mkdir(parents=True, exist_ok=True)
         with common.rank_zero_first(env):  # tokenizes once
-            make_world(args, env, args.seeds[0])
+            world = make_world(args, env, args.seeds[0])
+        for seed in args.seeds if args.resume and not args.model else ():
+            common.check_resume(out / f"base-s{seed}.pt", config_of(args, world))
     jobs = common.job_count(args, env)
     done = common.side_by_side(run_seed, [(args, seed) for seed in args.seeds], jobs)
     if env.rank:

@@ -593,7 +593,7 @@ def test_moderation_is_a_refusal_and_odd_json_an_error():
     "answer, told",
     [
         ((401, {}, {"error": "bad key sk-secret"}), "401.*bad key \\*\\*\\*"),
-        ((400, {}, {"error": "This model does not support assistant message prefill"}), "--place user-suffix"),
+        ((400, {}, {"error": "This model does not support assistant message prefill"}), "--place naive"),
         ((429, {}, {"error": "quota exhausted"}), "quota"),
         ((302, {"Location": "http://elsewhere.example/"}, b""), "302"),
         ((200, {}, b"<html>hello</html>"), "web page"),
@@ -652,7 +652,7 @@ def test_probe():
         if fine:
             crawler.probe(oracle)
         else:
-            with pytest.raises(Stop, match="user-suffix"):
+            with pytest.raises(Stop, match="naive"):
                 crawler.probe(oracle)
 
 
@@ -737,7 +737,7 @@ def test_labels_cannot_break_out_of_the_report(tmp_path):
 def test_a_target_that_ignores_the_prefill_ends_the_audit(tmp_path, capsys):
     with Server(lambda *_: (200, {}, completion("Sure! Red."))) as server, pytest.raises(SystemExit) as exit:
         crawler.main(["--url", server.url, "--model", "m", "--out", str(tmp_path)])
-    assert exit.value.code == 3 and "--place user-suffix" in capsys.readouterr().err
+    assert exit.value.code == 3 and "--place naive" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -349,7 +349,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
         ("--layers 9", "allowed: 0 to 1"),
         ("--alphas nan", "finite"),
         ("--alphas 0", "not 0"),
-        ("--draws 0", "1 to 1000"),
+        ("--draws -1", "0 to 1000"),
         ("--skew 2", "0.1 to 1"),
         ("--dataset FILE.csv", "needs --model"),
         ("--model MODEL --dataset list.txt", "FILE.json or FILE.csv"),

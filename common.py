@@ -198,8 +198,7 @@ def setup(args) -> Env:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
-        device = torch.device(found if args.device == "auto" else args.device)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=found if args.device == "auto" else args.device).device  # cuda has its index
     except (RuntimeError, AssertionError):  # how torch says that it doesn't know the name, or finds no such device
         here = "cpu" if found == "cpu" else f"cpu, {found} ({torch.accelerator.device_count()})"
         raise ValueError(f"--device {args.device}: not on this machine, which has: {here}") from None

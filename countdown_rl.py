@@ -49,14 +49,17 @@ class Args(common.TrainFlags):
     """CountDown"""
 
     presets: ClassVar[dict] = {
-        "smoke": dict(steps=6, drill=2, batch_size=4, n_embd=32, head_dim=4, rl_steps=2, control_steps=2, prompts=2)
+        "smoke": dict(steps=6, drill=2, batch_size=4, n_embd=32, head_dim=4, rl_steps=2, prompts=2)
         | dict(problems=8, samples=12, save_every=2, prev_thresh=0.0, jobs=1, threads=1),
         "toy": dict(steps=1300, batch_size=16, lr=4e-3, min_lr=0.03, jobs=1),
         "paper": dict(model="Qwen/Qwen2.5-3B", stages=["grpo", "analysis"], nums=[3, 4], num_max=99, cap=100)
-        | dict(prompts=256, max_new=1024, rl_lr=1e-6, beta=0.001, rl_steps=300, format_reward=0.1, clip_high=0.2)
+        | dict(prompts=256, max_new=1024, rl_lr=1e-6, beta=0.001, rl_steps=1200, format_reward=0.1, clip_high=0.2)
         | dict(micro_batch=4, problems=1024, save_every=100, samples=300, steering=20.0, minibatches=4, rank="diag")
-        | dict(grad_checkpoint=True, scope="prompt"),
+        | dict(grad_checkpoint=True, scope="prompt", glu_k=50),
     }
+    limits: ClassVar[dict] = dict.fromkeys("prompts rl_steps inner_epochs minibatches samples problems".split(), (1,))
+    limits |= dict.fromkeys("n_head n_embd head_dim".split(), (1,)) | {"n_layer": (3,), "guess": (0, 1)}
+    limits |= dict.fromkeys("glu_k drill max_new ref_reset".split(), (0,))
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     """of sft grpo control analysis; what is left out is read from --out"""
     model: str = ""
@@ -84,9 +87,7 @@ class Args(common.TrainFlags):
     head_dim: int = 16
     """toy: of a head"""
     rl_steps: int = 44
-    """optimizer steps of GRPO (paper: 300)"""
-    control_steps: int = 12
-    """optimizer steps with permuted rewards"""
+    """optimizer steps of GRPO, and of its control with permuted rewards (paper: 1200, on 300 batches)"""
     rl_lr: float = 2e-4
     """constant (paper: 1e-6)"""
     prompts: int = 16
@@ -520,7 +521,8 @@ def rollout(model, prompts, group, max_new, temperature, stops, seed, dtype=None
     device = model.wte.weight.device
     rng, stop = torch.Generator(device).manual_seed(seed), torch.tensor(stops, device=device)
     kv = KVCache(model.config, len(prompts), max(map(len, prompts)) + max_new, device, dtype or model.wte.weight.dtype)
-    h = prefill(model, prompts, kv).repeat_interleave(group, 0)
+    with model.eager():
+        h = prefill(model, prompts, kv).repeat_interleave(group, 0)
     kv.keep(torch.arange(len(prompts), device=device).repeat_interleave(group))
     out = torch.zeros(len(h), max_new, dtype=torch.long, device=device)
     logps, lengths, rows = out.float(), torch.full_like(out[:, 0], max_new), torch.arange(len(h), device=device)
@@ -566,7 +568,7 @@ def measure(model, world, env, problems, samples=0, seed=0):
 
 def advantages(rewards, group, norm="group"):
     """A_i = (r_i - mean r) / (std r + 1e-4) over each group of consecutive rewards (N,); sample std (ddof 1)."""
-    if group < 2 and norm == "group":
+    if group < 2:
         raise ValueError(f"--group {group}: the group size must be at least 2")
     r = rewards.view(-1, group)
     a = r - r.mean(1, keepdim=True)
@@ -635,11 +637,17 @@ def draw_rollouts(policy, world, args, env, step, shuffle=False):
     With dynamic sampling, groups of one reward are drawn anew, up to four times. `shuffle` permutes the rewards.
     """
     rng, groups = random.Random(f"{world.seed} {step} {env.rank} {shuffle}"), []
+    size = max(1, 2**18 // (args.group * world.max_new))  # prompts at once: a large model's cache is large
     for last in (False, False, False, True) if args.dynamic_sampling else (True,):
         problems = [rng.choice(world.train) for _ in range(args.prompts // env.world - len(groups))]
-        prompts = [world.prompt(*p, rng) for p in problems] or [[world.pad]]
-        seed = rng.getrandbits(31)
-        ids, logps, entropy = rollout(policy, prompts, args.group, world.max_new, 1.0, world.stops, seed, env.dtype)
+        if not problems:
+            break
+        prompts, seed, parts = [world.prompt(*p, rng) for p in problems], rng.getrandbits(31), []
+        for i in range(0, len(prompts), size):
+            part = prompts[i : i + size], args.group, world.max_new, 1.0, world.stops, seed + i, env.dtype
+            parts.append(rollout(policy, *part))
+        ids, logps = (sum((p[k] for p in parts), []) for k in (0, 1))
+        entropy = float(np.mean([p[2] for p in parts]))
         for i, problem in enumerate(problems):
             part = slice(i * args.group, (i + 1) * args.group)
             rewards = [score(world, problem, r, args) for r in ids[part]]
@@ -666,7 +674,10 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
     """GRPO in place, by `common.train`: a batch is a set of rollouts with their advantages, or a part of one."""
     ref, kept, store = copy.deepcopy(policy) if args.beta else None, log.path.with_suffix(".ref.pt"), {}
     policy.args, updates = args, args.inner_epochs * args.minibatches
-    if args.resume and ref and kept.exists():
+    rollouts = log.path.with_suffix(f".rollouts{env.rank}.pt")  # for a resume between the updates on one batch
+    for path in (kept, rollouts) if not args.resume else ():
+        path.unlink(missing_ok=True)  # of an earlier run
+    if ref and kept.exists():
         ref.load_state_dict(common.load_checkpoint(kept)["model"])
 
     @torch.no_grad()
@@ -688,9 +699,13 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
                 store["ref"][i : i + size][on.cpu()] = token_logps(ref, ref.hidden(x)[on], y[on]).cpu()
             row["kl"] = divergence(old, store["ref"], "k3").sum().item() / lengths.sum().item()
         log(step, **row)
+        if updates > 1:
+            common.save_checkpoint(rollouts, {"step": step, "store": store})
 
     def batch(step):
-        if step % updates == 0 or not store:
+        if step % updates and not store:
+            store.update(common.load_checkpoint(rollouts)["store"])
+        elif step % updates == 0:
             if ref and args.ref_reset and step and step % args.ref_reset == 0:
                 ref.load_state_dict(policy.state_dict())
                 common.save_checkpoint(kept, {"model": ref.state_dict()}, env)
@@ -704,10 +719,11 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
 
     for block in policy.blocks if args.grad_checkpoint else ():
         block.forward = lambda *x, f=block.forward: checkpoint(f, *x, use_reentrant=False)
-    flags = replace(args, steps=args.control_steps if shuffle else args.rl_steps, lr=args.rl_lr, min_lr=1.0, warmup=5)
-    flags = replace(flags, weight_decay=0.0, compile=False, eval_every=args.control_steps)
+    flags = replace(args, steps=args.rl_steps, lr=args.rl_lr, min_lr=1.0, warmup=5, weight_decay=0.0, compile=False)
+    flags.eval_every = max(1, args.rl_steps // 4)
     test = lambda step: measure(policy, world, env, world.heldout[: args.problems])
-    common.train(policy, batch, flags, env, log, test, position)
+    with policy.eager():  # the lengths of a batch differ from step to step
+        common.train(policy, batch, flags, env, log, test, position)
 
 
 # --------------------------------------------------------------------------------------------------- steps and passes
@@ -959,7 +975,8 @@ def rank_heads(model, world, steps, neurons, effect):
         scores["compose"][l, h] = compose_score(folded, wo, torch.cat((gate * gain, up * gain)))
         o = acts[f"blocks.{l}.attn.z"][:, h] @ wo
         for m in (m for m in gu if m >= l):  # the MLP follows the attention in a block
-            x, norm = acts[f"blocks.{m}.resid_post"] - acts[f"blocks.{m}.mlp.out"], model.blocks[m].norm2.float()
+            x = acts[f"blocks.{m}.resid_post"] - acts[f"blocks.{m}.mlp.out"]
+            norm = copy.deepcopy(model.blocks[m].norm2).float()
             on, off = (F.silu(norm(v) @ gu[m][0].T) * (norm(v) @ gu[m][1].T) for v in (x, x - o))
             scores["direct"][l, h] += (on - off).sum(1).mean().cpu() / len(neurons)
     if effect:
@@ -1047,7 +1064,7 @@ def analyse(model, world, steps, args, seed, base=None, fresh=None):
     best = lambda key: max(m[f"probe_{key}"])
     m |= {
         "inner_layer": max(m["probe_bracket"][1:-1]),
-        "embedding": m["probe_bracket"][0],
+        "embedding": m["probe_result"][0],  # the bracket's own is the same in every row
         "before_result": best("before"),
     }
     m |= {"probe_of_shuffled_labels": best("shuffled"), "probe_of_result_and_attempt": best("lexical")}
@@ -1221,7 +1238,7 @@ def judge(run, seeds):
         run.claim(id, text, paper, *shown, criterion, holds, not control_passes(mean))
 
     claim("C1", "GRPO raises held-out greedy accuracy", "0 to about .6 (3B)",
-          "sft_greedy; grpo_greedy; gain; gain_worst_seed; sft_sampled; grpo_sampled; gain_at_control_end",
+          "sft_greedy; grpo_greedy; gain; gain_worst_seed; sft_sampled; grpo_sampled",
           "gain_rewards_permuted", "gain >= .08, every seed > 0; control within .04 of 0",
           lambda s: s["gain"] >= 0.08 and s["gain_worst_seed"] > 0, lambda s: abs(s["gain_rewards_permuted"]) > 0.04)
     collapsed = lambda s, net: s[f"{net}_checked"] >= 0.98 and s[f"{net}_form_entropy"] <= 0.1
@@ -1229,15 +1246,15 @@ def judge(run, seeds):
           "grpo_checked; grpo_form_entropy; grpo_wellformed", "sft_checked; sft_form_entropy",
           "checked >= .98, entropy <= .1, well-formed >= .98; SFT not",
           lambda s: collapsed(s, "grpo") and s["grpo_wellformed"] >= 0.98, lambda s: collapsed(s, "sft"))
+    rigid = lambda s, net: all(s[f"{net}_{key}"] < s[f"sft_{key}"] for key in ("word_entropy", "distinct"))
     claim("C2b", "verdicts' words and traces collapse as well (T=1; distinct traces of 8)", "one rigid wording",
-          "grpo_word_entropy; grpo_distinct", "sft_word_entropy; sft_distinct", "both below SFT's",
-          lambda s: s["grpo_word_entropy"] < s["sft_word_entropy"] and s["grpo_distinct"] < s["sft_distinct"],
-          lambda s: False)
+          "sft_word_entropy; sft_distinct; grpo_word_entropy; grpo_distinct", "control_word_entropy; control_distinct",
+          "both below SFT's; with permuted rewards not", lambda s: rigid(s, "grpo"), lambda s: rigid(s, "control"))
     controls = ["probe_of_shuffled_labels", "probe_of_result_and_attempt"]
     controls += ["probe_of_random_weights"] if "probe_of_random_weights" in mean else []
     claim("C3", "a probe at the bracket tells right from wrong before the last layer (balanced accuracy)",
           "near 1 at 4 of 36", "inner_layer; embedding; inner_layer_at_result; before_result", "; ".join(controls),
-          "inner >= .95, embedding <= .60; shuffled <= .60, other controls < .95",
+          "inner >= .95, the result's embedding <= .60; shuffled <= .60, other controls < .95",
           lambda s: s["inner_layer"] >= 0.95 and s["embedding"] <= 0.6,
           lambda s: s[controls[0]] > 0.6 or max(s[k] for k in controls) >= 0.95)
     claim("C4", "GLU vectors near the probe read as verdicts (share with one in the top 3)",
@@ -1359,6 +1376,8 @@ def run_seed(args, seed, position=0):
     kept, flags = out / f"measures-s{seed}.json", {k: v for k, v in vars(args).items() if k not in ("resume", "seeds")}
     if args.resume and kept.exists() and (done := json.loads(kept.read_text()))["flags"] == flags:
         return done["measures"]  # this seed was finished before
+    if not env.rank:
+        kept.unlink(missing_ok=True)
     log = lambda stage: common.Log(out, f"{stage}-s{seed}", env)
     stored = lambda stage: model.load_state_dict(common.load_checkpoint(log(stage).path.with_suffix(".pt"))["model"])
     if toy:
@@ -1381,21 +1400,20 @@ def run_seed(args, seed, position=0):
         grpo(model, world, args, env, log("grpo"), False, position)
     elif toy:
         stored("grpo")
-    if "control" in args.stages:
-        grpo(copy.deepcopy(base), world, args, env, log("control"), True, position)
+    control = copy.deepcopy(base) if "control" in args.stages else None
+    if control:
+        grpo(control, world, args, env, log("control"), True, position)
     if env.rank or "analysis" not in args.stages:
         return m
     held = world.heldout[: args.problems]
-    for name, net in (("sft", base), ("grpo", model)) if toy else ():
+    nets = {"sft": base, "grpo": model} | ({"control": control} if control else {})
+    for name, net in nets.items() if toy else ():
         found = measure(net, world, env, held) | measure(net, world, env, held[: len(held) // 4], 8, seed)
         m |= {f"{name}_{k}": v for k, v in found.items()}
     if toy:
-        curve = lambda stage: {r["step"]: r["greedy"] for r in common.read_jsonl(log(stage).path) if "greedy" in r}
-        real, control, m["gain"] = curve("grpo"), curve("control"), m["grpo_greedy"] - m["sft_greedy"]
-        if control:
-            end = max(control)
-            m["gain_rewards_permuted"] = control[end] - control[0]
-            m["gain_at_control_end"] = real.get(end, real[max(real)]) - real[0]
+        m["gain"] = m["grpo_greedy"] - m["sft_greedy"]
+    if toy and control:
+        m["gain_rewards_permuted"] = m["control_greedy"] - m["sft_greedy"]
     with env.autocast(), model.eager():
         traces, m["own_traces"] = traces_of(model, world, args, env, seed)
         steps = find_steps(world, traces, args.scope)
@@ -1414,6 +1432,8 @@ def check(args):
     if min(args.nums) < 2 or args.cap < 1 or args.attempts < 1:
         raise ValueError(f"--nums {args.nums} --cap {args.cap} --attempts {args.attempts}, allowed: 2, 1 and 1 and up")
     advantages(torch.zeros(args.group), args.group, args.adv_norm)
+    if args.shard:
+        raise ValueError("--shard: rollouts end at different steps on different ranks, allowed: --no-shard")
     if args.prompts % int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"--prompts {args.prompts} is not a multiple of the number of processes")
     if not args.model and args.glu_k > 2 * args.n_embd:

@@ -50,7 +50,8 @@ def read_files(paths):
 def read_path(path):
     """Documents of a local path: a folder's files, a .jsonl file's records, or a text file in a hundred pieces."""
     if path.is_dir():
-        files = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
+        files = [p for p in path.rglob("*") if p.is_file() and not hidden(p)]
         if not files:
             raise ValueError(f"{path} has no files")
         return read_files(files)

@@ -582,6 +582,6 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
         logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
-        out = (p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p)  # mass before it is enough
-        logits = logits.masked_fill(out, -torch.inf)
+        out = p.cumsum(-1) - p >= top_p  # the mass before it is enough
+        logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=rng)

@@ -49,6 +49,7 @@ class Args(common.TrainFlags):
         "160m": dict(n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=3000, batch_size=512),
         "paper": dict(n_layer=16, n_head=8, n_embd=2048, lr=2.5e-4, steps=20000, warmup=1430, decay_steps=143000),
     }
+    limits: ClassVar[dict] = {"samples": (4,), "block_size": (65,), "n_layer": (1,), "n_head": (1,), "n_embd": (1,)}
     arms: list[str] = field(default_factory=lambda: ["none", "any", "random", "offset"])
     """loss masks to train with: none any latest offset repeat random thresholded"""
     dataset: str = "stdlib"
@@ -213,7 +214,7 @@ def step_mask(rule, x, world, args, key):
     if rule == "none":
         return torch.zeros_like(x[:, 1:], dtype=torch.bool)
     if rule == "thresholded":
-        return thresholded(x, world.embedding, args.tau)
+        return thresholded(x.to(world.embedding.device), world.embedding, args.tau).cpu()
     docs = (x == world.eos).cumsum(1) if args.doc_attn else None  # an end-of-text token opens its document
     x = x if world.classes is None else world.classes[x]
     mask = repeated(x, "any" if rule == "random" else rule, world.n_vocab, args.min_n, docs)
@@ -323,6 +324,8 @@ def config_of(args, world):
 def train_arm(args, world, arm, position=0):
     """Trains one arm; returns its final measures."""
     env = common.setup(args)
+    if world.embedding is not None:
+        world.embedding = world.embedding.to(env.device)
     torch.manual_seed(world.seed)  # the same initial weights for every arm
     model = GPT(config_of(args, world))
 
@@ -356,10 +359,15 @@ def train_arm(args, world, arm, position=0):
 
 
 @torch.no_grad()
-def logits_at(model, x, columns):
-    """Logits (n, k, V) of windows x (n, T) at the given columns, a few windows at a time."""
+def logits_at(model, x, columns, read=lambda logits: logits):
+    """Logits (n, k, V) of windows x (n, T) at the given columns, or what is read of them, a few windows at a time."""
     x, size = torch.as_tensor(x).to(model.wte.weight.device), max(1, 2**14 // x.shape[1])
-    return torch.cat([model.unembed(model.hidden(part)[:, columns]).float() for part in x.split(size)])
+    return torch.cat([read(model.unembed(model.hidden(part)[:, columns]).float()) for part in x.split(size)])
+
+
+def likeliest(logits):
+    """The ids (...) of the largest logits (..., V)."""
+    return logits.argmax(-1)
 
 
 def repetition(model, x, ordinary):
@@ -368,7 +376,8 @@ def repetition(model, x, ordinary):
     The guess is the likeliest of the `ordinary` tokens: not the toy's separators, which follow nearly anything.
     """
     s = x.shape[1] // 2
-    guess = ordinary[logits_at(model, x[:, :-1], slice(s, None))[..., ordinary].argmax(-1).cpu()]
+    among = lambda logits: likeliest(logits[..., ordinary])
+    guess = ordinary[logits_at(model, x[:, :-1], slice(s, None), among).cpu()]
     right = guess == x[:, s + 1 :]
     return right[:, -1].mean(), right.mean()
 
@@ -409,8 +418,9 @@ def head_effects(model, x, ablate, alphabet, rng):
     sites = [f"blocks.{i}.attn.z" for i in range(c.n_layer)]
     stream = torch.from_numpy(rng.choice(alphabet, x.shape)).to(device)
     means = {site: z.mean((0, 1)) for site, z in model.capture(stream, sites).items()}
-    targets = torch.as_tensor(x[:, s + 1 :]).to(device)[..., None]
-    copied = lambda: logits_at(model, x[:, :-1], slice(s, None)).softmax(-1).gather(2, targets).mean().item()
+    parts = torch.as_tensor(x).to(device).split(max(1, 2**14 // x.shape[1]))
+    p = lambda x: logits_at(model, x[:, :-1], slice(s, None)).softmax(-1).gather(2, x[:, s + 1 :, None])
+    copied = lambda: torch.cat([p(part) for part in parts]).mean().item()
 
     def ablated(site, h):
         stand_in = means[site][h] if ablate == "mean" else 0.0
@@ -493,7 +503,7 @@ def measure(model, world, args, n, final=False):
     if args.mix[2]:
         for name, overlap in ("overlap", True), ("no_overlap", False):
             x5, answers = world.query(rng(3), n, 5, overlap)
-            out[f"label_{name}"] = (logits_at(model, x5, [-1]).argmax(-1)[:, 0].cpu().numpy() == answers).mean()
+            out[f"label_{name}"] = (logits_at(model, x5, [-1], likeliest)[:, 0].cpu().numpy() == answers).mean()
     if final:
         for name, alphabet in list(world.alphabets.items())[1:]:
             if args.mix[3] or name == "text":
@@ -507,7 +517,7 @@ def measure(model, world, args, n, final=False):
 def shot_curve(model, x, step):
     """Accuracy (k,) of the answers of shots 0, 1, ... in windows x (n, T) of shots of `step` tokens."""
     columns = np.arange(step - 2, x.shape[1] - 1, step)
-    return (logits_at(model, x, columns).argmax(-1).cpu().numpy() == x[:, columns + 1]).mean(0)
+    return (logits_at(model, x, columns, likeliest).cpu().numpy() == x[:, columns + 1]).mean(0)
 
 
 def transplant(model, world, args):
@@ -619,6 +629,7 @@ def judge(run, results):
                   "hapax >= vanilla - .05, both >= zero-shot + .3", test(m("any", "abstractive")),
                   not any(map(test, control.values())))
 
+    if "label_overlap" in results["none"][0]:
         gap = lambda arm, key: m("none", key) - m(arm, key)
         test = lambda arm: (x := gap(arm, "label_overlap")) >= 0.1 and gap(arm, "label_no_overlap") <= x / 2
         run.claim("C3", "few-label tasks suffer where the label can be copied (vanilla - arm)",
@@ -777,7 +788,8 @@ def prepare(args, env):
     worlds = [World(*tokens, tok.n_vocab, tok.eos, args.shot_format == "sep", seed) for seed in args.seeds]
     for world in worlds:
         if args.equiv == "surface":
-            surface = [tok.decode([i]).strip().casefold() or str(i) for i in range(tok.n_vocab)]
+            surface = [tok.decode([i]).strip().casefold() for i in range(tok.n_vocab)]
+            surface = [s if s and "\ufffd" not in s else i for i, s in enumerate(surface)]  # not blanks, bytes
             number = {s: i for i, s in enumerate(dict.fromkeys(surface))}
             world.classes = torch.arange(world.n_vocab)
             world.classes[: tok.n_vocab] = torch.tensor([number[s] for s in surface])

@@ -55,15 +55,15 @@ def run(f, *args, **kwargs):
     """An operation of ATen on the tensors underneath; RuntimeError if devices are mixed."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     same = [t for t in tree_leaves((args[:1], args[2:])) if isinstance(t, torch.Tensor)] if f in INDEXING else tensors
-    here = [isinstance(t, Pretend) for t in same]
-    if f not in ACROSS and any(here) and any(t.dim() for t, on in zip(same, here) if not on):  # a CPU scalar may mix
-        raise RuntimeError(f"{f}: tensors on {', '.join(f'{t.device} {tuple(t.shape)}' for t in same)}")
+    here = lambda t: isinstance(t, Pretend)
+    if f not in ACROSS and any(map(here, tensors)) and any(t.dim() and not here(t) for t in same):  # a scalar may mix
+        raise RuntimeError(f"{f}: tensors on {', '.join(f'{t.device} {tuple(t.shape)}' for t in tensors)}")
     if "device" in kwargs and kwargs["device"] is not None:
         there, kwargs["device"] = torch.device(kwargs["device"]).type == "pretend", CPU
     else:
-        there = here[0] if f is aten.copy_.default else any(here)
+        there = here(tensors[0]) if f is aten.copy_.default else any(map(here, tensors))
     kwargs.pop("pin_memory", None)
-    known = {id(t.x): t for t in tensors if isinstance(t, Pretend)}  # an operation in place returns what it was given
+    known = {id(t.x): t for t in tensors if here(t)}  # an operation in place returns what it was given
     args, kwargs = tree_map_only(Pretend, lambda t: t.x, (args, kwargs))
     out = f(*args, **kwargs)
     return tree_map_only(torch.Tensor, lambda t: known[id(t)] if id(t) in known else Pretend(t), out) if there else out

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 import time
 from collections import Counter
 from dataclasses import replace
@@ -597,11 +598,25 @@ def test_resume_is_exact(smoke, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_resume_between_the_updates_on_one_batch_is_exact(smoke, tmp_path):
+    found = []
+    for name, stops in ("whole", [4]), ("halves", [3, 4]):
+        (tmp_path / name).mkdir()
+        shutil.copy(smoke[0] / "sft-s0.pt", tmp_path / name)
+        for i, steps in enumerate(stops):
+            flags = ["--stages", "grpo", "--minibatches", "2", "--inner-epochs", "2", "--rl-steps", str(steps)]
+            cd.main(["--preset", "smoke", *flags, "--out", str(tmp_path / name), *["--resume"] * i])
+        found.append(common.load_checkpoint(tmp_path / name / "grpo-s0.pt")["model"])
+    assert all(torch.equal(a, b) for a, b in zip(*(m.values() for m in found)))
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--stages", "rl"], "allowed: sft grpo control analysis"),
         (["--group", "1"], "group size must be at least 2"),
+        (["--minibatches", "0"], "1 and more"),
+        (["--shard"], "--no-shard"),
         (["--nums", "1"], "allowed: 2"),
         (["--cap", "0"], "--cap 0"),
         (["--glu-k", "999"], "--glu-k 999"),

@@ -360,6 +360,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
         ("--model MODEL --dataset LANG.csv", "'xx', allowed: en"),
         ("--model MODEL --dataset ENGLISH.csv", "a, fr, en: no questions"),
         ("--model MODEL --dataset FEW.csv", "needed: country us and two more"),
+        ("--model MODEL --dataset IDS.csv", "fr: no question has the same id in en and fr"),
         ("--model /no/such/folder", "/no/such/folder"),
         ("--preset huge", "smoke"),
     ],
@@ -372,6 +373,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, match, folder, tmp_path, c
     write(tmp_path / "LANG.csv", [r | {"lang": "xx"} for r in good])
     write(tmp_path / "ENGLISH.csv", [r for r in good if (r["country"], r["lang"]) != ("fr", "en")])
     write(tmp_path / "FEW.csv", [r for r in good if r["country"] != "fr"])
+    write(tmp_path / "IDS.csv", [{k: v for k, v in r.items() if k != "id"} for r in good])
     (tmp_path / "EMPTY.csv").write_text("task,country\n")
     flags = re.sub(r"(\w+\.csv)", rf"{tmp_path}/\1", flags).replace("MODEL", str(folder))
     with pytest.raises(SystemExit) as stop:

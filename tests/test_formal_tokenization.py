@@ -337,7 +337,8 @@ def test_bad_vocabulary_and_regex():
 
 
 @pytest.mark.parametrize("flags", [["--grammar", "nope"], ["--arms", "word"], ["--tokenizer", "nope"],
-                                   ["--tokenizer", "byte", "--text", "{]"], ["--model", "nope"]])  # fmt: skip
+                                   ["--tokenizer", "byte", "--text", "{]"], ["--model", "nope"],
+                                   ["--samples", "1"], ["--merges", "999"], ["--n-embd", "30"]])  # fmt: skip
 def test_bad_flags_end_in_one_line(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         ft.main([*flags, "--preset", "smoke", "--out", str(tmp_path)])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -246,9 +247,11 @@ def test_a_real_checkpoint_and_its_budget(tmp_path, capsys):
         ("--arms cont zap", "allowed: all"), ("--arms rand", "lacks cont or zip"), ("--max-len 0", "max_len is 0"),
         ("--max-codes -1", "max_codes is -1"), ("--enc-dim 7", "multiple"), ("--kwkwk never", "avoid"),
         ("--model no-such-model", "no-such-model"), ("--lora-r 0", "from 1"), ("--device toaster", "which has"),
+        ("--samples 0", "1 and more"), ("--resume", "of another model: n_embd is 40"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(flags, match, tmp_path, capsys):
+    common.save_checkpoint(tmp_path / "base-s0.pt", {"config": asdict(GPTConfig(8, 8, 1, 1, 40))})
     with pytest.raises(SystemExit) as stop:
         z2z.main(["--preset", "smoke", "--out", str(tmp_path), *flags.split()])
     error = capsys.readouterr().err.strip().splitlines()[-1]

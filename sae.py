@@ -947,8 +947,11 @@ def prepare(args, env):
         raise ValueError(f"--layer {args.layer}, allowed: 0 to {model.config.n_layer - 1}")
     corpus = ud_sentences(args.ud) if args.ud else template_sentences()
     for splits in corpus.values():
-        for split, (texts, labels) in splits.items():
-            splits[split] = [tok.encode(t, bos=True)[: model.config.block_size] for t in texts], labels
+        for split, (texts, labels) in splits.items():  # a treebank's split is far larger than a probe needs
+            order = np.random.default_rng(0).permutation(len(texts)) if args.ud else np.arange(len(texts))
+            rows = order[: 20 * args.n_probe]
+            ids = [tok.encode(texts[i], bos=True)[: model.config.block_size] for i in rows]
+            splits[split] = ids, {name: y[rows] for name, y in labels.items()}
     with common.rank_zero_first(env):
         limit, folder = 2 * args.sae_steps * args.sae_batch, Path(args.out) / "tokens"
         tokens = [data.token_file(args.dataset, s, tok, folder, limit, env.rank > 0) for s in ("train", "heldout")]

@@ -53,7 +53,8 @@ def versus(what, ours, peers, device, rounds=15, tries=3):
             times.setdefault(name, []).append(seconds(contenders[name], repeat[name]))
     rows = []
     for name in peers:
-        low, ratio, high = statistics.quantiles([b / a for a, b in zip(times["ours"], times[name])], n=4)
+        ratios = [b / a for a, b in zip(times["ours"], times[name])]
+        low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
         ours_ms, peer_ms = (1e3 * statistics.median(times[k]) for k in ("ours", name))
         rows.append(
             {
@@ -290,7 +291,7 @@ def hook_libraries(model, idx, z):
     for name, library in {"nnsight": with_nnsight, "transformer-lens": with_lens, "pyvene": with_pyvene}.items():
         try:
             last = library(model, idx, z)
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:  # or a stub that `sae` has left
             print(f"{name} is left out: {error}")
             continue
         loop = lambda last=last: torch.stack([last(j) for j in range(-1, model.config.n_layer)], 1)
@@ -388,7 +389,7 @@ def lens_model(transformer_lens, model):
 
 
 def crosscoder(device):
-    """Attribution, a training step and steering at the toy's shapes: 4 blocks of 64, prompts of 128 tokens.
+    """Attribution, a training step and steering near the toy's shapes: 4 blocks of 64, 1,024 latents, 128 tokens.
 
     The peers are what the released code does [C]: every position encoded and kept, gradients of the whole network; a
     crosscoder step that multiplies all latents. Results equal; the reference holds 128 times our latents in memory.
@@ -491,8 +492,9 @@ def generate(device):
     rows = versus("generate, 16 x 64, fp32", ours, {"transformers": theirs}, device, rounds=3, tries=1)
     path = pretrained.find(name)
     read = {"gguf_file": path.name, "dtype": torch.float32}
-    peers = {"transformers": lambda: AutoModelForCausalLM.from_pretrained(path.parent, **read)}
-    return rows + versus("load from GGUF", lambda: pretrained.load(name, device), peers, device, rounds=2, tries=1)
+    peers = {"transformers": lambda: AutoModelForCausalLM.from_pretrained(path.parent, **read).to(device)}
+    load = lambda: pretrained.load(name, device, "fp32")
+    return rows + versus("load from GGUF", load, peers, device, rounds=2, tries=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- sae
@@ -1140,11 +1142,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if unknown := set(args.sections) - set(SECTIONS):
         common.fail(f"no section {', '.join(sorted(unknown))}, allowed: {', '.join(SECTIONS)}")
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError):
+        common.fail(f"--device {args.device}: not on this machine")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in fp32, where results are compared
     threads, rows = torch.get_num_threads(), []
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     for name in args.sections:
         torch.set_num_threads(threads)
-        for row in SECTIONS[name](torch.device(args.device)):
+        for row in SECTIONS[name](device):
             line = "{what:34s} {ours_ms:9.2f} ms   {peer:18s} {peer_ms:9.2f} ms   {ratio:6.2f}x".format(**row)
             line += "  [{:.2f}, {:.2f}]".format(*row["quartiles"])
             if "share_of_peak" in row:

@@ -615,7 +615,7 @@ class Run:
         rows = [["claim", "paper", "measured", "control", "holds"]]
         for c in self.claims:
             numbers = ["\n".join(f"{k} {number(v)}" for k, v in c[side].items()) for side in ("measured", "control")]
-            verdict = ("yes" if c["holds"] else "NO") + ("" if c["control_fails"] else "\nSO DOES THE CONTROL")
+            verdict = ("yes" if c["holds"] else "NO") + ("" if c["control_fails"] else "\ncontrol does not fail")
             rows.append([f"{c['id']} {c['claim']}\n  {c['criterion']}", c["paper"], *numbers, verdict])
         table(rows, widths=(44, 22, 24, 24, 10))
         print(f"{out}/result.json, figures beside it; {result['seconds']:.0f} s")

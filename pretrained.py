@@ -116,7 +116,7 @@ def to_ours(kind, config, name, part, t):
     if kind in ("cohere", "gguf_llama") and ".qkv." in name and part < 2:  # rotates 2j with 2j + 1, not j + dim/2
         return t.reshape(-1, dim // 2, 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
     if kind in ("gemma2", "gemma3_text") and t.dim() == 1 and name.endswith("weight"):
-        return 1 + t  # its norms scale by 1 + w
+        return 1 + t.float()  # its norms scale by 1 + w; a sum in the file's bf16 would be rounded
     return t
 
 

@@ -49,7 +49,7 @@ def test_page(tmp_path):
     checker = Checker()
     checker.feed(page)
     assert not checker.open and "1 of 2 claims" in checker.text and "a < b & c" in checker.text
-    assert "does not hold, and so does the control" in checker.text and "exit code 1: <boom>" in checker.text
+    assert "does not hold; its control does not fail" in checker.text and "exit code 1: <boom>" in checker.text
     assert page.count("data:image/png;base64,") == 1 and "http" not in page.replace("https://arxiv.org/abs/", "")
 
 

@@ -247,7 +247,7 @@ def test_a_real_checkpoint_and_its_budget(tmp_path, capsys):
         ("--arms cont zap", "allowed: all"), ("--arms rand", "lacks cont or zip"), ("--max-len 0", "max_len is 0"),
         ("--max-codes -1", "max_codes is -1"), ("--enc-dim 7", "multiple"), ("--kwkwk never", "avoid"),
         ("--model no-such-model", "no-such-model"), ("--lora-r 0", "from 1"), ("--device toaster", "which has"),
-        ("--samples 0", "1 and more"), ("--resume", "of another model: n_embd is 40"),
+        ("--samples 0", "1 and more"), ("--resume", "n_embd is 40 there"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(flags, match, tmp_path, capsys):

@@ -683,13 +683,15 @@ def harvest(model, layer, blocks, n, max_norm_mult=10):
     max_norm_mult: rows above so many medians go (attention sinks: a few huge rows would rule the loss).
     """
     rows, total = [torch.zeros(0, model.config.n_embd)], 0
-    for idx, mask in blocks:
-        x = residual(model, idx, layer, mask)[:, 1:][mask[:, 1:]]
-        norm = x.norm(dim=1)
-        rows.append(x[norm <= max_norm_mult * norm.median()])
-        total += len(rows[-1])
-        if total >= n:
-            break
+    with tqdm(total=n, desc="harvest", unit=" rows", leave=False, delay=5, disable=None) as bar:
+        for idx, mask in blocks:
+            x = residual(model, idx, layer, mask)[:, 1:][mask[:, 1:]]
+            norm = x.norm(dim=1)
+            rows.append(x[norm <= max_norm_mult * norm.median()])
+            total += len(rows[-1])
+            bar.update(len(rows[-1]))
+            if total >= n:
+                break
     return torch.cat(rows[-1:] if total == 0 else rows[1:])[:n]
 
 

@@ -13,8 +13,10 @@ import logging
 import math
 import random
 import statistics
+import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,19 @@ from model import GPT, GPTConfig
 from model import generate as model_generate
 
 # ------------------------------------------------------------------------------------------------------------- timing
+
+
+@contextmanager
+def stubs_taken_back(*packages):
+    """Leaves sys.modules as it was where these packages are concerned: nothing else should take stubs for them."""
+    theirs = lambda modules: {name: module for name, module in modules.items() if name.split(".")[0] in packages}
+    before = theirs(sys.modules)
+    try:
+        yield
+    finally:
+        for name in theirs(sys.modules):
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def versus(what, ours, peers, device, rounds=15, tries=3):
@@ -291,7 +306,7 @@ def hook_libraries(model, idx, z):
     for name, library in {"nnsight": with_nnsight, "transformer-lens": with_lens, "pyvene": with_pyvene}.items():
         try:
             last = library(model, idx, z)
-        except (ImportError, AttributeError) as error:  # or a stub that `sae` has left
+        except ImportError as error:
             print(f"{name} is left out: {error}")
             continue
         loop = lambda last=last: torch.stack([last(j) for j in range(-1, model.config.n_layer)], 1)
@@ -500,10 +515,10 @@ def generate(device):
 # ---------------------------------------------------------------------------------------------------------------- sae
 
 
+@stubs_taken_back("dictionary_learning", "sae_lens", "transformer_lens")
 def sae(device):
     """SAEs: a TopK training step (d 256, 4096 latents, k 32, 2048 rows), one draw of the buffer, attribution."""
     import importlib
-    import sys
     import types
 
     import sae as ours
@@ -906,10 +921,10 @@ def lzw(device):
 # --------------------------------------------------------------------------------------------------------------- clip
 
 
+@stubs_taken_back("open_clip", "transformers", "torchvision")
 def open_clip_model():
     """open_clip's module of models, without its package's __init__, which wants torchvision; ImportError if missing."""
     import importlib.util
-    import sys
     import types
 
     spec = importlib.util.find_spec("open_clip")
@@ -919,14 +934,8 @@ def open_clip_model():
     package.__path__ = list(spec.submodule_search_locations)
     stubs = {n: types.ModuleType(n) for n in ("torchvision", "torchvision.ops", "torchvision.ops.misc")}
     stubs["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
-    before = dict(sys.modules)
     sys.modules.update(stubs, open_clip=package, transformers=None)
-    try:
-        return importlib.import_module("open_clip.model")
-    finally:  # nothing else should take the stubs for the packages
-        for name in ["open_clip", "transformers", *stubs]:
-            sys.modules.pop(name)
-            sys.modules.update({name: before[name]} if name in before else {})
+    return importlib.import_module("open_clip.model")
 
 
 def clip(device):
@@ -1142,10 +1151,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if unknown := set(args.sections) - set(SECTIONS):
         common.fail(f"no section {', '.join(sorted(unknown))}, allowed: {', '.join(SECTIONS)}")
-    try:
-        device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError):
-        common.fail(f"--device {args.device}: not on this machine")
+    with common.bad_input():
+        device = common.find_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # convolutions in fp32, where results are compared
     threads, rows = torch.get_num_threads(), []
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

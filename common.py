@@ -193,15 +193,19 @@ class Env:
         return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
 
 
-def setup(args) -> Env:
-    """Resolves --device and --dtype, joins torchrun's processes, sets threads. ValueError if the device isn't there."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def find_device(name):
+    """The torch.device of a name, with its index (cuda is cuda:0); auto: an accelerator if there is one. ValueError."""
     found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=found if args.device == "auto" else args.device).device  # cuda has its index
+        return torch.empty(0, device=found if name == "auto" else name).device
     except (RuntimeError, AssertionError):  # how torch says that it doesn't know the name, or finds no such device
         here = "cpu" if found == "cpu" else f"cpu, {found} ({torch.accelerator.device_count()})"
-        raise ValueError(f"--device {args.device}: not on this machine, which has: {here}") from None
+        raise ValueError(f"device {str(name)!r} is not on this machine, which has: {here}") from None
+
+
+def setup(args) -> Env:
+    """Resolves --device and --dtype, joins torchrun's processes, sets threads. ValueError if the device isn't there."""
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), find_device(args.device)
     if world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
         if not dist.is_initialized():
@@ -228,7 +232,7 @@ def learning_rate(step, args):
     return args.lr * (args.min_lr + (1 - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(model, batch, args, env, log, evaluate=None, position=0, make_optimizer=None):
+def train(model, batch, args, env, log, evaluate=None, position=0, make_optimizer=None, unit=1):
     """Trains `model` for args.steps optimizer steps, in place; goes on from a checkpoint under --resume.
 
     batch     batch(step) -> dict of this rank's (n, T) tensors for `model.forward`: idx, targets, weights, ...; it
@@ -236,6 +240,7 @@ def train(model, batch, args, env, log, evaluate=None, position=0, make_optimize
     log       a `Log`; its path with .pt in place of .jsonl is the checkpoint
     evaluate  evaluate(step) -> dict of numbers, logged every eval_every steps, before the step, and at the end
     make_optimizer  make_optimizer(model, args) in place of AdamW
+    unit      steps that belong together: checkpoints and stops come after multiples of it only
     """
     net, opt = parallelise(model.to(env.device), args, env), (make_optimizer or optimizer)(model, args)
     path, state = log.path.with_suffix(".pt"), {"step": 0, "seconds": 0.0, "tokens": 0, "config": asdict(model.config)}
@@ -249,7 +254,7 @@ def train(model, batch, args, env, log, evaluate=None, position=0, make_optimize
     bar = tqdm(
         desc=log.run, total=args.steps, initial=state["step"], position=position, leave=False, disable=env.rank > 0
     )
-    bar.mininterval = 0.2 if sys.stderr.isatty() else 10
+    bar.mininterval, stop = 0.2 if sys.stderr.isatty() else 10, False
     with bar, interruptible() as stopped:  # the bar is cleared before a message of the exit
         while True:
             step, row = state["step"], {}
@@ -265,10 +270,8 @@ def train(model, batch, args, env, log, evaluate=None, position=0, make_optimize
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
             opt.step()
             opt.zero_grad(set_to_none=True)
-            stop = env.world == 1 and stopped()
-            if env.world > 1 and step % args.log_every == 0:  # all ranks must agree
-                stop = all_reduce(torch.tensor(float(stopped()), device=env.device), env).item() > 0
-            save = stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps
+            stop, whole = stop or agreed(stopped, step % args.log_every == 0, env), (step + 1) % unit == 0
+            save = whole and (stop or (step + 1) % args.save_every < unit) or step + 1 == args.steps
             if step % args.log_every == 0 or save:
                 value = all_reduce(loss, env).item()
                 if not math.isfinite(value):
@@ -285,7 +288,7 @@ def train(model, batch, args, env, log, evaluate=None, position=0, make_optimize
             if save:
                 save_checkpoint(path, state | snapshot(model, opt), env)
             bar.update()
-            if stop:
+            if stop and whole:
                 raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on from there")
     if row:
         log(args.steps, **row, **timing(state))
@@ -407,6 +410,13 @@ def interruptible():
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def agreed(stopped, due, env):
+    """Whether a stop has come; under torchrun, to any rank: they ask each other, so only at steps where it is `due`."""
+    if env.world == 1:
+        return stopped()
+    return due and all_reduce(torch.tensor(float(stopped()), device=env.device), env).item() > 0
 
 
 def start_worker(lock):

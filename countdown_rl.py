@@ -674,9 +674,8 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
     """GRPO in place, by `common.train`: a batch is a set of rollouts with their advantages, or a part of one."""
     ref, kept, store = copy.deepcopy(policy) if args.beta else None, log.path.with_suffix(".ref.pt"), {}
     policy.args, updates = args, args.inner_epochs * args.minibatches
-    rollouts = log.path.with_suffix(f".rollouts{env.rank}.pt")  # for a resume between the updates on one batch
-    for path in (kept, rollouts) if not args.resume else ():
-        path.unlink(missing_ok=True)  # of an earlier run
+    if not args.resume:
+        kept.unlink(missing_ok=True)  # of an earlier run
     if ref and kept.exists():
         ref.load_state_dict(common.load_checkpoint(kept)["model"])
 
@@ -699,13 +698,9 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
                 store["ref"][i : i + size][on.cpu()] = token_logps(ref, ref.hidden(x)[on], y[on]).cpu()
             row["kl"] = divergence(old, store["ref"], "k3").sum().item() / lengths.sum().item()
         log(step, **row)
-        if updates > 1:
-            common.save_checkpoint(rollouts, {"step": step, "store": store})
 
     def batch(step):
-        if step % updates and not store:
-            store.update(common.load_checkpoint(rollouts)["store"])
-        elif step % updates == 0:
+        if step % updates == 0 or not store:
             if ref and args.ref_reset and step and step % args.ref_reset == 0:
                 ref.load_state_dict(policy.state_dict())
                 common.save_checkpoint(kept, {"model": ref.state_dict()}, env)
@@ -723,7 +718,7 @@ def grpo(policy, world, args, env, log, shuffle=False, position=0):
     flags.eval_every = max(1, args.rl_steps // 4)
     test = lambda step: measure(policy, world, env, world.heldout[: args.problems])
     with policy.eager():  # the lengths of a batch differ from step to step
-        common.train(policy, batch, flags, env, log, test, position)
+        common.train(policy, batch, flags, env, log, test, position, unit=updates)
 
 
 # --------------------------------------------------------------------------------------------------- steps and passes
@@ -965,6 +960,7 @@ def rank_heads(model, world, steps, neurons, effect):
     index = {l: torch.tensor([i for m, i in neurons if m == l]) for l in sorted({l for l, _ in neurons})}
     gu = {l: [part[i] for part in model.blocks[l].mlp.up.weight.float().split(d)] for l, i in index.items()}
     gate, up = (torch.cat([g[side] for g in gu.values()]) for side in (0, 1))
+    norms = {l: copy.deepcopy(model.blocks[l].norm2).float() for l in gu}
     gain = torch.cat([model.blocks[l].norm2.weight.float().expand(len(i), -1) for l, i in index.items()])
     read = [name for site in ("attn.z", "resid_post", "mlp.out") for name in layers(c, site)]
     acts = {k: v.to(gate) for k, v in run(model, steps, read=dict.fromkeys(read, at(steps.paren)))[1].items()}
@@ -975,8 +971,7 @@ def rank_heads(model, world, steps, neurons, effect):
         scores["compose"][l, h] = compose_score(folded, wo, torch.cat((gate * gain, up * gain)))
         o = acts[f"blocks.{l}.attn.z"][:, h] @ wo
         for m in (m for m in gu if m >= l):  # the MLP follows the attention in a block
-            x = acts[f"blocks.{m}.resid_post"] - acts[f"blocks.{m}.mlp.out"]
-            norm = copy.deepcopy(model.blocks[m].norm2).float()
+            x, norm = acts[f"blocks.{m}.resid_post"] - acts[f"blocks.{m}.mlp.out"], norms[m]
             on, off = (F.silu(norm(v) @ gu[m][0].T) * (norm(v) @ gu[m][1].T) for v in (x, x - o))
             scores["direct"][l, h] += (on - off).sum(1).mean().cpu() / len(neurons)
     if effect:

@@ -1359,16 +1359,16 @@ def main(argv=None):
             raise ValueError(f"--arms {' '.join(odd)}, allowed: {' '.join(COLOURS)}")
         grammar, run = read_grammar(args.grammar), common.Run(args, env, "formal_tokenization", "2412.03160")
         out.mkdir(parents=True, exist_ok=True)
-        for arm, seed in product(args.arms, args.seeds):
-            config = config_of(args, Code(arm, seed, args.merges))
-            if args.resume:
-                common.check_resume(out / f"{arm}-s{seed}.pt", config)
         if args.tokenizer:
             run.metrics = inspect(args, grammar)
             return run.finish()
         if args.model:
             decode(args, env, grammar, run)
             return run.finish()
+        for arm, seed in product(args.arms, args.seeds):
+            config = config_of(args, Code(arm, seed, args.merges))
+            if args.resume:
+                common.check_resume(out / f"{arm}-s{seed}.pt", config)
     found, rng = theorems(args.trials, 0), np.random.default_rng(0)
     kinds = {k: check_homomorphism(*toy[:2], rng, *toy[2:], trials=200) for k, toy in toy_tokenizers(rng).items()}
     for name, verdict in kinds.items():

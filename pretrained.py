@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import bad_input, fail, write_text
+from common import bad_input, fail, find_device, write_text
 from data import WORDS as GPT2_WORDS
 from data import Tokenizer, explained, import_or_explain
 from model import GPT, GPTConfig, KVCache, sample
@@ -486,11 +486,7 @@ def load(name, device="cpu", dtype="auto"):
         raise ValueError(f"dtype {dtype!r}, allowed: auto, {', '.join(DTYPES)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):  # how torch says that it doesn't know the name, or finds no such device
-        raise ValueError(f"device {str(device)!r} is not on this machine, allowed: auto, cpu, or one it has") from None
-    path = find(name)
+    device, path = find_device(device), find(name)
     try:
         if path.suffix == ".gguf":
             meta, tensors = open_gguf(path)

@@ -362,9 +362,7 @@ def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, resume=False, eve
                 if not math.isfinite(loss.item()):
                     raise SystemExit(f"error: the SAE's loss of step {step} is {loss.item()}; try a smaller --sae-lr")
                 log(step, loss=loss.item())
-            stop = stopped() if env.world == 1 else False
-            if env.world > 1 and step % 100 == 0:  # all ranks stop at the same step
-                stop = common.all_reduce(torch.tensor(float(stopped()), device=env.device), env).item() > 0
+            stop = common.agreed(stopped, step % 100 == 0, env)
             if save and (stop or (step + 1) % every == 0):
                 state = {"sae": sae.state_dict(), "optimizer": opt.state_dict(), "silent": sae.silent}
                 common.save_checkpoint(save, state | {"step": step + 1, "scale": scale}, env)

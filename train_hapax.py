@@ -200,10 +200,10 @@ def thresholded(x, embedding, tau):
     """
     if not -1 <= tau <= 1:
         raise ValueError(f"--tau {tau}, allowed: -1 to 1")
-    unit = F.normalize(embedding.float(), dim=1)
 
     def row(x):
-        same = unit[x] @ unit[x].T >= tau - 1e-6
+        unit = F.normalize(embedding[x].float(), dim=1)
+        same = unit @ unit.T >= tau - 1e-6
         return (same[:-1, :-1] & same[1:, 1:]).tril(-1).any(1)
 
     return torch.stack([row(r) for r in x])
@@ -365,19 +365,14 @@ def logits_at(model, x, columns, read=lambda logits: logits):
     return torch.cat([read(model.unembed(model.hidden(part)[:, columns]).float()) for part in x.split(size)])
 
 
-def likeliest(logits):
-    """The ids (...) of the largest logits (..., V)."""
-    return logits.argmax(-1)
-
-
 def repetition(model, x, ordinary):
     """Accuracy on repeated random sequences x = r r (n, 2s): of the last token; of the second half without its first.
 
     The guess is the likeliest of the `ordinary` tokens: not the toy's separators, which follow nearly anything.
     """
     s = x.shape[1] // 2
-    among = lambda logits: likeliest(logits[..., ordinary])
-    guess = ordinary[logits_at(model, x[:, :-1], slice(s, None), among).cpu()]
+    likeliest = lambda logits: logits[..., ordinary].argmax(-1)
+    guess = ordinary[logits_at(model, x[:, :-1], slice(s, None), likeliest).cpu()]
     right = guess == x[:, s + 1 :]
     return right[:, -1].mean(), right.mean()
 
@@ -503,7 +498,8 @@ def measure(model, world, args, n, final=False):
     if args.mix[2]:
         for name, overlap in ("overlap", True), ("no_overlap", False):
             x5, answers = world.query(rng(3), n, 5, overlap)
-            out[f"label_{name}"] = (logits_at(model, x5, [-1], likeliest)[:, 0].cpu().numpy() == answers).mean()
+            guess = logits_at(model, x5, [-1], lambda logits: logits.argmax(-1))[:, 0]
+            out[f"label_{name}"] = (guess.cpu().numpy() == answers).mean()
     if final:
         for name, alphabet in list(world.alphabets.items())[1:]:
             if args.mix[3] or name == "text":
@@ -517,7 +513,8 @@ def measure(model, world, args, n, final=False):
 def shot_curve(model, x, step):
     """Accuracy (k,) of the answers of shots 0, 1, ... in windows x (n, T) of shots of `step` tokens."""
     columns = np.arange(step - 2, x.shape[1] - 1, step)
-    return (logits_at(model, x, columns, likeliest).cpu().numpy() == x[:, columns + 1]).mean(0)
+    guess = logits_at(model, x, columns, lambda logits: logits.argmax(-1))
+    return (guess.cpu().numpy() == x[:, columns + 1]).mean(0)
 
 
 def transplant(model, world, args):

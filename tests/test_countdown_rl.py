@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import shutil
+import signal
 import time
 from collections import Counter
 from dataclasses import replace
@@ -589,25 +590,48 @@ def test_analysis_alone_repeats(smoke):
     )
 
 
-def test_resume_is_exact(smoke, tmp_path):
-    out, _ = smoke
-    flags = ["--preset", "smoke", "--stages", "sft", "grpo", "--out", str(tmp_path)]
-    cd.main([*flags, "--rl-steps", "1"])
-    cd.main([*flags, "--resume"])
-    a, b = (common.load_checkpoint(p / "grpo-s0.pt")["model"] for p in (out, tmp_path))
+def test_resume_is_exact(tmp_path):
+    flags = ["--preset", "smoke", "--stages", "sft", "grpo", "--overlong", "soft"]  # rewards that differ
+    whole, halves = ([*flags, "--out", str(tmp_path / name)] for name in ("whole", "halves"))
+    cd.main(whole)
+    cd.main([*halves, "--rl-steps", "1"])
+    cd.main([*halves, "--resume"])
+    a, b = (common.load_checkpoint(tmp_path / name / "grpo-s0.pt")["model"] for name in ("whole", "halves"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+    sft = common.load_checkpoint(tmp_path / "whole" / "sft-s0.pt")["model"]
+    assert not all(torch.equal(a[k], sft[k]) for k in a)
 
 
-def test_resume_between_the_updates_on_one_batch_is_exact(smoke, tmp_path):
-    found = []
-    for name, stops in ("whole", [4]), ("halves", [3, 4]):
+@pytest.mark.parametrize("dies", ["at a signal", "at once"])
+def test_resume_between_the_updates_on_one_batch_is_exact(dies, smoke, tmp_path, monkeypatch):
+    found, aggregation = [], cd.aggregation
+    flags = ["--stages", "grpo", "--minibatches", "2", "--inner-epochs", "2", "--rl-steps", "12", "--save-every", "3"]
+    flags += ["--overlong", "soft", "--rl-lr", "0.01"]  # rewards that differ
+
+    def interrupted(*args):  # in the sixth step, the second of four on its batch
+        calls.append(0)
+        if len(calls) == 6 and dies == "at once":
+            raise MemoryError
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return aggregation(*args)
+
+    for name in "whole", "halves":
         (tmp_path / name).mkdir()
         shutil.copy(smoke[0] / "sft-s0.pt", tmp_path / name)
-        for i, steps in enumerate(stops):
-            flags = ["--stages", "grpo", "--minibatches", "2", "--inner-epochs", "2", "--rl-steps", str(steps)]
-            cd.main(["--preset", "smoke", *flags, "--out", str(tmp_path / name), *["--resume"] * i])
+        run, calls = ["--preset", "smoke", *flags, "--out", str(tmp_path / name)], []
+        if name == "halves":
+            monkeypatch.setattr(cd, "aggregation", interrupted)
+            with pytest.raises((SystemExit, MemoryError)):
+                cd.main(run)
+            monkeypatch.undo()
+            at = 8 if dies == "at a signal" else 4  # the batch is gone through; or as the last checkpoint has it
+            assert common.load_checkpoint(tmp_path / name / "grpo-s0.pt")["step"] == at
+        cd.main([*run, "--resume"] if name == "halves" else run)
         found.append(common.load_checkpoint(tmp_path / name / "grpo-s0.pt")["model"])
     assert all(torch.equal(a, b) for a, b in zip(*(m.values() for m in found)))
+    before = common.load_checkpoint(smoke[0] / "sft-s0.pt")["model"]
+    assert not torch.equal(before["head.weight"], found[0]["head.weight"])
 
 
 @pytest.mark.parametrize(

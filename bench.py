@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
+import legacy as common
 import data
 import train_hapax
 from model import GPT, GPTConfig

@@ -115,12 +115,15 @@ def parse(Args, argv=None):
     defaults = Args(**Args.presets[Args.preset])
     kinds = get_type_hints(Args)
     left = {f.name for f in fields(Args)} - Args.unused
+    texts = {}
+    for cls in reversed(Args.__mro__):
+        texts |= comments(cls)
     for cls in reversed(Args.__mro__):
         group = parser.add_argument_group(cls.__doc__)
-        for flag, text in comments(cls).items():
+        for flag in comments(cls):
             if flag in left:
                 left.remove(flag)
-                options = flag_options(kinds[flag], getattr(defaults, flag), text)
+                options = flag_options(kinds[flag], getattr(defaults, flag), texts[flag])
                 if flag == "preset":
                     options = options | {"choices": list(Args.presets)}
                 group.add_argument("--" + flag.replace("_", "-"), dest=flag, **options)
@@ -144,15 +147,15 @@ def comments(cls):
 
 def flag_options(kind, default, text):
     """What argparse needs to know of a field."""
-    options = {"type": kind}
+    options = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
     if get_origin(kind) is Literal:
         options = {"choices": get_args(kind)}
     elif kind in (bool, bool | None):
         options = {"action": argparse.BooleanOptionalAction}
     elif get_origin(kind) is list:
-        options = {"type": get_args(kind)[0], "nargs": "+"}
+        options = {"type": get_args(kind)[0], "nargs": "+", "metavar": ""}
         default = " ".join(map(str, default))
-    if default not in ("", None):
+    if default not in ("", None, False):
         text = f"{text} [{default}]"
     return options | {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
 

@@ -143,7 +143,7 @@ def cut(documents, n):
         start = 0
         while start < len(text):
             end = start + size
-            newline = text.find("\n", end, end + size)
+            newline = text.find("\n", end, end + size // 2)
             end = end if newline < 0 else newline + 1
             pieces.append(text[start:end])
             start = end
@@ -216,14 +216,17 @@ class Tokenizer:
         """
         if not self.template:
             raise ValueError(f"{self.name} has no chat template: it is a base model")
-        names = {"bos_token": self.bos, "eos_token": self.eos}
-        tokens = {k: self.backend.id_to_token(i) for k, i in names.items() if i is not None}
         try:
-            text = render(self.template, messages=messages, **tokens) + prefill
+            text = render(self.template, messages=messages, **self.special_tokens()) + prefill
         except Exception as error:  # of any kind: a template is a program
             raise ValueError(f"the chat template of {self.name}: {error}") from error
         contents = [m["content"] for m in messages if isinstance(m["content"], str)]
         return self.encode_template(text, [*contents, prefill])
+
+    def special_tokens(self):
+        """{"bos_token": text, "eos_token": text} of those it has, as templates name them."""
+        ids = {"bos_token": self.bos, "eos_token": self.eos}
+        return {role: self.backend.id_to_token(i) for role, i in ids.items() if i is not None}
 
     def encode_template(self, text, contents):
         """Ids of a template's text, in which special tokens count, but not inside `contents`."""

@@ -23,7 +23,7 @@ from typing import ClassVar
 
 import torch
 
-import common
+import legacy as common
 
 ROOT = Path(__file__).parent
 PAPERS = {  # script -> what its page section is called; the order is that of a course

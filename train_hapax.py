@@ -30,9 +30,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import common
+import legacy as common
 import data
-from common import wilson
+from legacy import wilson
 from model import GPT, GPTConfig
 
 RULES = "none", "any", "latest", "offset", "repeat", "random", "thresholded"

@@ -2,6 +2,7 @@
 
 import torch
 
+import data
 import pretrained
 from model import GPT, GPTConfig
 
@@ -18,5 +19,5 @@ def tiny_llama(folder, lines, vocab_size, seed=0, **shape):
     torch.manual_seed(seed)
     plain = dict(norm="rms", act="silu", gated=True, qkv_bias=False, attn_bias=False, mlp_bias=False)
     model = GPT(GPTConfig(tok.get_vocab_size(), **plain, **shape))
-    pretrained.save(model, pretrained.wrap("t", tok, None, [0], None), folder)
+    pretrained.save(model, data.from_backend("t", tok, None, [0], None), folder)
     return folder

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-import common
+import legacy as common
 import reproduce
 
 CLAIM = {

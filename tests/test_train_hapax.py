@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-import common
+import legacy as common
 import data
 import train_hapax as hapax
 from model import GPT, GPTConfig

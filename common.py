@@ -39,6 +39,11 @@ from data import import_or_explain
 # ------------------------------------------------------------------------------------------ flags
 
 
+def default_list(*items):
+    """The default of a flag that is a list: a copy of its own for every `Args`."""
+    return field(default_factory=list(items).copy)
+
+
 @dataclass
 class Flags:
     """the run"""
@@ -60,7 +65,7 @@ class Flags:
     preset: str = "toy"  # a set of defaults; flags given beside it win
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: bf16 on CUDA
-    seeds: list[int] = field(default_factory=[0].copy)  # one full repetition each
+    seeds: list[int] = default_list(0)  # one full repetition each
     out: str = ""  # folder for results; default out/<script>
     resume: bool = False  # go on from the checkpoints in --out
     jobs: int = 2  # runs side by side on a CPU; they share its cores
@@ -113,7 +118,7 @@ def parse(Args, argv=None):
 
     parser.error = error
     defaults = Args(**Args.presets[Args.preset])
-    kinds = get_type_hints(Args)
+    kinds = get_type_hints(Args) | {"preset": Literal[tuple(Args.presets)]}
     left = {f.name for f in fields(Args)} - Args.unused
     texts = {}
     for cls in reversed(Args.__mro__):
@@ -124,9 +129,9 @@ def parse(Args, argv=None):
             if flag in left:
                 left.remove(flag)
                 options = flag_options(kinds[flag], getattr(defaults, flag), texts[flag])
-                if flag == "preset":
-                    options = options | {"choices": list(Args.presets)}
                 group.add_argument("--" + flag.replace("_", "-"), dest=flag, **options)
+    if left:
+        raise TypeError(f"flags without a comment on their line: {', '.join(left)}")
     given = vars(parser.parse_args(argv))
     args = Args(**(Args.presets[given.get("preset", Args.preset)] | given))
     args.out = args.out or f"out/{name}"
@@ -147,13 +152,15 @@ def comments(cls):
 
 def flag_options(kind, default, text):
     """What argparse needs to know of a field."""
-    options = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+    letters = {int: "N", float: "X", str: "NAME"}
+    options = {"type": kind, "metavar": letters.get(kind)}
     if get_origin(kind) is Literal:
         options = {"choices": get_args(kind)}
     elif kind in (bool, bool | None):
         options = {"action": argparse.BooleanOptionalAction}
     elif get_origin(kind) is list:
-        options = {"type": get_args(kind)[0], "nargs": "+", "metavar": ""}
+        (inner,) = get_args(kind)
+        options = {"type": inner, "nargs": "+", "metavar": letters[inner]}
         default = " ".join(map(str, default))
     if default not in ("", None, False):
         text = f"{text} [{default}]"
@@ -186,6 +193,8 @@ def bad_input(flag=""):
     """For code that reads what the user gave: its errors end in one line, named by the flag."""
     try:
         yield
+    except BrokenPipeError:  # nobody's input: see `cli`
+        raise
     except (ValueError, OSError, ImportError, KeyError) as error:
         message = error.args[0] if isinstance(error, KeyError) else str(error)
         fail(f"{flag}: {message}" if flag and flag not in message else message)
@@ -732,7 +741,7 @@ def cells(claim):
     verdict = "yes" if claim["holds"] else "NO"
     verdict += f"\n{sum(claim['held'])} of {len(claim['held'])} seeds"
     if claim["holds"] and not claim["control_fails"]:
-        verdict += "\ncontrol does not fail"
+        verdict += "\ncontrol holds"
     return [
         f"{claim['id']} {claim['claim']}\n{claim['criterion']}",
         claim["paper"],
@@ -746,7 +755,7 @@ def number(v):
     return f"{v:,.0f}" if float(v).is_integer() else f"{v:.3g}"
 
 
-def table(rows, widths=(42, 22, 26, 28, 12)):
+def table(rows, widths=(42, 22, 26, 28, 13)):
     """Prints rows of cells, each wrapped to its column's width."""
     for row in rows:
         columns = []

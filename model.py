@@ -541,45 +541,37 @@ class SlicedCrossEntropy(torch.autograd.Function):
     """sum_i w_i * -log softmax(f(h_i W^T))[y_i], by slices of rows, gradients taken on the way.
 
     The gradient of cross-entropy with respect to the logits is softmax - onehot: known once the
-    logits are. So each slice of logits is turned into its gradient in place and multiplied out
-    while it is still in the processor's cache, and nothing of size V outlives its slice. Used by
-    `loss`; differentiable once.
+    logits are. So each slice of logits is turned into its gradient in place and multiplied out, and
+    nothing of size V outlives its slice. Used by `loss`; differentiable once.
     """
 
     @staticmethod
     def forward(ctx, h, W, targets, w, config, train):
-        device = h.device.type
+        device, scale, cap = h.device.type, config.logit_scale, config.logit_softcap
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         total = torch.zeros((), device=h.device)
         grad_h = torch.empty_like(h) if train else None
         grad_W = torch.zeros_like(W, dtype=torch.float32) if train else None
+        rows = max(64, (2**27 if device == "cuda" else 2**24) // W.shape[0])  # of logits at once
         with torch.autocast(device, enabled=False):
             low = W.to(dtype)
-            step = max(
-                64, (2**27 if device == "cuda" else 2**21) // W.shape[0]
-            )  # rows of logits at once
-            for i in range(0, len(h), step):
-                part, y, wi = (
-                    h[i : i + step].to(dtype),
-                    targets[i : i + step, None],
-                    w[i : i + step, None],
-                )
-                logits = (part @ low.T).float().mul_(config.logit_scale)
-                if config.logit_softcap:
-                    logits = torch.tanh(logits.div_(config.logit_softcap)).mul_(
-                        config.logit_softcap
-                    )
-                capped = logits.clone() if config.logit_softcap and train else None
-                lse = logits.logsumexp(1, keepdim=True)
-                total += ((lse - logits.gather(1, y)) * wi).sum()
+            for i in range(0, len(h), rows):
+                part, y = h[i : i + rows].to(dtype), targets[i : i + rows, None]
+                wi = w[i : i + rows, None]
+                logits = part @ low.T
+                if scale != 1.0:
+                    logits = logits.float() * scale
+                if cap:
+                    logits = cap * torch.tanh(logits.float() / cap)
+                logp = F.log_softmax(logits, 1, dtype=torch.float32)
+                total -= (logp.gather(1, y) * wi).sum()
                 if train:
-                    grad = logits.sub_(lse).exp_().scatter_add_(1, y, -torch.ones_like(lse))
-                    grad.mul_(wi * config.logit_scale)
-                    if capped is not None:  # d cap*tanh(x/cap) / dx = 1 - (capped/cap)^2
-                        grad.mul_(1 - (capped / config.logit_softcap) ** 2)
-                    grad = grad.to(dtype)
-                    grad_h[i : i + step] = grad @ low
-                    grad_W += grad.T @ part
+                    grad = logp.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=logp.dtype))
+                    if cap:  # d cap*tanh(x/cap) / dx = 1 - (capped/cap)^2
+                        grad.mul_(1 - (logits / cap) ** 2)
+                    grad = grad.mul_(scale).to(dtype) if scale != 1.0 else grad.to(dtype)
+                    grad_h[i : i + rows] = (grad @ low) * wi
+                    grad_W += grad.T @ (part * wi).to(dtype)
         ctx.save_for_backward(grad_h, grad_W)
         ctx.dtype = W.dtype
         return total

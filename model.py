@@ -654,20 +654,15 @@ def check_generate(model, prompts, max_new_tokens, temperature, top_k, top_p, st
         raise ValueError(f"{what} do not fit block_size {c.block_size}")
     if stop is None or not all(isinstance(token, int) for token in stop):
         raise ValueError(f"stop {stop!r}, allowed: a collection of token ids")
-    wrong = {
-        "max_new_tokens": (max_new_tokens, max_new_tokens < 1, "1 and more"),
-        "samples": (samples, samples < 1, "1 and more"),
-        "temperature": (
-            temperature,
-            not (temperature == 0 or 1e-5 <= temperature < 1e5),
-            "0, 1e-5 to 1e5",
-        ),
-        "top_k": (top_k, top_k is not None and top_k < 1, "1 and more"),
-        "top_p": (top_p, top_p is not None and not top_p > 0, "above 0"),
-    }
-    for name, (value, bad, allowed) in wrong.items():
-        if bad:
-            raise ValueError(f"{name} {value}, allowed: {allowed}")
+    if max_new_tokens < 1 or samples < 1:
+        what = f"max_new_tokens {max_new_tokens}, samples {samples}"
+        raise ValueError(f"{what}, allowed: 1 and more")
+    if not (temperature == 0 or 1e-5 <= temperature <= 1e5):
+        raise ValueError(f"temperature {temperature}, allowed: 0, or 1e-5 to 1e5")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k}, allowed: 1 and more")
+    if top_p is not None and not top_p > 0:
+        raise ValueError(f"top_p {top_p}, allowed: above 0")
 
 
 def prefill(model, prompts, cache):
@@ -686,7 +681,7 @@ def prefill(model, prompts, cache):
             idx, mask = padded([prompts[i] for i in order[start:end]], device)
             part = cache.part(
                 slice(start, end), longest - T
-            )  # on the left, so that all end together
+            )  # padded on the left: they end together
             h.append(model.hidden(idx, mask, part)[:, -1])
             start = end
     cache.n, cache.padded, h = longest, len(prompts[order[-1]]) < longest, torch.cat(h)

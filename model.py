@@ -213,7 +213,8 @@ class KVCache:
 
     def keep(self, rows):
         """Selects batch rows (indices, repeats allowed), in place."""
-        self.k, self.v, self.last_key = self.k[:, rows], self.v[:, rows], self.last_key[:, rows]
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.last_key = self.last_key[:, rows]
         self.real, self.pos = self.real[rows], self.pos[rows]
 
 
@@ -634,7 +635,9 @@ def generate(
                 break
             if sum(going) < len(going) * (1 if process else 7 / 8):  # to drop rows copies the cache
                 rows = [i for i, more in enumerate(going) if more]
-                alive, going, idx = [alive[i] for i in rows], [True] * len(rows), idx[rows]
+                alive = [alive[i] for i in rows]
+                going = [True] * len(rows)
+                idx = idx[rows]
                 cache.keep(torch.tensor(rows, device=device))
             if step + 1 < max_new_tokens:
                 h = model.hidden(idx, cache=cache)[:, -1]
@@ -671,9 +674,9 @@ def prefill(model, prompts, cache):
     Returns the hidden states (B, C) that unembed to the next tokens.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    longest, start, device = len(prompts[order[0]]), 0, cache.k.device
+    longest, device = len(prompts[order[0]]), cache.k.device
     enough = 2048 if device.type == "cuda" else 128  # tokens that keep the device busy
-    h = []
+    h, start = [], 0
     for end in range(1, len(order) + 1):
         T = len(prompts[order[start]])
         shorter = end < len(order) and len(prompts[order[end]]) < 0.8 * T
@@ -684,7 +687,8 @@ def prefill(model, prompts, cache):
             )  # padded on the left: they end together
             h.append(model.hidden(idx, mask, part)[:, -1])
             start = end
-    cache.n, cache.padded, h = longest, len(prompts[order[-1]]) < longest, torch.cat(h)
+    h = torch.cat(h)
+    cache.n, cache.padded = longest, len(prompts[order[-1]]) < longest
     if not cache.padded:
         return h
     back = torch.tensor(sorted(range(len(order)), key=lambda i: order[i]), device=device)

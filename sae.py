@@ -53,7 +53,7 @@ class Args(common.TrainFlags):
         | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20, refresh=True),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("n_embd", "d_sae", "k", "sae_steps", "sae_batch", "rows", "top"), (1,)),
+        **dict.fromkeys(("d_sae", "k", "sae_steps", "sae_batch", "rows", "top"), (1,)),
         **dict.fromkeys(("layer", "sae_lr", "strength"), (0,)),
         "n_probe": (32,),
     }
@@ -66,7 +66,6 @@ class Args(common.TrainFlags):
     model: str = ""  # a pretrained model in place of the toy (paper: Llama-3-8B, Aya-23-8B)
     layer: int = 0  # block whose output is read, from 0 (paper: 16 of 32)
     dataset: str = "stdlib"  # real models: text for the SAE beside the sentences of grammar.csv
-    n_embd: int = 64  # width of the toy's GPT
     d_sae: int = 128  # latents (paper: 32768, 8 times the width)
     k: int = 20  # active latents in a row (paper: a gated SAE, which has no k)
     sae_steps: int = 700  # training steps of the SAE
@@ -161,9 +160,7 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(streams * d))
         self.register_buffer("scale", torch.ones(streams * d))
         self.register_buffer("threshold", torch.tensor(-1.0))  # below 0: none yet
-        self.register_buffer(
-            "silent", torch.zeros(m, dtype=torch.long)
-        )  # steps since it was active
+        self.register_buffer("silent", torch.zeros(m, dtype=torch.long))  # so many steps by now
 
     def encode(self, x):
         """Codes f (..., m) of activations x (..., streams * d)."""
@@ -320,7 +317,7 @@ def pool(model, layer, sae, sentences, how, bos):
     return torch.cat(X).double(), torch.cat(codes).double()
 
 
-# ---------------------------------------------------------------- steps 2 to 5: what probes can read
+# --------------------------------------------------------------- steps 2 to 5: what probes can read
 
 
 def class_gap(X, y):
@@ -404,11 +401,11 @@ def read(logit, y):
 def probes_after(removed, probe, splits, D):
     """{name: numbers} of one language's probe, each set of latents {name: latents} removed.
 
-    Accuracy and AUC of the probe, accuracy of one fitted again; and its logits, by label.
+    Accuracy and AUC of the probe, accuracy of one fitted again, and the probe's logits by label.
     """
     X, codes, y = splits["train"]
     means = F.normalize(class_gap(X, y), dim=0)
-    numbers, logits = {}, {}
+    found = {}
     for name, latents in removed.items():
         left = {}
         for split, (X, codes, y) in splits.items():
@@ -419,9 +416,9 @@ def probes_after(removed, probe, splits, D):
         X, y = left["test"]
         w, b = common.fit_probe(*left["train"])
         logit = X @ probe[0] + probe[1]
-        numbers[name] = read(logit, y) | {"refit": read(X @ w + b, y)["accuracy"]}
-        logits[name] = [logit[y == label].tolist() for label in (0, 1)]
-    return numbers, logits
+        found[name] = read(logit, y) | {"refit": read(X @ w + b, y)["accuracy"]}
+        found[name]["logits"] = [logit[y == label].tolist() for label in (0, 1)]
+    return found
 
 
 def study_concept(parts, D, weight, top, rng):
@@ -429,33 +426,34 @@ def study_concept(parts, D, weight, top, rng):
 
     D (m, d), weight (m,): directions and mean activations of the latents. Returns the numbers, and
     two directions to push along: multilingual latents, each as much as it is more active with the
-    value than without; and random latents in their places.
+    value than without; and as far along random latents in their places.
     """
     probes, lists = rank(parts, D, top, rng)
-    several, share = shared(lists["contrast"], lists["chance"])
-    by_chance = shared(lists["again"], lists["chance"])[1]
     multilingual = shared(lists["paper"])[0][: 4 * top]
-    sets, logits, gaps = {}, [], []
+    matched = alike(multilingual, weight)
+    sets, gaps, logits = {}, [], None
     for lang, splits in parts.items():
         others = {other: some for other, some in lists["paper"].items() if other != lang}
         removed = {
             "nothing": [],
             "multilingual": multilingual,
             "from other languages": shared(others)[0][: 4 * top] if len(others) > 1 else [],
-            "matched random": alike(multilingual, weight),
+            "matched random": matched,
             "difference of means": [],
         }
-        numbers, after = probes_after(removed, probes[lang], splits, D)
-        for name, row in numbers.items():
-            sets.setdefault(name, []).append(row)
-        logits.append(after)
-        gaps.append(class_gap(*splits["train"][1:])[several])
+        found = probes_after(removed, probes[lang], splits, D)
+        here = {name: numbers.pop("logits") for name, numbers in found.items()}
+        logits = logits or {name: here[name] for name in ("nothing", "multilingual")}
+        for name, numbers in found.items():
+            sets.setdefault(name, []).append(numbers)
+        gaps.append(class_gap(*splits["train"][1:])[multilingual])
     gap = torch.stack(gaps).mean(0)
-    random = alike(several, weight)
-    directions = {"multilingual": gap @ D[several], "random": gap[: len(random)] @ D[random]}
-    row = {"shared": share, "by_chance": by_chance, "logits": logits[0]}
+    along = gap @ D[multilingual]
+    random = F.normalize(gap[: len(matched)] @ D[matched], dim=0) * along.norm()
+    row = {"shared": shared(lists["contrast"], lists["chance"])[1], "logits": logits}
+    row["by_chance"] = shared(lists["again"], lists["chance"])[1]
     row["sets"] = {name: common.mean(rows) for name, rows in sets.items()}
-    return row, {name: direction.float() for name, direction in directions.items()}
+    return row, {"multilingual": along.float(), "random": random.float()}
 
 
 def study(model, corpus, fill, bos, args, env, log, seed):
@@ -474,7 +472,8 @@ def study(model, corpus, fill, bos, args, env, log, seed):
             for concept, y in labels.items():
                 part = parts.setdefault(concept, {}).setdefault(lang, {})
                 part[split] = X, codes, torch.tensor(y)
-    weight, D = torch.stack(weights).mean(0), sae.decoder().double().cpu()
+    weight = torch.stack(weights).mean(0)
+    D = sae.decoder().double().cpu()
     concepts, directions = {}, {}
     for concept, part in parts.items():
         rng = np.random.default_rng(seed)
@@ -487,7 +486,7 @@ def study(model, corpus, fill, bos, args, env, log, seed):
 
 
 def versions(items, say):
-    """Every item said in four versions, plural or not, past or not: sentences, {concept: labels}."""
+    """Every item in four versions, plural or not, past or not: sentences, {concept: labels}."""
     grid = [*product(items, (0, 1), (0, 1))]
     labels = {"plural": [plural for _, plural, _ in grid], "past": [past for _, _, past in grid]}
     return [say(*version) for version in grid], labels
@@ -578,11 +577,11 @@ def texts(rng, n, translation, held=False):
     """
     rows = []
     for _ in range(n):
-        meanings = [draw_meaning(rng, held) for _ in range(4)]
         langs = rng.permutation([*LANGUAGES])[:4]
         if translation:
-            meanings = meanings[:1] * 4
+            meanings = [draw_meaning(rng, held)] * 4
         else:
+            meanings = [draw_meaning(rng, held) for _ in range(4)]
             langs = langs[:1].repeat(4)
         sentences = [ids(m, lang) for m, lang in zip(meanings, langs)]
         rows.append(torch.tensor([BOS, *chain(*sentences), EOS]))
@@ -607,8 +606,6 @@ def toy_corpus(n, seed):
 
 def translate(model, items, patch=None):
     """Greedy translations, as words, of items (meaning, language, into language)."""
-    if not items:
-        return []
     prompts = [[BOS, *ids(m, lang), ID[f"<{into}>"]] for m, lang, into in items]
     with model.patch(patch or {}):
         out = generate(model, prompts, 12, temperature=0, stop=STOP)
@@ -616,9 +613,8 @@ def translate(model, items, patch=None):
 
 
 def push(x, direction, strength):
-    """A patch: x (..., d) moved along a direction (d,) by `strength` times its norm."""
-    step = strength * x.float().norm(dim=-1, keepdim=True) * F.normalize(direction, dim=0)
-    return x + step.to(x.dtype)
+    """A patch: x (..., d) moved along a direction (d,)."""
+    return x + (strength * direction).to(x.dtype)
 
 
 def steer(model, args, direction, concept, items):
@@ -626,42 +622,39 @@ def steer(model, args, direction, concept, items):
 
     Only items count that have the opposite value and are translated without a mistake unpushed.
     flipped: the share of translations that then show the value, and nowhere the opposite;
-    kept: of these, the share that is otherwise as before, word for word.
+    kept: of these, the share that is otherwise as before, word for word. NaN: a share of nothing.
     """
     done = []  # (flipped, kept)
     for value, strength in (0, -args.strength), (1, args.strength):
         turned = [(m.turned(concept, 1 - value), lang, into) for m, lang, into in items]
         said = translate(model, turned)
         right = [item for item, words in zip(turned, said) if words == render(item[0], item[2])]
+        if not right:
+            continue
         patch = partial(push, direction=direction, strength=strength)
         said = translate(model, right, {f"blocks.{args.layer}.resid_post": patch})
         for (m, _, into), words in zip(right, said):
             flipped = shows(words, concept, value)
             done.append((flipped, flipped and words == render(m.turned(concept, value), into)))
-    flipped, kept = torch.tensor(done).reshape(-1, 2).float().T  # a share of nothing is NaN
-    return {
-        "n": len(done),
-        "flipped": flipped.mean().item(),
-        "kept": (kept.sum() / flipped.sum()).item(),
-    }
+    flipped, kept = torch.tensor(done).reshape(-1, 2).float().T
+    share = kept.sum() / flipped.sum()
+    return {"n": len(done), "flipped": flipped.mean().item(), "kept": share.item()}
 
 
 def toy(args, env, log, arm, seed):
     """One arm and seed of the toy; arms: "main", and "alone", whose texts are no translations."""
     translation = arm == "main"
     torch.manual_seed(seed)
-    config = GPTConfig(len(WORDS), 64, 4, 4, args.n_embd, qkv_bias=False, tie=True)
-    model = GPT(config)
+    model = GPT(GPTConfig(len(WORDS), 64, 4, 4, 64, qkv_bias=False, tie=True))
 
     def batch(step):
-        whole = texts(np.random.default_rng([seed, 2, step]), args.batch_size, translation)
-        return {name: rows[env.rank :: env.world] for name, rows in whole.items()}
+        return texts(np.random.default_rng([seed, 2, step]), args.batch_size, translation)
 
     common.train(model, batch, args, env, log)
     model.eval().requires_grad_(False)
 
     def batches(refill):
-        rng = np.random.default_rng([seed, 3, refill + 1, env.rank])
+        rng = np.random.default_rng([seed, 3, refill + 1])
         while True:
             idx = texts(rng, 256, translation, held=refill < 0)["idx"].to(env.device)
             yield idx, idx != PAD
@@ -714,7 +707,7 @@ def template_sentences():
 
 
 def prepare(args, env, out):
-    """A real model, id of its start token or -1, its corpus of ids, and its source of rows."""
+    """A real model, its corpus of ids, its source of rows, and the id of its start token or -1."""
     model, tok = pretrained.load(args.model, env.device, args.dtype)
     model.eval().requires_grad_(False)
     if args.layer >= model.config.n_layer:
@@ -793,3 +786,63 @@ def judge(run, found):
     run.claim("C6", says, "little else", flips + " and arm.kept >= .8", **arms)
 
 
+def draw(path, found):
+    """Three panels: shared latents; what is read after removals; one probe's logits, by label."""
+    main = found["main"]
+    share = {}
+    for arm, rows in found.items():
+        name = {"main": "trained on translations", "alone": "no translations"}[arm]
+        share[name] = [[row["shared"], row["by_chance"]] for row in rows]
+    names = [*main[0]["sets"]]
+    reads = {}
+    for name, key in ("accuracy", "accuracy"), ("AUC", "auc"), ("fitted again", "refit"):
+        reads[name] = [[row["sets"][removed][key] for removed in names] for row in main]
+    logits = {}
+    for height, (name, by_label) in enumerate(main[0]["concepts"]["plural"]["logits"].items()):
+        for label, values in enumerate(by_label):
+            heights = height + 0.3 * label + np.linspace(0, 0.2, len(values))
+            logits[f"{('singular', 'plural')[label]}, {name} removed"] = values, heights
+    left = dict(title="Latents at the top in two languages or more", ylabel="share", bars=share)
+    left |= dict(names=["probes of the value", "of shuffled labels"])
+    middle = dict(title="What is read when latents are removed", bars=reads, levels={"": 0.5})
+    middle |= dict(names=[name.replace(" ", "\n", 1) for name in names], ylim=(0, 1.5))
+    right = dict(title="The same probe before (below) and after", points=logits, yticks=[])
+    right |= dict(xlabel="logit; right of 0 the probe says plural", ylim=(-0.1, 2.5))
+    common.panels(path, [left, middle, right])
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def check(args, env):
+    """What is wrong with the flags: (whether it is, what to say)."""
+    text = args.dataset != Args.dataset and not args.model
+    longest = args.d_sae // 8
+    return [
+        (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
+        (args.top > longest, f"--top {args.top}, allowed: 1 to {longest}, an eighth of --d-sae"),
+        (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
+        (args.layer > 3 and not args.model, f"--layer {args.layer}, allowed: 0 to 3 in the toy"),
+        (text, f"--dataset {args.dataset} has no effect without --model"),
+        (env.world > 1 and not args.model, "the toy runs in one process: leave out torchrun"),
+    ]
+
+
+def main(argv=None):
+    """The paper end to end; returns what it writes to result.json."""
+    run = common.Run(Args, argv, "2501.06346", check)
+    if run.args.model:
+        with common.bad_input("--model"):
+            prepared = prepare(run.args, run.env, run.out)
+        found = run.each(partial(real, prepared), ["main"])
+    else:
+        found = run.each(toy, ["main", "alone"])
+    if found is None:
+        return None
+    judge(run, found)
+    draw(run.out / "sae.png", found)
+    return run.finish(found)
+
+
+if __name__ == "__main__":
+    common.cli(main)

@@ -374,8 +374,7 @@ def test_a_feature_that_is_one_latent_is_found_removed_and_gone():
     assert sets["matched random"]["auc"] > 0.95 and sets["difference of means"]["refit"] < 0.65
     cosine = F.cosine_similarity(directions["multilingual"], torch.eye(12)[0], dim=0)
     assert cosine > 0.9
-    sizes = [float(directions[name].norm()) for name in ("random", "multilingual")]
-    assert sizes[0] == pytest.approx(sizes[1], rel=1e-4)
+    assert abs(F.cosine_similarity(directions["random"], torch.eye(12)[0], dim=0)) < 0.01
 
 
 # ------------------------------------------------------------------------------------------- toy
@@ -452,7 +451,7 @@ def test_corpus_is_balanced():
 
 def test_pushing_by_hand():
     x = torch.tensor([[3.0, 4], [0, 1]])
-    assert S.push(x, torch.tensor([0.0, 2]), 1.5).tolist() == [[3, 7], [0, 4]]
+    assert S.push(x, torch.tensor([0.0, 2]), 1.5).tolist() == [[3, 11.5], [0, 2.5]]
     assert torch.equal(S.push(x, torch.tensor([0.0, 2]), 0.0), x)
 
 

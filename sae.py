@@ -76,7 +76,7 @@ class Args(common.TrainFlags):
     pool: Literal["mean", "last"] = "mean"  # tokens that a probe reads (paper: their sum)
     top: int = 4  # length of the lists; four times as many latents are removed (paper: 32, 128)
     n_probe: int = 400  # training sentences of a probe; half as many to test it
-    strength: float = 0.75  # length of a push, in norms of the residual stream
+    strength: float = 0.8  # length of a push, in norms of the residual stream
 
 
 # ---------------------------------------------------------------------------------- the sparse code
@@ -359,8 +359,8 @@ def shared(lists, chance=None):
 def rank(parts, D, top, rng):
     """Probes {language: (w, b)}, and lists {how: {language: latents}} by attribution.
 
-    paper     see `attribution`; four times as long, to be removed
-    contrast  the same; `longer` ones, twice as long, to push along
+    paper     see `attribution`; four times as long: these are removed
+    longer    by contrast, to push along; their first part is `contrast`
     chance    by contrast, of probes of shuffled labels; and `again`
     """
     probes = {}
@@ -369,7 +369,7 @@ def rank(parts, D, top, rng):
         X, codes, y = splits["train"]
         w, b = probes[lang] = common.fit_probe(X, y)
         lists["paper"][lang] = best(attribution(codes, y, D, w), 4 * top)
-        lists["longer"][lang] = best(attribution(codes, y, D, w, contrast=True), 2 * top)
+        lists["longer"][lang] = best(attribution(codes, y, D, w, contrast=True), 4 * top)
         lists["contrast"][lang] = lists["longer"][lang][:top]
         for how in "chance", "again":
             fake = y[torch.from_numpy(rng.permutation(len(y)))]
@@ -780,7 +780,7 @@ def judge(run, found):
     for name, rows in steered.items():
         for row in main:
             plural, past = row["steer"][name]["plural"], row["steer"][name]["past"]
-            kept = min(plural["kept"], past["kept"])
+            kept = (plural["kept"] + past["kept"]) / 2
             rows.append({"plural": plural["flipped"], "past": past["flipped"], "kept": kept})
     arms = dict(arm=steered["multilingual"], controls={"random latents": steered["random"]})
     flips = "arm.plural >= .5 and arm.past >= .5"

@@ -216,7 +216,7 @@ VOCAB += [word for pair in PATTERNS.values() for word in pair]
 ID = {word: i for i, word in enumerate(VOCAB)}
 MARKS = [[ID[word] for word in pair] for pair in PATTERNS.values()]  # of each pattern
 WAIT = sum(MARKS, [])  # the paper's wait words: here they say what comes
-LONGEST = 112
+LONGEST = 96
 
 
 class Task(NamedTuple):

@@ -400,9 +400,145 @@ def lens_copy(model):
     return lens.eval()
 
 
+# --------------------------------------------------------------------------------------------- sae
+
+
+def dense_step(sae, x):
+    """The loss of a TopK SAE (batch: of a crosscoder) as people write it, and its gradients."""
+    sae.zero_grad()
+    pre = F.linear(x - sae.b_dec, sae.W_enc, sae.b_enc)
+    if sae.batch:
+        code = pre.relu() * (pre >= pre.flatten().topk(sae.k * len(x)).values[-1])
+    else:
+        values, latents = pre.topk(sae.k)
+        code = torch.zeros_like(pre).scatter(1, latents, values.relu())
+    (x - code @ sae.W_dec - sae.b_dec).square().sum().backward()
+    return torch.cat([sae.W_enc.grad, sae.W_dec.grad])
+
+
+def sparse_step(sae, x):
+    """The same by our sparse backward."""
+    sae.zero_grad()
+    sae.silent.zero_()
+    sae(None, x, 1.0).backward()
+    return torch.cat([sae.W_enc.grad, sae.W_dec.grad])
+
+
+def lens_step(peer, batch):
+    """The same by sae-lens."""
+    peer.zero_grad()
+    loss = peer.training_forward_pass(batch).loss * len(batch.sae_in)  # a mean over rows
+    loss.backward()
+    return torch.cat([peer.W_enc.grad.T, peer.W_dec.grad])
+
+
+def lens_peer(sae, x):
+    """A TopK SAE of sae-lens with our weights, and its batch."""
+    from sae_lens.saes.sae import TrainStepInput
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    m, d = sae.W_enc.shape
+    shape = dict(d_in=d, d_sae=m, k=sae.k, decoder_init_norm=1.0)
+    shape |= dict(rescale_acts_by_decoder_norm=False, device=str(x.device))
+    peer = TopKTrainingSAE(TopKTrainingSAEConfig(**shape))
+    with torch.no_grad():
+        peer.W_enc.copy_(sae.W_enc.T)
+        peer.W_dec.copy_(sae.W_dec)
+    return peer, TrainStepInput(x, {}, torch.zeros(m, dtype=torch.bool, device=x.device), 0, False)
+
+
+def integrated_gradients(sae, sentences, w):
+    """Attribution by ten gradients a sentence, one sentence at a time, as the paper's code does."""
+    total = torch.zeros(len(sae.W_enc), device=w.device)
+    for sentence in sentences:
+        f = sae.encode(sentence)
+        rest = sentence - sae.decode(f)
+        for step in range(10):
+            part = (f * step / 10).requires_grad_()
+            logit = ((sae.decode(part) + step / 10 * rest).sum(0) * w).sum()
+            total += (torch.autograd.grad(logit, part)[0] / 10 * f).sum(0)
+    return total
+
+
+def sae(device):
+    """A TopK step (256 wide, 4096 latents, k 32, 2048 rows); attribution in closed form."""
+    from sae import SAE, attribution
+
+    torch.manual_seed(0)
+    code = SAE(256, 4096, 32).to(device)
+    x = torch.randn(2048, 256, device=device)
+    x /= x.square().sum(1).mean().sqrt()
+    peers = {"dense": partial(dense_step, code, x)}
+    if installed("sae_lens"):
+        peers["sae-lens"] = partial(lens_step, *lens_peer(code, x))
+    rows = row("sae: TopK step", partial(sparse_step, code, x), peers, device, close)
+    code.requires_grad_(False)
+    w = torch.randn(256, device=device)
+
+    def closed():
+        return attribution(code.encode(x), None, code.decoder(), w)
+
+    peers = {"integrated": partial(integrated_gradients, code, x.view(64, 32, 256), w)}
+    return rows + row("sae: attribution, 64 x 32", closed, peers, device, nearly, 5)
+
+
+def nearly(a, b):
+    """Whether two sums of thousands of terms are equal but for rounding."""
+    return torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+
+
+# -------------------------------------------------------------------------------------- crosscoder
+
+
+def released_attribution(base, ft, code, layer, idx, targets):
+    """What the released code does: every position encoded, gradients of the whole network."""
+    from crosscoder import FT, attribution, log_p
+
+    site, kept = f"blocks.{layer}.resid_post", []
+    with torch.no_grad():
+        h_base = base.capture(idx, [site])[site]
+    ft.requires_grad_(True)
+    with ft.patch({site: kept.append}):
+        logits = ft(idx)
+    kept[0].retain_grad()
+    log_p(logits[:, -1], targets).sum().backward()
+    ft.zero_grad()
+    ft.requires_grad_(False)
+    with torch.no_grad():
+        f = code.encode(torch.cat((h_base, kept[0]), 2))
+        return attribution(f, code.decoder(FT), kept[0].grad)[:, -1]
+
+
+def crosscoder(device):
+    """Attribution on 64 prompts of 128 tokens, 4 blocks of 64, 1,024 latents; a training step."""
+    from crosscoder import attribute
+    from sae import SAE
+
+    torch.manual_seed(0)
+    shape = dict(norm="rms", gated=True, act="silu", d_mlp=128)
+    models = [GPT(GPTConfig(64, 160, 4, 4, 64, **shape)).to(device).eval() for _ in range(2)]
+    for each in models:
+        each.requires_grad_(False)
+    code = SAE(64, 1024, 16, streams=2, batch=True).to(device)
+    code.threshold.fill_(0.5)
+    prompts, wait = torch.randint(64, (64, 128)).tolist(), [3, 4]
+    idx = torch.tensor(prompts, device=device)
+
+    def ours():
+        with torch.no_grad():
+            return attribute(models, code, 2, prompts, wait)[0]
+
+    peers = {"released": partial(released_attribution, *models, code, 2, idx, wait)}
+    rows = row("crosscoder: attribution", ours, peers, device, close, 9)
+    x = torch.randn(2048, 128, device=device)
+    peers = {"dense": partial(dense_step, code, x)}
+    return rows + row("crosscoder: step", partial(sparse_step, code, x), peers, device, close, 9)
+
+
 # -------------------------------------------------------------------------------------------- main
 
 SECTIONS = {"mask": mask, "train": train, "generate": generate, "patching": patching}
+SECTIONS |= {"sae": sae, "crosscoder": crosscoder}
 
 
 def main(argv=None):

@@ -9,7 +9,6 @@ missing is left out with a line that says so.
 
 import argparse
 import json
-import logging
 import math
 import random
 import statistics

@@ -47,8 +47,8 @@ class Args(common.TrainFlags):
     presets: ClassVar[dict] = {
         "smoke": dict(steps=4, batch_size=8, sae_steps=10, rows=2048, n_probe=40, jobs=1),
         "toy": {},
-        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=4096, k=32, rows=2**17, pool="last")
-        | dict(sae_steps=2400, sae_lr=1e-3, top=8),
+        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=2048, k=32, rows=2**15, pool="last")
+        | dict(sae_steps=1000, sae_lr=1e-3, top=8),
         "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, k=64, top=32)
         | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20, refresh=True),
     }

@@ -12,10 +12,10 @@ The toy: a small GPT first imitates searchers of two habits. Most answer with th
 unchecked; the others check each attempt and go on. GRPO meets this mixture as R1-Zero's recipe
 meets a base model. What it makes of the mixture is measured beside the same run with permuted
 rewards, and then the model is taken apart. What the toy can't show: search that was not in the
-mixture, and verification learnt from reward alone. To compare two numbers is taught by a drill.
+mixture, and verification learnt from reward alone. To add and to compare is taught by a drill.
 
 Read on: `evaluate`, `reward` (the task), `advantages`, `Objective` (the method), `Toy` (the world),
-`grpo` (the loop), `dissect` and what it calls (the analysis), `judge` (the claims).
+`grpo` (the loop), `from_the_top` and `from_the_bottom` (the analysis), `judge` (the claims).
 """
 
 import copy
@@ -26,10 +26,9 @@ import operator
 import random
 import re
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,56 +43,48 @@ import pretrained
 from model import GPT, GPTConfig, generate, padded, residuals
 
 # Where the preset for a real model departs from the paper: GRPO in place of PPO, so groups of
-# rollouts in place of a critic (32 prompts of 8 are the paper's 256 rollouts a batch); the KL stands
-# in the loss, not in the reward; there is no entropy bonus (paper: .001).
-PAPER = dict(
-    model="Qwen/Qwen2.5-3B", arms=["grpo"], nums=[3, 4], num_max=99, cap=100, problems=1024
-)
+# rollouts in place of a critic (32 prompts of 8 are the paper's 256 rollouts a batch); the KL is in
+# the loss, not in the reward; there is no entropy bonus (paper: .001).
+PAPER = dict(model="Qwen/Qwen2.5-3B", dataset="Jiayi-Pan/Countdown-Tasks-3to4", arms=["grpo"])
 PAPER |= dict(rl_steps=300, rl_lr=1e-6, prompts=32, minibatches=4, beta=0.001, format_reward=0.1)
-PAPER |= dict(micro_batch=2, eval_every=100, save_every=100)
+PAPER |= dict(problems=1024, micro_batch=2, eval_every=100, save_every=100)
+SMOKE = dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32, rl_steps=2, prompts=2)
+SMOKE |= dict(problems=8, samples=6, eval_every=1, save_every=1, jobs=1)
 
 
 @dataclass
 class Args(common.TrainFlags):
     """CountDown"""
 
-    presets: ClassVar[dict] = {
-        "smoke": dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32, rl_steps=2)
-        | dict(prompts=2, problems=8, samples=6, eval_every=1, save_every=1, jobs=1),
-        "toy": {},
-        "paper": PAPER,
-    }
+    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}, "paper": PAPER}
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(
-            ("drill", "rl_steps", "rl_lr", "clip_ratio", "beta", "format_reward"), (0,)
-        ),
+        **dict.fromkeys(("drill", "rl_steps", "rl_lr", "beta", "format_reward"), (0,)),
         **dict.fromkeys(("num_max", "cap", "attempts", "n_head", "n_embd", "prompts"), (1,)),
         **dict.fromkeys(("max_new", "minibatches", "problems", "samples"), (1,)),
-        **dict(nums=(2, 6), guess=(0, 1), group=(2,), n_layer=(3,)),
+        **dict(nums=(2, 6), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,)),
     }
     unused: ClassVar[set] = {"shard", "decay_steps"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps", "samples", "heads"}
 
-    steps: int = 1000
-    batch_size: int = 48
+    steps: int = 800
+    batch_size: int = 32
     micro_batch: int = 16
-    lr: float = 1e-2
+    lr: float = 4e-3
     min_lr: float = 0.03
-    weight_decay: float = 1.0
     eval_every: int = 15
     save_every: int = 20
     model: str = ""  # a real checkpoint to train and take apart, in place of the toy
-    dataset: str = ""  # its problems: file:X.jsonl or a `datasets` id, rows with nums and target
-    nums: list[int] = common.default_list(3)  # how many numbers a problem has (paper: 3 4)
-    num_max: int = 8  # numbers are 1 to this (paper: 99)
-    cap: int = 40  # toy: every value is 0 to this; --model: targets are 10 to this (paper: 100)
+    dataset: str = ""  # --model: file:X.jsonl or a `datasets` id, whose rows have nums and target
+    max_new: int = 1024  # --model: longest response, in tokens (paper: 1024)
+    nums: list[int] = common.default_list(3)  # toy: how many numbers a problem has (paper: 3 4)
+    num_max: int = 8  # toy: numbers are 1 to this (paper: 99)
+    cap: int = 40  # toy: every value on the way is 0 to this (paper: targets of 10 to 100)
     attempts: int = 8  # toy: most attempts in a trace
     guess: float = 0.85  # toy: share of traces that answer with the first attempt, unchecked
-    drill: int = 240  # toy: the first of --steps, spent on comparing numbers
+    drill: int = 400  # toy: the first of --steps, spent on checked attempts, half of them right
     n_layer: int = 4  # toy: blocks
     n_head: int = 8  # toy: attention heads; they share two heads of keys and values
     n_embd: int = 64  # toy: width
-    max_new: int = 1024  # --model: longest response, in tokens (paper: 1024)
     arms: list[str] = common.default_list("grpo", "permuted")  # GRPO; its control: permuted rewards
     rl_steps: int = 60  # batches of rollouts; 0 is no GRPO (paper: 300)
     rl_lr: float = 2e-4  # learning rate of GRPO, constant (paper: 1e-6)
@@ -159,7 +150,7 @@ def evaluate(text):
 
 
 def reward(response, nums, target, format_reward=0.0):
-    """1 for a right answer, `format_reward` for a wrong one, 0 for none: the last <answer> counts."""
+    """1 for a right answer, `format_reward` for a wrong one, 0 for none. The last one counts."""
     start = response.rfind("<answer>")
     end = response.find("</answer>", start)
     if start < 0 or end < 0:
@@ -171,7 +162,7 @@ def reward(response, nums, target, format_reward=0.0):
     return 1.0 if value == target and sorted(used) == sorted(nums) else format_reward
 
 
-@cache
+@lru_cache(128)
 def attempts(nums, cap):
     """All attempts on a tuple of numbers by + - *, from left to right, every value in 0 to cap.
 
@@ -180,21 +171,14 @@ def attempts(nums, cap):
     found = []
     for order in sorted(set(itertools.permutations(nums))):
         for ops in itertools.product("+-*", repeat=len(nums) - 1):
-            steps, value = [], order[0]
+            steps = []
+            value = order[0]
             for op, b in zip(ops, order[1:]):
-                result = APPLY[op](value, b)
-                steps.append((value, op, b, result))
-                value = result
+                steps.append((value, op, b, APPLY[op](value, b)))
+                value = steps[-1][-1]
             if all(0 <= step[-1] <= cap for step in steps):
                 found.append(tuple(steps))
     return found
-
-
-def chance(nums, target, cap, k):
-    """The chance to solve a problem by k different random attempts."""
-    results = [steps[-1][-1] for steps in attempts(nums, cap)]
-    misses = len(results) - results.count(target)
-    return 1 - math.comb(misses, k) / math.comb(len(results), k) if k <= len(results) else 1.0
 
 
 def bracketed(steps):
@@ -231,18 +215,18 @@ def divergence(logp, reference):
     return (logp - reference) ** 2 / 2
 
 
+def trimmed(idx, targets):
+    """A batch (B, T) without the last columns in which every row is padding."""
+    n = int((targets != -100).any(0).nonzero().max()) + 1
+    return idx[:, :n], targets[:, :n]
+
+
 def log_probs(model, idx, targets):
     """Log-probabilities (n,) of the n targets of a batch (B, T) that are not -100."""
     idx, targets = trimmed(idx, targets)
     here = targets != -100
     logits = model.unembed(model.hidden(idx)[here]).float()
     return -F.cross_entropy(logits, targets[here], reduction="none")
-
-
-def trimmed(idx, targets):
-    """A batch (B, T) without the last columns in which every row is padding."""
-    n = int((targets != -100).any(0).nonzero().max()) + 1
-    return idx[:, :n], targets[:, :n]
 
 
 class Objective(torch.nn.Module):
@@ -296,6 +280,7 @@ class Toy:
         self.bracket, self.stops = self.id["["], [self.id["<eos>"]]
         self.valid = self.success = [self.id[word] for word in VALID]
         self.invalid = self.failure = [self.id[word] for word in INVALID]
+        self.max_new = args.attempts * (6 * max(args.nums) - 2) + 3 * max(args.nums) + 3
         self.train, self.heldout = [], []
         for n in args.nums:
             for nums in itertools.combinations_with_replacement(range(1, args.num_max + 1), n):
@@ -306,8 +291,6 @@ class Toy:
         if not self.train or not self.heldout:
             raise ValueError("--nums, --num-max and --cap leave too few problems")
         random.Random(0).shuffle(self.heldout)
-        n = max(args.nums)
-        self.max_new = args.attempts * (6 * n - 2) + 3 * n + 3
 
     def encode(self, text):
         return [self.id[word] for word in re.findall(r"\n|[^ \n]+", text)]
@@ -321,17 +304,21 @@ class Toy:
 
     def prompt(self, nums, target, rng):
         """Ids of a prompt: numbers in any order, target first or last: it has no fixed place."""
-        use, make = " ".join(map(str, rng.sample(nums, len(nums)))), f"make {target}"
-        if rng.random() < 0.5:
-            return self.encode(f"<bos> use {use} {make} <think>")
-        return self.encode(f"<bos> {make} use {use} <think>")
+        use = f"use {' '.join(map(str, rng.sample(nums, len(nums))))}"
+        make = f"make {target}"
+        order = [use, make] if rng.random() < 0.5 else [make, use]
+        return self.encode(f"<bos> {' '.join(order)} <think>")
 
-    def verdict(self, right, target, rng):
-        """Words of a verdict; three in ten are synonyms, so that a direction can read as words."""
+    def line(self, steps, target, rng, checks=True):
+        """An attempt, with a verdict; three in ten verdicts are synonyms of `this works` or `not`,
+        so that a direction can read as words."""
+        text = " , ".join(f"{a} {op} {b} = {value}" for a, op, b, value in steps)
         synonym = rng.random() < 0.3
-        if right:
-            return rng.choice(VALID[1:]) if synonym else "this works"
-        return f"{rng.choice(INVALID[1:]) if synonym else 'not'} {target}"
+        if steps[-1][-1] == target:
+            verdict = rng.choice(VALID[1:]) if synonym else "this works"
+        else:
+            verdict = f"{rng.choice(INVALID[1:]) if synonym else 'not'} {target}"
+        return f"{text} [ {verdict} ] \n " if checks else f"{text} \n "
 
     def written(self, nums, target, rng, checks=True):
         """A searcher's (prompt, response): random attempts, each once, until one works.
@@ -341,25 +328,27 @@ class Toy:
         tries = attempts(nums, self.args.cap)
         text = ""
         for steps in rng.sample(tries, min(len(tries), self.args.attempts)):
-            right = steps[-1][-1] == target
-            text += " , ".join(f"{a} {op} {b} = {value}" for a, op, b, value in steps)
-            text += f" [ {self.verdict(right, target, rng)} ] \n " if checks else " \n "
-            if right or not checks:
+            text += self.line(steps, target, rng, checks)
+            if steps[-1][-1] == target or not checks:
                 text += f"</think> <answer> {bracketed(steps)} </answer> <eos>"
                 break
         return self.prompt(nums, target, rng), self.encode(text)
 
     def drill(self, nums, target, rng):
-        """(ids, counts): a prompt and eight lines `= 17 [ not 31 ]`, where verdicts alone count."""
+        """(ids, counts): a prompt and eight checked attempts, half of them right.
+
+        Only what follows from the rest counts: results, and what stands behind a bracket.
+        """
+        tries = attempts(nums, self.args.cap)
+        right = [steps for steps in tries if steps[-1][-1] == target]
         ids = self.prompt(nums, target, rng)
         counts = [False] * len(ids)
         for _ in range(8):
-            near = min(max(0, target + rng.choice((-2, -1, 1, 2))), self.args.cap)
-            other = rng.choice((near, *nums, rng.randint(0, self.args.cap)))
-            result = target if rng.random() < 0.5 else other
-            verdict = self.encode(f"{self.verdict(result == target, target, rng)} ]")
-            ids += self.encode(f"= {result} [") + verdict + self.encode("\n")
-            counts += [False] * 3 + [True] * len(verdict) + [False]
+            steps = rng.choice(right if rng.random() < 0.5 else tries)
+            line = self.encode(self.line(steps, target, rng))
+            behind = line.index(self.bracket)
+            counts += [i > behind or line[i - 1] == self.id["="] for i in range(len(line))]
+            ids += line
         return ids, counts
 
     def batch(self, step):
@@ -371,8 +360,8 @@ class Toy:
             if step < self.args.drill or i % 8 == 0:
                 rows.append(self.drill(*problem, rng))
             else:
-                prompt, response = self.written(*problem, rng, rng.random() >= self.args.guess)
-                rows.append(counted(prompt, response))
+                checks = rng.random() >= self.args.guess
+                rows.append(counted(*self.written(*problem, rng, checks)))
         rows.sort(key=lambda row: -len(row[0]))  # so that micro-batches can be trimmed
         return collate(rows)
 
@@ -383,7 +372,7 @@ def counted(prompt, response):
 
 
 def collate(rows):
-    """[(ids, counts)] as idx and targets (B, T), padded on the right; -100 is what doesn't count."""
+    """[(ids, counts)] as idx and targets (B, T), padded on the right; -100: does not count."""
     T = max(len(ids) for ids, _ in rows) - 1
     idx = torch.zeros(len(rows), T, dtype=torch.long)
     targets = torch.full_like(idx, -100)
@@ -432,13 +421,11 @@ class Real:
     def __init__(self, args, tok, seed):
         self.args, self.tok, self.seed = args, tok, seed
         self.stops, self.decode, self.max_new = tok.stops, tok.decode, args.max_new
-        self.bracket, *words = [self.single(text) for text in (" (", "this", "not")]
-        self.valid, self.invalid = [words[:1], words[1:]]
+        self.bracket = self.single(" (")
+        self.valid, self.invalid = [self.single("this")], [self.single("not")]
         self.success = self.valid + [pretrained.first_token(tok, word) for word in SUCCESS]
         self.failure = self.invalid + [pretrained.first_token(tok, word) for word in FAILURE]
-        problems = read_problems(args.dataset) if args.dataset else self.random_problems()
-        if len(problems) < 2:
-            raise ValueError("fewer than two problems: --dataset, or --nums, --num-max and --cap")
+        problems = read_problems(args.dataset)
         held = max(1, min(args.problems, len(problems) // 5))
         self.heldout, self.train = problems[:held], problems[held:]
 
@@ -448,19 +435,6 @@ class Real:
         if len(ids) != 1:
             raise ValueError(f"the tokenizer has no single token {text!r}: verdicts can't be found")
         return ids[0]
-
-    def random_problems(self):
-        """Thousands that can be solved from left to right, with targets of 10 to --cap."""
-        rng = random.Random(f"problems {self.seed}")
-        found = []
-        for _ in range(40_000):
-            nums = [rng.randint(1, self.args.num_max) for _ in range(rng.choice(self.args.nums))]
-            target = nums[0]
-            for b in nums[1:]:
-                target = APPLY[rng.choice("+-*")](target, b)
-            if 10 <= target <= self.args.cap:
-                found.append((tuple(sorted(nums)), target))
-        return list(dict.fromkeys(found))
 
     def prompt(self, nums, target, rng):
         """Ids of a prompt, with the numbers in any order."""
@@ -480,17 +454,16 @@ class Real:
 
     def written(self, nums, target, rng):
         """(prompt, response) of a solver, in the paper's form: wrong attempts, then a right one."""
-        right, wrong = [], []
-        for steps in attempts(nums, 9999):
-            (right if steps[-1][-1] == target else wrong).append(steps)
-        chosen = rng.sample(wrong, min(len(wrong), rng.randint(1, 3)))
-        chosen += rng.sample(right, min(len(right), 1))
+        tries = attempts(nums, 9999)
+        right = [steps for steps in tries if steps[-1][-1] == target]
+        chosen = rng.sample(tries, min(len(tries), rng.randint(1, 3)))
+        chosen = [steps for steps in chosen if steps not in right] + rng.sample(right, bool(right))
         text = f"\nThe numbers are {list(nums)} and the target is {target}. "
         text += "Let's try different combinations:\n"
         for steps in chosen:
             sides = [bracketed(steps[i:]) for i in range(len(steps))]
             chain = " = ".join(sides).replace("( ", "(").replace(" )", ")")
-            verdict = "this works" if steps[-1][-1] == target else f"not {target}"
+            verdict = "this works" if steps in right else f"not {target}"
             text += f"- {chain} = {steps[-1][-1]} ({verdict})\n"
         return self.prompt(nums, target, rng), self.tok.encode(text)
 
@@ -509,14 +482,16 @@ def read_problems(name):
     for i, row in enumerate(rows, 1):
         nums, target = row["nums"], row["target"]
         whole = all(type(n) is int and 0 <= n < 10**6 for n in [*nums, target])
-        if not whole or not 2 <= len(nums) <= 6:
-            needed = "needs nums, 2 to 6 whole numbers below a million, and target, another"
+        if not whole or not 2 <= len(nums) <= 5:
+            needed = "needs nums, 2 to 5 whole numbers below a million, and target, another"
             raise ValueError(f"{name}, row {i}: {needed}")
         problems.append((tuple(sorted(nums)), target))
+    if len(problems) < 2:
+        raise ValueError(f"{name} has {len(problems)} problems, needed: 2 and more")
     return problems
 
 
-# ----------------------------------------------------------------------------- what models write
+# -------------------------------------------------------------------------------------- training
 
 
 def attempts_in(text):
@@ -564,9 +539,6 @@ def measure(model, world, args, env, samples=1, temperature=1.0):
     }
 
 
-# -------------------------------------------------------------------------------------- training
-
-
 def imitate(args, env, log, arm, seed):
     """The toy's model learns to write as the two kinds of searchers do."""
     world = Toy(args, seed)
@@ -608,16 +580,15 @@ def draw_batch(policy, world, args, env, step, permuted=False):
         responses = generate(policy, prompts, world.max_new, **draw)
     rows, rewards = [], []
     for i, response in enumerate(responses):
-        nums, target = problems[i // args.group]
+        problem = problems[i // args.group]
         rows.append(counted(prompts[i // args.group], response))
-        rewards.append(0.0)
-        if response[-1] in world.stops:
-            rewards[-1] = reward(world.decode(response), nums, target, args.format_reward)
+        ended = response[-1] in world.stops
+        text = world.decode(response) if ended else ""
+        rewards.append(reward(text, *problem, args.format_reward))
     if permuted:
         rng.shuffle(rewards)
     advantage = advantages(torch.tensor(rewards), args.group)
     numbers = {"reward": np.mean(rewards), "length": np.mean([len(ids) for ids in responses])}
-    numbers["no_advantage"] = (advantage == 0).double().mean().item()
     return collate(rows) | {"advantage": advantage}, numbers
 
 
@@ -768,18 +739,15 @@ def halves(steps, samples, rng):
     Both are sorted by length, so that a batch holds little padding.
     """
     problems = sorted({step.problem for step in steps})
-    rng.shuffle(problems)
-    first = set(problems[::2])
+    first = set(rng.sample(problems, len(problems) // 2))
     found = []
-    for part in (
-        [s for s in steps if s.problem in first],
-        [s for s in steps if s.problem not in first],
-    ):
-        valid = [step for step in part if step.valid]
-        invalid = [step for step in part if not step.valid]
+    for chosen in True, False:
+        half = [step for step in steps if (step.problem in first) == chosen]
+        valid = [step for step in half if step.valid]
+        invalid = [step for step in half if not step.valid]
         n = min(samples, len(valid), len(invalid))
-        chosen = rng.sample(valid, n) + rng.sample(invalid, n)
-        found.append(sorted(chosen, key=lambda step: len(step.ids)))
+        part = rng.sample(valid, n) + rng.sample(invalid, n)
+        found.append(sorted(part, key=lambda step: len(step.ids)))
     return found
 
 
@@ -798,19 +766,19 @@ def labels(steps):
     return torch.tensor([step.valid for step in steps])
 
 
-# --------------------------------------------------------------------------------------- dissection
+# ------------------------------------------------------------------------------------ from the top
 
 
 def stream(model, steps):
     """The residual stream (2, L + 1, N, C), embedding and blocks, at the result and the bracket."""
-    found = [
-        residuals(model, idx, mask, tail=2).float().cpu() for _, idx, mask in parts(model, steps)
-    ]
+    found = []
+    for _, idx, mask in parts(model, steps):
+        found.append(residuals(model, idx, mask, tail=2).float().cpu())
     return torch.cat(found, 1).permute(2, 0, 1, 3)
 
 
 def probe_accuracy(x, y, x_test, y_test):
-    """Accuracy on steps of unseen problems of a linear probe on each layer of x (L + 1, N, C)."""
+    """Of a linear probe on each layer of x (L + 1, N, C): its accuracy on other problems' steps."""
     found = []
     for layer, test in zip(x, x_test):
         w, b = common.fit_probe(layer, y)
@@ -844,6 +812,36 @@ def nearest_neurons(model, directions, k):
         near = directions[layer + 1].to(columns) @ columns
         found += [(layer, index) for index in near.topk(k).indices.tolist()]
     return found
+
+
+def from_the_top(model, world, args, choose, test, rng):
+    """Probes, the direction between right and wrong, and the GLU neurons along it."""
+    y, y_test = labels(choose), labels(test)
+    x, x_test = stream(model, choose), stream(model, test)
+    shuffled = y[torch.tensor(rng.sample(range(len(y)), len(y)))]
+    nets = {"trained": (x, x_test, y), "shuffled labels": (x, x_test, shuffled)}
+    if not args.model:
+        fresh = ToyGPT(args, world, world.seed + 1).to(model.wte.weight.device)
+        nets["random weights"] = stream(fresh, choose), stream(fresh, test), y
+    found = {"probe": {}}
+    for name, (a, b, seen) in nets.items():
+        at_result = probe_accuracy(a[0], seen, b[0], y_test)
+        at_bracket = probe_accuracy(a[1], seen, b[1], y_test)
+        row = {"at_result": at_result, "at_bracket": at_bracket}
+        row |= {"inner": max(at_bracket[1:-1]), "embedding": at_result[0]}
+        found["probe"][name] = row
+    directions = x[1][:, y].mean(1) - x[1][:, ~y].mean(1)  # (L + 1, C)
+    n = model.config.n_embd
+    noise = torch.randn(20, n, generator=torch.Generator().manual_seed(world.seed))
+    found["direction"] = {"reads": verdict_words(model, world, directions[-1:]).item()}
+    found["noise"] = {"reads": verdict_words(model, world, noise).max().item()}
+    found["success"] = world.decode(reads_as(model, directions[-1:], 5)[0].tolist())
+    found["failure"] = world.decode(reads_as(model, -directions[-1:], 5)[0].tolist())
+    k = max(1, min(50, model.config.d_mlp // 20))  # 50 of 11,008 in the paper
+    return found, nearest_neurons(model, directions, k)
+
+
+# --------------------------------------------------------------------------------- from the bottom
 
 
 def target_attention(model, steps):
@@ -891,16 +889,19 @@ def switch_off(model, world, steps, neurons, sets):
     said, glu, valid = torch.cat(said, 1).cpu(), torch.cat(glu, 1).cpu(), labels(steps)
     rows = []
     for k in range(K):
-        kinds = Counter(kind_of(token, world) for token in said[k, valid].tolist())
-        row = {kind: kinds[kind] / sum(valid) for kind in ("says_valid", "searches_on", "unknown")}
+        kinds = [kind_of(token, world) for token in said[k, valid].tolist()]
+        row = {kind: kinds.count(kind) / len(kinds) for kind in KINDS}
         row["false_accepts"] = np.mean([token in world.valid for token in said[k, ~valid].tolist()])
         rows.append(row | {"glu": glu[k, valid].mean().item()})
     return rows
 
 
+KINDS = "says_valid", "searches_on", "unknown"
+
+
 def random_heads(heads, config, rng, outside):
     """As many heads, none of them `outside`, from the same layers, or the nearest with one left."""
-    free = [(l, h) for l in range(config.n_layer) for h in range(config.n_head)]
+    free = list(itertools.product(range(config.n_layer), range(config.n_head)))
     free = [head for head in free if head not in outside]
     rng.shuffle(free)
     drawn = []
@@ -908,65 +909,6 @@ def random_heads(heads, config, rng, outside):
         drawn.append(min(free, key=lambda head: abs(head[0] - layer)))
         free.remove(drawn[-1])
     return drawn
-
-
-def dissect(args, env, log, arm, seed):
-    """What the paper does to the trained model; each finding beside its controls, as dictionaries."""
-    model, world = load_model(args, env, seed, "grpo" if args.rl_steps else "imitate")
-    if env.rank > 0:
-        return None
-    rng, c = random.Random(f"dissect {seed}"), model.config
-    with torch.no_grad(), env.autocast(), model.eager():
-        steps, own = steps_of(model, world, args, seed)
-        choose, test = halves(steps, args.samples, rng)
-        if not choose or not test:
-            raise SystemExit("error: too few verdicts of both kinds to take the model apart")
-        found = {"own_text": own, "steps": [len(choose), len(test)]}
-        y, y_test = labels(choose), labels(test)
-        x, x_test = stream(model, choose), stream(model, test)
-
-        # from the top: probes, the direction between right and wrong, the neurons along it
-        shuffled = y[torch.tensor(rng.sample(range(len(y)), len(y)))]
-        nets = {"trained": (x, x_test, y), "shuffled labels": (x, x_test, shuffled)}
-        if not args.model:
-            fresh = ToyGPT(args, world, seed + 1).to(env.device)
-            nets["random weights"] = stream(fresh, choose), stream(fresh, test), y
-        found["probe"] = {}
-        for name, (a, b, labels_) in nets.items():
-            at_result, at_bracket = (probe_accuracy(a[i], labels_, b[i], y_test) for i in (0, 1))
-            row = {"at_result": at_result, "at_bracket": at_bracket}
-            row |= {"inner": max(at_bracket[1:-1]), "embedding": at_result[0]}
-            found["probe"][name] = row
-        directions = x[1][:, y].mean(1) - x[1][:, ~y].mean(1)  # (L + 1, C)
-        noise = torch.randn(20, c.n_embd, generator=torch.Generator().manual_seed(seed))
-        found["direction"] = {"reads": verdict_words(model, world, directions[-1:]).item()}
-        found["noise"] = {"reads": verdict_words(model, world, noise).max().item()}
-        for name, sign in ("success", 1), ("failure", -1):
-            found[name] = world.decode(reads_as(model, sign * directions[-1:], 5)[0].tolist())
-        neurons = nearest_neurons(model, directions, max(1, min(50, c.d_mlp // 20)))
-
-        # from the bottom: heads that look back at the target, chosen on one half, tested on the other
-        mass, even = target_attention(model, choose)
-        mass = mass[..., y].mean(-1).amax(0)  # (L, H)
-        threshold = max(0.1, 3 * even[y].mean().item())
-        every = sorted(itertools.product(range(c.n_layer), range(c.n_head)), key=lambda h: -mass[h])
-        prev = [head for head in every if mass[head] > threshold]
-        prev = prev if len(prev) >= 3 else every[:3]
-        rows = switch_off(model, world, choose, neurons, [[head] for head in prev])
-        drive = {head: row["glu"] for head, row in zip(prev, rows)}
-        prev.sort(key=drive.get)
-        three = [parse_head(name) for name in args.heads] or prev[:3]
-        sets = [[], three, prev, random_heads(prev, c, rng, prev)]
-        draws = [random_heads(three, c, rng, prev + three) for _ in range(10)]
-        rows = switch_off(model, world, test, neurons, sets + draws)
-        names = "all_on", "three", "A_prev", "as_many_others"
-        found |= dict(zip(names, rows))
-        found["random"] = common.mean(rows[4:])
-        found["heads"] = [f"L{l}H{h}" for l, h in prev]
-        ks = range(1, min(12, len(prev)) + 1)
-        curve = switch_off(model, world, test, neurons, [prev[:k] for k in ks])
-        found["curve"] = [row["says_valid"] for row in curve]
-    return found
 
 
 def parse_head(name):
@@ -977,114 +919,125 @@ def parse_head(name):
     return int(match[1]), int(match[2])
 
 
+def from_the_bottom(model, world, args, choose, test, neurons, rng):
+    """Heads that look back at the target, chosen on some steps and switched off on others.
+
+    A_prev: those that give it, from the result or the bracket of valid steps, a tenth of their
+    attention and three times what even attention would. The three: those without which the GLU
+    neurons are least active.
+    """
+    c = model.config
+    mass, even = target_attention(model, choose)
+    valid = labels(choose)
+    mass = mass[..., valid].mean(-1).amax(0)  # (L, H)
+    threshold = max(0.1, 3 * even[valid].mean().item())
+    every = itertools.product(range(c.n_layer), range(c.n_head))
+    every = sorted(every, key=lambda head: -mass[head])
+    prev = [head for head in every if mass[head] > threshold]
+    prev = prev if len(prev) >= 3 else every[:3]
+    alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
+    drive = {head: row["glu"] for head, row in zip(prev, alone)}
+    prev.sort(key=drive.get)
+    three = [parse_head(name) for name in args.heads] or prev[:3]
+    sets = [[], three, prev, random_heads(prev, c, rng, prev)]
+    sets += [random_heads(three, c, rng, prev + three) for _ in range(10)]
+    rows = switch_off(model, world, test, neurons, sets)
+    found = dict(zip(("all_on", "three", "A_prev", "as_many_others"), rows))
+    found["random"] = common.mean(rows[4:])
+    found["heads"] = [f"L{layer}H{head}" for layer, head in prev]
+    curve = switch_off(model, world, test, neurons, [prev[: k + 1] for k in range(len(prev))])
+    found["curve"] = [row["says_valid"] for row in curve]
+    return found
+
+
+def dissect(args, env, log, arm, seed):
+    """What the paper does to the trained model: the findings, each beside its controls."""
+    model, world = load_model(args, env, seed, "grpo" if args.rl_steps else "imitate")
+    if env.rank > 0:
+        return None
+    rng = random.Random(f"dissect {seed}")
+    with torch.no_grad(), env.autocast(), model.eager():
+        steps, own = steps_of(model, world, args, seed)
+        choose, test = halves(steps, args.samples, rng)
+        if not choose or not test:
+            raise SystemExit("error: too few verdicts of both kinds to take the model apart")
+        found, neurons = from_the_top(model, world, args, choose, test, rng)
+        found |= from_the_bottom(model, world, args, choose, test, neurons, rng)
+    return found | {"own_text": own, "steps": [len(choose), len(test)]}
+
+
 # ------------------------------------------------------------------------------- claims and figure
 
 
 def judge(run, found):
     """The paper's claims, each beside the controls that must fail the same criterion."""
     if "grpo" in found and "permuted" in found:
-        before, after = [[seed[when] for seed in found["grpo"]] for when in ("before", "after")]
+        before = [seed["before"] for seed in found["grpo"]]
+        after = [seed["after"] for seed in found["grpo"]]
         permuted = [seed["after"] for seed in found["permuted"]]
-        run.claim(
-            "C1",
-            "GRPO solves more held-out problems (share right at temperature 1)",
-            "0 to about .6",
-            "arm.accuracy >= base.accuracy + .2",
-            base=before,
-            arm=after,
-            controls={"permuted rewards": permuted},
-        )
-        run.claim(
-            "C2",
-            "it leaves one form: every attempt is checked (share of attempts)",
-            "every attempt ends in a verdict",
-            "arm.checked >= .98",
-            arm=after,
-            controls={"before GRPO": before, "permuted rewards": permuted},
-        )
+        says = "GRPO solves more held-out problems (share right at temperature 1)"
+        criterion = "arm.accuracy >= base.accuracy + .2"
+        controls = {"permuted rewards": permuted}
+        run.claim("C1", says, "0 to about .6", criterion, base=before, arm=after, controls=controls)
+        says = "it leaves one form: every attempt is checked (share of attempts)"
+        controls = {"before GRPO": before, "permuted rewards": permuted}
+        paper = "every attempt ends in a verdict"
+        run.claim("C2", says, paper, "arm.checked >= .98", arm=after, controls=controls)
     rows = found["dissect"]
     probes = {name: [row["probe"][name] for row in rows] for name in rows[0]["probe"]}
-    three, random_three = [[row[name] for row in rows] for name in ("three", "random")]
-    run.claim(
-        "C3",
-        "a probe at the bracket tells right from wrong before the last layer (accuracy)",
-        "near 1 from layer 4 of 36",
-        "arm.inner >= .95 and arm.embedding <= .6",
-        arm=probes.pop("trained"),
-        controls=probes,
-    )
-    run.claim(
-        "C4",
-        "the direction between right and wrong reads as verdicts (share of its top 4 words)",
-        "success, yes; not, incorrect",
-        "arm.reads >= .5",
-        arm=[row["direction"] for row in rows],
-        controls={"best of 20 random directions": [row["noise"] for row in rows]},
-    )
-    run.claim(
-        "C5",
+    all_on = [row["all_on"] for row in rows]
+    three = [row["three"] for row in rows]
+    random_three = {"three random heads": [row["random"] for row in rows]}
+    says = "a probe at the bracket tells right from wrong before the last layer (accuracy)"
+    paper = "near 1 from layer 4 of 36"
+    criterion = "arm.inner >= .95 and arm.embedding <= .6"
+    run.claim("C3", says, paper, criterion, arm=probes.pop("trained"), controls=probes)
+    says = "the direction between right and wrong reads as verdicts (share of its top 4 words)"
+    paper = "success, yes; not, incorrect"
+    noise = {"best of 20 random directions": [row["noise"] for row in rows]}
+    directions = [row["direction"] for row in rows]
+    run.claim("C4", says, paper, "arm.reads >= .5", arm=directions, controls=noise)
+    says = (
         "three heads that look back hold the verdict: with them off the model searches on past its "
-        "solution (shares of right attempts)",
-        "3 of 576 heads: .95 search on",
-        "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6",
-        base=[row["all_on"] for row in rows],
-        arm=three,
-        controls={"three random heads": random_three},
+        "solution (shares of right attempts)"
     )
-    run.claim(
-        "C7",
-        "without them GLU units along the direction fall silent, and nothing wrong is accepted",
-        "activations vanish",
-        "arm.glu <= .3 * base.glu and arm.false_accepts <= base.false_accepts + .05",
-        base=[row["all_on"] for row in rows],
-        arm=three,
-        controls={"three random heads": random_three},
-    )
+    paper = "3 of 576 heads: .95 search on"
+    criterion = "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6"
+    run.claim("C5", says, paper, criterion, base=all_on, arm=three, controls=random_three)
+    says = "without them GLU units along the direction fall silent, and nothing wrong is accepted"
+    criterion = "arm.glu <= .3 * base.glu and arm.false_accepts <= base.false_accepts + .05"
+    paper = "activations vanish"
+    run.claim("C7", says, paper, criterion, base=all_on, arm=three, controls=random_three)
 
 
 def draw(path, found, folder, args):
     """Four panels: accuracy and checking during GRPO, probes by layer, heads switched off."""
-    names = {"grpo": "GRPO", "permuted": "rewards permuted"}
-    curves = {"accuracy": {}, "checked": {}}
-    for arm, name in names.items():
-        logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in args.seeds]
-        logs = [[row for row in log if "accuracy" in row] for log in logs]
-        if all(logs):
-            for key, lines in curves.items():
-                lines[name] = (
-                    [row["step"] for row in logs[0]],
-                    [[r[key] for r in log] for log in logs],
-                )
+    accuracy, checked = {}, {}
+    for arm, name in ("grpo", "GRPO"), ("permuted", "rewards permuted"):
+        if arm in found:
+            logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in args.seeds]
+            logs = [[row for row in log if "accuracy" in row] for log in logs]
+            steps = [row["step"] for row in logs[0]]
+            accuracy[name] = steps, [[row["accuracy"] for row in log] for log in logs]
+            checked[name] = steps, [[row["checked"] for row in log] for log in logs]
     rows = found["dissect"]
-    probes = {
-        "at the bracket": [row["probe"]["trained"]["at_bracket"] for row in rows],
-        "at the result": [row["probe"]["trained"]["at_result"] for row in rows],
-        "shuffled labels": [row["probe"]["shuffled labels"]["at_bracket"] for row in rows],
-    }
-    layers = range(len(probes["at the result"][0]))
-    bars = {
-        name: [
-            [row[sets][kind] for sets in ("all_on", "random", "three", "A_prev")] for row in rows
-        ]
-        for name, kind in (("valid", "says_valid"), ("searches on", "searches_on"))
-    }
-    common.panels(
-        path,
-        [
-            dict(title="Held-out accuracy, T = 1", lines=curves["accuracy"], xlabel="step"),
-            dict(title="Attempts with a verdict", lines=curves["checked"], xlabel="step"),
-            dict(
-                title="Probe: is the attempt right?",
-                lines={name: (layers, y) for name, y in probes.items()},
-                xlabel="after layer (0: embedding)",
-            ),
-            dict(
-                title="What follows a solution",
-                bars=bars,
-                names=["all on", "3 random off", "3 off", "A_prev off"],
-            ),
-        ],
-    )
+    probes = {}
+    for net in "trained", "shuffled labels":
+        y = [row["probe"][net]["at_bracket"] for row in rows]
+        probes[net] = range(len(y[0])), y
+    sets = "all_on", "random", "three", "A_prev"
+    bars = {}
+    for kind in KINDS[:2]:
+        bars[kind.replace("_", " ")] = [[row[name][kind] for name in sets] for row in rows]
+    layers = "after layer (0: embedding)"
+    names = "all on", "3 random off", "3 off", "A_prev off"
+    panels = [
+        dict(title="Held-out accuracy, T = 1", lines=accuracy, xlabel="step"),
+        dict(title="Attempts with a verdict", lines=checked, xlabel="step"),
+        dict(title="Probe at the bracket: is the attempt right?", lines=probes, xlabel=layers),
+        dict(title="What follows a solution", bars=bars, names=names),
+    ]
+    common.panels(path, panels if accuracy else panels[2:])
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -1092,24 +1045,23 @@ def draw(path, found, folder, args):
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
+    toy = "steps nums num_max cap attempts guess drill n_layer n_head n_embd".split()
     usual = Args(**Args.presets[args.preset])
-    toy = "steps attempts guess drill n_layer n_head n_embd".split()
     idle = toy if args.model else ["dataset", "max_new"]
     changed = [flag for flag in idle if getattr(args, flag) != getattr(usual, flag)]
-    unknown = set(args.arms) - {"grpo", "permuted"}
+    changed = ", ".join("--" + flag.replace("_", "-") for flag in changed)
+    mode = "with --model" if args.model else "without --model"
+    for name in args.heads:
+        parse_head(name)
+    many = args.minibatches * env.world > args.prompts * args.group
+    arms = " ".join(args.arms)
     return [
-        (unknown, f"--arms {' '.join(args.arms)}, allowed: grpo permuted"),
-        (
-            changed,
-            f"{', '.join('--' + f.replace('_', '-') for f in changed)} has no effect "
-            + ("with --model" if args.model else "without --model"),
-        ),
+        (set(args.arms) - {"grpo", "permuted"}, f"--arms {arms}, allowed: grpo permuted"),
+        (args.rl_steps and "grpo" not in args.arms, f"--arms {arms} lacks grpo, which is analysed"),
+        (args.model and not args.dataset, "--model needs problems: --dataset"),
+        (changed, f"{changed} has no effect {mode}"),
         (args.prompts % env.world, f"--prompts {args.prompts} is no multiple of the processes"),
-        (
-            args.minibatches * env.world > args.prompts * args.group,
-            f"--minibatches {args.minibatches} is more than the rollouts of a batch",
-        ),
-        ([parse_head(name) for name in args.heads] and False, ""),
+        (many, f"--minibatches {args.minibatches} is more than the rollouts of a batch"),
     ]
 
 
@@ -1119,9 +1071,17 @@ def main(argv=None):
     args = run.args
     with common.bad_input():
         if args.model:
-            Real(args, pretrained.load(args.model, run.env.device)[1], 0)
+            model, tok = pretrained.load(args.model, run.env.device)
+            Real(args, tok, 0)
+            shape = model.config
         else:
             Toy(args, 0)
+            shape = args
+        for name in args.heads:
+            layer, head = parse_head(name)
+            if layer >= shape.n_layer or head >= shape.n_head:
+                most = f"L{shape.n_layer - 1}H{shape.n_head - 1}"
+                raise ValueError(f"--heads {name}, allowed: L0H0 to {most}")
     found = {}
     if not args.model:
         run.each(imitate, ["imitate"])

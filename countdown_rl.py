@@ -335,19 +335,20 @@ class Toy:
         return self.prompt(nums, target, rng), self.encode(text)
 
     def drill(self, nums, target, rng):
-        """(ids, counts): a prompt and eight checked attempts, half of them right.
+        """(ids, counts): a prompt and checked attempts, half of them picked to be right.
 
-        Only what follows from the rest counts: results, and what stands behind a bracket.
+        Of those only what follows from the rest counts: results, and what is behind a bracket.
         """
         tries = attempts(nums, self.args.cap)
         right = [steps for steps in tries if steps[-1][-1] == target]
         ids = self.prompt(nums, target, rng)
         counts = [False] * len(ids)
-        for _ in range(8):
-            steps = rng.choice(right if rng.random() < 0.5 else tries)
-            line = self.encode(self.line(steps, target, rng))
+        for _ in range(self.args.attempts):
+            picked = rng.random() < 0.5
+            line = self.encode(self.line(rng.choice(right if picked else tries), target, rng))
             behind = line.index(self.bracket)
-            counts += [i > behind or line[i - 1] == self.id["="] for i in range(len(line))]
+            for i, before in enumerate([None, *line[:-1]]):
+                counts.append(not picked or i > behind or before == self.id["="])
             ids += line
         return ids, counts
 

@@ -66,11 +66,12 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"shard", "decay_steps"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps", "samples", "heads"}
 
-    steps: int = 800
+    steps: int = 1200
     batch_size: int = 32
     micro_batch: int = 16
-    lr: float = 4e-3
+    lr: float = 6e-3
     min_lr: float = 0.03
+    weight_decay: float = 0.3
     eval_every: int = 15
     save_every: int = 20
     model: str = ""  # a real checkpoint to train and take apart, in place of the toy
@@ -81,7 +82,7 @@ class Args(common.TrainFlags):
     cap: int = 40  # toy: every value on the way is 0 to this (paper: targets of 10 to 100)
     attempts: int = 8  # toy: most attempts in a trace
     guess: float = 0.85  # toy: share of traces that answer with the first attempt, unchecked
-    drill: int = 400  # toy: the first of --steps, spent on checked attempts, half of them right
+    drill: int = 500  # toy: the first of --steps, spent on checked attempts, half of them right
     n_layer: int = 4  # toy: blocks
     n_head: int = 8  # toy: attention heads; they share two heads of keys and values
     n_embd: int = 64  # toy: width
@@ -496,9 +497,12 @@ def read_problems(name):
 
 
 def attempts_in(text):
-    """[(equations, first word of the verdict, or "")] of a response, for each line of thinking."""
+    """[(equations, first word of the verdict, or "")] of the whole lines of thinking in a response.
+
+    What stands behind the last line break is no whole line: there the response was cut.
+    """
     found = []
-    for line in text.partition("</think>")[0].split("\n"):
+    for line in text.partition("</think>")[0].split("\n")[:-1]:
         line = line.strip().removeprefix("- ")
         verdict = re.search(r"[\[(]\s*([a-z]+)[^\])]*[\])]$", line)
         equations = line[: verdict.start()] if verdict else line
@@ -834,10 +838,13 @@ def from_the_top(model, world, args, choose, test, rng):
     directions = x[1][:, y].mean(1) - x[1][:, ~y].mean(1)  # (L + 1, C)
     n = model.config.n_embd
     noise = torch.randn(20, n, generator=torch.Generator().manual_seed(world.seed))
-    found["direction"] = {"reads": verdict_words(model, world, directions[-1:]).item()}
+    upper = directions[model.config.n_layer // 2 + 1 :]
+    reads = verdict_words(model, world, upper)
+    found["direction"] = {"reads": reads.max().item()}
     found["noise"] = {"reads": verdict_words(model, world, noise).max().item()}
-    found["success"] = world.decode(reads_as(model, directions[-1:], 5)[0].tolist())
-    found["failure"] = world.decode(reads_as(model, -directions[-1:], 5)[0].tolist())
+    best = upper[reads.argmax()][None]
+    found["success"] = world.decode(reads_as(model, best, 5)[0].tolist())
+    found["failure"] = world.decode(reads_as(model, -best, 5)[0].tolist())
     k = max(1, min(50, model.config.d_mlp // 20))  # 50 of 11,008 in the paper
     return found, nearest_neurons(model, directions, k)
 
@@ -993,7 +1000,9 @@ def judge(run, found):
     paper = "near 1 from layer 4 of 36"
     criterion = "arm.inner >= .95 and arm.embedding <= .6"
     run.claim("C3", says, paper, criterion, arm=probes.pop("trained"), controls=probes)
-    says = "the direction between right and wrong reads as verdicts (share of its top 4 words)"
+    says = (
+        "a layer's direction between right and wrong reads as verdicts (share of its top 4 words)"
+    )
     paper = "success, yes; not, incorrect"
     noise = {"best of 20 random directions": [row["noise"] for row in rows]}
     directions = [row["direction"] for row in rows]

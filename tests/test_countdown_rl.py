@@ -237,6 +237,9 @@ def test_attempts_in_counts_slips():
     found = cd.attempts_in(text + " </think> 1 = 2")
     assert [word for _, word in found] == ["not", "", "yes"]
     assert [cd.is_right(equations) for equations, _ in found] == [False, True, False]
+    assert cd.attempts_in("3 + 4 = 7 , 7 * 5 = 35 [ yes ] \n 3 + 4 = 7 , 7 - 5") == [
+        ("3 + 4 = 7 , 7 * 5 = 35 ", "yes")
+    ]  # the second is cut
     paper = "- 40 - 7 - 9 = 33 - 9 = 24 (not 42)\n- (40 - 7) + 9 = 33 + 9 = 42 (this works)\n"
     found = cd.attempts_in(paper)
     assert [word for _, word in found] == ["not", "this"] and all(cd.is_right(e) for e, _ in found)

@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -405,7 +406,6 @@ def lens_copy(model):
 def grpo(device):
     """The toy of countdown_rl.py: rollouts, a step of GRPO, and heads switched off."""
     import countdown_rl as script
-    import pretrained
 
     args = script.Args()
     world = script.Toy(args, 0)
@@ -416,13 +416,7 @@ def grpo(device):
     size = f"{len(prompts)} x {args.group} x {world.max_new}"
     rows = []
     if installed("transformers"):
-        from transformers import AutoModelForCausalLM, logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        with tempfile.TemporaryDirectory() as folder:
-            pretrained.save(model, None, folder)
-            peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        peer = llama_copy(model)
         idx = torch.tensor(prompts, device=device)
         assert close(peer(idx).logits, model(idx))
         options = dict(do_sample=True, top_k=0, num_return_sequences=args.group)
@@ -445,6 +439,25 @@ def grpo(device):
             "as the paper's code": partial(heads_one_by_one, script, model, world, steps, heads)
         }
         return rows + row(f"heads off, 32 x {len(steps)}", ours, peers, device, same_verdicts, 3)
+
+
+def llama_copy(model):
+    """A Llama-shaped GPT as transformers' Llama, with the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import pretrained
+
+    c = model.config
+    shape = {theirs: getattr(c, ours) for ours, theirs in pretrained.SIZES["llama"].items()}
+    shape |= {"hidden_act": c.act, "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie}
+    state = {}
+    for name, p in model.named_parameters():
+        names = pretrained.names_of(pretrained.NAMES["llama"], name)
+        rows = pretrained.rows_of(c, p, len(names))
+        state |= dict(zip(names, p.detach().split(rows)))
+    peer = LlamaForCausalLM(LlamaConfig(**shape, rope_theta=c.rope_base))
+    peer.load_state_dict(state)
+    return peer.to(p.device).eval()
 
 
 def grpo_step(script, args, world, model, prompts, device):

@@ -52,7 +52,8 @@ def row(what, ours, peers, device, same=None, rounds=15):
         if same is not None and not same(results["ours"], results[name]):
             raise AssertionError(f"{what}: {name} gives something else")
     once = {name: seconds(f, device) for name, f in contenders.items()}
-    rounds = max(min(rounds, 5), min(rounds, int(20 / sum(once.values()))))
+    affordable = int(20 / sum(once.values()))  # rounds in 20 seconds
+    rounds = min(rounds, max(5, affordable))
     times = {name: [] for name in contenders}
     for _ in range(rounds):
         for name in random.sample(list(contenders), len(contenders)):
@@ -212,7 +213,8 @@ def train(device):
     c = GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=6, n_embd=384)
     idx = torch.randint(4096, (16, 257), device=device)
     matrices = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
-    flops = 16 * 256 * (6 * matrices + 6 * c.n_layer * c.n_embd * 256)  # half the square: causal
+    # 2 FLOPs a weight forward, 4 backward; attention's 12 L C T are halved, as it is causal
+    flops = 16 * 256 * (6 * matrices + 6 * c.n_layer * c.n_embd * 256)
     rows = []
     for dtype in torch.float32, torch.bfloat16:
         peak = matmul_peak(device, dtype)
@@ -247,10 +249,10 @@ def generate(device):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     name = "smollm2-135m-instruct"
+    path = pretrained.find(name)
+    read = {"gguf_file": path.name, "dtype": torch.float32}
     model, tokenizer = pretrained.load(name, device, "fp32")
-    with tempfile.TemporaryDirectory() as folder:
-        pretrained.save(model, tokenizer, folder)
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    peer = AutoModelForCausalLM.from_pretrained(path.parent, **read).to(device)
     text = tokenizer.encode(next(data.load_text()))
     rng = random.Random(0)
     starts = rng.sample(range(len(text) - 128), 16)
@@ -264,8 +266,6 @@ def generate(device):
 
     ours = partial(gpt.generate, model, prompts, 64, 0.0)
     rows = row("generate, 16 x 64", ours, {"transformers": theirs}, device, list.__eq__, 3)
-    path = pretrained.find(name)
-    read = {"gguf_file": path.name, "dtype": torch.float32}
     load = partial(pretrained.load, name, device, "fp32")
     peers = {"transformers": partial(AutoModelForCausalLM.from_pretrained, path.parent, **read)}
     return rows + row("load from GGUF", load, peers, device, None, 2)
@@ -382,22 +382,158 @@ def lens_copy(model):
     state = {"embed.W_E": own["wte.weight"], "unembed.W_U": own["head.weight"].T}
     norms = {"ln_final": "final"}
     for i in range(c.n_layer):
-        ours, theirs = f"blocks.{i}.attn", f"blocks.{i}.attn"
-        W = own[f"{ours}.qkv.weight"].view(3, heads, -1, width)
-        b = own[f"{ours}.qkv.bias"].view(3, heads, -1)
+        attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
+        W = own[f"{attn}.qkv.weight"].view(3, heads, -1, width)
+        b = own[f"{attn}.qkv.bias"].view(3, heads, -1)
         for letter, weight, bias in zip("QKV", W, b):
-            state |= {f"{theirs}.W_{letter}": weight.mT, f"{theirs}.b_{letter}": bias}
-        state[f"{theirs}.W_O"] = own[f"{ours}.proj.weight"].T.reshape(heads, -1, width)
-        state[f"{theirs}.b_O"] = own[f"{ours}.proj.bias"]
-        for theirs, name in (("in", "up"), ("out", "down")):
-            state[f"blocks.{i}.mlp.W_{theirs}"] = own[f"blocks.{i}.mlp.{name}.weight"].T
-            state[f"blocks.{i}.mlp.b_{theirs}"] = own[f"blocks.{i}.mlp.{name}.bias"]
+            state |= {f"{attn}.W_{letter}": weight.mT, f"{attn}.b_{letter}": bias}
+        state[f"{attn}.W_O"] = own[f"{attn}.proj.weight"].T.reshape(heads, -1, width)
+        state[f"{attn}.b_O"] = own[f"{attn}.proj.bias"]
+        for way, name in (("in", "up"), ("out", "down")):
+            state[f"{mlp}.W_{way}"] = own[f"{mlp}.{name}.weight"].T
+            state[f"{mlp}.b_{way}"] = own[f"{mlp}.{name}.bias"]
         norms |= {f"blocks.{i}.ln1": f"blocks.{i}.norm1", f"blocks.{i}.ln2": f"blocks.{i}.norm2"}
     for theirs, name in norms.items():
         state |= {f"{theirs}.w": own[f"{name}.weight"], f"{theirs}.b": own[f"{name}.bias"]}
     lens = HookedTransformer(HookedTransformerConfig(**shape))
     lens.load_state_dict(state, strict=False)
     return lens.eval()
+
+
+# -------------------------------------------------------------------------------------------- grpo
+
+
+def grpo(device):
+    """The toy of countdown_rl.py: rollouts, a step of GRPO, and heads switched off."""
+    import countdown_rl as script
+
+    args = script.Args()
+    world = script.Toy(args, 0)
+    model = script.ToyGPT(args, world, 0).to(device)
+    rng = random.Random(0)
+    problems = world.train[:: len(world.train) // args.prompts][: args.prompts]
+    prompts = [world.prompt(*problem, rng) for problem in problems]
+    size = f"{len(prompts)} x {args.group} x {world.max_new}"
+    rows = []
+    if installed("transformers"):
+        peer = llama_copy(model)
+        idx = torch.tensor(prompts, device=device)
+        assert close(peer(idx).logits, model(idx))
+        options = dict(do_sample=True, top_k=0, num_return_sequences=args.group)
+        options |= dict(eos_token_id=None, pad_token_id=0, max_new_tokens=world.max_new)
+        mask = torch.ones_like(idx)
+        theirs = partial(peer.generate, idx, attention_mask=mask, **options)
+        ours = partial(gpt.generate, model, prompts, world.max_new, samples=args.group)
+        rows += row(f"rollouts, {size}", ours, {"transformers": theirs}, device, None, 5)
+        if installed("trl"):
+            theirs = trl_step(args, world, prompts, peer, device)
+            ours = partial(grpo_step, script, args, world, model, prompts, device)
+            rows += row(f"GRPO step, {size}", ours, {"trl": theirs}, device, None, 5)
+    traces = [(p, *world.written(*p, rng)) for p in world.train[::9]]
+    steps = script.find_steps(world, traces)
+    heads = [[(layer, head)] for layer in range(args.n_layer) for head in range(args.n_head)]
+    neurons = [(args.n_layer - 1, 0)]
+    with torch.no_grad():
+        ours = partial(script.switch_off, model, world, steps, neurons, heads)
+        peers = {
+            "as the paper's code": partial(heads_one_by_one, script, model, world, steps, heads)
+        }
+        return rows + row(f"heads off, 32 x {len(steps)}", ours, peers, device, same_verdicts, 3)
+
+
+def llama_copy(model):
+    """A Llama-shaped GPT as transformers' Llama, with the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import pretrained
+
+    c = model.config
+    shape = {theirs: getattr(c, ours) for ours, theirs in pretrained.SIZES["llama"].items()}
+    shape |= {"hidden_act": c.act, "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie}
+    state = {}
+    for name, p in model.named_parameters():
+        names = pretrained.names_of(pretrained.NAMES["llama"], name)
+        rows = pretrained.rows_of(c, p, len(names))
+        state |= dict(zip(names, p.detach().split(rows)))
+    peer = LlamaForCausalLM(LlamaConfig(**shape, rope_theta=c.rope_base))
+    peer.load_state_dict(state)
+    return peer.to(p.device).eval()
+
+
+def grpo_step(script, args, world, model, prompts, device):
+    """Rollouts, random rewards, and an update."""
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    responses = gpt.generate(model, prompts, world.max_new, stop=world.stops, samples=args.group)
+    documents = [prompt for prompt in prompts for _ in range(args.group)]
+    batch = script.collate([script.counted(*both) for both in zip(documents, responses)])
+    batch["advantage"] = script.advantages(torch.rand(len(responses)), args.group)
+    (part,) = script.minibatches(batch, args, 0)
+    common.backward(script.Objective(model, args), part, args, common.Env(device, torch.float32))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    opt.step()
+    opt.zero_grad()
+
+
+def trl_step(args, world, prompts, peer, device):
+    """The same by TRL: a function that trains `peer` for a step."""
+    import datasets
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    words = {word.replace("\n", "<nl>"): i for word, i in world.id.items()}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<bos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<bos>"
+    )
+    options = dict(max_steps=1, learning_rate=1e-5, beta=0.0, bf16=False, report_to=[])
+    options |= dict(per_device_train_batch_size=args.group * len(prompts), disable_tqdm=True)
+    options |= dict(num_generations=args.group, max_completion_length=world.max_new)
+    options |= dict(save_strategy="no", logging_strategy="no", use_cpu=device.type == "cpu")
+    texts = datasets.Dataset.from_dict({"prompt": [world.decode(prompt) for prompt in prompts]})
+
+    def noise(completions, **_):
+        return [random.random() for _ in completions]
+
+    config = GRPOConfig(output_dir=tempfile.mkdtemp(), **options)
+    trainer = GRPOTrainer(
+        peer, reward_funcs=noise, args=config, train_dataset=texts, processing_class=tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer.train
+
+
+@torch.no_grad()
+def heads_one_by_one(script, model, world, steps, heads):
+    """As the paper's code: a set of heads and four prompts a pass, every head's output in full."""
+    c = model.config
+    found = []
+    for ((layer, head),) in heads:
+        kept = {}
+
+        def keep(z, kept=kept):
+            kept["z"] = z
+
+        def without(_, kept=kept, layer=layer, head=head):
+            proj = model.blocks[layer].attn.proj.weight.T.view(c.n_head, -1, c.n_embd)
+            each = torch.einsum("bthd,hdc->bthc", kept["z"], proj)
+            each[:, :, head] = 0
+            return each.sum(2)
+
+        said = []
+        for i in range(0, len(steps), 4):
+            idx, mask = gpt.padded([step.ids for step in steps[i : i + 4]], model.wte.weight.device)
+            with model.patch({f"blocks.{layer}.attn.z": keep, f"blocks.{layer}.attn.out": without}):
+                said += model(idx, mask=mask)[:, -1].argmax(-1).tolist()
+        kinds = [script.kind_of(token, world) for token, s in zip(said, steps) if s.valid]
+        found.append({"says_valid": kinds.count("says_valid") / len(kinds)})
+    return found
+
+
+def same_verdicts(ours, theirs):
+    """Whether as many valid steps are called valid, with each set of heads off."""
+    return all(a["says_valid"] == b["says_valid"] for a, b in zip(ours, theirs))
 
 
 # --------------------------------------------------------------------------------------------- sae
@@ -537,7 +673,7 @@ def crosscoder(device):
 
 # -------------------------------------------------------------------------------------------- main
 
-SECTIONS = {"mask": mask, "train": train, "generate": generate, "patching": patching}
+SECTIONS = {"mask": mask, "train": train, "generate": generate, "patching": patching, "grpo": grpo}
 SECTIONS |= {"sae": sae, "crosscoder": crosscoder}
 
 

@@ -431,10 +431,11 @@ def states_of(models, args, env, seed, n):
 
 def gates(models, layer, prompts, causes):
     """G1: P(wait) after causes, without one, and in mode fast; and whether the pattern is right."""
-    none = torch.zeros(len(prompts), 1, models[FT].config.n_embd)
+    device = models[FT].wte.weight.device
+    none = torch.zeros(len(prompts), 1, models[FT].config.n_embd, device=device)
     p = {}
     for name, model in ("reasoner", models[FT]), ("base", models[BASE]):
-        p[name] = outcomes(model, layer, prompts, none.to(model.wte.weight), [WAIT, *MARKS])[:, 0]
+        p[name] = outcomes(model, layer, prompts, none, [WAIT, *MARKS])[:, 0]
         p[name] = p[name].exp().cpu()
     fast = [[ID["fast"] if i == ID["think"] else i for i in prompt] for prompt in prompts]
     p["fast"] = outcomes(models[FT], layer, fast, none, [WAIT, *MARKS])[:, 0].exp().cpu()
@@ -634,7 +635,7 @@ def toy(args, env, log, arm, seed):
     row["swap"] = swapped(models, layer, prompts, causes)
     row["explained"] = explained(code, held)
     row["l0"] = (code.encode(held) > 0).float().sum(1).mean().item()
-    row["delta"] = relative_norm(code.norms())[alive].tolist()
+    row["delta"] = relative_norm(code.norms()).cpu()[alive].tolist()
     row["matrices"], chosen, alphas = patterns(models, code, layer, splits, rate, args)
     row["texts"] = examples(models, layer, none, chosen, alphas)
     return row
@@ -725,7 +726,7 @@ def real(prepared, args, env, log, arm, seed):
     rate = (f > 0).double().mean(0).cpu()
     lists, alive = lists_of(a.mean(0).cpu(), rate, args.top, seed)
     return measures(models, code, layer, test, test, lists, wait, seed) | {
-        "delta": relative_norm(code.norms())[alive].tolist()
+        "delta": relative_norm(code.norms()).cpu()[alive].tolist()
     }
 
 

@@ -10,10 +10,11 @@ admits a doubt. Is that decided in the state *before* the word? The paper asks i
    to first order, at the token before                                        `attribution`
 4. steer with the latents at the top                                          `pushes`
 
-The toy has what the paper could not have, a ground truth. A small GPT learns sums with errors and
-slips in them. Its reasoner learns to wait after four causes, and each has words and an episode of
-its own. So attribution is compared with exact ablation, and steering with what a cause would have
-brought about, beside latents that are as often active and random directions.
+The toy has what the paper could not have, a ground truth. A small GPT learns to take digits
+through maps, with errors and slips on the way. Its reasoner learns to wait after four causes, and
+each has words and an episode of its own. So attribution is compared with exact ablation, and
+steering with what a cause would have brought about, beside latents that are as often active and
+random directions.
 
 What to look at: the rank correlation of attribution and ablation (P1), and the matrix of pushed
 latents and what the model then does (P4). A real pair of models: --base and --model.
@@ -58,18 +59,18 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"micro_batch"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
 
-    steps: int = 1500  # optimizer steps of the base model
+    steps: int = 1200  # optimizer steps of the base model
     ft_steps: int = 600  # optimizer steps that make the reasoner of it
     batch_size: int = 32
-    lr: float = 3e-3
+    lr: float = 4e-3
     base: str = ""  # a pretrained base model in place of the toy (paper: Llama-3.1-8B)
     model: str = ""  # the reasoner made from it (paper: DeepSeek-R1-Distill-Llama-8B)
     dataset: str = "stdlib"  # real models: text, half of the rows; the others: answers (paper: web)
     texts: str = ""  # real models: JSON lines {"text": ...} with answers; default: sampled
     answers: int = 64  # real models: answers that are sampled
     wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # real: as in the paper
-    n_layer: int = 6  # blocks of the toy
-    layer: int = 4  # block whose output is read, from 0 (paper: 7, 15, 23 of 32)
+    n_layer: int = 4  # blocks of the toy
+    layer: int = 2  # block whose output is read, from 0 (paper: 7, 15, 23 of 32)
     d_sae: int = 512  # latents (paper: 65536, 16 times the width)
     k: int = 16  # active latents at a position, on average (paper: 100)
     sae_steps: int = 600  # training steps of the crosscoder
@@ -208,23 +209,26 @@ PATTERNS = {  # what the reasoner does: the words it begins with, one of two; an
     "check": ("check", "verify"),  # an error in this step
     "restart": ("again", "begin"),  # a slip: this step began from a wrong number
     "recall": ("recall", "rule"),  # the next stage is @, defined at the start
-    "unsure": ("maybe", "unsure"),  # the next stage has a hidden operand, ?
+    "unsure": ("maybe", "unsure"),  # the next stage is ?, an unknown map
 }
 CAUSES = [*PATTERNS, "none"]
-VOCAB = "<pad> <bos> <eos> 0 1 2 3 4 5 6 7 8 9 + - @ ? : ; = | def Q A or think fast ok bad".split()
+MAPS = {"a": (3, 1), "b": (7, 4), "c": (9, 9)}  # x -> 3 x + 1, 7 x + 4, 9 x + 9, modulo 10
+VOCAB = (
+    "<pad> <bos> <eos> 0 1 2 3 4 5 6 7 8 9 a b c @ ? : ; = | def Q A or think fast ok bad".split()
+)
 VOCAB += [word for pair in PATTERNS.values() for word in pair]
 ID = {word: i for i, word in enumerate(VOCAB)}
 MARKS = [[ID[word] for word in pair] for pair in PATTERNS.values()]  # of each pattern
 WAIT = sum(MARKS, [])  # the paper's wait words: here they say what comes
-LONGEST = 96
+LONGEST = 88
 
 
 class Task(NamedTuple):
-    """A problem: a first number, what @ stands for, and stages."""
+    """A problem: a digit goes through stages, each a map, or @, or the unknown ?."""
 
     first: int
-    define: tuple  # (op, digit)
-    stages: list  # (op, digit), (op, "?") or ("@",)
+    define: str  # the map that @ stands for
+    stages: list
 
 
 class Decision(NamedTuple):
@@ -239,25 +243,20 @@ def draw_task(rng):
     """A random problem of three to five stages; the first is plain."""
     stages = []
     for i in range(rng.integers(3, 6)):
-        op = "+-"[rng.integers(2)]
+        stage = "abc"[rng.integers(3)]
         kind = rng.random()
-        if i and kind < 0.12:
-            stages.append(("@",))
-        elif i and kind < 0.24:
-            stages.append((op, "?"))
-        else:
-            stages.append((op, int(rng.integers(10))))
-    define = "+-"[rng.integers(2)], int(rng.integers(1, 10))
-    return Task(int(rng.integers(10)), define, stages)
+        if i and kind < 0.15:
+            stage = "@"
+        elif i and kind < 0.3:
+            stage = "?"
+        stages.append(stage)
+    return Task(int(rng.integers(10)), "abc"[rng.integers(3)], stages)
 
 
 def header(mode, task):
     """The words of a problem, up to the `;` that ends it."""
-    op, digit = task.define
-    words = ["<bos>", mode, "def", "@", "=", op, str(digit), "|", "Q", str(task.first), ":"]
-    for stage in task.stages:
-        words += map(str, stage)
-    return [*words, ";"]
+    words = ["<bos>", mode, "def", "@", "=", task.define, "|", "Q", str(task.first), ":"]
+    return [*words, *task.stages, ";"]
 
 
 class Solution:
@@ -266,7 +265,7 @@ class Solution:
     def __init__(self, rng, task):
         self.rng, self.task = rng, task
         self.value = task.first
-        self.hidden = {}  # stage: the operand that an episode settled
+        self.settled = {}  # stage: the map that an episode put in the place of ?
         self.words, self.decisions = [], []
 
     def other(self, x):
@@ -274,18 +273,22 @@ class Solution:
         return (x + int(self.rng.integers(1, 10))) % 10
 
     def result(self, x, i):
-        """x after stage i, modulo 10; a hidden operand that is not settled can be any digit."""
+        """The digit behind stage i; behind an unknown map it can be any."""
         stage = self.task.stages[i]
-        op, b = self.task.define if stage[0] == "@" else stage
-        if b == "?":
-            b = self.hidden.get(i, int(self.rng.integers(10)))
-        return (x + b if op == "+" else x - b) % 10
+        if stage == "@":
+            stage = self.task.define
+        stage = self.settled.get(i, stage)
+        if stage == "?":
+            return int(self.rng.integers(10))
+        factor, term = MAPS[stage]
+        return (factor * x + term) % 10
 
     def write(self, x, i, result):
-        """The words of a step; behind @ stands what it means."""
+        """The words of a step; behind @ and a settled ? stands what it means."""
         stage = self.task.stages[i]
-        shown = (*stage, *self.task.define) if stage[0] == "@" else stage
-        self.words += [str(x), *map(str, shown), "=", str(result), ";"]
+        means = {"@": self.task.define}.get(stage, self.settled.get(i, ""))
+        shown = [stage, means] if means else [stage]
+        self.words += [str(x), *shown, "=", str(result), ";"]
         self.value = result
 
     def step(self, i, noise):
@@ -295,7 +298,7 @@ class Solution:
         self.write(x, i, self.other(right) if noise == "check" else right)
         coming = ""
         if i + 1 < len(self.task.stages):
-            coming = {"@": "recall", "?": "unsure"}.get(self.task.stages[i + 1][-1], "")
+            coming = {"@": "recall", "?": "unsure"}.get(self.task.stages[i + 1], "")
         if noise and coming:
             return "mixed", x
         return noise or coming or "none", x
@@ -310,10 +313,11 @@ class Solution:
             for j in range(i + 1):
                 self.write(self.value, j, self.result(self.value, j))
         elif pattern == "recall":
-            self.words += ["@", "=", *map(str, self.task.define), ";"]
+            self.words += ["@", "=", self.task.define, ";"]
         else:
-            settled = self.hidden[i + 1] = int(self.rng.integers(10))
-            self.words += ["?", "=", str(settled), "or", str(self.rng.integers(10)), ";"]
+            settled, other = self.rng.choice([*MAPS], 2).tolist()
+            self.settled[i + 1] = settled
+            self.words += ["?", "=", settled, "or", other, ";"]
 
 
 def solve(rng, task, grade=0.0, waits=False):
@@ -329,7 +333,7 @@ def solve(rng, task, grade=0.0, waits=False):
     for i, stage in enumerate(task.stages):
         u = rng.random() / (3 if grade else 1)
         noise = ""
-        if u < 0.12 and stage[-1] != "?":  # of a hidden operand any result is right
+        if u < 0.12 and stage != "?":  # of an unknown map any result is right
             noise = "check"
         elif 0.12 <= u < 0.22 and not slipped and i < 3:
             noise, slipped = "restart", True

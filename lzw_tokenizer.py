@@ -185,6 +185,7 @@ class Decoder:
         self.lzw = lzw
         self.table = {}  # parent * V + last id -> the row's code
         self.rows = []  # the base ids of the codes V, V + 1, ...
+        self.counts = []  # how many rows there were after each code
         self.match = None  # the code that an encoder would be matching now
         self.depth = 0  # its base ids; 0: none
 
@@ -207,6 +208,7 @@ class Decoder:
             word = self.expand(code)
         for a in word:
             self.read(a)
+        self.counts.append(len(self.rows))
         return word, self.rows[known:]
 
     def read(self, a):

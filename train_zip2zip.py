@@ -296,12 +296,12 @@ def generate(model, prompts, n, temperature=0.0, seed=0):
     vectors = torch.zeros(2, len(prompts), most, c.n_embd, device=device, dtype=dtype)
     cache = KVCache(c, len(prompts), max(map(len, codes)) + n, device, dtype)
     rng = torch.Generator(device).manual_seed(seed)
-    store, installed = {}, [0] * len(prompts)
+    installed = [0] * len(prompts)
     new = [[] for _ in prompts]
     idx, mask = padded(codes, device)
     with model.gpt.eager():
         for _ in range(n):
-            install(model, decoders, installed, vectors, store)
+            install(model, decoders, installed, vectors)
             known = torch.tensor(installed, device=device)[:, None]
             h = model.hidden(idx, vectors[0], mask, cache)[:, -1:]
             idx = sample(model.logits(h, vectors[1], known)[:, 0], temperature, rng=rng)
@@ -311,11 +311,8 @@ def generate(model, prompts, n, temperature=0.0, seed=0):
     return new
 
 
-def install(model, decoders, installed, vectors, store):
-    """Puts the vectors of rows that are new to the decoders where the model finds them.
-
-    A row does not depend on its context: `store` keeps those that have been encoded.
-    """
+def install(model, decoders, installed, vectors):
+    """Puts the vectors of rows that are new to the decoders where the model finds them."""
     places, words = [], []
     for b, decoder in enumerate(decoders):
         for k in range(installed[b], len(decoder.rows)):
@@ -326,15 +323,10 @@ def install(model, decoders, installed, vectors, store):
         return
     b, k = torch.tensor(places, device=vectors.device).T
     if model.arm == "rand":
-        vin, vout = model.encode_all(torch.empty(1, vectors.shape[2], 1))
-        vectors[:, b, k] = torch.cat((vin, vout))[:, k].to(vectors.dtype)
-        return
-    missing = [word for word in dict.fromkeys(words) if word not in store]
-    if missing:
-        rows = as_tensor(missing, model.lzw.max_len).to(vectors.device)
-        made = torch.stack(model.encode(rows), 1).to(vectors.dtype)
-        store.update(zip(missing, made))
-    vectors[:, b, k] = torch.stack([store[word] for word in words], 1)
+        made = torch.cat(model.encode_all(torch.empty(1, vectors.shape[2], 1)))[:, k]
+    else:
+        made = torch.stack(model.encode(as_tensor(words, model.lzw.max_len).to(vectors.device)))
+    vectors[:, b, k] = made.to(vectors.dtype)
 
 
 # -------------------------------------------------------------------------------------- the theory

@@ -67,11 +67,11 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"shard"}  # every process holds the frozen base model
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"prompt", "samples"}
 
-    steps: int = 100
+    steps: int = 200
     batch_size: int = 8
     lr: float = 3e-3
     warmup: int = 10
-    eval_every: int = 25
+    eval_every: int = 50
     arms: list[str] = common.default_list(*ARMS)  # what goes on from the base model
     model: str = ""  # a real model to adapt (paper: Phi-3.5-mini); none: the toy
     dataset: str = "stdlib"  # text for --model: stdlib, file:PATH, a `datasets` id

@@ -754,7 +754,7 @@ def draw(path, found, folder, seeds):
 def show(run):
     """Prints what the trained model writes behind --prompt, hypertokens in colour; and its cost."""
     args, env = run.args, run.env
-    seed = args.seeds[0]
+    seed, n = args.seeds[0], args.block_size // 4
     path = run.out / f"zip-s{seed}.pt"
     with common.bad_input("--prompt"):
         if not path.exists():
@@ -765,20 +765,22 @@ def show(run):
         ids = world.windows("heldout", 3, 1)[0][: args.block_size // 2].tolist()
         if args.prompt != "heldout":
             ids = world.tok.encode(args.prompt, bos=True)
-        base = trained_base(args, env, world)
+        base = trained_base(args, env, world).eval()
+        if len(ids) + n > base.config.block_size:
+            raise ValueError(f"{len(ids)} ids, allowed: {base.config.block_size - n}")
     plain, zipped = (build(args, base, world, arm).eval() for arm in ("cont", "zip"))
     zipped.load_state_dict(saved["model"])
     print(data.printable(world.decode(ids)), end="")
     for name, model in ("zip2zip", zipped), ("the base model", plain):
         began = time.perf_counter()
-        (text,) = generate(model, [ids], args.block_size // 4)
+        (text,) = generate(model, [ids], n)
         seconds = time.perf_counter() - began
-        n = len(base_ids(text))
         print(f"\n--- {name}:")
         for _, word in text:
             print(paint(world.decode(word), len(word)), end="")
-        print(f"\n{len(text)} passes for {n} base ids: {len(text) / n:.2f} each,", end=" ")
-        print(f"{1e3 * seconds / n:.1f} ms")
+        size = len(base_ids(text))
+        print(f"\n{n} passes for {size} base ids: {n / size:.2f} each,", end=" ")
+        print(f"{1e3 * seconds / size:.1f} ms")
 
 
 # -------------------------------------------------------------------------------------------- main

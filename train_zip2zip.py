@@ -728,7 +728,7 @@ def judge(run, found):
             "C7",
             "numbers are copied as well as by cont if digits are never merged",
             "GSM8K .36 -> .61 (a later model)",
-            "arm.digits_copied >= base.digits_copied - .05",
+            "arm.digits_copied >= base.digits_copied - .1",
             base=plain,
             arm=found["digits"],
             controls={"digits merged": zipped},

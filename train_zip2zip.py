@@ -52,7 +52,8 @@ class Args(common.TrainFlags):
         | dict(n_embd=32, n_layer=2, enc_dim=16, block_size=64, samples=4, batch_size=4),
         "toy": {},
         "real": dict(model="smollm2-135m-instruct", arms=["cont", "zip"], block_size=512)
-        | dict(batch_size=2, steps=60, warmup=6, lr=1.5e-3, lora_r=16, enc_dim=192, samples=16),
+        | dict(batch_size=2, steps=40, warmup=6, lr=1.5e-3, lora_r=16, enc_dim=192, samples=16)
+        | dict(eval_every=20, save_every=20),
         "paper": dict(model="microsoft/Phi-3.5-mini-instruct", dataset="epfl-dlab/zip2zip-1B")
         | dict(arms=["cont", "zip"], block_size=4096, max_codes=2048, max_len=4, lora_r=32)
         | dict(enc_dim=3072, enc_heads=32, enc_layers=2, steps=8000, batch_size=16, micro_batch=1)
@@ -694,6 +695,7 @@ def judge(run, found):
             arm=zipped,
             controls={"rows shuffled": shuffled},
         )
+    if "rand" in found and "names_copied" in zipped[0]:
         run.claim(
             "C4",
             "hypertokens are written, and names copied as well as by cont",
@@ -723,7 +725,7 @@ def judge(run, found):
             arm=base,
             controls={"without the factors": [row | {"mass": row["mass_alone"]} for row in base]},
         )
-    if "digits" in found:
+    if "digits" in found and "digits_copied" in zipped[0]:
         run.claim(
             "C7",
             "numbers are copied as well as by cont if digits are never merged",
@@ -798,6 +800,10 @@ def check(args, env):
         (width, f"--enc-dim {args.enc_dim} is no multiple of --enc-heads {args.enc_heads}"),
         (args.n_embd % args.n_head, f"--n-embd {args.n_embd} is no multiple of --n-head"),
         (other, "--prompt: the toy can write behind `heldout` only; a text needs --model"),
+        (
+            args.dataset != "stdlib" and not args.model,
+            "--dataset is the text of --model: give both",
+        ),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
 

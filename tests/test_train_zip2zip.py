@@ -343,9 +343,12 @@ def test_a_real_checkpoint(tmp_path, capsys):
     flags = (
         f"--preset real --model {tmp_path} --dataset file:{tmp_path}/text.txt --out {tmp_path}/out"
     )
-    flags = [*flags.split(), *"--steps 3 --block-size 64 --samples 2 --enc-dim 8".split()]
+    flags = [
+        *flags.split(),
+        *"--steps 3 --block-size 64 --samples 2 --enc-dim 8 --arms cont zip rand".split(),
+    ]
     result = z2z.main(flags)
-    assert [c["id"] for c in result["claims"]] == ["C2", "C5"]
+    assert [c["id"] for c in result["claims"]] == ["C2", "C3", "C5"]
     assert (
         z2z.main([*flags, "--resume"])["metrics"]["zip"][0]["bpb"]
         == result["metrics"]["zip"][0]["bpb"]
@@ -373,6 +376,7 @@ def test_a_real_checkpoint(tmp_path, capsys):
         ("--n-head 5", "multiple of --n-head"),
         ("--prompt heldout", "train without --prompt first"),
         ("--prompt hello", "heldout"),
+        ("--dataset file:README.md", "give both"),
         ("--resume", "--n-embd is 40 there"),
     ],
 )

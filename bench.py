@@ -12,7 +12,6 @@ import argparse
 import json
 import random
 import statistics
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,8 @@ def row(what, ours, peers, device, same=None, rounds=15):
         if same is not None and not same(results["ours"], results[name]):
             raise AssertionError(f"{what}: {name} gives something else")
     once = {name: seconds(f, device) for name, f in contenders.items()}
-    rounds = max(min(rounds, 5), min(rounds, int(20 / sum(once.values()))))
+    affordable = int(20 / sum(once.values()))  # rounds in 20 seconds
+    rounds = min(rounds, max(5, affordable))
     times = {name: [] for name in contenders}
     for _ in range(rounds):
         for name in random.sample(list(contenders), len(contenders)):
@@ -212,7 +212,8 @@ def train(device):
     c = GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=6, n_embd=384)
     idx = torch.randint(4096, (16, 257), device=device)
     matrices = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
-    flops = 16 * 256 * (6 * matrices + 6 * c.n_layer * c.n_embd * 256)  # half the square: causal
+    # 2 FLOPs a weight forward, 4 backward; attention's 12 L C T are halved, as it is causal
+    flops = 16 * 256 * (6 * matrices + 6 * c.n_layer * c.n_embd * 256)
     rows = []
     for dtype in torch.float32, torch.bfloat16:
         peak = matmul_peak(device, dtype)
@@ -247,10 +248,10 @@ def generate(device):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     name = "smollm2-135m-instruct"
+    path = pretrained.find(name)
+    read = {"gguf_file": path.name, "dtype": torch.float32}
     model, tokenizer = pretrained.load(name, device, "fp32")
-    with tempfile.TemporaryDirectory() as folder:
-        pretrained.save(model, tokenizer, folder)
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    peer = AutoModelForCausalLM.from_pretrained(path.parent, **read).to(device)
     text = tokenizer.encode(next(data.load_text()))
     rng = random.Random(0)
     starts = rng.sample(range(len(text) - 128), 16)
@@ -264,8 +265,6 @@ def generate(device):
 
     ours = partial(gpt.generate, model, prompts, 64, 0.0)
     rows = row("generate, 16 x 64", ours, {"transformers": theirs}, device, list.__eq__, 3)
-    path = pretrained.find(name)
-    read = {"gguf_file": path.name, "dtype": torch.float32}
     load = partial(pretrained.load, name, device, "fp32")
     peers = {"transformers": partial(AutoModelForCausalLM.from_pretrained, path.parent, **read)}
     return rows + row("load from GGUF", load, peers, device, None, 2)
@@ -382,16 +381,16 @@ def lens_copy(model):
     state = {"embed.W_E": own["wte.weight"], "unembed.W_U": own["head.weight"].T}
     norms = {"ln_final": "final"}
     for i in range(c.n_layer):
-        ours, theirs = f"blocks.{i}.attn", f"blocks.{i}.attn"
-        W = own[f"{ours}.qkv.weight"].view(3, heads, -1, width)
-        b = own[f"{ours}.qkv.bias"].view(3, heads, -1)
+        attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
+        W = own[f"{attn}.qkv.weight"].view(3, heads, -1, width)
+        b = own[f"{attn}.qkv.bias"].view(3, heads, -1)
         for letter, weight, bias in zip("QKV", W, b):
-            state |= {f"{theirs}.W_{letter}": weight.mT, f"{theirs}.b_{letter}": bias}
-        state[f"{theirs}.W_O"] = own[f"{ours}.proj.weight"].T.reshape(heads, -1, width)
-        state[f"{theirs}.b_O"] = own[f"{ours}.proj.bias"]
-        for theirs, name in (("in", "up"), ("out", "down")):
-            state[f"blocks.{i}.mlp.W_{theirs}"] = own[f"blocks.{i}.mlp.{name}.weight"].T
-            state[f"blocks.{i}.mlp.b_{theirs}"] = own[f"blocks.{i}.mlp.{name}.bias"]
+            state |= {f"{attn}.W_{letter}": weight.mT, f"{attn}.b_{letter}": bias}
+        state[f"{attn}.W_O"] = own[f"{attn}.proj.weight"].T.reshape(heads, -1, width)
+        state[f"{attn}.b_O"] = own[f"{attn}.proj.bias"]
+        for way, name in (("in", "up"), ("out", "down")):
+            state[f"{mlp}.W_{way}"] = own[f"{mlp}.{name}.weight"].T
+            state[f"{mlp}.b_{way}"] = own[f"{mlp}.{name}.bias"]
         norms |= {f"blocks.{i}.ln1": f"blocks.{i}.norm1", f"blocks.{i}.ln2": f"blocks.{i}.norm2"}
     for theirs, name in norms.items():
         state |= {f"{theirs}.w": own[f"{name}.weight"], f"{theirs}.b": own[f"{name}.bias"]}

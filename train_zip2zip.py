@@ -820,7 +820,7 @@ def main(argv=None):
     others = run.each(train_arm, args.arms)
     if found is None:
         return None
-    found |= others
+    found = others | found  # the base model last: it has no curve, and no colour in the right panel
     judge(run, found)
     draw(run.out / "zip2zip.png", found, run.out, args.seeds)
     for name in "cont", "zip":

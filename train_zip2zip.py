@@ -659,7 +659,7 @@ def measure_generation(model, world, args):
 
 def base_ids(text):
     """The base ids of what `generate` gives for a prompt."""
-    return [a for _, word in text for a in word]
+    return list(itertools.chain(*(word for _, word in text)))
 
 
 # ------------------------------------------------------------------------------- claims and figure
@@ -689,7 +689,7 @@ def judge(run, found):
         run.claim(
             "C3",
             "it is the encoder that does it: at most half the cost that fixed random rows have",
-            "none",
+            "-",
             "arm.bpb - base.best <= .5 * (base.rand - base.best)",
             base=both,
             arm=zipped,
@@ -741,7 +741,8 @@ def draw(path, found, folder, seeds):
     """Bits per byte against ids per base id, and the course of training."""
     points, lines = {}, {}
     for arm, rows in found.items():
-        points[arm] = [row["ids_per_base"] for row in rows], [row["bpb"] for row in rows]
+        measured = np.array([[row["ids_per_base"], row["bpb"]] for row in rows])
+        points[arm] = measured[:, 0], measured[:, 1]
         logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in seeds]
         evaluated = [[row for row in log if "bpb" in row] for log in logs]
         if evaluated[0]:

@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -436,9 +437,152 @@ def lzw(device):
     return rows
 
 
+# -------------------------------------------------------------------------------------------- grpo
+
+
+def grpo(device):
+    """The toy of countdown_rl.py: rollouts, a step of GRPO, and heads switched off."""
+    import countdown_rl as script
+
+    args = script.Args()
+    world = script.Toy(args, 0)
+    model = script.ToyGPT(args, world, 0).to(device)
+    rng = random.Random(0)
+    problems = world.train[:: len(world.train) // args.prompts][: args.prompts]
+    prompts = [world.prompt(*problem, rng) for problem in problems]
+    size = f"{len(prompts)} x {args.group} x {world.max_new}"
+    rows = []
+    if installed("transformers"):
+        peer = llama_copy(model)
+        idx = torch.tensor(prompts, device=device)
+        assert close(peer(idx).logits, model(idx))
+        options = dict(do_sample=True, top_k=0, num_return_sequences=args.group)
+        options |= dict(eos_token_id=None, pad_token_id=0, max_new_tokens=world.max_new)
+        mask = torch.ones_like(idx)
+        theirs = partial(peer.generate, idx, attention_mask=mask, **options)
+        ours = partial(gpt.generate, model, prompts, world.max_new, samples=args.group)
+        rows += row(f"rollouts, {size}", ours, {"transformers": theirs}, device, None, 5)
+        if installed("trl"):
+            theirs = trl_step(args, world, prompts, peer, device)
+            ours = partial(grpo_step, script, args, world, model, prompts, device)
+            rows += row(f"GRPO step, {size}", ours, {"trl": theirs}, device, None, 5)
+    traces = [(p, *world.written(*p, rng)) for p in world.train[::9]]
+    steps = script.find_steps(world, traces)
+    heads = [[(layer, head)] for layer in range(args.n_layer) for head in range(args.n_head)]
+    neurons = [(args.n_layer - 1, 0)]
+    with torch.no_grad():
+        ours = partial(script.switch_off, model, world, steps, neurons, heads)
+        peers = {
+            "as the paper's code": partial(heads_one_by_one, script, model, world, steps, heads)
+        }
+        return rows + row(f"heads off, 32 x {len(steps)}", ours, peers, device, same_verdicts, 3)
+
+
+def llama_copy(model):
+    """A Llama-shaped GPT as transformers' Llama, with the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import pretrained
+
+    c = model.config
+    shape = {theirs: getattr(c, ours) for ours, theirs in pretrained.SIZES["llama"].items()}
+    shape |= {"hidden_act": c.act, "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie}
+    state = {}
+    for name, p in model.named_parameters():
+        names = pretrained.names_of(pretrained.NAMES["llama"], name)
+        rows = pretrained.rows_of(c, p, len(names))
+        state |= dict(zip(names, p.detach().split(rows)))
+    peer = LlamaForCausalLM(LlamaConfig(**shape, rope_theta=c.rope_base))
+    peer.load_state_dict(state)
+    return peer.to(p.device).eval()
+
+
+def grpo_step(script, args, world, model, prompts, device):
+    """Rollouts, random rewards, and an update."""
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    responses = gpt.generate(model, prompts, world.max_new, stop=world.stops, samples=args.group)
+    documents = [prompt for prompt in prompts for _ in range(args.group)]
+    batch = script.collate([script.counted(*both) for both in zip(documents, responses)])
+    batch["advantage"] = script.advantages(torch.rand(len(responses)), args.group)
+    (part,) = script.minibatches(batch, args, 0)
+    common.backward(script.Objective(model, args), part, args, common.Env(device, torch.float32))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    opt.step()
+    opt.zero_grad()
+
+
+def trl_step(args, world, prompts, peer, device):
+    """The same by TRL: a function that trains `peer` for a step."""
+    import datasets
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    words = {word.replace("\n", "<nl>"): i for word, i in world.id.items()}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<bos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<bos>"
+    )
+    options = dict(max_steps=1, learning_rate=1e-5, beta=0.0, bf16=False, report_to=[])
+    options |= dict(per_device_train_batch_size=args.group * len(prompts), disable_tqdm=True)
+    options |= dict(num_generations=args.group, max_completion_length=world.max_new)
+    options |= dict(save_strategy="no", logging_strategy="no", use_cpu=device.type == "cpu")
+    texts = datasets.Dataset.from_dict({"prompt": [world.decode(prompt) for prompt in prompts]})
+
+    def noise(completions, **_):
+        return [random.random() for _ in completions]
+
+    config = GRPOConfig(output_dir=tempfile.mkdtemp(), **options)
+    trainer = GRPOTrainer(
+        peer, reward_funcs=noise, args=config, train_dataset=texts, processing_class=tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer.train
+
+
+@torch.no_grad()
+def heads_one_by_one(script, model, world, steps, heads):
+    """As the paper's code: a set of heads and four prompts a pass, every head's output in full."""
+    c = model.config
+    found = []
+    for ((layer, head),) in heads:
+        kept = {}
+
+        def keep(z, kept=kept):
+            kept["z"] = z
+
+        def without(_, kept=kept, layer=layer, head=head):
+            proj = model.blocks[layer].attn.proj.weight.T.view(c.n_head, -1, c.n_embd)
+            each = torch.einsum("bthd,hdc->bthc", kept["z"], proj)
+            each[:, :, head] = 0
+            return each.sum(2)
+
+        said = []
+        for i in range(0, len(steps), 4):
+            idx, mask = gpt.padded([step.ids for step in steps[i : i + 4]], model.wte.weight.device)
+            with model.patch({f"blocks.{layer}.attn.z": keep, f"blocks.{layer}.attn.out": without}):
+                said += model(idx, mask=mask)[:, -1].argmax(-1).tolist()
+        kinds = [script.kind_of(token, world) for token, s in zip(said, steps) if s.valid]
+        found.append({"says_valid": kinds.count("says_valid") / len(kinds)})
+    return found
+
+
+def same_verdicts(ours, theirs):
+    """Whether as many valid steps are called valid, with each set of heads off."""
+    return all(a["says_valid"] == b["says_valid"] for a, b in zip(ours, theirs))
+
+
 # -------------------------------------------------------------------------------------------- main
 
-SECTIONS = {"mask": mask, "train": train, "generate": generate, "patching": patching, "lzw": lzw}
+SECTIONS = {
+    "mask": mask,
+    "train": train,
+    "generate": generate,
+    "patching": patching,
+    "lzw": lzw,
+    "grpo": grpo,
+}
 
 
 def main(argv=None):

@@ -323,8 +323,8 @@ def test_smoke_ends_with_claims_resumes_to_the_same_and_writes(tmp_path, capsys)
     assert "--max-len is 3 there, 2 here" in capsys.readouterr().err
 
 
-def test_a_real_checkpoint(tmp_path, capsys):
-    """A random Llama in the real files, text from a folder: the whole path of --model."""
+def test_a_real_model(tmp_path, capsys, monkeypatch):
+    """A random Llama and text from a file: the whole path of --model but for reading its weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     import data
@@ -334,15 +334,11 @@ def test_a_real_checkpoint(tmp_path, capsys):
     tok = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     tok.add_special_tokens(["<|end|>"])
-    shape = dict(
-        norm="rms", gated=True, act="silu", qkv_bias=False, attn_bias=False, mlp_bias=False
-    )
-    gpt = GPT(GPTConfig(257, 128, 2, 2, 16, d_mlp=32, **shape))
-    pretrained.save(gpt, data.from_backend("t", tok, None, [0], None), tmp_path)
+    gpt = GPT(GPTConfig(257, 128, 2, 2, 16, d_mlp=32, norm="rms", gated=True, act="silu"))
+    both = gpt, data.from_backend("t", tok, None, [0], None)
+    monkeypatch.setattr(pretrained, "load", lambda name, device, dtype: both)
     (tmp_path / "text.txt").write_text("A text of 123 and 123 again.\n" * 400)
-    flags = (
-        f"--preset real --model {tmp_path} --dataset file:{tmp_path}/text.txt --out {tmp_path}/out"
-    )
+    flags = f"--preset real --model {tmp_path}/m --dataset file:{tmp_path}/text.txt --out {tmp_path}/out"
     flags = [
         *flags.split(),
         *"--steps 3 --block-size 64 --samples 2 --enc-dim 8 --arms cont zip rand".split(),

@@ -400,6 +400,43 @@ def lens_copy(model):
     return lens.eval()
 
 
+# --------------------------------------------------------------------------------------------- lzw
+
+
+def of_each(function, parts):
+    """What a function gives for each part; the Rust package gives more things beside it."""
+    results = [function(part) for part in parts]
+    return [result[0] if isinstance(result, tuple) else result for result in results]
+
+
+def lzw(device):
+    """The LZW tokenizer of zip2zip on one thread, against the paper's own package in Rust."""
+    if not installed("zip2zip_compression"):
+        return []
+    from zip2zip_compression import LZWCompressor
+
+    from lzw_tokenizer import LZW
+
+    text = "".join(data.load_text())[:200_000]
+    code = data.get_tokenizer("bpe:4096", text).encode(text)[:40_000]
+    noise = np.random.default_rng(0).integers(1, 50, 40_000).tolist()
+    V, rows = 32011, []  # as many as Phi-3.5's tokenizer has
+    for name, ids, W, M in (
+        ("code", code, 1024, 3),
+        ("code", code, 2048, 4),
+        ("noise", noise, 1024, 3),
+    ):
+        ours, rust = LZW(V, W, M, [0]), LZWCompressor(V, W, M, 0, [0])
+        parts = [ids[i : i + W] for i in range(0, len(ids), W)]
+        codes = [ours.encode(part) for part in parts]
+        for what, work in ("encode", parts), ("decode", codes):
+            mine, theirs = getattr(ours, what), getattr(rust, what)
+            peer = {"zip2zip-compression": partial(of_each, theirs, work)}
+            what = f"{what} {name}, {W} ids, M={M}"
+            rows += row(what, partial(of_each, mine, work), peer, device, list.__eq__, 9)
+    return rows
+
+
 # -------------------------------------------------------------------------------------------- grpo
 
 
@@ -673,8 +710,14 @@ def crosscoder(device):
 
 # -------------------------------------------------------------------------------------------- main
 
-SECTIONS = {"mask": mask, "train": train, "generate": generate, "patching": patching, "grpo": grpo}
-SECTIONS |= {"sae": sae, "crosscoder": crosscoder}
+SECTIONS = {
+    "mask": mask,
+    "train": train,
+    "generate": generate,
+    "patching": patching,
+    "grpo": grpo,
+    "lzw": lzw,
+}
 
 
 def main(argv=None):

@@ -38,18 +38,10 @@ import torch.nn.functional as F
 import common
 import data
 
-PAPER = dict(
-    steps=415_039,  # 34e9 samples
-    batch_size=81_920,
-    lr=1e-3,
-    warmup=3000,
-    min_lr=0.0,
-    clip=0.0,
-    images=10**9,
-    noise_lr=5.0,
-    vae="madebyollin/sdxl-vae-fp16-fix",
-    tokenizer="openai/clip-vit-large-patch14",
-)
+PAPER = dict(steps=415_039, batch_size=81_920, lr=1e-3, warmup=3000, clip=0.0, images=10**9)
+PAPER |= dict(noise_lr=5.0, vae="madebyollin/sdxl-vae-fp16-fix")
+PAPER |= dict(tokenizer="openai/clip-vit-large-patch14")
+SMOKE = dict(images=160, steps=2, batch_size=8, samples=12, iters=2, log_every=1, jobs=1)
 
 
 @dataclass
@@ -57,17 +49,14 @@ class Args(common.TrainFlags):
     """Latent-CLIP"""
 
     presets: ClassVar[dict] = {
-        "smoke": dict(
-            images=160, steps=2, batch_size=8, samples=6, iters=2, gates=False, log_every=1, jobs=1
-        ),
+        "smoke": SMOKE | dict(gates=False),
         "toy": {},
         "b8": PAPER,
         "b4plus": PAPER,
         "paper": PAPER,
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        "images": (2,),
-        "samples": (4,),
+        **dict.fromkeys(("images", "samples"), (8,)),
         "iters": (1,),
         "noise_lr": (0,),
         "vae_scale": (1e-6,),
@@ -84,7 +73,7 @@ class Args(common.TrainFlags):
     iters: int = 50  # evaluations of ReNO (paper: 50)
     noise_lr: float = 1.2  # ReNO's step (paper: 5, in 64 times as many dimensions)
     gates: bool = True  # stop if VAE, judge or generator are too bad for the claims to mean much
-    dataset: str = ""  # real pairs: a folder of images beside .txt captions, or a `datasets` id
+    dataset: str = ""  # real pairs: a folder of pictures, a .txt caption beside each
     vae: str = ""  # VAE weights: a file, or ORG/NAME[:FILE] on the hub
     vae_scale: float = 0.13025  # what diffusion multiplies raw latents by (SD 1.x: .18215)
     tokenizer: str = ""  # CLIP's tokenizer.json: a file, a folder or a hub id
@@ -131,7 +120,7 @@ def info_nce(image, text, scale, ids=None):
     labels = torch.arange(len(image), device=image.device) + first
     loss = 0
     for rows, columns in (image, texts), (text, images):
-        logits = (scale * rows @ columns.T).float()
+        logits = scale * rows @ columns.T
         if ids is not None:
             same = ids[:, None] == numbers
             same[labels - first, labels] = False
@@ -584,6 +573,11 @@ class Pictures:
         """The number in CLASSES of the first object of each picture."""
         return (self.big[:, 0] * 5 + self.shape[:, 0]) * 6 + self.colour[:, 0]
 
+    def objects(self):
+        """The (colour, shape) of each picture's objects, in order: what the judge should see."""
+        rows = zip(self.colour.tolist(), self.shape.tolist())
+        return [sorted((c, s) for c, s in zip(*row) if s >= 0) for row in rows]
+
     def held_out(self):
         """Whether a picture holds one of the pairs that the CLIPs never see."""
         return (HELD[self.shape, self.colour] & (self.shape >= 0)).any(1)
@@ -621,6 +615,14 @@ def pictures(n, key, mix=MIX):
     return Pictures(images, texts, shape, colour, big)
 
 
+def draw_prompts(n, key):
+    """n captions of pairs that the CLIPs have seen, and the objects that each asks for."""
+    drawn = pictures(2 * n, key, {"one": 0.4, "count": 0.3, "pair": 0.3})
+    rows = (~drawn.held_out()).nonzero()[:n, 0].tolist()
+    objects = drawn.objects()
+    return [drawn.texts[i] for i in rows], [objects[i] for i in rows]
+
+
 def caption(kind, count, shape, colour, big, rng):
     """A sentence about the objects of one picture; the size of a single one is named at times."""
     first, second = (f"{COLOURS[c]} {SHAPES[s]}" for c, s in zip(colour[:2], shape[:2]))
@@ -630,7 +632,7 @@ def caption(kind, count, shape, colour, big, rng):
         return f"a {first} and a {second}"
     if kind == "tone":
         return f"a {('warm', 'cool')[colour[0] // 3]} {SHAPES[shape[0]]}"
-    return f"a {SIZES[big[0]]} {first}" if len(big) and rng.random() < 0.7 else f"a {first}"
+    return f"a {SIZES[big[0]]} {first}" if rng.random() < 0.7 else f"a {first}"
 
 
 def colour_masks(images):
@@ -666,10 +668,10 @@ def components(masks):
 
 
 def see(images):
-    """The judge: for each of the images a list of (colour, shape or -1, x, y), one an object.
+    """The judge: for each of the images the (colour, shape) of its objects, in order.
 
     Nothing in it is learnt. A shape is the one whose outline of the same area and centre overlaps
-    most with what is there; none below an overlap (intersection over union) of .5.
+    most with what is there; -1 below an overlap (intersection over union) of .5.
     """
     masks = colour_masks(images)
     image, colour = (masks.sum((2, 3)) >= 8).nonzero(as_tuple=True)
@@ -684,39 +686,9 @@ def see(images):
     sure, shape = torch.stack(overlap).max(0)
     shape[sure < 0.5] = -1
     objects = [[] for _ in images]
-    columns = (v.tolist() for v in (image[which], colour[which], shape, x, y))
-    for n, *found in zip(*columns):
-        objects[n].append(tuple(found))
-    return objects
-
-
-@dataclass
-class Prompt:
-    """A prompt of the toy's GenEval: so many objects of a colour and shape, or one of each."""
-
-    text: str
-    kind: str
-    wants: list  # [(colour, shape), ...]
-    number: int = 0
-
-    def fulfilled(self, objects):
-        """Whether the objects that the judge saw are what the prompt asks for."""
-        hits = [[o for o in objects if o[:2] == want] for want in self.wants]
-        return len(hits[0]) == self.number if self.kind == "count" else all(hits)
-
-
-def make_prompts(n, rng):
-    """n prompts of three kinds in turn: one object, two or three alike, two that differ."""
-    out = []
-    for i in range(n):
-        kind = ("one", "count", "pair")[i % 3]
-        shape = rng.permutation(5)
-        colour = (6 - shape + rng.integers(1, 6, size=5)) % 6  # of pairs that the CLIPs have seen
-        number = int(rng.integers(2, 4))
-        text = caption(kind, number, shape, colour, [], rng)
-        wants = [(int(c), int(s)) for c, s in zip(colour, shape)]
-        out.append(Prompt(text, kind, wants[: 2 if kind == "pair" else 1], number))
-    return out
+    for n, c, s in zip(image[which].tolist(), colour[which].tolist(), shape.tolist()):
+        objects[n].append((c, s))
+    return [sorted(found) for found in objects]
 
 
 # ----------------------------------------------------------------------------------- the training
@@ -812,19 +784,20 @@ def latents_of(vae, images, env):
 
 
 def train_vae(args, env, log, seed, train, test):
-    """A VAE, trained until it is good enough, but three rounds at most; and how good it is."""
+    """A VAE, trained until it is good enough, but two rounds at most; and how good it is."""
     torch.manual_seed(seed)
     vae = VAE(VAEConfig())
     nn.init.constant_(vae.quant_conv.bias[4:], -5.0)  # little noise at first
-    flags = replace(args, lr=5e-3, batch_size=max(2, args.batch_size // 4))
+    size = max(2, args.batch_size // 8)  # many small steps: it learns from every pixel
+    flags = replace(args, lr=5e-3, batch_size=size, steps=2 * args.steps)
 
     def batch(round, step):
         rng = np.random.default_rng([seed, 4, round, step])
-        rows = rng.integers(len(train.images), size=flags.batch_size)
+        rows = rng.integers(len(train.images), size=size)
         noise = torch.from_numpy(rng.standard_normal((len(rows), 4, 8, 8), np.float32))
         return {"idx": to_pixels(train.images[rows]), "noise": noise, "denom": 1.0}
 
-    for round in range(3):
+    for round in range(2):
         stage = log.stage(f"vae{round}")
         common.train(vae.requires_grad_(True), partial(batch, round), flags, env, stage)
         quality = vae_quality(vae.requires_grad_(False), test, env)
@@ -837,13 +810,11 @@ def vae_quality(vae, test, env):
     """How often the judge is right on pictures as drawn and as decoded, and the error in dB."""
     real = test.images[:500].float()
     decoded = pixels_of(vae, latents_of(vae, test.images[:500], env).to(env.device)).cpu()
-    truth = list(zip(test.colour[:, 0].tolist(), test.shape[:, 0].tolist()))
-    found = {
-        "psnr": (-10 * ((decoded - real) / 255).square().mean((1, 2, 3)).log10()).mean().item()
-    }
+    error = ((decoded - real) / 255).square().mean((1, 2, 3))
+    found = {"psnr": (-10 * error.log10()).mean().item()}
     for name, images in ("drawn", real), ("decoded", decoded):
-        right = [[o[:2] for o in objects] == [t] for objects, t in zip(see(images), truth)]
-        found[name] = np.mean(right)
+        pairs = zip(see(images), test.objects())
+        found[name] = np.mean([seen == there for seen, there in pairs])
     return found
 
 
@@ -950,17 +921,19 @@ def climb(lab, args, texts, noise, arm, toward):
 REWARDS = "latent", "pixel", "shuffled", "untrained"
 
 
-def optimise(lab, args, prompts, noise):
-    """ReNO by each reward: {reward: the judge's verdicts at some evaluations}, and first, best."""
-    texts = [prompt.text for prompt in prompts]
+def optimise(lab, args, texts, asked, noise):
+    """ReNO by each reward; the judge says which prompts are fulfilled, at some evaluations.
+
+    A prompt is fulfilled if the judge sees the objects that it names, and no other.
+    """
     at = sorted({*range(0, args.iters, max(1, args.iters // 10)), args.iters - 1})
     found, shown = {"at": at}, {}
     for arm in REWARDS:
         best = climb(lab, args, texts, noise, arm, lab.text(arm, texts))
         verdicts = []
-        for i in at:
-            seen = see(lab.pixels(best[i]))
-            verdicts.append([p.fulfilled(objects) for p, objects in zip(prompts, seen)])
+        for z in best[at]:
+            pairs = zip(see(lab.pixels(z)), asked)
+            verdicts.append([seen == wanted for seen, wanted in pairs])
         verdicts = np.array(verdicts, float)
         gain, low, _ = common.interval(verdicts[-1] - verdicts[0])
         found[arm] = {"gain": gain, "low": low, "share": verdicts.mean(1)}
@@ -976,33 +949,29 @@ def guard(lab, args, noise):
     shapes = [i % 5 for i in range(len(noise))]
     texts = [f"a warm {SHAPES[s]}" for s in shapes]
     found, shown = {}, {}
-    for name, arm, colour in (
-        ("latent", "latent", "red"),
-        ("pixel", "pixel", "red"),
-        ("blue", "latent", "blue"),
-        ("prompt", "latent", ""),
-    ):
+    for name, colour in ("latent", "red"), ("pixel", "red"), ("blue", "blue"), ("prompt", ""):
+        arm = "pixel" if name == "pixel" else "latent"
         toward = lab.text(arm, texts)
         if colour:
             toward = away(toward, lab.text(arm, [f"a {colour} {s}" for s in SHAPES]))
         best = climb(lab, args, texts, noise, arm, toward)
         for when, z in ("first", best[0]), (name, best[-1]):
-            seen = [[o[:2] for o in objects] for objects in see(lab.pixels(z))]
-            red = np.mean([any(o[0] == 0 for o in objects) for objects in seen])
-            shape = np.mean([any(o[1] == s for o in objects) for objects, s in zip(seen, shapes)])
+            seen = list(zip(see(lab.pixels(z)), shapes))
+            red = np.mean([any(c == 0 for c, _ in objects) for objects, _ in seen])
+            shape = np.mean([any(s == asked for _, s in objects) for objects, asked in seen])
             found[when] = {"red": red, "shape": shape}
             shown[when] = lab.pixels(z[:5])
     return found, shown
 
 
-def cost(lab, args, prompts, noise, rounds):
-    """Seconds of an evaluation of 32 prompts by each reward, the last decoding included; in turns.
+def cost(lab, args, texts, noise, reno_found):
+    """Seconds of an evaluation of 32 prompts, and until the same share of prompts is fulfilled.
 
-    `again` is the pixel reward once more: the control.
+    The rewards take turns; the last decoding is included. `again` is the pixel reward once more.
+    The share is the one that both have reached when .8 of the smaller gain is made.
     """
-    texts, noise = [prompt.text for prompt in prompts[:32]], noise[:32]
     seconds = {"latent": [], "pixel": [], "again": []}
-    for _ in range(rounds):
+    for _ in range(5 if args.gates else 1):
         for name, taken in seconds.items():
             arm = "latent" if name == "latent" else "pixel"
             reward = lab.reward(arm, lab.text(arm, texts))
@@ -1010,17 +979,20 @@ def cost(lab, args, prompts, noise, rounds):
             latents, _ = reno(lab.generator(texts), reward, noise, 4, args.noise_lr)
             lab.pixels(latents[-1])  # on the CPU: nothing is left to wait for
             taken.append((time.perf_counter() - began) / 4)
-    return {name: np.median(taken) for name, taken in seconds.items()}
-
-
-def time_to_share(seconds, reno, arm, level):
-    """Seconds until a share of the prompts is fulfilled, between evaluations by a straight line."""
-    share = np.maximum.accumulate(reno[arm]["share"])
-    return seconds * (1 + np.interp(level, share, reno["at"]))
+    shares = {arm: reno_found[arm]["share"] for arm in ("latent", "pixel")}
+    shares["again"] = shares["pixel"]
+    level = 0.2 * shares["pixel"][0] + 0.8 * min(share[-1] for share in shares.values())
+    found = {}
+    for name, taken in seconds.items():
+        evaluation = np.median(taken)
+        share = np.maximum.accumulate(shares[name])
+        needed = 1 + np.interp(level, share, reno_found["at"])
+        found[name] = {"evaluation": evaluation, "reach": needed * evaluation}
+    return found
 
 
 def gate(args, passed, says):
-    """Stops a run whose parts are too bad for its claims to mean anything."""
+    """Ends a run whose parts are too bad for its claims to mean anything, unless --no-gates."""
     if args.gates and not passed:
         raise SystemExit(f"error: {says}; train for longer, or --no-gates goes on")
 
@@ -1030,8 +1002,10 @@ def run_seed(args, env, log, arm, seed):
     train = pictures(args.images, [seed, 0])
     test = pictures(10 * args.samples, [seed, 1], {"one": 1.0})
     vae, quality = train_vae(args, env, log, seed, train, test)
-    right = quality["psnr"] >= 26 and min(quality["drawn"], quality["decoded"]) >= 0.95
-    gate(args, right, f"seed {seed}: the judge must read .95 of decoded pictures, got {quality}")
+    passed = quality["psnr"] >= 26 and min(quality["drawn"], quality["decoded"]) >= 0.95
+    numbers = ", ".join(f"{name} {value:.3g}" for name, value in quality.items())
+    says = f"seed {seed}: the judge must read .95 of pictures rightly, at 26 dB; VAE: {numbers}"
+    gate(args, passed, says)
     latents = latents_of(vae, train.images, env)
     scale = 1 / latents[:1024].std().item()
     clips = {"untrained": new_clip("untrained", seed).requires_grad_(False).to(env.device)}
@@ -1045,18 +1019,15 @@ def run_seed(args, env, log, arm, seed):
     few, many = noise[: args.samples], noise[args.samples :]
     found = {"quality": quality}
     found["named"] = zero_shot(lab, test, latents_of(vae, test.images, env), many)
-    prompts = make_prompts(args.samples, np.random.default_rng([seed, 2]))
-    found["seconds"] = cost(lab, args, prompts, few, 5 if args.gates else 1)
-    found["reno"], climbed = optimise(lab, args, prompts, few)
+    texts, asked = draw_prompts(args.samples, [seed, 2])
+    found["reno"], climbed = optimise(lab, args, texts, asked, few)
     first = found["reno"]["latent"]["share"][0]
-    gate(
-        args,
-        0.3 <= first <= 0.85,
-        f"seed {seed}: prompts fulfilled at first {first:.2f}, needed .3 to .85",
-    )
+    says = f"seed {seed}: the generator fulfils {first:.2f} of the prompts, needed: .3 to .85"
+    gate(args, 0.3 <= first <= 0.85, says)
+    found["time"] = cost(lab, args, texts[:32], few[:32], found["reno"])
     found["guard"], guarded = guard(lab, args, few)
     if seed == args.seeds[0]:
-        grids = {"prompts": climbed, "texts": [p.text for p in prompts[:6]], "away": guarded}
+        grids = {"climbed": climbed, "texts": texts[:6], "guarded": guarded}
         common.save_checkpoint(log.path.with_suffix(".grids"), grids)
     return found
 
@@ -1101,24 +1072,14 @@ def judge(run, found):
         arm=rows("reno", "latent"),
         controls={name: rows("reno", name) for name in ("shuffled", "untrained")},
     )
-    times = {"pixel": [], "latent": [], "again": []}
-    for row in found:
-        shares = {arm: row["reno"][arm]["share"] for arm in ("pixel", "latent")}
-        # the share that both have reached when .8 of the smaller gain is made
-        level = 0.2 * shares["pixel"][0] + 0.8 * min(share[-1] for share in shares.values())
-        for name, taken in times.items():
-            arm = "latent" if name == "latent" else "pixel"
-            seconds = row["seconds"][name]
-            reached = time_to_share(seconds, row["reno"], arm, level)
-            taken.append({"evaluation": seconds, "reach": reached})
     run.claim(
         "T4",
         "it is cheaper: seconds of an evaluation, and until the same share of prompts is fulfilled",
         "11.59 -> 9.11 s, -21 %",
         "arm.evaluation <= .6 * base.evaluation and arm.reach <= .9 * base.reach",
-        base=times["pixel"],
-        arm=times["latent"],
-        controls={"pixels again": times["again"]},
+        base=rows("time", "pixel"),
+        arm=rows("time", "latent"),
+        controls={"pixels again": rows("time", "again")},
     )
     run.claim(
         "T5",
@@ -1134,49 +1095,23 @@ def judge(run, found):
     )
 
 
-def draw(path, found):
-    """Three panels: naming, prompts fulfilled over time, and what guidance does."""
-    kinds = [("", "right"), ("", "right_new"), ("made_", "right"), ("made_", "right_new")]
-    naming, curves, shares = {}, {}, {}
-    for arm in "pixel", "latent", "shuffled":
-        naming[arm] = [[row["named"][a + arm][b] for a, b in kinds] for row in found]
-    at = np.array(found[0]["reno"]["at"]) + 1
+def draw(path, found, grids):
+    """Prompts fulfilled over time, what guidance does, and pictures of one seed to both."""
+    at, curves, bars = np.array(found[0]["reno"]["at"]) + 1, {}, {}
     for arm in REWARDS:
-        seconds = [row["seconds"]["pixel" if arm == "pixel" else "latent"] for row in found]
-        curves[arm] = at * np.mean(seconds), [row["reno"][arm]["share"] for row in found]
-    states = {"first": "before", "latent": "latents", "pixel": "pixels"}
-    states |= {"blue": "not blue", "prompt": "prompt\nalone"}
+        clock = "pixel" if arm == "pixel" else "latent"
+        seconds = np.mean([row["time"][clock]["evaluation"] for row in found])
+        curves[arm] = at * seconds, [row["reno"][arm]["share"] for row in found]
+    states = "first", "latent", "pixel", "blue", "prompt"
     for measure in "red", "shape":
-        shares[measure] = [[row["guard"][s][measure] for s in states] for row in found]
-    items = [
-        dict(
-            title="Named rightly, of 60",
-            bars=naming,
-            names=["real", "real,\nnew pairs", "generated", "generated,\nnew pairs"],
-            ylim=(0, 1.2),
-        ),
-        dict(
-            title="ReNO: prompts fulfilled, by the judge",
-            lines=curves,
-            xlabel="seconds for 32 prompts",
-            ylabel="share",
-            ylim=(0, 1),
-        ),
-        dict(
-            title="`a warm S`, guided away from red",
-            bars=shares,
-            names=list(states.values()),
-            ylabel="share",
-            ylim=(0, 1.2),
-        ),
-    ]
-    common.panels(path, items)
-
-
-def draw_grids(path, grids):
-    """The pictures of one seed: prompts before and after ReNO, and what guidance does."""
-    with common.figure(path, 1, 2, (5.5, 4)) as axes:
-        for ax, name in zip(axes, ("prompts", "away")):
+        bars[measure] = [[row["guard"][s][measure] for s in states] for row in found]
+    with common.figure(path, 2, 2) as (left, right, below, corner):
+        share = {"ylabel": "share", "ylim": (0, 1.1)}
+        title = "ReNO: prompts fulfilled, by the judge"
+        common.draw_panel(left, curves, title=title, xlabel="seconds for 32 prompts", **share)
+        title = "`a warm S`: guided away from red, from blue, or not"
+        common.draw_panel(right, bars=bars, names=states, title=title, **share)
+        for ax, name in (below, "climbed"), (corner, "guarded"):
             tiles = []
             for row in grids[name].values():
                 tiles.append(torch.cat([F.pad(x, (1, 1, 1, 1), value=110) for x in row], 2))
@@ -1184,9 +1119,8 @@ def draw_grids(path, grids):
             ax.set_yticks(range(17, 34 * len(tiles), 34), list(grids[name]))
             ax.set_xticks([])
             ax.spines[:].set_visible(False)
-        axes[0].set_xticks(range(17, 34 * len(grids["texts"]), 34), grids["texts"], rotation=30)
-        axes[0].tick_params(axis="x", labelsize=6)
-        axes[1].set_title("`a warm S`, guided away from red")
+        names = [text.replace(" ", "\n") for text in grids["texts"]]
+        below.set_xticks(range(17, 34 * len(names), 34), names, fontsize=6)
 
 
 # -------------------------------------------------------------------- real pictures, real weights
@@ -1443,9 +1377,8 @@ def main(argv=None):
         )
         return run.finish(found)
     judge(run, found["toy"])
-    draw(run.out / "latent_clip.png", found["toy"])
     grids = common.load_checkpoint(run.out / f"toy-s{args.seeds[0]}.grids")
-    draw_grids(run.out / "pictures.png", grids)
+    draw(run.out / "latent_clip.png", found["toy"], grids)
     return run.finish(found)
 
 

@@ -949,13 +949,12 @@ def guard(lab, args, noise):
     shapes = [i % 5 for i in range(len(noise))]
     texts = [f"a warm {SHAPES[s]}" for s in shapes]
     found, shown = {}, {}
-    for name, colour in ("latent", "red"), ("pixel", "red"), ("blue", "blue"), ("prompt", ""):
-        arm = "pixel" if name == "pixel" else "latent"
-        toward = lab.text(arm, texts)
+    for name, colour in ("not red", "red"), ("not blue", "blue"), ("prompt alone", ""):
+        toward = lab.text("latent", texts)
         if colour:
-            toward = away(toward, lab.text(arm, [f"a {colour} {s}" for s in SHAPES]))
-        best = climb(lab, args, texts, noise, arm, toward)
-        for when, z in ("first", best[0]), (name, best[-1]):
+            toward = away(toward, lab.text("latent", [f"a {colour} {s}" for s in SHAPES]))
+        best = climb(lab, args, texts, noise, "latent", toward)
+        for when, z in ("first noise", best[0]), (name, best[-1]):
             seen = list(zip(see(lab.pixels(z)), shapes))
             red = np.mean([any(c == 0 for c, _ in objects) for objects, _ in seen])
             shape = np.mean([any(s == asked for _, s in objects) for objects, asked in seen])
@@ -1085,12 +1084,12 @@ def judge(run, found):
         "T5",
         "guided away from red, `a warm S` comes out red less often and stays an S",
         "I2P .32 -> .16, pixel .19",
-        "arm.red <= .6 * base.red and arm.shape >= base.shape - .05",
-        base=rows("guard", "first"),
-        arm=rows("guard", "latent"),
+        "base.red >= .2 and arm.red <= .6 * base.red and arm.shape >= base.shape - .05",
+        base=rows("guard", "first noise"),
+        arm=rows("guard", "not red"),
         controls={
-            "away from blue": rows("guard", "blue"),
-            "the prompt alone": rows("guard", "prompt"),
+            "away from blue": rows("guard", "not blue"),
+            "the prompt alone": rows("guard", "prompt alone"),
         },
     )
 
@@ -1102,14 +1101,14 @@ def draw(path, found, grids):
         clock = "pixel" if arm == "pixel" else "latent"
         seconds = np.mean([row["time"][clock]["evaluation"] for row in found])
         curves[arm] = at * seconds, [row["reno"][arm]["share"] for row in found]
-    states = "first", "latent", "pixel", "blue", "prompt"
+    states = "first noise", "not red", "not blue", "prompt alone"
     for measure in "red", "shape":
         bars[measure] = [[row["guard"][s][measure] for s in states] for row in found]
     with common.figure(path, 2, 2) as (left, right, below, corner):
         share = {"ylabel": "share", "ylim": (0, 1.1)}
         title = "ReNO: prompts fulfilled, by the judge"
         common.draw_panel(left, curves, title=title, xlabel="seconds for 32 prompts", **share)
-        title = "`a warm S`: guided away from red, from blue, or not"
+        title = "`a warm S`, guided away from a colour"
         common.draw_panel(right, bars=bars, names=states, title=title, **share)
         for ax, name in (below, "climbed"), (corner, "guarded"):
             tiles = []

@@ -795,7 +795,7 @@ def train_vae(args, env, log, seed, train, test):
         rng = np.random.default_rng([seed, 4, round, step])
         rows = rng.integers(len(train.images), size=size)
         noise = torch.from_numpy(rng.standard_normal((len(rows), 4, 8, 8), np.float32))
-        return {"idx": to_pixels(train.images[rows]), "noise": noise, "denom": 1.0}
+        return {"idx": to_pixels(train.images[rows]), "noise": noise}
 
     for round in range(2):
         stage = log.stage(f"vae{round}")
@@ -837,7 +837,7 @@ def train_clip(args, env, log, arm, seed, train, latents):
     def batch(step):
         picks = np.random.default_rng([seed, 5, step]).choice(rows, args.batch_size)
         seen = to_pixels(train.images[picks]) if arm == "pixel" else latents[picks]
-        return {"idx": tokens[of[picks]], "images": seen, "ids": ids[of[picks]], "denom": 1.0}
+        return {"idx": tokens[of[picks]], "images": seen, "ids": ids[of[picks]]}
 
     clip = new_clip(arm, seed)
     common.train(clip, batch, args, env, log.stage(arm), make_optimizer=clip_optimizer)
@@ -853,14 +853,9 @@ def train_flow(args, env, log, seed, train, latents, scale):
         rows = rng.integers(len(latents), size=args.batch_size)
         noise = torch.from_numpy(rng.standard_normal((len(rows), 4, 8, 8), np.float32))
         t = torch.from_numpy(rng.random(len(rows), np.float32) ** 2)
-        return {
-            "idx": words[rows],
-            "x1": scale * latents[rows],
-            "noise": noise,
-            "t": t,
-            "denom": 1.0,
-        }
+        return {"idx": words[rows], "x1": scale * latents[rows], "noise": noise, "t": t}
 
+    torch.manual_seed(seed)
     flow = Flow()
     flags = replace(args, steps=3 * args.steps, weight_decay=0.01)
     common.train(flow, batch, flags, env, log.stage("flow"))
@@ -1258,7 +1253,7 @@ def train_real(args, env, log, arm, seed):
         rows = rows[env.rank :: env.world]
         idx = clip_tokens(tok, config.context, [texts[i] for i in rows])
         z = torch.from_numpy(latents[rows].astype(np.float32))
-        return {"idx": idx, "images": z, "denom": 1.0}
+        return {"idx": idx, "images": z}
 
     clip.to(env.device)
     if not args.init:

@@ -918,96 +918,6 @@ def lzw(device):
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------------- clip
-
-
-@stubs_taken_back("open_clip", "transformers", "torchvision")
-def open_clip_model():
-    """open_clip's module of models, without its package's __init__, which wants torchvision; ImportError if missing."""
-    import importlib.util
-    import types
-
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None:
-        raise ImportError("pip install --no-deps open_clip_torch")
-    package = types.ModuleType("open_clip")
-    package.__path__ = list(spec.submodule_search_locations)
-    stubs = {n: types.ModuleType(n) for n in ("torchvision", "torchvision.ops", "torchvision.ops.misc")}
-    stubs["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
-    sys.modules.update(stubs, open_clip=package, transformers=None)
-    return importlib.import_module("open_clip.model")
-
-
-def clip(device):
-    """Latent-CLIP: a training step and the VAE beside the libraries', same weights; ReNO by latents beside pixels."""
-    import latent_clip as lc
-
-    torch.manual_seed(0)
-    config = lc.CLIPConfig(side=64, patch=8, width=384, layers=4, heads=6, embed=256, vocab=49408, context=77,
-                           text_width=256, text_heads=4, text_layers=4)  # fmt: skip
-    ours, z, tokens = lc.CLIP(config).to(device), torch.randn(16, 4, 64, 64, device=device), torch.zeros(16, 77).long()
-    for row, n in zip(tokens, torch.randint(8, 22, (16,))):  # captions of some ten words
-        row[:n] = torch.randint(1, 40000, (n,))
-        row[n] = 49407
-    tokens = tokens.to(device)
-
-    def step(model, loss):
-        def run():
-            model.zero_grad(set_to_none=True)
-            loss().backward()
-
-        return run
-
-    peers = {"77 tokens": step(ours, lambda: ours(tokens, z))}
-    try:
-        module = open_clip_model()
-        vision = module.CLIPVisionCfg(layers=4, width=384, head_width=64, patch_size=8, image_size=64)
-        text = module.CLIPTextCfg(context_length=77, vocab_size=49408, width=256, heads=4, layers=4)
-        theirs = module.CLIP(256, vision, text).to(device)
-        theirs.visual.conv1 = nn.Conv2d(4, 384, 8, 8, bias=False, device=device)
-        theirs.load_state_dict(ours.state_dict())
-
-        def loss():
-            image, words, scale = theirs(z, tokens)
-            labels = torch.arange(len(z), device=device)
-            logits = scale * image @ words.T
-            return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-        torch.testing.assert_close(ours(lc.trim(tokens), z), loss(), atol=1e-4, rtol=1e-4)
-        peers["open_clip"] = step(theirs, loss)
-    except (ImportError, AttributeError) as error:
-        print(f"clip: open_clip is left out ({error})")
-    rows = versus("CLIP step, 16 pairs", step(ours, lambda: ours(lc.trim(tokens), z)), peers, device)
-
-    vae, x = lc.VAE(lc.VAEConfig((32, 64, 128, 128), 2, 32)), torch.rand(1, 3, 128, 128, device=device)
-    vae.to(device).eval()
-    try:
-        from diffusers import AutoencoderKL
-
-        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-        theirs = AutoencoderKL(block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, **blocks)
-        theirs.to(device).eval().load_state_dict(vae.state_dict())
-        both = [lambda: vae.decode(vae.moments(x)[0]), lambda: theirs.decode(theirs.encode(x).latent_dist.mean).sample]
-        with torch.no_grad():
-            torch.testing.assert_close(both[0](), both[1](), atol=1e-4, rtol=1e-4)
-            rows += versus("VAE there and back, 128 px", both[0], {"diffusers": both[1]}, device)
-    except ImportError as error:
-        print(f"clip: diffusers is left out ({error}): pip install --no-deps diffusers")
-
-    args = SimpleNamespace(out="", euler=4)
-    models = {arm: lc.toy_model(args, 0, arm, False).to(device).eval().requires_grad_(False) for arm in ("vae", "flow")}
-    clips = {arm: lc.toy_model(args, 0, arm, False).to(device).requires_grad_(False) for arm in ("latent", "pixel")}
-    noise, text = torch.randn(32, 4, 8, 8, device=device), F.normalize(torch.randn(32, 64, device=device), dim=1)
-    words = lc.toy_tokens(["a red circle"] * 32)[:, : lc.FLOW.context].to(device)
-    rewards = {"latent": lc.latent_reward(clips["latent"], 1.0, text)}
-    rewards["pixel"] = lc.pixel_reward(clips["pixel"], models["vae"], 1.0, text)
-    for k in 1, 4:
-        generate = lambda noise, k=k: models["flow"].generate(noise, words, k)
-        run = {arm: lambda r=r, g=generate: lc.reno(g, r, noise, 2, 0.6) for arm, r in rewards.items()}
-        rows += versus(f"ReNO by latents, {k} steps", run["latent"], {"by pixels": run["pixel"]}, device, 9)
-    return rows
-
-
 # --------------------------------------------------------------------------------------------------------------- grpo
 
 
@@ -1138,7 +1048,6 @@ SECTIONS = {
     "crawler": crawler,
     "lzw": lzw,
     "grpo": grpo,
-    "clip": clip,
 }
 
 

@@ -1,11 +1,8 @@
 """Tests of latent_clip.py: values by hand, brute force against the fast path, peers if installed."""
 
-import importlib.util
 import json
 import math
 import re
-import sys
-import types
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+import bench
 import common
 import data
 import latent_clip as lc
@@ -244,26 +242,11 @@ def test_damaged_weights(tmp_path):
         lc.load_clip(str(tmp_path / "x.pt"), tiny().config)
 
 
-def open_clip_models():
-    """open_clip's module of models, without its package's __init__, which wants torchvision."""
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None:
-        pytest.skip("open_clip is not installed")
-    package = types.ModuleType("open_clip")
-    package.__path__ = list(spec.submodule_search_locations)
-    names = "torchvision", "torchvision.ops", "torchvision.ops.misc"
-    stubs = {name: types.ModuleType(name) for name in names} | {"open_clip": package}
-    stubs["torchvision.ops.misc"].FrozenBatchNorm2d = torch.nn.Identity
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in stubs.items():
-            patch.setitem(sys.modules, name, module)
-        patch.setitem(sys.modules, "transformers", None)
-        return importlib.import_module("open_clip.model")
-
-
 @torch.no_grad()
 def test_clip_is_that_of_open_clip(tmp_path):
-    model = open_clip_models()
+    model = bench.open_clip_models()
+    if model is None:
+        pytest.skip("open_clip is not installed")
     vision = dict(layers=2, width=24, head_width=6, patch_size=8, image_size=32)
     text = dict(context_length=9, vocab_size=27, width=24, heads=4, layers=2)
     theirs = model.CLIP(8, model.CLIPVisionCfg(**vision), model.CLIPTextCfg(**text)).eval()

@@ -110,7 +110,8 @@ def info_nce(image, text, scale, ids=None):
     ids          (b,) numbers of captions: two pictures of one caption are no negatives of each
                  other (which matters in the toy only)
     """
-    images, texts, numbers, first = image, text, ids, 0
+    images, texts, numbers = image, text, ids  # of all ranks
+    first = 0  # the first of this rank's rows among them
     if dist.is_initialized() and dist.get_world_size() > 1:
         images, texts = Gather.apply(image), Gather.apply(text)
         numbers = None if ids is None else Gather.apply(ids)
@@ -393,7 +394,10 @@ class Half(nn.Module):
         self.conv_norm_out = nn.GroupNorm(c.groups, widths[-1], 1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent if down else 3, 3, padding=1)
         middle = [resnets[0], attentions[0], resnets[1]]
-        outer = [part for stage in stages for parts in stage.values() for part in parts]
+        outer = []
+        for stage in stages:
+            for parts in stage.values():
+                outer += parts
         self.order = outer + middle if down else middle + outer
 
     def forward(self, x):
@@ -899,7 +903,7 @@ def zero_shot(lab, test, latents, noise):
     found["made_latent"] = named(lab, "latent", made, test)
     found["made_shuffled"] = named(lab, "shuffled", made, test)
     turned = [named(lab, "latent", rotated(made, i), test) for i in range(3)]
-    found["made_rotated"] = {key: np.mean([t[key] for t in turned]) for key in turned[0]}
+    found["made_rotated"] = common.mean(turned)
     return found
 
 
@@ -950,10 +954,11 @@ def guard(lab, args, noise):
             toward = away(toward, lab.text("latent", [f"a {colour} {s}" for s in SHAPES]))
         best = climb(lab, args, texts, noise, "latent", toward)
         for when, z in ("first noise", best[0]), (name, best[-1]):
-            seen = list(zip(see(lab.pixels(z)), shapes))
-            red = np.mean([any(c == 0 for c, _ in objects) for objects, _ in seen])
-            shape = np.mean([any(s == asked for _, s in objects) for objects, asked in seen])
-            found[when] = {"red": red, "shape": shape}
+            red, right = 0, 0
+            for objects, asked in zip(see(lab.pixels(z)), shapes):
+                red += any(c == 0 for c, _ in objects)
+                right += any(s == asked for _, s in objects)
+            found[when] = {"red": red / len(shapes), "shape": right / len(shapes)}
             shown[when] = lab.pixels(z[:5])
     return found, shown
 
@@ -1091,7 +1096,8 @@ def judge(run, found):
 
 def draw(path, found, grids):
     """Prompts fulfilled over time, what guidance does, and pictures of one seed to both."""
-    at, curves, bars = np.array(found[0]["reno"]["at"]) + 1, {}, {}
+    at = np.array(found[0]["reno"]["at"]) + 1
+    curves, bars = {}, {}
     for arm in REWARDS:
         clock = "pixel" if arm == "pixel" else "latent"
         seconds = np.mean([row["time"][clock]["evaluation"] for row in found])

@@ -9,11 +9,14 @@ that is missing is left out by name.
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
+import types
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -706,6 +709,109 @@ def crosscoder(device):
     x = torch.randn(2048, 128, device=device)
     peers = {"dense": partial(dense_step, code, x)}
     return rows + row("crosscoder: step", partial(sparse_step, code, x), peers, device, close, 9)
+# -------------------------------------------------------------------------------------------- clip
+
+
+def open_clip_models():
+    """open_clip's module of models without the rest of the package, which wants torchvision.
+
+    None if it is not installed.
+    """
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        print("open_clip is left out: pip install --no-deps open_clip_torch ftfy wcwidth")
+        return None
+    package = types.ModuleType("open_clip")
+    package.__path__ = list(spec.submodule_search_locations)
+    names = "torchvision", "torchvision.ops", "torchvision.ops.misc"
+    stubs = {name: types.ModuleType(name) for name in names}
+    stubs["torchvision.ops.misc"].FrozenBatchNorm2d = nn.Identity
+    stubs |= {"open_clip": package, "transformers": None}  # its own towers are enough
+    before = {name: sys.modules[name] for name in stubs if name in sys.modules}
+    sys.modules.update(stubs)
+    try:
+        return importlib.import_module("open_clip.model")
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def clip_gradient(model, z, tokens):
+    """The contrastive loss of pairs by open_clip, and its gradient."""
+    model.zero_grad(set_to_none=True)
+    image, text, scale = model(z, tokens)
+    logits = scale * image @ text.T
+    labels = torch.arange(len(z), device=z.device)
+    loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    loss.backward()
+    return loss.detach()
+
+
+def clip(device):
+    """Latent-CLIP: a training step and a VAE beside the libraries', ReNO by latents and pixels."""
+    import latent_clip as lc
+
+    torch.manual_seed(0)
+    sizes = dict(side=64, patch=8, width=384, layers=4, heads=6, embed=256, vocab=49408, context=77)
+    ours = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_heads=4, text_layers=4)).to(device)
+    z, tokens = torch.randn(16, 4, 64, 64, device=device), torch.zeros(16, 77).long()
+    for line, n in zip(tokens, torch.randint(8, 22, (16,))):  # captions of some ten words
+        line[:n] = torch.randint(1, 40000, (n,))
+        line[n] = 49407
+    tokens = tokens.to(device)
+
+    def step():
+        ours.zero_grad(set_to_none=True)
+        loss = ours(tokens, z)
+        loss.backward()
+        return loss.detach()
+
+    rows = []
+    models = open_clip_models()
+    if models:
+        vision = dict(layers=4, width=384, head_width=64, patch_size=8, image_size=64)
+        text = dict(context_length=77, vocab_size=49408, width=256, heads=4, layers=4)
+        theirs = models.CLIP(256, models.CLIPVisionCfg(**vision), models.CLIPTextCfg(**text))
+        theirs.visual.conv1 = nn.Conv2d(4, 384, 8, 8, bias=False)
+        theirs.to(device).load_state_dict(ours.state_dict())
+        peer = {"open_clip": partial(clip_gradient, theirs, z, tokens)}
+        rows += row("CLIP, training step of 16 pairs", step, peer, device, close)
+    if installed("diffusers"):
+        rows += vae_rows(lc, device)
+    vae, flow = lc.VAE(lc.VAEConfig()), lc.Flow()
+    clips = {"latent": lc.new_clip("latent", 0), "pixel": lc.new_clip("pixel", 0)}
+    for model in vae, flow, *clips.values():
+        model.to(device).requires_grad_(False)
+    lab = lc.Lab(vae, 1.0, flow, clips, common.Env(device, torch.float32))
+    noise, words = torch.randn(32, 4, 8, 8, device=device), ["a red circle"] * 32
+    climbs = {}
+    for arm in clips:
+        reward = lab.reward(arm, lab.text(arm, words))
+        climbs[arm] = partial(lc.reno, lab.generator(words), reward, noise, 2)
+    peer = {"by pixels": climbs["pixel"]}
+    return rows + row("ReNO by latents, 32 prompts", climbs["latent"], peer, device, None, 9)
+
+
+def vae_rows(lc, device):
+    """Our AutoencoderKL there and back, beside diffusers' of the same weights."""
+    from diffusers import AutoencoderKL
+
+    widths = 32, 64, 128, 128
+    vae = lc.VAE(lc.VAEConfig(widths, 2, 32)).to(device).requires_grad_(False)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4}
+    kinds |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4}
+    theirs = AutoencoderKL(block_out_channels=widths, layers_per_block=2, **kinds)
+    theirs.to(device).requires_grad_(False).load_state_dict(vae.state_dict())
+    x = torch.rand(1, 3, 128, 128, device=device)
+
+    def ours():
+        return vae.decode(vae.moments(x)[0])
+
+    def peer():
+        return theirs.decode(theirs.encode(x).latent_dist.mean).sample
+
+    return row("VAE there and back, 128 pixels", ours, {"diffusers": peer}, device, close)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -717,6 +823,7 @@ SECTIONS = {
     "patching": patching,
     "grpo": grpo,
     "lzw": lzw,
+    "clip": clip,
 }
 
 

@@ -678,6 +678,7 @@ def crawler(device):
     return rows
 
 
+<<<<<<< HEAD
 # --------------------------------------------------------------------------------------------------------------- clip
 
 
@@ -768,6 +769,169 @@ def clip(device):
     return rows
 
 
+=======
+# --------------------------------------------------------------------------------------------------------------- lzw
+
+
+def lzw(device):
+    """The LZW tokenizer of zip2zip, one thread, beside the official Rust package: the same codes, ids and rows."""
+    from lzw_tokenizer import LZW
+
+    try:
+        from zip2zip_compression import LZWCompressor
+    except ImportError:
+        print("lzw: zip2zip-compression is not installed (pip install zip2zip-compression==0.3.4), left out")
+        return []
+    V, rows, rng = 32011, [], np.random.default_rng(0)
+    text = "".join(data.load_text())[:200_000]
+    real = data.get_tokenizer("bpe:4096", text).encode(text)[:40_000]
+    for name, ids, W, M in (
+        ("code", real, 1024, 3),
+        ("code", real, 2048, 4),
+        ("random", rng.integers(1, 50, 40_000).tolist(), 1024, 3),
+    ):
+        ours, rust = LZW(V, W, M, [0]), LZWCompressor(V, W, M, 0, [0])
+        parts = [ids[i : i + W] for i in range(0, len(ids), W)]
+        codes = [ours.encode(part) for part in parts]
+        assert codes == [rust.encode(part)[0] for part in parts]
+        assert [ours.decode(z) for z in codes] == [rust.decode(z)[0] for z in codes] == parts
+        for part in parts[:3]:
+            book = ours.encode(part, book=True)[1]
+            assert [list(row) for row in book.to_dict().values()] == list(rust.encode(part)[2].to_dict().values())
+        each = lambda f, items: lambda: [f(item) for item in items]
+        jobs = {
+            "encode": (each(ours.encode, parts), each(rust.encode, parts)),
+            "decode": (each(ours.decode, codes), each(rust.decode, codes)),
+            "encode + rows": (
+                each(lambda p, ours=ours: ours.encode(p, book=True)[1].array(), parts),
+                each(lambda p, rust=rust: np.array(rust.encode(p)[2].to_list(True)), parts),
+            ),
+        }
+        for what, (a, b) in jobs.items():
+            rows += versus(f"lzw, {name}, {W} ids, M={M}: {what}", a, {"zip2zip-compression": b}, device, 5)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- grpo
+
+
+def grpo(device):
+    """The toy of countdown_rl.py: rollouts beside transformers, a GRPO step beside TRL, heads off beside no cache."""
+    import countdown_rl as script
+    import pretrained
+
+    args = script.Args(**script.Args.presets["toy"])
+    world = script.Toy(args, 0)
+    model = script.toy_model(args, world, 0).to(device)
+    problems, rng, rows = world.train[: args.prompts], random.Random(0), []
+    prompts = [world.prompt(*p, rng) for p in problems]
+    idx, G, new = torch.tensor(prompts, device=device), args.group, world.max_new
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, logging
+
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            pretrained.save(model, None, folder)
+            peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+            with torch.no_grad():
+                torch.testing.assert_close(peer(idx).logits, model(idx), atol=1e-4, rtol=1e-4)
+            options = {
+                "do_sample": True,
+                "top_k": 0,
+                "num_return_sequences": G,
+                "eos_token_id": None,
+                "pad_token_id": 0,
+            }
+            mask = torch.ones_like(idx)
+            theirs = lambda: peer.generate(idx, attention_mask=mask, max_new_tokens=new, **options)
+            ours = lambda: script.rollout(model, prompts, G, new, 1.0, [-1], 0)
+            assert [len(ids) for ids in ours()[0]] == [new] * G * len(prompts) == [new] * len(theirs())
+            rows += versus(f"rollouts, {len(prompts)} x {G} x {new}", ours, {"transformers": theirs}, device, 5, 1)
+            rows += trl_step(script, args, world, model, prompts, folder, PreTrainedTokenizerFast, device)
+        except ImportError as error:
+            print(
+                f"grpo: transformers or trl is left out ({error}): pip install -r requirements-bench.txt; trl --no-deps"
+            )
+
+    traces = [(p, *world.written(*p, rng)) for p in problems]
+    steps = script.find_steps(world, traces)[:24]
+    sets = [[(l, h)] for l in range(2) for h in range(2)]
+    off = lambda heads: lambda s: script.heads_off([heads] * len(s), model.config)
+    ours = lambda: [script.continued(model, world, steps, off(heads), 24) for heads in sets]
+
+    @torch.no_grad()
+    def uncached():  # as the released code does it: four rows at a time, a whole pass a token, outputs (B, T, H, C)
+        out, c = [], model.config
+        for [(layer, head)], first in ((heads, i) for heads in sets for i in range(0, len(steps), 4)):
+            rows = [ids[: p + 1].tolist() for ids, p in zip(steps.ids[first:][:4], steps.paren[first:][:4].tolist())]
+            start, wo, kept = [len(r) for r in rows], model.blocks[layer].attn.proj.weight.T, {}
+
+            def put(_, wo=wo, kept=kept, rows=rows, head=head):
+                each = torch.einsum("bthd,hdc->bthc", kept["z"], wo.view(c.n_head, -1, c.n_embd))
+                due = torch.tensor([r[-1] == world.paren for r in rows], device=device)
+                each[:, :, head] *= ~due[:, None, None]
+                return each.sum(2)
+
+            sites = {f"blocks.{layer}.attn.z": lambda z, kept=kept: kept.update(z=z), f"blocks.{layer}.attn.out": put}
+            for _ in range(24):
+                ids, mask = common.padded(rows, device)
+                with model.patch(sites):
+                    for r, token in zip(rows, model(ids, mask=mask)[:, -1].argmax(-1).tolist()):
+                        r.append(token)
+            out += [r[n:] for r, n in zip(rows, start)]
+        return out
+
+    for a, b in zip((row for part in ours() for row in part), uncached()):
+        assert a[: min(len(a), len(b))] == b[: min(len(a), len(b))]
+    return rows + versus("heads off, 4 sets x 24 x 24", ours, {"uncached, one by one": uncached}, device, 5, 1)
+
+
+def trl_step(script, args, world, model, prompts, folder, Fast, device):
+    """A step of GRPO, rollouts and update, beside TRL's trainer: same model, prompts, group, longest response."""
+    try:
+        import datasets
+        from transformers import AutoModelForCausalLM, PrinterCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except Exception as error:  # trl checks the versions of much that it doesn't need here
+        print(f"grpo: trl is left out ({str(error).splitlines()[0]}): pip install --no-deps trl")
+        return []
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({w.replace("\n", "<nl>"): i for w, i in world.id.items()}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = Fast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    G, new, opt = args.group, world.max_new, torch.optim.AdamW(model.parameters(), lr=1e-5)
+    texts = [world.decode(p) for p in prompts]
+    options = {"per_device_train_batch_size": G * len(prompts), "num_generations": G, "max_completion_length": new}
+    options |= {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "beta": 0.0}
+    config = GRPOConfig(
+        output_dir=folder, max_steps=1, learning_rate=1e-5, use_cpu=device.type == "cpu", bf16=False, **options
+    )
+    noise = lambda completions, **_: [random.random() for _ in completions]
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    data_ = datasets.Dataset.from_dict({"prompt": texts})
+    trainer = GRPOTrainer(peer, reward_funcs=noise, args=config, train_dataset=data_, processing_class=tok)
+    trainer.remove_callback(PrinterCallback)
+    model.args = args
+
+    def ours():
+        ids, logps, _ = script.rollout(model, prompts, G, new, 1.0, world.stops, random.getrandbits(31))
+        rows = [(p, r, l) for p, r, l in zip([p for p in prompts for _ in range(G)], ids, logps)]
+        part = script.collate(rows)
+        lengths = torch.tensor([float(len(r)) for r in ids])
+        weights, denom = script.aggregation(lengths, "token", new)
+        advantage = script.advantages(torch.rand(len(rows)), G)
+        part = {k: v.to(device) for k, v in (part | {"weights": weights, "advantage": advantage}).items()}
+        model(**part, denom=denom.to(device)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+
+    return versus(f"GRPO step, {len(prompts)} x {G} x {new}", ours, {"trl": trainer.train}, device, 5, 1)
+
+
+>>>>>>> clip
 SECTIONS = {
     "mask": mask,
     "train": train,
@@ -775,7 +939,12 @@ SECTIONS = {
     "generate": generate,
     "masks": masks,
     "crawler": crawler,
+<<<<<<< HEAD
     "clip": clip,
+=======
+    "lzw": lzw,
+    "grpo": grpo,
+>>>>>>> clip
 }
 
 

@@ -1,0 +1,814 @@
+r"""Exact token masks: a language model writes inside a grammar, whatever its vocabulary.
+
+A mask says which ids may come next so that the text can still become a text of the language.
+Tokens know nothing of grammars: one may close three brackets, hold half a number, or end inside
+a character. So everything here is done in bytes.
+
+    engine = Engine(json_schema(schema), vocabulary(tokenizer), tokenizer.eos_token_id)
+    text = Constraint(engine)  # one for each text; they share what the engine has found out
+    text.mask()                # (V,) bool: the ids that may come next
+    text.advance(id)           # takes one
+
+Read on: EBNF, regular expressions, JSON schemas -> trees -> `Automaton` -> `Engine` -> their use.
+
+    python grammar_mask.py --schema person.json --model smollm2-135m-instruct --prompt "A person."
+    python grammar_mask.py --regex "[0-9]+(\.[0-9]+)?" --explain 12.x
+"""
+
+import argparse
+import heapq
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class Limits:
+    """What a grammar may ask for. Set them higher before you build one that needs more."""
+
+    states = 10**6  # of the automaton
+    depth = 200  # of trees in trees, in one rule
+    stacks = 20_000  # on which one text may be
+
+
+# ------------------------------------------------------------------------------------- grammars
+# A grammar is {rule: (parsed, names)}, its language that of the rule `root`. Python's own parser of
+# regular expressions reads every rule, so that all means what it means in re.fullmatch, to which a
+# lazy quantifier is as good as a greedy one. It returns pairs of an operation and its value; the
+# group i of a rule of EBNF is empty, and stands for a call of names[i].
+
+JSON = r"""
+root    ::= ws value ws
+value   ::= object | array | string | number | boolean | null
+object  ::= "{" ws (pair ("," ws pair)*)? "}"
+pair    ::= string ws ":" ws value ws
+array   ::= "[" ws (value ws ("," ws value ws)*)? "]"
+string  ::= "\"" char* "\""
+char    ::= [^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})
+number  ::= integer ("." [0-9]+)? ([eE] [-+]? [0-9]+)?
+integer ::= "-"? ("0" | [1-9] [0-9]*)
+boolean ::= "true" | "false"
+null    ::= "null"
+ws      ::= [ \t\n\r]*
+"""
+TOKEN = re.compile(
+    r"(?P<space>\s+|#[^\n]*)|(?P<define>[A-Za-z_][\w-]*)\s*::=|(?P<name>[A-Za-z_][\w-]*)|"
+    r'(?P<literal>"(?:\\[^dDsSwW\n]|[^"\\\n])*")|(?P<class>\[(?:\\.|[^\]\\\n])*\])|'
+    r"(?P<repeat>[*+?]|\{\d+,?\d*\}|\{,\d+\})|(?P<mark>[()|])|(?P<odd>.)"
+)
+ODD = {"AT": r"an anchor (^ $ \b)", "GROUPREF": "a reference to a group", "ASSERT": "a look-around"}
+ODD |= {"ASSERT_NOT": "a look-around", "SUBPATTERN": "a group with flags"}
+END_LESS = re._constants.MAXREPEAT
+
+
+def parse_regex(pattern, names=None):
+    """The grammar of the texts that re.fullmatch(pattern, text) accepts; else ValueError."""
+    try:
+        parsed = re._parser.parse(pattern)
+        if parsed.state.flags != re.UNICODE:
+            raise ValueError("flags such as (?i) are not supported")
+        size(parsed)
+        return {"root": (parsed, names)}
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+    except OverflowError:
+        raise ValueError("a number in it is too large") from None
+    except re.error as error:
+        raise ValueError(error.msg) from None
+
+
+def size(parsed, depth=0):
+    """The most states that it takes; ValueError for what has no automaton."""
+    if depth > Limits.depth:
+        raise ValueError(f"brackets are nested more than {Limits.depth} deep")
+    total = 1
+    for op, value in parsed:
+        op = str(op)
+        if op == "BRANCH":
+            total += sum([size(branch, depth + 1) for branch in value[1]])
+        elif op == "SUBPATTERN" and not value[1] and not value[2]:  # no flags of its own
+            total += size(value[3], depth + 1)
+        elif op in ("MAX_REPEAT", "MIN_REPEAT"):
+            least, most, body = value
+            total += size(body, depth + 1) * max(1, least if most is END_LESS else most)
+        elif op == "LITERAL":
+            total += len(chr(value).encode())
+        elif op not in ("NOT_LITERAL", "ANY", "IN"):
+            raise ValueError(f"{ODD.get(op, op.lower().replace('_', ' '))} has no automaton here")
+    return total
+
+
+def parse_ebnf(text):
+    """The grammar of an EBNF text: `name ::= ` names, "literals", [classes], ( ), |, * + ? {m,n}.
+
+    Literals, classes and quantifiers are written as in Python's regular expressions; # is a note.
+    A ValueError names the line.
+    """
+    bodies, used, line, rule, before = {}, {}, 1, None, None
+    try:
+        for match in TOKEN.finditer(text):
+            kind, word = match.lastgroup, match[0]
+            if kind == "define":
+                rule = match["define"]
+                if rule in bodies:
+                    raise ValueError(f"{rule!r} is defined twice")
+                pieces, names = [], [rule]
+                bodies[rule] = line, pieces, names
+            elif kind == "odd" or kind != "space" and not rule or kind == before == "repeat":
+                raise ValueError(f"can't read {text[match.start() :][:12]!r}")
+            elif kind == "name":
+                pieces.append("()")
+                names.append(word)
+                used.setdefault(word, line)
+            elif kind == "literal":
+                plain = re.sub(r"(\\.)|(.)", lambda m: m[1] or re.escape(m[2]), word[1:-1])
+                pieces.append(f"(?:{plain})")
+            elif kind != "space":
+                pieces.append("(?:" if word == "(" else word)
+            before = before if kind == "space" else kind
+            line += word.count("\n")
+        for name, line in used.items():
+            if name not in bodies:
+                raise ValueError(f"rule {name} is not defined, allowed: {', '.join(bodies)}")
+        rules = {}
+        for rule, (line, pieces, names) in bodies.items():
+            parsed, _ = parse_regex("".join(pieces), names)["root"]
+            rules[rule] = without_left_recursion(parsed, names), names
+    except ValueError as error:
+        raise ValueError(f"grammar line {line}: {error}") from None
+    if "root" not in rules:
+        raise ValueError(f"the grammar has no rule root, only: {', '.join(rules) or 'nothing'}")
+    return rules
+
+
+def without_left_recursion(parsed, names):
+    """A ::= A x | y as A ::= y x*, the same language; names[0] is the rule's own."""
+    branches = parsed[0][1][1] if len(parsed) == 1 and str(parsed[0][0]) == "BRANCH" else [parsed]
+    tails, others = [], []
+    for branch in branches:
+        op, value = branch[0] if len(branch) else (None, None)
+        if str(op) == "SUBPATTERN" and names[value[0]] == names[0]:
+            tails.append(branch[1:])
+        else:
+            others.append(branch)
+    loop = ("MAX_REPEAT", (0, END_LESS, [("BRANCH", (None, tails))]))
+    return [("BRANCH", (None, others)), loop] if tails else parsed
+
+
+# ---------------------------------------------------------------------------------- JSON schemas
+
+NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"}
+FORMS = {  # keyword: what may stand beside it; the first that a schema has decides
+    "$ref": [],
+    "anyOf": [],
+    "enum": ["type"],
+    "const": ["type"],
+    "properties": ["type", "required", "additionalProperties"],
+    "items": ["type"],
+    "type": [],
+}
+TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
+TYPES |= {"null": [type(None)], "object": [dict], "array": [list]}
+dumps = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def json_schema(schema):
+    """The grammar, as EBNF, of the JSON texts that a schema (a dict) allows; else ValueError.
+
+    An object has all of its properties, in their order, and no others. White space is a blank, or
+    a line break with an indentation, so that a model can't go on with it for ever.
+    """
+    rules = {}
+    try:
+        root = schema_rule(schema, schema, rules)
+    except (AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"no JSON schema that can be read: {error!r}") from None
+    text = JSON.replace("ws value ws", root, 1).replace(r"[ \t\n\r]*", r'(" " | "\n" " "{0,16})?')
+    return text + "".join([f"{name} ::= {body}\n" for name, body in rules.values()])
+
+
+def schema_rule(part, schema, rules):
+    """The name of the rule for a part of the schema; rules {id of a part: [name, right side]}."""
+    if part is True or part == {}:
+        return "value"
+    if id(part) in rules:
+        return rules[id(part)][0]
+    rules[id(part)] = rule = [f"part{len(rules)}", ""]  # named first: it may call itself
+    given = part.keys() - NOTES
+    form = next((keyword for keyword in FORMS if keyword in given), None)
+    if extra := given - {form} - {*FORMS.get(form, [])}:
+        raise ValueError(f"{', '.join(sorted(extra))} in a JSON schema, beside {form}: not supported")
+    kind = part.get("type", {"properties": "object", "items": "array"}.get(form))
+    if form == "$ref":
+        target = schema
+        for key in part["$ref"].split("/")[1:]:
+            target = target[key.replace("~1", "/").replace("~0", "~")]
+        rule[1] = schema_rule(target, schema, rules)
+    elif form == "anyOf":
+        rule[1] = " | ".join([schema_rule(one, schema, rules) for one in part["anyOf"]])
+    elif form in ("enum", "const"):
+        values = part["enum"] if form == "enum" else [part["const"]]
+        fit = [value for value in values if kind is None or type(value) in TYPES[kind]]
+        rule[1] = " | ".join([dumps(dumps(value)) for value in fit])
+    elif form == "properties" and kind == "object":
+        if lacking := {*part.get("required", [])} - part["properties"].keys():
+            raise ValueError(f"{', '.join(lacking)} in a JSON schema: required, but not described")
+        pairs = []
+        for name, value in part["properties"].items():
+            pairs.append(f"{dumps(dumps(name) + ':')} ws {schema_rule(value, schema, rules)} ")
+        rule[1] = '"{" ws ' + '"," ws '.join(pairs) + 'ws "}"'
+    elif form == "items" and kind == "array":
+        item = schema_rule(part["items"], schema, rules)
+        rule[1] = f'"[" ws ({item} ("," ws {item})* ws)? "]"'
+    elif kind in TYPES:
+        rule[1] = kind
+    else:
+        raise ValueError(f"the type {kind} in a JSON schema, allowed: {', '.join(TYPES)}")
+    return rule[0]
+
+
+# --------------------------------------------------------------------------------- the automaton
+
+END = 0  # the state at the end of every rule
+LAST = 0x10FFFF  # the largest code point
+SIZE = 5 * 64**3  # room for all code points, in whole blocks that share their first UTF-8 byte
+
+
+@cache
+def shorthand(letter):
+    r"""The marks of \d, \s, \w or their complements: re is asked about every code point."""
+    marks = np.zeros(SIZE, bool)
+    for match in re.finditer(rf"\{letter}+", "".join(map(chr, range(LAST + 1)))):
+        marks[match.start() : match.end()] = True
+    return marks
+
+
+@cache
+def class_bytes(items):
+    """A parsed class such as [^a-z] in UTF-8: [(set of bytes, [the same of what follows])]."""
+    marks = np.zeros(SIZE, bool)  # by code point
+    for op, value in items:
+        if str(op) == "LITERAL":
+            marks[value] = True
+        elif str(op) == "RANGE":
+            marks[value[0] : value[1] + 1] = True
+        elif str(op) == "CATEGORY":  # CATEGORY_DIGIT, CATEGORY_NOT_WORD, ...
+            letter = str(value).split("_")[-1][0]
+            marks |= shorthand(letter if "NOT" in str(value) else letter.lower())
+    if str(items[0][0]) == "NEGATE":
+        marks = ~marks
+    marks[0xD800:0xE000] = marks[LAST + 1 :] = False  # surrogates are no characters
+    found = []
+    for n, (head, end) in enumerate([(0, 0x80), (0xC0, 0x800), (0xE0, 0x10000), (0xF0, SIZE)]):
+        found += utf8(marks[:end], head, n)
+        marks[:end] = False
+    return found
+
+
+def utf8(marks, head, n):
+    """`class_bytes` of the marked code points that are a byte, from `head` on, and n more bytes."""
+    heads = {}  # {what is marked behind a byte: the bytes behind which it is}
+    for i, row in enumerate(marks.reshape(-1, 64**n)):
+        if row.any():
+            heads.setdefault(row.tobytes(), set()).add(head + i)
+    tails = [utf8(np.frombuffer(row, bool), 0x80, n - 1) if n else [] for row in heads]
+    return list(zip(heads.values(), tails))
+
+
+class Automaton:
+    """The rules of a grammar as states: numbers, one for all states that do the same.
+
+    moves[s]  (what, state) for each way on from s. `what` is a set of bytes, one of which is read;
+              a rule, which is called and comes back to the state; or None: nothing
+    least[s]  the fewest bytes from s to the end of its rule
+    starts    {rule: its first state}
+    lacking   bytes that it would read, but that are not in `spelled`
+    """
+
+    def __init__(self, grammar, spelled):
+        self.spelled, self.lacking = spelled, set()
+        self.moves, self.known, self.starts = [()], {}, {}
+        if sum([size(parsed) for parsed, _ in grammar.values()]) > Limits.states:
+            raise ValueError(f"the grammar takes more than {Limits.states:,} states")
+        for rule, (parsed, names) in grammar.items():
+            self.starts[rule] = self.build(parsed, names, END)
+        self.least = self.shortest()
+        for rule, start in self.starts.items():
+            if start not in self.least:
+                raise ValueError(f"rule {rule} is unproductive: no string of it can be spelled")
+        self.moves = [[(what, t) for what, t in moves if t in self.least] for moves in self.moves]
+
+    def state(self, *moves):
+        """The state with these moves; a new one if there is none."""
+        s = self.known.setdefault(moves, len(self.moves))
+        if s == len(self.moves):
+            self.moves.append(moves)
+        return s
+
+    def reading(self, branches, then):
+        """The state that reads one character (of `class_bytes`), then goes on to another."""
+        moves = []
+        for some, tails in branches:
+            self.lacking |= some - self.spelled
+            after = self.reading(tails, then) if tails else then
+            moves.append((frozenset(some & self.spelled), after))
+        return self.state(*moves)
+
+    def build(self, parsed, names, then):
+        """The state from which the texts of a parsed expression lead to the state `then`."""
+        for op, value in reversed(parsed):
+            op = str(op)
+            if op == "LITERAL":
+                for b in reversed(chr(value).encode()):
+                    then = self.reading([({b}, [])], then)
+            elif op == "IN":
+                then = self.reading(class_bytes(tuple(value)), then)
+            elif op in ("NOT_LITERAL", "ANY"):
+                other = ("LITERAL", value or ord("\n"))
+                then = self.reading(class_bytes((("NEGATE", None), other)), then)
+            elif op == "BRANCH":
+                then = self.state(*[(None, self.build(one, names, then)) for one in value[1]])
+            elif op == "SUBPATTERN":
+                then = self.state((names[value[0]], then)) if names else self.build(value[3], names, then)
+            else:
+                then = self.repeat(*value, names, then)
+        return then
+
+    def repeat(self, least, most, body, names, then):
+        """`build` of a repetition."""
+        start = then
+        if most is END_LESS:
+            start = self.state((None, len(self.moves)), (None, then))  # a loop leads to itself
+            self.moves[start] = ((None, self.build(body, names, start)), (None, then))
+            most = least
+        for _ in range(most - least):
+            start = self.state((None, self.build(body, names, start)), (None, then))
+        for _ in range(least):
+            start = self.build(body, names, start)
+        return start
+
+    def shortest(self):
+        """`least` of every state that has one, nearest first (Dijkstra; Knuth for grammars)."""
+        users = [[] for _ in self.moves]  # of a state: (state, bytes, a second state that it needs)
+        for s, moves in enumerate(self.moves):
+            for what, t in moves:
+                if what in self.starts:
+                    users[t].append((s, 0, self.starts[what]))
+                    users[self.starts[what]].append((s, 0, t))
+                elif what is None or what:  # not: one byte of none
+                    users[t].append((s, int(what is not None), END))
+        least, heap = {}, [(0, END)]
+        while heap:
+            n, t = heapq.heappop(heap)
+            if t not in least:
+                least[t] = n
+                for s, cost, other in users[t]:
+                    if other in least:
+                        heapq.heappush(heap, (n + cost + least[other], s))
+        return least
+
+
+# ------------------------------------------------------------------------------------- the engine
+
+
+class Trie:
+    """The strings of a vocabulary (bytes; None for a special id), of which tries can be made."""
+
+    def __init__(self, vocab):
+        if not all([piece is None or isinstance(piece, bytes) for piece in vocab]):
+            raise ValueError("a vocabulary holds bytes, and None for special ids")
+        self.vocab = vocab
+        self.length = np.array([len(piece or b"") for piece in vocab], int)
+        self.start = np.cumsum(self.length) - self.length
+        self.text = np.frombuffer(b"".join([piece or b"" for piece in vocab]), np.uint8)
+
+    def by_class(self, class_of, n_classes):
+        """The trie in which bytes of a class are one, without the strings that have class 0.
+
+        Its nodes are numbered level by level from the root, 0. Returns (first, kind, node): the
+        children of node i are first[i]..first[i + 1], the class that leads to it is kind[i], and
+        id j ends at node[j], or nowhere: 0.
+        """
+        classes = np.array(class_of)[self.text]
+        at, node = np.flatnonzero(self.length), np.zeros(len(self.vocab), int)
+        firsts, kinds, depth = [], [np.zeros(1, int)], 0
+        begin, end = 0, 1  # of the nodes of a level
+        while begin < end:
+            kind = classes[self.start[at] + depth]
+            node[at[kind == 0]] = 0
+            at, kind = at[kind > 0], kind[kind > 0]
+            child = (node[at] - begin) * n_classes + kind
+            there = np.zeros((end - begin) * n_classes, bool)
+            there[child] = True
+            children = np.flatnonzero(there)
+            number = np.empty(len(there), int)
+            number[children] = np.arange(end, end + len(children))
+            node[at] = number[child]
+            kinds.append(children % n_classes)
+            firsts.append(end + np.searchsorted(children, np.arange(0, len(there), n_classes)))
+            begin, end, depth = end, end + len(children), depth + 1
+            at = at[self.length[at] > depth]
+        return np.concatenate([*firsts, [end]]), np.concatenate(kinds), node
+
+
+@dataclass(slots=True, eq=False)
+class Cell:
+    """A stack: a state over the stack to come back to. One object for each: `is` is equality."""
+
+    state: int
+    parent: "Cell"
+    least: int  # the fewest bytes to the end of the text
+    kids: dict = field(default_factory=dict)  # {state: the stack with it on top}
+
+
+@dataclass(slots=True, eq=False)
+class Config:
+    """Where a text can be: a set of stacks. It remembers what was asked of it."""
+
+    cells: tuple
+    accepts: bool  # whether the text may end here
+    least: int = 0  # the fewest bytes to its end
+    next: dict = field(default_factory=dict)  # {class of bytes: Config, or None}
+    after: dict = field(default_factory=dict)  # {id: Config, or None}
+    mask: np.ndarray = None
+    most: int = 0  # bytes that are enough to end the text, after any id of the mask
+
+
+class Engine:
+    """The masks of one grammar over one vocabulary; every `Constraint` on it shares its memory.
+
+    grammar   an EBNF text, or what parse_ebnf and parse_regex return
+    vocab     the bytes of every id (None: special), or a Trie of them
+    eos       the id, or ids, that end a text: allowed where it may end, and nowhere else
+    cache_mb  what it may remember, about
+
+    A text is on a set of stacks of the automaton. What a token does to a stack depends on the
+    states below the top one only after the top one's rule has ended. So the trie is walked for the
+    top state alone: this tells which tokens end inside the rule, and at which nodes the rule ends,
+    from where the state below goes on. Such a walk, from a state and a set of nodes, is remembered
+    and serves at any depth of nesting. A mask is the union of what the walks down the stacks tell.
+    """
+
+    def __init__(self, grammar, vocab, eos=(), cache_mb=64):
+        trie = vocab if isinstance(vocab, Trie) else Trie(vocab)
+        self.vocab, self.limit = trie.vocab, cache_mb * 2**20
+        self.eos = np.atleast_1d([] if eos is None else eos).astype(int).tolist()
+        if self.eos and not 0 <= min(self.eos) <= max(self.eos) < len(self.vocab):
+            raise ValueError(f"eos {self.eos} is out of range, allowed: 0 to {len(self.vocab) - 1}")
+        single = [p[0] for i, p in enumerate(self.vocab) if p and len(p) == 1 and i not in self.eos]
+        grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
+        self.automaton = Automaton(grammar, frozenset(single))
+        for b in sorted(self.automaton.lacking & {*np.unique(trie.text).tolist()}):
+            raise ValueError(f"the vocabulary has no token for the byte {bytes([b])}, which the grammar needs")
+        kinds = {what: None for moves in self.automaton.moves for what, _ in moves}
+        kinds = [kind for kind in kinds if isinstance(kind, frozenset)]
+        numbers = {(False,) * len(kinds): 0}  # the class of bytes that are never read
+        signatures = [tuple([b in kind for kind in kinds]) for b in range(256)]
+        self.class_of = [numbers.setdefault(row, len(numbers)) for row in signatures]
+        classes = {kind: {self.class_of[b] for b in kind} for kind in kinds}
+        self.reads = [{} for _ in self.automaton.moves]  # of each state {class: states}
+        for reads, moves in zip(self.reads, self.automaton.moves):
+            for what, t in moves:
+                for c in classes.get(what, ()):
+                    reads.setdefault(c, []).append(t)
+        self.first, self.kind, self.node = trie.by_class(self.class_of, len(numbers))
+        self.n_classes = len(numbers)
+        self.node[self.eos] = 0  # the end is no text
+        self.entered = {}  # {state: its `closure`}
+        self.bottom = Cell(END, None, 0)  # below every stack
+        self.done = Config((), False)  # after the end
+        self.forget()
+        for start in self.automaton.starts.values():
+            self.closure(start)
+
+    def forget(self):
+        """Empties the memory. Texts keep the configuration that they are on: no mask changes."""
+        self.configs, self.walks, self.masks, self.sets, self.size = {}, {}, {}, {}, 0
+        self.bottom.kids, self.root = {}, np.zeros(1, int)
+        self.start = self.config([(self.automaton.starts["root"], self.bottom)])
+
+    def closure(self, state):
+        """The stacks, top first, on which `state` can read a byte; and whether its rule can end."""
+        if state in self.entered:
+            return self.entered[state]
+        starts, todo, seen = self.automaton.starts, [(state,)], {(state,)}
+        for stack in filter(None, todo):  # grows
+            rest = stack[1:]
+            ahead = [rest] if stack[0] == END else []
+            for what, t in self.automaton.moves[stack[0]]:
+                if what is None:
+                    ahead.append((t, *rest))
+                elif what in starts:  # if nothing is to be done there, it need not come back to t
+                    ahead.append((starts[what], *rest) if t == END else (starts[what], t, *rest))
+            todo += [other for other in dict.fromkeys(ahead) if other not in seen]
+            seen.update(ahead)
+            if len(stack) > len(starts) + 1:
+                raise ValueError("left recursion: a rule can call itself before it has read a byte")
+            if len(seen) > Limits.stacks:
+                raise ValueError(f"too ambiguous: a state is on more than {Limits.stacks:,} stacks")
+        readers = [stack for stack in todo if stack and self.reads[stack[0]]]
+        self.entered[state] = readers, () in seen
+        return self.entered[state]
+
+    def enter(self, state, parent, cells):
+        """Adds to `cells` where a byte can be read after `state` over `parent`. Can the text end?"""
+        stacks, ends = self.closure(state)
+        for stack in stacks:
+            cell = parent
+            for q in reversed(stack):
+                if q not in cell.kids:
+                    cell.kids[q] = Cell(q, cell, cell.least + self.automaton.least[q])
+                cell = cell.kids[q]
+            cells.add(cell)
+        if not ends or parent is self.bottom:
+            return ends
+        return self.enter(parent.state, parent.parent, cells)
+
+    def config(self, entries):
+        """The configuration on all of [(state, parent)]; one object for equal ones."""
+        cells = set()
+        accepts = any([self.enter(state, parent, cells) for state, parent in entries])
+        if len(cells) > Limits.stacks:
+            raise ValueError(f"too ambiguous: a text is on more than {Limits.stacks:,} stacks")
+        key = frozenset(cells), accepts
+        if key not in self.configs:
+            least = 0 if accepts else min([cell.least for cell in cells])
+            self.configs[key] = Config(tuple(cells), accepts, least)
+            self.size += 1000  # bytes, about
+        return self.configs[key]
+
+    def step(self, config, c):
+        """The configuration after a byte of class c; None if no stack reads it."""
+        if c not in config.next:
+            entries = []
+            for cell in config.cells:
+                entries += [(t, cell.parent) for t in self.reads[cell.state].get(c, ())]
+            config.next[c] = self.config(entries) if entries else None
+        return config.next[c]
+
+    def read(self, config, text):
+        """The configuration after some bytes; None where they leave the language."""
+        for b in text:
+            config = config and self.step(config, self.class_of[b])
+        return config
+
+    def take(self, config, id):
+        """The configuration after an id; None if it is refused."""
+        if id not in config.after:
+            if not 0 <= id < len(self.vocab):
+                raise ValueError(f"id {id} is out of range, allowed: 0 to {len(self.vocab) - 1}")
+            if id in self.eos:
+                config.after[id] = self.done if config.accepts else None
+            else:
+                config.after[id] = self.read(config, self.vocab[id]) if self.vocab[id] else None
+            self.size += 100
+        return config.after[id]
+
+    def walk(self, state, nodes):
+        """From trie nodes on, while the rule of `state` lasts; remembered.
+
+        Returns [(nodes it reaches, the fewest bytes from there to the end of the rule)], the nodes
+        at which the rule can end, and the largest of the fewest bytes.
+        """
+        key = state, id(nodes)
+        if key in self.walks:
+            return self.walks[key]
+        start = self.config([(state, self.bottom)])
+        reached, ended, frontier = [], [nodes] * start.accepts, {start: [nodes]}
+        while frontier:
+            below = {}
+            for config, parts in frontier.items():
+                at = np.concatenate(parts)
+                n = self.first[at + 1] - self.first[at]
+                kids = np.repeat(self.first[at] - np.cumsum(n) + n, n) + np.arange(n.sum())
+                kinds = self.kind[kids]
+                targets = {}  # {config: which classes lead to it}
+                for c in np.flatnonzero(np.bincount(kinds)).tolist():
+                    to = self.step(config, c)
+                    targets.setdefault(to, np.zeros(self.n_classes, bool))[c] = True
+                targets.pop(None, None)
+                for to, classes in targets.items():
+                    part = kids[classes[kinds]]
+                    reached.append((part, to.least))
+                    ended += [part] * to.accepts
+                    below.setdefault(to, []).append(part)
+            frontier = below
+        if ended:
+            ended = np.unique(np.concatenate(ended))
+            ended = self.sets.setdefault(ended.tobytes(), ended)  # one object for equal ones
+        most = max([least for _, least in reached], default=0)
+        self.size += 1000 + 8 * sum([len(part) for part, _ in reached]) + 16 * len(ended)
+        self.walks[key] = reached, ended, most
+        return self.walks[key]
+
+    def mask(self, config, left=np.inf):
+        """Bool (V,), read-only: the ids after which the text can end, in at most `left` bytes."""
+        if config.mask is not None and config.most <= left:
+            return config.mask
+        if self.size > self.limit:
+            self.forget()
+        todo, seen = [(cell.state, cell.parent, self.root) for cell in config.cells], set()
+        for state, parent, nodes in todo:  # grows
+            reached, ended, most = self.walk(state, nodes)
+            if reached:
+                config.most = max(config.most, most + parent.least)
+            if len(ended) and parent is not self.bottom and (parent, id(ended)) not in seen:
+                seen.add((parent, id(ended)))
+                todo.append((parent.state, parent.parent, ended))
+        key = frozenset([(state, id(nodes)) for state, _, nodes in todo]), config.accepts
+        mask = self.masks.get(key) if config.most <= left else None
+        if mask is None:
+            marks = np.zeros(len(self.kind), bool)
+            for state, parent, nodes in todo:
+                for part, least in self.walk(state, nodes)[0]:
+                    if least + parent.least <= left:
+                        marks[part] = True
+            mask = marks[self.node]
+            mask[self.eos] = config.accepts
+            mask.flags.writeable = False
+        if config.most <= left:
+            self.size += mask.nbytes * (key not in self.masks)
+            config.mask = self.masks[key] = mask
+        return mask
+
+    def explain(self, config, text):
+        """Where bytes leave the language after `config`, and what is expected there."""
+        for i in range(len(text)):
+            after = self.read(config, text[i : i + 1])
+            if after is None:
+                wanted = [b for b in range(256) if self.read(config, [b])]
+                return f"refused at byte {i}, {text[i : i + 1]}; expected: one of {bytes(wanted)}"
+            config = after
+        return "complete" if config.accepts else f"incomplete: it takes {config.least} bytes more"
+
+
+class Constraint:
+    """A text that grows id by id inside a language; arguments as for Engine, or an Engine."""
+
+    def __init__(self, grammar, vocab=None, eos=(), cache_mb=64):
+        shared = isinstance(grammar, Engine)
+        self.engine = grammar if shared else Engine(grammar, vocab, eos, cache_mb)
+        self.state, self.past, self.ids = self.engine.start, [], []
+
+    def mask(self):
+        """Bool (V,), read-only: the ids that may come next."""
+        return self.engine.mask(self.state)
+
+    def advance(self, id):
+        """Takes one id; ValueError, saying why, if the mask refuses it."""
+        after = self.engine.take(self.state, id)
+        if after is None:
+            piece = self.engine.vocab[id]
+            raise ValueError(f"id {id}, {piece}: {self.engine.explain(self.state, piece or b'')}")
+        self.past.append(self.state)
+        self.ids.append(id)
+        self.state = after
+
+    def rollback(self, n=1):
+        """Takes the last n ids back."""
+        if not 0 <= n <= len(self.past):
+            raise ValueError(f"rollback of {n} ids, allowed: 0 to {len(self.past)}")
+        if n:
+            self.state = self.past[-n]
+            del self.past[-n:], self.ids[-n:]
+
+    def accepts(self):
+        """Whether the text so far is complete."""
+        return self.state.accepts
+
+
+# --------------------------------------------------------------------------------------- its use
+
+
+def vocabulary(tokenizer):
+    """The bytes of every id (None: it spells nothing) up to the largest, for Engine.
+
+    tokenizer: of pretrained.py, transformers (fast ones), tokenizers or tiktoken. ValueError if
+    its pieces are no plain strings, as those of WordPiece (##) and of BPE with </w>.
+    """
+    if hasattr(tokenizer, "_mergeable_ranks"):  # tiktoken
+        pieces = {id: piece for piece, id in tokenizer._mergeable_ranks.items()}
+        return [pieces.get(id) for id in range(tokenizer.n_vocab)]
+    backend = getattr(tokenizer, "backend_tokenizer", getattr(tokenizer, "backend", tokenizer))
+    spec = json.loads(backend.to_str())
+    decoder = json.dumps(spec["decoder"], ensure_ascii=False)
+    model, level = spec["model"], "ByteLevel" in decoder
+    mark = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if mark or not level and "▁" not in decoder:
+        raise ValueError(f"pieces with {mark or 'the decoder ' + decoder[:60]} are not supported")
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's stand-ins for bytes
+    hidden = [b for b in range(256) if b not in shown]
+    byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    ids = backend.get_vocab()
+    vocab = [None] * (max(ids.values()) + 1)
+    for piece, id in ids.items():
+        if level and byte_of.keys() >= {*piece}:
+            vocab[id] = bytes([byte_of[c] for c in piece])
+        elif not level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            vocab[id] = bytes.fromhex(piece[3:5])
+        else:
+            vocab[id] = piece.replace("▁", " ").encode()
+    for token in spec["added_tokens"]:
+        if token["special"]:
+            vocab[token["id"]] = None
+    return vocab
+
+
+class Masker:
+    """A `process` for model.generate: every text of the batch stays inside the engine's language.
+
+    It holds nothing of the texts, so one object serves any number of calls. With `max_new_tokens`
+    (that of `generate`) every text is complete in time: a byte is a token, if need be, and the end
+    is one more.
+    """
+
+    def __init__(self, engine, max_new_tokens=np.inf):
+        self.engine, self.max_new_tokens = engine, max_new_tokens
+        if not engine.eos:
+            raise ValueError("a mask needs the id that ends a text: give the engine its eos")
+        if engine.start.least + 1 > max_new_tokens:
+            least = f"the shortest text may take {engine.start.least + 1}"
+            raise ValueError(f"max_new_tokens {max_new_tokens} are too few: {least}")
+
+    def __call__(self, logits, alive, out):
+        """logits (B, V) of rows alive[i] of `out`, lists of new ids. Returns the masked logits."""
+        allowed = torch.zeros(logits.shape, dtype=torch.bool)
+        for i, row in enumerate(alive):
+            config = self.engine.start
+            for id in out[row]:
+                if config is not self.engine.done:
+                    config = self.engine.take(config, id)
+                if config is None:
+                    raise ValueError(f"row {row} has the new id {id}, which its mask had refused")
+            left = self.max_new_tokens - len(out[row]) - 2  # after the id that comes now and the end
+            mask = torch.tensor(self.engine.mask(config, left))[: logits.shape[1]]
+            allowed[i, : len(mask)] = mask | (config is self.engine.done)  # an ended row is left alone
+        return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+
+
+class LogitsProcessor:
+    """A Masker for transformers: model.generate(..., logits_processor=[LogitsProcessor(...)]).
+
+    prompt_length: the length of input_ids. Right for batches and beams: it holds nothing of them.
+    """
+
+    def __init__(self, engine, prompt_length, max_new_tokens=np.inf):
+        self.prompt_length, self.masker = prompt_length, Masker(engine, max_new_tokens)
+
+    def __call__(self, input_ids, scores):
+        """input_ids (B, T), scores (B, V). Returns the masked scores."""
+        new = input_ids[:, self.prompt_length :].tolist()
+        return self.masker(scores, range(len(new)), new)
+
+
+def fail(message):
+    """Ends the program with one line."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv=None):
+    """Lets a model write inside a grammar, or explains where a text leaves it."""
+    parser = argparse.ArgumentParser("grammar_mask.py", description=main.__doc__)
+    parser.error = fail
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--schema", metavar="FILE", help="a JSON schema")
+    source.add_argument("--grammar", metavar="FILE", help="EBNF with a rule root")
+    source.add_argument("--regex", metavar="PATTERN", help="as in re.fullmatch")
+    parser.add_argument("--explain", metavar="TEXT", help="where does TEXT leave the grammar?")
+    parser.add_argument("--model", help="what pretrained.py loads, as smollm2-135m-instruct")
+    parser.add_argument("--prompt", help="what to ask the model")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="[256]")
+    args = parser.parse_args(argv)
+    if [args.model is None, args.prompt is None, args.explain is None] not in ([0, 0, 1], [1, 1, 0]):
+        fail("give --model and --prompt, or --explain alone")
+    try:
+        grammar = parse_regex(args.regex) if args.regex is not None else None
+        if args.grammar: 
+            grammar = Path(args.grammar).read_text("utf-8")
+        if args.schema:
+            grammar = json_schema(json.loads(Path(args.schema).read_text("utf-8")))
+        if args.explain is not None:
+            engine = Engine(grammar, [bytes([b]) for b in range(256)])
+            return print(engine.explain(engine.start, args.explain.encode()))
+        import pretrained
+        from model import generate
+
+        model, tokenizer = pretrained.load(args.model)
+        engine = Engine(grammar, vocabulary(tokenizer), tokenizer.stops)
+        chat = [{"role": "user", "content": args.prompt}]
+        prompt = tokenizer.chat(chat) if tokenizer.template else tokenizer.encode(args.prompt)
+        process = Masker(engine, args.max_new_tokens)
+        ids = generate(model, [prompt], args.max_new_tokens, 0.0, stop=tokenizer.stops, process=process)
+        print(tokenizer.decode(ids[0][:-1]))
+    except (OSError, ValueError, ImportError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ Read on: EBNF, regular expressions, JSON schemas -> trees -> `Automaton` -> `Eng
 """
 
 import argparse
+import graphlib
 import heapq
 import json
 import re
@@ -302,6 +303,7 @@ class Automaton:
             if start not in self.least:
                 raise ValueError(f"rule {rule} is unproductive: no string of it can be spelled")
         self.moves = [[(what, t) for what, t in moves if t in self.least] for moves in self.moves]
+        self.check_recursion()
 
     def state(self, *moves):
         """The state with these moves; a new one if there is none."""
@@ -371,6 +373,25 @@ class Automaton:
                     if other in least:
                         heapq.heappush(heap, (n + cost + least[other], s))
         return least
+
+
+    def check_recursion(self):
+        """ValueError if a rule can call itself before it has read a byte."""
+        called = {}
+        for rule, start in self.starts.items():
+            called[rule], ahead, seen = set(), [start], {start}
+            for s in ahead:  # grows
+                for what, t in self.moves[s]:
+                    if what in self.starts:
+                        called[rule].add(what)
+                    silent = what is None or self.least.get(self.starts.get(what)) == 0
+                    if silent and t not in seen:
+                        seen.add(t)
+                        ahead.append(t)
+        try:
+            graphlib.TopologicalSorter(called).prepare()
+        except graphlib.CycleError as error:
+            raise ValueError(f"left recursion: {' -> '.join(error.args[1][::-1])}") from None
 
 
 # ------------------------------------------------------------------------------------- the engine
@@ -483,8 +504,6 @@ class Engine:
         self.bottom = Cell(END, None, 0)  # below every stack
         self.done = Config((), False)  # after the end
         self.forget()
-        for start in self.automaton.starts.values():
-            self.closure(start)
 
     def forget(self):
         """Empties the memory. Texts keep the configuration that they are on: no mask changes."""
@@ -507,8 +526,6 @@ class Engine:
                     ahead.append((starts[what], *rest) if t == END else (starts[what], t, *rest))
             todo += [other for other in dict.fromkeys(ahead) if other not in seen]
             seen.update(ahead)
-            if len(stack) > len(starts) + 1:
-                raise ValueError("left recursion: a rule can call itself before it has read a byte")
             if len(seen) > Limits.stacks:
                 raise ValueError(f"too ambiguous: a state is on more than {Limits.stacks:,} stacks")
         readers = [stack for stack in todo if stack and self.reads[stack[0]]]

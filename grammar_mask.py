@@ -9,7 +9,7 @@ a character. So everything here is done in bytes.
     text.mask()                # (V,) bool: the ids that may come next
     text.advance(id)           # takes one
 
-Read on: EBNF, regular expressions, JSON schemas -> trees -> `Automaton` -> `Engine` -> their use.
+Read on: EBNF, regular expressions, JSON schemas -> `Automaton` -> `Trie`, `Engine` -> their use.
 
     python grammar_mask.py --schema person.json --model smollm2-135m-instruct --prompt "A person."
     python grammar_mask.py --regex "[0-9]+(\.[0-9]+)?" --explain 12.x
@@ -33,7 +33,7 @@ class Limits:
     """What a grammar may ask for. Set them higher before you build one that needs more."""
 
     states = 10**6  # of the automaton
-    depth = 200  # of trees in trees, in one rule
+    depth = 200  # of brackets in brackets, in one rule
     stacks = 20_000  # on which one text may be
 
 
@@ -41,7 +41,7 @@ class Limits:
 # A grammar is {rule: (parsed, names)}, its language that of the rule `root`. Python's own parser of
 # regular expressions reads every rule, so that all means what it means in re.fullmatch, to which a
 # lazy quantifier is as good as a greedy one. It returns pairs of an operation and its value; the
-# group i of a rule of EBNF is empty, and stands for a call of names[i].
+# i-th group of a rule of EBNF is empty, and stands for a call of names[i].
 
 JSON = r"""
 root    ::= ws value ws
@@ -60,11 +60,11 @@ ws      ::= [ \t\n\r]*
 TOKEN = re.compile(
     r"(?P<space>\s+|#[^\n]*)|(?P<define>[A-Za-z_][\w-]*)\s*::=|(?P<name>[A-Za-z_][\w-]*)|"
     r'(?P<literal>"(?:\\[^dDsSwW\n]|[^"\\\n])*")|(?P<class>\[(?:\\.|[^\]\\\n])*\])|'
-    r"(?P<repeat>[*+?]|\{\d+,?\d*\}|\{,\d+\})|(?P<mark>[()|])|(?P<odd>.)"
+    r"(?P<repeat>(?:[*+?]|\{\d+,?\d*\}|\{,\d+\})(?!\s*[*+?{]))|(?P<mark>[()|])|(?P<odd>.)"
 )
 ODD = {"AT": r"an anchor (^ $ \b)", "GROUPREF": "a reference to a group", "ASSERT": "a look-around"}
 ODD |= {"ASSERT_NOT": "a look-around", "SUBPATTERN": "a group with flags"}
-END_LESS = re._constants.MAXREPEAT
+ENDLESS = re._constants.MAXREPEAT
 
 
 def parse_regex(pattern, names=None):
@@ -96,7 +96,7 @@ def size(parsed, depth=0):
             total += size(value[3], depth + 1)
         elif op in ("MAX_REPEAT", "MIN_REPEAT"):
             least, most, body = value
-            total += size(body, depth + 1) * max(1, least if most is END_LESS else most)
+            total += size(body, depth + 1) * max(1, least if most is ENDLESS else most)
         elif op == "LITERAL":
             total += len(chr(value).encode())
         elif op not in ("NOT_LITERAL", "ANY", "IN"):
@@ -110,7 +110,7 @@ def parse_ebnf(text):
     Literals, classes and quantifiers are written as in Python's regular expressions; # is a note.
     A ValueError names the line.
     """
-    bodies, used, line, rule, before = {}, {}, 1, None, None
+    bodies, rules, line, rule = {}, {}, 1, None
     try:
         for match in TOKEN.finditer(text):
             kind, word = match.lastgroup, match[0]
@@ -120,31 +120,27 @@ def parse_ebnf(text):
                     raise ValueError(f"{rule!r} is defined twice")
                 pieces, names = [], [rule]
                 bodies[rule] = line, pieces, names
-            elif kind == "odd" or kind != "space" and not rule or kind == before == "repeat":
+            elif kind == "odd" or kind != "space" and not rule:
                 raise ValueError(f"can't read {text[match.start() :][:12]!r}")
             elif kind == "name":
                 pieces.append("()")
                 names.append(word)
-                used.setdefault(word, line)
             elif kind == "literal":
                 plain = re.sub(r"(\\.)|(.)", lambda m: m[1] or re.escape(m[2]), word[1:-1])
                 pieces.append(f"(?:{plain})")
             elif kind != "space":
                 pieces.append("(?:" if word == "(" else word)
-            before = before if kind == "space" else kind
             line += word.count("\n")
-        for name, line in used.items():
-            if name not in bodies:
-                raise ValueError(f"rule {name} is not defined, allowed: {', '.join(bodies)}")
-        rules = {}
         for rule, (line, pieces, names) in bodies.items():
-            parsed, _ = parse_regex("".join(pieces), names)["root"]
-            rules[rule] = without_left_recursion(parsed, names), names
+            for name in names:
+                if name not in bodies:
+                    raise ValueError(f"rule {name} is not defined, allowed: {', '.join(bodies)}")
+            rules |= {rule: parse_regex("".join(pieces), names)["root"]}
     except ValueError as error:
         raise ValueError(f"grammar line {line}: {error}") from None
     if "root" not in rules:
         raise ValueError(f"the grammar has no rule root, only: {', '.join(rules) or 'nothing'}")
-    return rules
+    return {rule: (without_left_recursion(*body), body[1]) for rule, body in rules.items()}
 
 
 def without_left_recursion(parsed, names):
@@ -153,26 +149,17 @@ def without_left_recursion(parsed, names):
     tails, others = [], []
     for branch in branches:
         op, value = branch[0] if len(branch) else (None, None)
-        if str(op) == "SUBPATTERN" and names[value[0]] == names[0]:
-            tails.append(branch[1:])
-        else:
-            others.append(branch)
-    loop = ("MAX_REPEAT", (0, END_LESS, [("BRANCH", (None, tails))]))
+        left = str(op) == "SUBPATTERN" and names[value[0]] == names[0]
+        (tails if left else others).append(branch[1:] if left else branch)
+    loop = ("MAX_REPEAT", (0, ENDLESS, [("BRANCH", (None, tails))]))
     return [("BRANCH", (None, others)), loop] if tails else parsed
 
 
 # ---------------------------------------------------------------------------------- JSON schemas
 
 NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"}
-FORMS = {  # keyword: what may stand beside it; the first that a schema has decides
-    "$ref": [],
-    "anyOf": [],
-    "enum": ["type"],
-    "const": ["type"],
-    "properties": ["type", "required", "additionalProperties"],
-    "items": ["type"],
-    "type": [],
-}
+FORMS = {"$ref": [], "anyOf": [], "enum": ["type"], "const": ["type"], "items": ["type"]}
+FORMS |= {"properties": ["type", "required", "additionalProperties"], "type": []}
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
 TYPES |= {"null": [type(None)], "object": [dict], "array": [list]}
 dumps = json.JSONEncoder(ensure_ascii=False).encode
@@ -195,16 +182,18 @@ def json_schema(schema):
 
 def schema_rule(part, schema, rules):
     """The name of the rule for a part of the schema; rules {id of a part: [name, right side]}."""
-    if part is True or part == {}:
+    if part is True or not part.keys() - NOTES:
         return "value"
     if id(part) in rules:
         return rules[id(part)][0]
     rules[id(part)] = rule = [f"part{len(rules)}", ""]  # named first: it may call itself
     given = part.keys() - NOTES
-    form = next((keyword for keyword in FORMS if keyword in given), None)
-    if extra := given - {form} - {*FORMS.get(form, [])}:
+    form = next((keyword for keyword in FORMS if keyword in given), None)  # the one that decides
+    if extra := given - {form, *FORMS.get(form, [])}:
         raise ValueError(f"{', '.join(sorted(extra))} in a JSON schema, beside {form}: not supported")
     kind = part.get("type", {"properties": "object", "items": "array"}.get(form))
+    if kind not in TYPES and (kind or not form):
+        raise ValueError(f"the type {kind} in a JSON schema, allowed: {', '.join(TYPES)}")
     if form == "$ref":
         target = schema
         for key in part["$ref"].split("/")[1:]:
@@ -226,10 +215,8 @@ def schema_rule(part, schema, rules):
     elif form == "items" and kind == "array":
         item = schema_rule(part["items"], schema, rules)
         rule[1] = f'"[" ws ({item} ("," ws {item})* ws)? "]"'
-    elif kind in TYPES:
-        rule[1] = kind
     else:
-        raise ValueError(f"the type {kind} in a JSON schema, allowed: {', '.join(TYPES)}")
+        rule[1] = kind
     return rule[0]
 
 
@@ -261,8 +248,7 @@ def class_bytes(items):
         elif str(op) == "CATEGORY":  # CATEGORY_DIGIT, CATEGORY_NOT_WORD, ...
             letter = str(value).split("_")[-1][0]
             marks |= shorthand(letter if "NOT" in str(value) else letter.lower())
-    if str(items[0][0]) == "NEGATE":
-        marks = ~marks
+    marks ^= str(items[0][0]) == "NEGATE"
     marks[0xD800:0xE000] = marks[LAST + 1 :] = False  # surrogates are no characters
     found = []
     for n, (head, end) in enumerate([(0, 0x80), (0xC0, 0x800), (0xE0, 0x10000), (0xF0, SIZE)]):
@@ -292,24 +278,22 @@ class Automaton:
     """
 
     def __init__(self, grammar, spelled):
-        self.spelled, self.lacking = spelled, set()
         self.moves, self.known, self.starts = [()], {}, {}
+        self.spelled, self.lacking = spelled, set()
         if sum([size(parsed) for parsed, _ in grammar.values()]) > Limits.states:
             raise ValueError(f"the grammar takes more than {Limits.states:,} states")
         for rule, (parsed, names) in grammar.items():
             self.starts[rule] = self.build(parsed, names, END)
         self.least = self.shortest()
-        for rule, start in self.starts.items():
-            if start not in self.least:
-                raise ValueError(f"rule {rule} is unproductive: no string of it can be spelled")
+        if dead := [rule for rule, start in self.starts.items() if start not in self.least]:
+            raise ValueError(f"rule {dead[0]} is unproductive: no string of it can be spelled")
         self.moves = [[(what, t) for what, t in moves if t in self.least] for moves in self.moves]
         self.check_recursion()
 
     def state(self, *moves):
         """The state with these moves; a new one if there is none."""
         s = self.known.setdefault(moves, len(self.moves))
-        if s == len(self.moves):
-            self.moves.append(moves)
+        self.moves += [moves] * (s == len(self.moves))
         return s
 
     def reading(self, branches, then):
@@ -328,15 +312,14 @@ class Automaton:
             if op == "LITERAL":
                 for b in reversed(chr(value).encode()):
                     then = self.reading([({b}, [])], then)
-            elif op == "IN":
-                then = self.reading(class_bytes(tuple(value)), then)
-            elif op in ("NOT_LITERAL", "ANY"):
-                other = ("LITERAL", value or ord("\n"))
-                then = self.reading(class_bytes((("NEGATE", None), other)), then)
+            elif op in ("IN", "NOT_LITERAL", "ANY"):
+                other = (("NEGATE", None), ("LITERAL", value or ord("\n")))
+                then = self.reading(class_bytes(tuple(value) if op == "IN" else other), then)
             elif op == "BRANCH":
                 then = self.state(*[(None, self.build(one, names, then)) for one in value[1]])
             elif op == "SUBPATTERN":
-                then = self.state((names[value[0]], then)) if names else self.build(value[3], names, then)
+                call = names and self.state((names[value[0]], then))
+                then = call or self.build(value[3], names, then)
             else:
                 then = self.repeat(*value, names, then)
         return then
@@ -344,7 +327,7 @@ class Automaton:
     def repeat(self, least, most, body, names, then):
         """`build` of a repetition."""
         start = then
-        if most is END_LESS:
+        if most is ENDLESS:
             start = self.state((None, len(self.moves)), (None, then))  # a loop leads to itself
             self.moves[start] = ((None, self.build(body, names, start)), (None, then))
             most = least
@@ -359,11 +342,11 @@ class Automaton:
         users = [[] for _ in self.moves]  # of a state: (state, bytes, a second state that it needs)
         for s, moves in enumerate(self.moves):
             for what, t in moves:
-                if what in self.starts:
-                    users[t].append((s, 0, self.starts[what]))
-                    users[self.starts[what]].append((s, 0, t))
-                elif what is None or what:  # not: one byte of none
-                    users[t].append((s, int(what is not None), END))
+                start = self.starts.get(what, END)
+                if what != frozenset():
+                    users[t].append((s, int(isinstance(what, frozenset)), start))
+                if start != END:
+                    users[start].append((s, 0, t))
         least, heap = {}, [(0, END)]
         while heap:
             n, t = heapq.heappop(heap)
@@ -374,20 +357,20 @@ class Automaton:
                         heapq.heappush(heap, (n + cost + least[other], s))
         return least
 
-
     def check_recursion(self):
         """ValueError if a rule can call itself before it has read a byte."""
         called = {}
         for rule, start in self.starts.items():
-            called[rule], ahead, seen = set(), [start], {start}
-            for s in ahead:  # grows
+            called[rule], ahead = set(), dict.fromkeys([start])
+            todo = [start]
+            for s in todo:  # grows
                 for what, t in self.moves[s]:
                     if what in self.starts:
                         called[rule].add(what)
                     silent = what is None or self.least.get(self.starts.get(what)) == 0
-                    if silent and t not in seen:
-                        seen.add(t)
-                        ahead.append(t)
+                    if silent and t not in ahead:
+                        ahead[t] = None
+                        todo.append(t)
         try:
             graphlib.TopologicalSorter(called).prepare()
         except graphlib.CycleError as error:
@@ -403,10 +386,10 @@ class Trie:
     def __init__(self, vocab):
         if not all([piece is None or isinstance(piece, bytes) for piece in vocab]):
             raise ValueError("a vocabulary holds bytes, and None for special ids")
-        self.vocab = vocab
-        self.length = np.array([len(piece or b"") for piece in vocab], int)
+        self.vocab, pieces = vocab, [piece or b"" for piece in vocab]
+        self.length = np.array([len(piece) for piece in pieces], int)
         self.start = np.cumsum(self.length) - self.length
-        self.text = np.frombuffer(b"".join([piece or b"" for piece in vocab]), np.uint8)
+        self.text = np.frombuffer(b"".join(pieces), np.uint8)
 
     def by_class(self, class_of, n_classes):
         """The trie in which bytes of a class are one, without the strings that have class 0.
@@ -484,21 +467,24 @@ class Engine:
         single = [p[0] for i, p in enumerate(self.vocab) if p and len(p) == 1 and i not in self.eos]
         grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
         self.automaton = Automaton(grammar, frozenset(single))
-        for b in sorted(self.automaton.lacking & {*np.unique(trie.text).tolist()}):
-            raise ValueError(f"the vocabulary has no token for the byte {bytes([b])}, which the grammar needs")
-        kinds = {what: None for moves in self.automaton.moves for what, _ in moves}
-        kinds = [kind for kind in kinds if isinstance(kind, frozenset)]
-        numbers = {(False,) * len(kinds): 0}  # the class of bytes that are never read
-        signatures = [tuple([b in kind for kind in kinds]) for b in range(256)]
-        self.class_of = [numbers.setdefault(row, len(numbers)) for row in signatures]
-        classes = {kind: {self.class_of[b] for b in kind} for kind in kinds}
-        self.reads = [{} for _ in self.automaton.moves]  # of each state {class: states}
-        for reads, moves in zip(self.reads, self.automaton.moves):
-            for what, t in moves:
-                for c in classes.get(what, ()):
-                    reads.setdefault(c, []).append(t)
-        self.first, self.kind, self.node = trie.by_class(self.class_of, len(numbers))
+        if inside := sorted(self.automaton.lacking.intersection(np.unique(trie.text).tolist())):
+            raise ValueError(f"no token for the byte {bytes(inside[:1])}, which the grammar needs")
+        moves = self.automaton.moves
+        kinds = {what: set() for move in moves for what, _ in move if isinstance(what, frozenset)}
+        numbers = {(False,) * len(kinds): 0}  # of classes of bytes; 0: those that are never read
+        self.class_of = []
+        for b in range(256):
+            held = tuple([b in kind for kind in kinds])
+            self.class_of.append(numbers.setdefault(held, len(numbers)))
         self.n_classes = len(numbers)
+        for kind in kinds:
+            kinds[kind] |= {self.class_of[b] for b in kind}
+        self.reads = [{} for _ in moves]  # of each state {class: states}
+        for s, move in enumerate(moves):
+            for what, t in move:
+                for c in kinds.get(what, ()):
+                    self.reads[s].setdefault(c, []).append(t)
+        self.first, self.kind, self.node = trie.by_class(self.class_of, self.n_classes)
         self.node[self.eos] = 0  # the end is no text
         self.entered = {}  # {state: its `closure`}
         self.bottom = Cell(END, None, 0)  # below every stack
@@ -532,26 +518,24 @@ class Engine:
         self.entered[state] = readers, () in seen
         return self.entered[state]
 
-    def enter(self, state, parent, cells):
-        """Adds to `cells` where a byte can be read after `state` over `parent`. Can the text end?"""
-        stacks, ends = self.closure(state)
-        for stack in stacks:
-            cell = parent
-            for q in reversed(stack):
-                if q not in cell.kids:
-                    cell.kids[q] = Cell(q, cell, cell.least + self.automaton.least[q])
-                cell = cell.kids[q]
-            cells.add(cell)
-        if not ends or parent is self.bottom:
-            return ends
-        return self.enter(parent.state, parent.parent, cells)
-
     def config(self, entries):
-        """The configuration on all of [(state, parent)]; one object for equal ones."""
-        cells = set()
-        accepts = any([self.enter(state, parent, cells) for state, parent in entries])
-        if len(cells) > Limits.stacks:
-            raise ValueError(f"too ambiguous: a text is on more than {Limits.stacks:,} stacks")
+        """The configuration after entering each of [(state, parent)]; one object for equal ones."""
+        cells, accepts, todo = set(), False, [*entries]
+        for state, parent in todo:  # grows
+            stacks, ends = self.closure(state)
+            for stack in stacks:
+                cell = parent
+                for q in reversed(stack):
+                    if q not in cell.kids:
+                        cell.kids[q] = Cell(q, cell, cell.least + self.automaton.least[q])
+                    cell = cell.kids[q]
+                cells.add(cell)
+            if ends and parent is self.bottom:
+                accepts = True
+            elif ends:
+                todo.append((parent.state, parent.parent))
+            if len(cells) > Limits.stacks:
+                raise ValueError(f"too ambiguous: a text is on more than {Limits.stacks:,} stacks")
         key = frozenset(cells), accepts
         if key not in self.configs:
             least = 0 if accepts else min([cell.least for cell in cells])
@@ -579,10 +563,10 @@ class Engine:
         if id not in config.after:
             if not 0 <= id < len(self.vocab):
                 raise ValueError(f"id {id} is out of range, allowed: 0 to {len(self.vocab) - 1}")
+            after = self.read(config, self.vocab[id]) if self.vocab[id] else None
             if id in self.eos:
-                config.after[id] = self.done if config.accepts else None
-            else:
-                config.after[id] = self.read(config, self.vocab[id]) if self.vocab[id] else None
+                after = self.done if config.accepts else None
+            config.after[id] = after
             self.size += 100
         return config.after[id]
 
@@ -629,17 +613,15 @@ class Engine:
             return config.mask
         if self.size > self.limit:
             self.forget()
-        todo, seen = [(cell.state, cell.parent, self.root) for cell in config.cells], set()
+        todo = [(cell.state, cell.parent, self.root) for cell in config.cells]
         for state, parent, nodes in todo:  # grows
             reached, ended, most = self.walk(state, nodes)
             if reached:
                 config.most = max(config.most, most + parent.least)
-            if len(ended) and parent is not self.bottom and (parent, id(ended)) not in seen:
-                seen.add((parent, id(ended)))
+            if len(ended) and parent is not self.bottom:
                 todo.append((parent.state, parent.parent, ended))
         key = frozenset([(state, id(nodes)) for state, _, nodes in todo]), config.accepts
-        mask = self.masks.get(key) if config.most <= left else None
-        if mask is None:
+        if key not in self.masks or config.most > left:
             marks = np.zeros(len(self.kind), bool)
             for state, parent, nodes in todo:
                 for part, least in self.walk(state, nodes)[0]:
@@ -648,18 +630,20 @@ class Engine:
             mask = marks[self.node]
             mask[self.eos] = config.accepts
             mask.flags.writeable = False
-        if config.most <= left:
-            self.size += mask.nbytes * (key not in self.masks)
-            config.mask = self.masks[key] = mask
-        return mask
+            if config.most > left:
+                return mask
+            self.masks[key] = mask
+            self.size += mask.nbytes
+        config.mask = self.masks[key]
+        return config.mask
 
     def explain(self, config, text):
         """Where bytes leave the language after `config`, and what is expected there."""
         for i in range(len(text)):
             after = self.read(config, text[i : i + 1])
             if after is None:
-                wanted = [b for b in range(256) if self.read(config, [b])]
-                return f"refused at byte {i}, {text[i : i + 1]}; expected: one of {bytes(wanted)}"
+                wanted = bytes([b for b in range(256) if self.read(config, [b])])
+                return f"refused at byte {i}, {text[i : i + 1]}; expected: one of {wanted}"
             config = after
         return "complete" if config.accepts else f"incomplete: it takes {config.least} bytes more"
 

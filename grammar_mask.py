@@ -9,8 +9,6 @@ a character. So everything here is done in bytes.
     text.mask()                # (V,) bool: the ids that may come next
     text.advance(id)           # takes one
 
-Read on: EBNF, regular expressions, JSON schemas -> `Automaton` -> `Trie`, `Engine` -> their use.
-
     python grammar_mask.py --schema person.json --model smollm2-135m-instruct --prompt "A person."
     python grammar_mask.py --regex "[0-9]+(\.[0-9]+)?" --explain 12.x
 """
@@ -140,19 +138,7 @@ def parse_ebnf(text):
         raise ValueError(f"grammar line {line}: {error}") from None
     if "root" not in rules:
         raise ValueError(f"the grammar has no rule root, only: {', '.join(rules) or 'nothing'}")
-    return {rule: (without_left_recursion(*body), body[1]) for rule, body in rules.items()}
-
-
-def without_left_recursion(parsed, names):
-    """A ::= A x | y as A ::= y x*, the same language; names[0] is the rule's own."""
-    branches = parsed[0][1][1] if len(parsed) == 1 and str(parsed[0][0]) == "BRANCH" else [parsed]
-    tails, others = [], []
-    for branch in branches:
-        op, value = branch[0] if len(branch) else (None, None)
-        left = str(op) == "SUBPATTERN" and names[value[0]] == names[0]
-        (tails if left else others).append(branch[1:] if left else branch)
-    loop = ("MAX_REPEAT", (0, ENDLESS, [("BRANCH", (None, tails))]))
-    return [("BRANCH", (None, others)), loop] if tails else parsed
+    return rules
 
 
 # ---------------------------------------------------------------------------------- JSON schemas
@@ -192,31 +178,30 @@ def schema_rule(part, schema, rules):
     if extra := given - {form, *FORMS.get(form, [])}:
         raise ValueError(f"{', '.join(sorted(extra))} in a JSON schema, beside {form}: not supported")
     kind = part.get("type", {"properties": "object", "items": "array"}.get(form))
-    if kind not in TYPES and (kind or not form):
+    choices = [kind]
+    if kind not in (None, *TYPES):
         raise ValueError(f"the type {kind} in a JSON schema, allowed: {', '.join(TYPES)}")
     if form == "$ref":
         target = schema
         for key in part["$ref"].split("/")[1:]:
             target = target[key.replace("~1", "/").replace("~0", "~")]
-        rule[1] = schema_rule(target, schema, rules)
+        choices = [schema_rule(target, schema, rules)]
     elif form == "anyOf":
-        rule[1] = " | ".join([schema_rule(one, schema, rules) for one in part["anyOf"]])
+        choices = [schema_rule(one, schema, rules) for one in part["anyOf"]]
     elif form in ("enum", "const"):
         values = part["enum"] if form == "enum" else [part["const"]]
-        fit = [value for value in values if kind is None or type(value) in TYPES[kind]]
-        rule[1] = " | ".join([dumps(dumps(value)) for value in fit])
+        choices = [dumps(dumps(v)) for v in values if kind is None or type(v) in TYPES[kind]]
     elif form == "properties" and kind == "object":
         if lacking := {*part.get("required", [])} - part["properties"].keys():
             raise ValueError(f"{', '.join(lacking)} in a JSON schema: required, but not described")
         pairs = []
         for name, value in part["properties"].items():
             pairs.append(f"{dumps(dumps(name) + ':')} ws {schema_rule(value, schema, rules)} ")
-        rule[1] = '"{" ws ' + '"," ws '.join(pairs) + 'ws "}"'
+        choices = ['"{" ws ' + '"," ws '.join(pairs) + 'ws "}"']
     elif form == "items" and kind == "array":
         item = schema_rule(part["items"], schema, rules)
-        rule[1] = f'"[" ws ({item} ("," ws {item})* ws)? "]"'
-    else:
-        rule[1] = kind
+        choices = [f'"[" ws ({item} ("," ws {item})* ws)? "]"']
+    rule[1] = " | ".join(choices)
     return rule[0]
 
 
@@ -270,11 +255,10 @@ def utf8(marks, head, n):
 class Automaton:
     """The rules of a grammar as states: numbers, one for all states that do the same.
 
-    moves[s]  (what, state) for each way on from s. `what` is a set of bytes, one of which is read;
-              a rule, which is called and comes back to the state; or None: nothing
-    least[s]  the fewest bytes from s to the end of its rule
-    starts    {rule: its first state}
-    lacking   bytes that it would read, but that are not in `spelled`
+    moves[s] are (what, state) for each way on from s. `what` is a set of bytes, one of which is
+    read; a rule, which is called and comes back to the state; or None: nothing. least[s] are the
+    fewest bytes from s to the end of its rule, starts {rule: its first state}, lacking the bytes
+    that it would read, but that are not in `spelled`.
     """
 
     def __init__(self, grammar, spelled):
@@ -444,12 +428,10 @@ class Config:
 
 
 class Engine:
-    """The masks of one grammar over one vocabulary; every `Constraint` on it shares its memory.
+    """The masks of one grammar over one vocabulary; all texts (`Constraint`) share its memory.
 
-    grammar   an EBNF text, or what parse_ebnf and parse_regex return
-    vocab     the bytes of every id (None: special), or a Trie of them
-    eos       the id, or ids, that end a text: allowed where it may end, and nowhere else
-    cache_mb  what it may remember, about
+    grammar: EBNF, or what parse_ebnf or parse_regex returns; vocab: the bytes of every id (None:
+    special), or a Trie; eos: the id or ids that end a text; cache_mb: what it may remember, about.
 
     A text is on a set of stacks of the automaton. What a token does to a stack depends on the
     states below the top one only after the top one's rule has ended. So the trie is walked for the
@@ -571,11 +553,8 @@ class Engine:
         return config.after[id]
 
     def walk(self, state, nodes):
-        """From trie nodes on, while the rule of `state` lasts; remembered.
-
-        Returns [(nodes it reaches, the fewest bytes from there to the end of the rule)], the nodes
-        at which the rule can end, and the largest of the fewest bytes.
-        """
+        """From trie nodes on, while the rule of `state` lasts; remembered. Returns [(nodes that it
+        reaches, the fewest bytes from there to the rule's end)], nodes where it ends, most bytes."""
         key = state, id(nodes)
         if key in self.walks:
             return self.walks[key]
@@ -687,14 +666,11 @@ class Constraint:
 
 
 def vocabulary(tokenizer):
-    """The bytes of every id (None: it spells nothing) up to the largest, for Engine.
+    """The bytes of every id (None: it spells nothing) of a tokenizer, for Engine.
 
-    tokenizer: of pretrained.py, transformers (fast ones), tokenizers or tiktoken. ValueError if
-    its pieces are no plain strings, as those of WordPiece (##) and of BPE with </w>.
+    tokenizer: of pretrained.py, transformers (fast ones) or tokenizers. ValueError if its pieces
+    are no plain strings, as those of WordPiece (##) and of BPE with </w>.
     """
-    if hasattr(tokenizer, "_mergeable_ranks"):  # tiktoken
-        pieces = {id: piece for piece, id in tokenizer._mergeable_ranks.items()}
-        return [pieces.get(id) for id in range(tokenizer.n_vocab)]
     backend = getattr(tokenizer, "backend_tokenizer", getattr(tokenizer, "backend", tokenizer))
     spec = json.loads(backend.to_str())
     decoder = json.dumps(spec["decoder"], ensure_ascii=False)
@@ -707,6 +683,7 @@ def vocabulary(tokenizer):
     byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
     ids = backend.get_vocab()
     vocab = [None] * (max(ids.values()) + 1)
+    special = {token["id"] for token in spec["added_tokens"] if token["special"]}
     for piece, id in ids.items():
         if level and byte_of.keys() >= {*piece}:
             vocab[id] = bytes([byte_of[c] for c in piece])
@@ -714,18 +691,14 @@ def vocabulary(tokenizer):
             vocab[id] = bytes.fromhex(piece[3:5])
         else:
             vocab[id] = piece.replace("▁", " ").encode()
-    for token in spec["added_tokens"]:
-        if token["special"]:
-            vocab[token["id"]] = None
-    return vocab
+    return [None if id in special else piece for id, piece in enumerate(vocab)]
 
 
 class Masker:
     """A `process` for model.generate: every text of the batch stays inside the engine's language.
 
     It holds nothing of the texts, so one object serves any number of calls. With `max_new_tokens`
-    (that of `generate`) every text is complete in time: a byte is a token, if need be, and the end
-    is one more.
+    (that of `generate`) every text is complete in time: if need be, each byte is a token.
     """
 
     def __init__(self, engine, max_new_tokens=np.inf):
@@ -748,7 +721,7 @@ class Masker:
                     raise ValueError(f"row {row} has the new id {id}, which its mask had refused")
             left = self.max_new_tokens - len(out[row]) - 2  # after the id that comes now and the end
             mask = torch.tensor(self.engine.mask(config, left))[: logits.shape[1]]
-            allowed[i, : len(mask)] = mask | (config is self.engine.done)  # an ended row is left alone
+            allowed[i, : len(mask)] = mask | (config is self.engine.done)  # an ended row: left alone
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
@@ -767,16 +740,10 @@ class LogitsProcessor:
         return self.masker(scores, range(len(new)), new)
 
 
-def fail(message):
-    """Ends the program with one line."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main(argv=None):
     """Lets a model write inside a grammar, or explains where a text leaves it."""
     parser = argparse.ArgumentParser("grammar_mask.py", description=main.__doc__)
-    parser.error = fail
+    parser.error = lambda message: sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--schema", metavar="FILE", help="a JSON schema")
     source.add_argument("--grammar", metavar="FILE", help="EBNF with a rule root")
@@ -786,29 +753,29 @@ def main(argv=None):
     parser.add_argument("--prompt", help="what to ask the model")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="[256]")
     args = parser.parse_args(argv)
-    if [args.model is None, args.prompt is None, args.explain is None] not in ([0, 0, 1], [1, 1, 0]):
-        fail("give --model and --prompt, or --explain alone")
+    asked = args.model is not None and args.prompt is not None
+    if asked != (args.explain is None) or (args.model is None) != (args.prompt is None):
+        parser.error("give --model and --prompt, or --explain alone")
     try:
-        grammar = parse_regex(args.regex) if args.regex is not None else None
-        if args.grammar: 
-            grammar = Path(args.grammar).read_text("utf-8")
+        file = args.schema or args.grammar
+        grammar = Path(file).read_text("utf-8") if file else parse_regex(args.regex)
         if args.schema:
-            grammar = json_schema(json.loads(Path(args.schema).read_text("utf-8")))
-        if args.explain is not None:
+            grammar = json_schema(json.loads(grammar))
+        if not asked:
             engine = Engine(grammar, [bytes([b]) for b in range(256)])
             return print(engine.explain(engine.start, args.explain.encode()))
-        import pretrained
+        import pretrained  # only the command line needs our own models
         from model import generate
 
         model, tokenizer = pretrained.load(args.model)
         engine = Engine(grammar, vocabulary(tokenizer), tokenizer.stops)
         chat = [{"role": "user", "content": args.prompt}]
         prompt = tokenizer.chat(chat) if tokenizer.template else tokenizer.encode(args.prompt)
-        process = Masker(engine, args.max_new_tokens)
-        ids = generate(model, [prompt], args.max_new_tokens, 0.0, stop=tokenizer.stops, process=process)
-        print(tokenizer.decode(ids[0][:-1]))
+        options = {"stop": tokenizer.stops, "process": Masker(engine, args.max_new_tokens)}
+        ids = generate(model, [prompt], args.max_new_tokens, 0.0, **options)[0]
+        print(tokenizer.decode(ids[:-1]))
     except (OSError, ValueError, ImportError) as error:
-        fail(error)
+        parser.error(f"{file}: {error}" if isinstance(error, json.JSONDecodeError) else error)
 
 
 if __name__ == "__main__":

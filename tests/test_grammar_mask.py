@@ -173,7 +173,9 @@ def random_grammar(rng):
         trees = {name: random_tree(rng, 3) for name in ("root", "A", "B")}
         text = "\n".join(f"{name} ::= {as_ebnf(tree)}" for name, tree in trees.items())
         try:
-            gm.Engine(text, [b"a", b"b", b"c"])
+            c = gm.Constraint(text, [b"a", b"b", b"c"])
+            for b in b"abc":  # is it too ambiguous?
+                c.engine.read(c.engine.start, bytes([b]) * 30)
             for rule in trees:  # the definition can't do with left recursion, which the engine rewrites
                 recognise(trees | {"root": trees[rule]}, b"")
             return trees, text
@@ -190,15 +192,14 @@ def test_masks_equal_the_definition():
         words = [bytes(rng.choice(list(b"abc"), rng.integers(2, 6)).tolist()) for _ in range(8)]
         vocab = [b"a", b"b", b"c", *words, b"", None]
         c, so_far = gm.Constraint(text, vocab, eos=len(vocab) - 1, cache_mb=int(rng.integers(2))), b""
-        try:
-            c.mask()
-        except ValueError as error:
-            assert "too ambiguous" in str(error)
-            continue
         for _ in range(5):
             truth = [bool(b) and recognise(trees, so_far + b)[0] for b in vocab[:-1]]
             complete = recognise(trees, so_far)[1]
-            mask = c.mask().tolist()
+            try:
+                mask = c.mask().tolist()
+            except ValueError as error:
+                assert "too ambiguous" in str(error)
+                break
             assert mask == [*truth, complete], (text, so_far)
             bits += len(mask)
             wrong_by_first_byte += sum(bool(b) and mask[vocab.index(b[:1])] != m for b, m in zip(vocab[:-1], mask))
@@ -544,12 +545,6 @@ def test_vocabularies_that_are_refused_by_name():
         gm.vocabulary(ended)
     with pytest.raises(ValueError, match="decoder null"):
         gm.vocabulary(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-
-
-def test_vocabulary_of_tiktoken():
-    enc = data.train_bpe("aaab aab " * 20, 260)
-    vocab = gm.vocabulary(enc)
-    assert len(vocab) == 260 and vocab[97] == b"a" and vocab[259] is None
 
 
 # -------------------------------------------------------------------------------------------- bad and hostile input

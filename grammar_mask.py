@@ -14,7 +14,6 @@ a character. So everything here is done in bytes.
 """
 
 import argparse
-import graphlib
 import heapq
 import json
 import re
@@ -257,22 +256,23 @@ class Automaton:
 
     moves[s] are (what, state) for each way on from s. `what` is a set of bytes, one of which is
     read; a rule, which is called and comes back to the state; or None: nothing. least[s] are the
-    fewest bytes from s to the end of its rule, starts {rule: its first state}, lacking the bytes
-    that it would read, but that are not in `spelled`.
+    fewest bytes from s to the end of its rule, starts {rule: its first state}. Only the bytes in
+    `spelled` are read: texts with others are left out.
     """
 
     def __init__(self, grammar, spelled):
-        self.moves, self.known, self.starts = [()], {}, {}
-        self.spelled, self.lacking = spelled, set()
+        self.moves, self.known, self.spelled = [()], {}, spelled
+        self.starts, self.kinds = {}, {}  # kinds: every set of bytes that is read, as a key
         if sum([size(parsed) for parsed, _ in grammar.values()]) > Limits.states:
             raise ValueError(f"the grammar takes more than {Limits.states:,} states")
         for rule, (parsed, names) in grammar.items():
             self.starts[rule] = self.build(parsed, names, END)
         self.least = self.shortest()
-        if dead := [rule for rule, start in self.starts.items() if start not in self.least]:
-            raise ValueError(f"rule {dead[0]} is unproductive: no string of it can be spelled")
-        self.moves = [[(what, t) for what, t in moves if t in self.least] for moves in self.moves]
-        self.check_recursion()
+        for rule, start in self.starts.items():
+            if start not in self.least:
+                raise ValueError(f"rule {rule} is unproductive: no string of it can be spelled")
+        for s, moves in enumerate(self.moves):
+            self.moves[s] = [(what, t) for what, t in moves if t in self.least]
 
     def state(self, *moves):
         """The state with these moves; a new one if there is none."""
@@ -284,9 +284,9 @@ class Automaton:
         """The state that reads one character (of `class_bytes`), then goes on to another."""
         moves = []
         for some, tails in branches:
-            self.lacking |= some - self.spelled
             after = self.reading(tails, then) if tails else then
             moves.append((frozenset(some & self.spelled), after))
+            self.kinds[moves[-1][0]] = None
         return self.state(*moves)
 
     def build(self, parsed, names, then):
@@ -297,8 +297,9 @@ class Automaton:
                 for b in reversed(chr(value).encode()):
                     then = self.reading([({b}, [])], then)
             elif op in ("IN", "NOT_LITERAL", "ANY"):
-                other = (("NEGATE", None), ("LITERAL", value or ord("\n")))
-                then = self.reading(class_bytes(tuple(value) if op == "IN" else other), then)
+                other = ("LITERAL", ord("\n") if op == "ANY" else value)
+                items = tuple(value) if op == "IN" else (("NEGATE", None), other)
+                then = self.reading(class_bytes(items), then)
             elif op == "BRANCH":
                 then = self.state(*[(None, self.build(one, names, then)) for one in value[1]])
             elif op == "SUBPATTERN":
@@ -341,25 +342,6 @@ class Automaton:
                         heapq.heappush(heap, (n + cost + least[other], s))
         return least
 
-    def check_recursion(self):
-        """ValueError if a rule can call itself before it has read a byte."""
-        called = {}
-        for rule, start in self.starts.items():
-            called[rule], ahead = set(), dict.fromkeys([start])
-            todo = [start]
-            for s in todo:  # grows
-                for what, t in self.moves[s]:
-                    if what in self.starts:
-                        called[rule].add(what)
-                    silent = what is None or self.least.get(self.starts.get(what)) == 0
-                    if silent and t not in ahead:
-                        ahead[t] = None
-                        todo.append(t)
-        try:
-            graphlib.TopologicalSorter(called).prepare()
-        except graphlib.CycleError as error:
-            raise ValueError(f"left recursion: {' -> '.join(error.args[1][::-1])}") from None
-
 
 # ------------------------------------------------------------------------------------- the engine
 
@@ -384,24 +366,21 @@ class Trie:
         """
         classes = np.array(class_of)[self.text]
         at, node = np.flatnonzero(self.length), np.zeros(len(self.vocab), int)
-        firsts, kinds, depth = [], [np.zeros(1, int)], 0
-        begin, end = 0, 1  # of the nodes of a level
-        while begin < end:
+        begin, end, keys = 0, 1, []  # of the nodes of a level; parent * n_classes + kind
+        for depth in range(self.length.max(initial=0)):
             kind = classes[self.start[at] + depth]
             node[at[kind == 0]] = 0
             at, kind = at[kind > 0], kind[kind > 0]
             child = (node[at] - begin) * n_classes + kind
             there = np.zeros((end - begin) * n_classes, bool)
             there[child] = True
-            children = np.flatnonzero(there)
-            number = np.empty(len(there), int)
-            number[children] = np.arange(end, end + len(children))
-            node[at] = number[child]
-            kinds.append(children % n_classes)
-            firsts.append(end + np.searchsorted(children, np.arange(0, len(there), n_classes)))
-            begin, end, depth = end, end + len(children), depth + 1
-            at = at[self.length[at] > depth]
-        return np.concatenate([*firsts, [end]]), np.concatenate(kinds), node
+            node[at] = end + np.cumsum(there)[child] - 1
+            keys.append(begin * n_classes + np.flatnonzero(there))
+            begin, end = end, end + len(keys[-1])
+            at = at[self.length[at] > depth + 1]
+        keys = np.concatenate([[-1], *keys])  # the root is no child
+        first = np.searchsorted(keys, np.arange(end + 1) * n_classes)
+        return first, keys % n_classes, node
 
 
 @dataclass(slots=True, eq=False)
@@ -422,7 +401,6 @@ class Config:
     accepts: bool  # whether the text may end here
     least: int = 0  # the fewest bytes to its end
     next: dict = field(default_factory=dict)  # {class of bytes: Config, or None}
-    after: dict = field(default_factory=dict)  # {id: Config, or None}
     mask: np.ndarray = None
     most: int = 0  # bytes that are enough to end the text, after any id of the mask
 
@@ -449,29 +427,27 @@ class Engine:
         single = [p[0] for i, p in enumerate(self.vocab) if p and len(p) == 1 and i not in self.eos]
         grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
         self.automaton = Automaton(grammar, frozenset(single))
-        if inside := sorted(self.automaton.lacking.intersection(np.unique(trie.text).tolist())):
-            raise ValueError(f"no token for the byte {bytes(inside[:1])}, which the grammar needs")
-        moves = self.automaton.moves
-        kinds = {what: set() for move in moves for what, _ in move if isinstance(what, frozenset)}
-        numbers = {(False,) * len(kinds): 0}  # of classes of bytes; 0: those that are never read
-        self.class_of = []
-        for b in range(256):
-            held = tuple([b in kind for kind in kinds])
-            self.class_of.append(numbers.setdefault(held, len(numbers)))
-        self.n_classes = len(numbers)
+        kinds = dict.fromkeys(self.automaton.kinds)
+        rows = [[False] * len(kinds)]  # of a byte that is never read: its class is 0
+        rows += [[b in kind for kind in kinds] for b in range(256)]
+        _, classes = np.unique(rows, axis=0, return_inverse=True)  # bytes never told apart are one
+        self.class_of, self.n_classes = classes[1:].tolist(), classes.max() + 1
         for kind in kinds:
-            kinds[kind] |= {self.class_of[b] for b in kind}
-        self.reads = [{} for _ in moves]  # of each state {class: states}
-        for s, move in enumerate(moves):
-            for what, t in move:
+            kinds[kind] = {self.class_of[b] for b in kind}
+        self.reads = [{} for _ in self.automaton.moves]  # of each state {class: states}
+        for reads, moves in zip(self.reads, self.automaton.moves):
+            for what, t in moves:
                 for c in kinds.get(what, ()):
-                    self.reads[s].setdefault(c, []).append(t)
+                    reads.setdefault(c, []).append(t)
         self.first, self.kind, self.node = trie.by_class(self.class_of, self.n_classes)
         self.node[self.eos] = 0  # the end is no text
-        self.entered = {}  # {state: its `closure`}
+        self.entered, self.tops = {}, set()  # {state: its `closure`}; states on top of a stack there
         self.bottom = Cell(END, None, 0)  # below every stack
         self.done = Config((), False)  # after the end
         self.forget()
+        for start in self.automaton.starts.values():  # is there left recursion?
+            if start not in self.tops:
+                self.closure(start)
 
     def forget(self):
         """Empties the memory. Texts keep the configuration that they are on: no mask changes."""
@@ -494,6 +470,9 @@ class Engine:
                     ahead.append((starts[what], *rest) if t == END else (starts[what], t, *rest))
             todo += [other for other in dict.fromkeys(ahead) if other not in seen]
             seen.update(ahead)
+            self.tops.add(stack[0])
+            if len(stack) > len(starts) + 1:  # some rule has been called from inside itself
+                raise ValueError("left recursion: a rule calls itself before it has read a byte")
             if len(seen) > Limits.stacks:
                 raise ValueError(f"too ambiguous: a state is on more than {Limits.stacks:,} stacks")
         readers = [stack for stack in todo if stack and self.reads[stack[0]]]
@@ -542,15 +521,11 @@ class Engine:
 
     def take(self, config, id):
         """The configuration after an id; None if it is refused."""
-        if id not in config.after:
-            if not 0 <= id < len(self.vocab):
-                raise ValueError(f"id {id} is out of range, allowed: 0 to {len(self.vocab) - 1}")
-            after = self.read(config, self.vocab[id]) if self.vocab[id] else None
-            if id in self.eos:
-                after = self.done if config.accepts else None
-            config.after[id] = after
-            self.size += 100
-        return config.after[id]
+        if not 0 <= id < len(self.vocab):
+            raise ValueError(f"id {id} is out of range, allowed: 0 to {len(self.vocab) - 1}")
+        if id in self.eos:
+            return self.done if config.accepts else None
+        return self.read(config, self.vocab[id]) if self.vocab[id] else None
 
     def walk(self, state, nodes):
         """From trie nodes on, while the rule of `state` lasts; remembered. Returns [(nodes that it

@@ -1,6 +1,6 @@
 """The `masks` section of bench.py as plain functions, to be merged into it: `masks(device)` returns its rows.
 
-    python bench_masks_section.py        # what `python bench.py masks` will print
+python bench_masks_section.py        # what `python bench.py masks` will print
 """
 
 import gc

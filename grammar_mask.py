@@ -10,7 +10,6 @@ a character. So everything here is done in bytes.
     text.advance(id)           # takes one
 
     python grammar_mask.py --schema person.json --model smollm2-135m-instruct --prompt "A person."
-    python grammar_mask.py --regex "[0-9]+(\.[0-9]+)?" --explain 12.x
 """
 
 import argparse
@@ -72,10 +71,8 @@ def parse_regex(pattern, names=None):
             raise ValueError("flags such as (?i) are not supported")
         size(parsed)
         return {"root": (parsed, names)}
-    except RecursionError:
-        raise ValueError("brackets are nested too deeply") from None
-    except OverflowError:
-        raise ValueError("a number in it is too large") from None
+    except (RecursionError, OverflowError):
+        raise ValueError("brackets are nested too deeply, or a number is too large") from None
     except re.error as error:
         raise ValueError(error.msg) from None
 
@@ -175,7 +172,9 @@ def schema_rule(part, schema, rules):
     given = part.keys() - NOTES
     form = next((keyword for keyword in FORMS if keyword in given), None)  # the one that decides
     if extra := given - {form, *FORMS.get(form, [])}:
-        raise ValueError(f"{', '.join(sorted(extra))} in a JSON schema, beside {form}: not supported")
+        raise ValueError(
+            f"{', '.join(sorted(extra))} in a JSON schema, beside {form}: not supported"
+        )
     kind = part.get("type", {"properties": "object", "items": "array"}.get(form))
     choices = [kind]
     if kind not in (None, *TYPES):
@@ -262,7 +261,7 @@ class Automaton:
 
     def __init__(self, grammar, spelled):
         self.moves, self.known, self.spelled = [()], {}, spelled
-        self.starts, self.kinds = {}, {}  # kinds: every set of bytes that is read, as a key
+        self.starts, self.kinds = {}, set()  # kinds: the sets of bytes that are read
         if sum([size(parsed) for parsed, _ in grammar.values()]) > Limits.states:
             raise ValueError(f"the grammar takes more than {Limits.states:,} states")
         for rule, (parsed, names) in grammar.items():
@@ -286,7 +285,7 @@ class Automaton:
         for some, tails in branches:
             after = self.reading(tails, then) if tails else then
             moves.append((frozenset(some & self.spelled), after))
-            self.kinds[moves[-1][0]] = None
+            self.kinds.add(moves[-1][0])
         return self.state(*moves)
 
     def build(self, parsed, names, then):
@@ -296,31 +295,28 @@ class Automaton:
             if op == "LITERAL":
                 for b in reversed(chr(value).encode()):
                     then = self.reading([({b}, [])], then)
-            elif op in ("IN", "NOT_LITERAL", "ANY"):
+            elif op == "IN":
+                then = self.reading(class_bytes(tuple(value)), then)
+            elif op in ("NOT_LITERAL", "ANY"):
                 other = ("LITERAL", ord("\n") if op == "ANY" else value)
-                items = tuple(value) if op == "IN" else (("NEGATE", None), other)
-                then = self.reading(class_bytes(items), then)
+                then = self.reading(class_bytes((("NEGATE", None), other)), then)
             elif op == "BRANCH":
                 then = self.state(*[(None, self.build(one, names, then)) for one in value[1]])
             elif op == "SUBPATTERN":
                 call = names and self.state((names[value[0]], then))
                 then = call or self.build(value[3], names, then)
-            else:
-                then = self.repeat(*value, names, then)
+            else:  # a repetition
+                least, most, body = value
+                end = (None, then)
+                if most is ENDLESS:
+                    then = self.state((None, len(self.moves)), end)  # a loop leads to itself
+                    self.moves[then] = ((None, self.build(body, names, then)), end)
+                    most = least
+                for _ in range(most - least):
+                    then = self.state((None, self.build(body, names, then)), end)
+                for _ in range(least):
+                    then = self.build(body, names, then)
         return then
-
-    def repeat(self, least, most, body, names, then):
-        """`build` of a repetition."""
-        start = then
-        if most is ENDLESS:
-            start = self.state((None, len(self.moves)), (None, then))  # a loop leads to itself
-            self.moves[start] = ((None, self.build(body, names, start)), (None, then))
-            most = least
-        for _ in range(most - least):
-            start = self.state((None, self.build(body, names, start)), (None, then))
-        for _ in range(least):
-            start = self.build(body, names, start)
-        return start
 
     def shortest(self):
         """`least` of every state that has one, nearest first (Dijkstra; Knuth for grammars)."""
@@ -360,9 +356,8 @@ class Trie:
     def by_class(self, class_of, n_classes):
         """The trie in which bytes of a class are one, without the strings that have class 0.
 
-        Its nodes are numbered level by level from the root, 0. Returns (first, kind, node): the
-        children of node i are first[i]..first[i + 1], the class that leads to it is kind[i], and
-        id j ends at node[j], or nowhere: 0.
+        Nodes are numbered level by level from the root, 0. Returns (first, kind, node): node i has
+        the children first[i]..first[i + 1], class kind[i] leads to it; id j ends at node[j], or 0.
         """
         classes = np.array(class_of)[self.text]
         at, node = np.flatnonzero(self.length), np.zeros(len(self.vocab), int)
@@ -427,21 +422,23 @@ class Engine:
         single = [p[0] for i, p in enumerate(self.vocab) if p and len(p) == 1 and i not in self.eos]
         grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
         self.automaton = Automaton(grammar, frozenset(single))
-        kinds = dict.fromkeys(self.automaton.kinds)
-        rows = [[False] * len(kinds)]  # of a byte that is never read: its class is 0
-        rows += [[b in kind for kind in kinds] for b in range(256)]
-        _, classes = np.unique(rows, axis=0, return_inverse=True)  # bytes never told apart are one
-        self.class_of, self.n_classes = classes[1:].tolist(), classes.max() + 1
-        for kind in kinds:
-            kinds[kind] = {self.class_of[b] for b in kind}
+        held = np.zeros((257, len(self.automaton.kinds)), bool)  # byte by kind; the last has none
+        for i, kind in enumerate(self.automaton.kinds):
+            held[[*kind], i] = True
+        _, classes = np.unique(held, axis=0, return_inverse=True)  # bytes never told apart are one
+        self.class_of, self.n_classes = classes[:256].tolist(), int(classes.max()) + 1
+        classes_of = {kind: {self.class_of[b] for b in kind} for kind in self.automaton.kinds}
         self.reads = [{} for _ in self.automaton.moves]  # of each state {class: states}
         for reads, moves in zip(self.reads, self.automaton.moves):
             for what, t in moves:
-                for c in kinds.get(what, ()):
+                for c in classes_of.get(what, ()):
                     reads.setdefault(c, []).append(t)
         self.first, self.kind, self.node = trie.by_class(self.class_of, self.n_classes)
         self.node[self.eos] = 0  # the end is no text
-        self.entered, self.tops = {}, set()  # {state: its `closure`}; states on top of a stack there
+        self.entered, self.tops = (
+            {},
+            set(),
+        )  # {state: its `closure`}; states on top of a stack there
         self.bottom = Cell(END, None, 0)  # below every stack
         self.done = Config((), False)  # after the end
         self.forget()
@@ -659,13 +656,14 @@ def vocabulary(tokenizer):
     ids = backend.get_vocab()
     vocab = [None] * (max(ids.values()) + 1)
     special = {token["id"] for token in spec["added_tokens"] if token["special"]}
+    special |= {ids.get(model.get("unk_token")), model.get("unk_id")}
     for piece, id in ids.items():
         if level and byte_of.keys() >= {*piece}:
             vocab[id] = bytes([byte_of[c] for c in piece])
         elif not level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             vocab[id] = bytes.fromhex(piece[3:5])
         else:
-            vocab[id] = piece.replace("▁", " ").encode()
+            vocab[id] = (piece if level else piece.replace("▁", " ")).encode()
     return [None if id in special else piece for id, piece in enumerate(vocab)]
 
 
@@ -694,9 +692,13 @@ class Masker:
                     config = self.engine.take(config, id)
                 if config is None:
                     raise ValueError(f"row {row} has the new id {id}, which its mask had refused")
-            left = self.max_new_tokens - len(out[row]) - 2  # after the id that comes now and the end
+            left = (
+                self.max_new_tokens - len(out[row]) - 2
+            )  # after the id that comes now and the end
             mask = torch.tensor(self.engine.mask(config, left))[: logits.shape[1]]
-            allowed[i, : len(mask)] = mask | (config is self.engine.done)  # an ended row: left alone
+            allowed[i, : len(mask)] = mask | (
+                config is self.engine.done
+            )  # an ended row: left alone
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 

@@ -253,8 +253,42 @@ def test_masks_equal_one_byte_at_a_time(grammar):
 
 ATOMS = ["a", "b", "1", "é", "]", "{", "}", ",", "-", ".", "\\d", "\\s", "\\D", "\\.", "\\n", "\\x61", "\\u00e9"]
 ATOMS += ["[ab]", "[^a]", "[^]]", "[]a]", "[\\d]", "[^\\d]", "[a-b1]", "[\\]-]", "[^\\s\\S]", "[a\\-1]", "[^^]"]
-STRANGE = ["(", ")", "\\q", "\\1", "^", "$", "\\b", "(?=a)", "(?!a)", "(?<=a)", "(?>a)", "(?i:a)", "[b-a]", "(?#a)", "[", "\\"]
-QUANTIFIERS = ["*", "+", "?", "*?", "+?", "??", "{2}", "{1,2}", "{,3}", "{,}", "{2,}?", "{", "{1", "*+", "{2}{2}", "{2,1}"]
+STRANGE = [
+    "(",
+    ")",
+    "\\q",
+    "\\1",
+    "^",
+    "$",
+    "\\b",
+    "(?=a)",
+    "(?!a)",
+    "(?<=a)",
+    "(?>a)",
+    "(?i:a)",
+    "[b-a]",
+    "(?#a)",
+    "[",
+    "\\",
+]
+QUANTIFIERS = [
+    "*",
+    "+",
+    "?",
+    "*?",
+    "+?",
+    "??",
+    "{2}",
+    "{1,2}",
+    "{,3}",
+    "{,}",
+    "{2,}?",
+    "{",
+    "{1",
+    "*+",
+    "{2}{2}",
+    "{2,1}",
+]
 
 
 def random_pattern(rng, depth=2):
@@ -305,7 +339,9 @@ def test_thousands_of_regular_expressions_mean_what_they_mean_to_re():
     assert counts["same"] > 2000 and counts["no pattern"] > 300 and counts["refused"] > 100, counts
 
 
-@pytest.mark.parametrize("pattern", [r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", ".", "[^é]", "[^\\x00]", r"[\w.]", "[^]]", r"[\d]"])
+@pytest.mark.parametrize(
+    "pattern", [r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", ".", "[^é]", "[^\\x00]", r"[\w.]", "[^]]", r"[\d]"]
+)
 def test_classes_hold_the_code_points_that_re_says(pattern):
     rng = np.random.default_rng(6)
     engine = gm.Engine(gm.parse_regex(pattern), BYTES)
@@ -637,7 +673,7 @@ PERSON = {
         "age": {"type": "integer"},
         "height": {"type": "number"},
         "married": {"type": "boolean"},
-        "colour": {"enum": ["red", "g\"reen\\\n", None, 3, 2.5, True, [1], {"a": "b"}]},
+        "colour": {"enum": ["red", 'g"reen\\\n', None, 3, 2.5, True, [1], {"a": "b"}]},
         "partner": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
         "addresses": {"type": "array", "items": {"$ref": "#/$defs/address"}},
         "more": {},
@@ -646,11 +682,11 @@ PERSON = {
     "additionalProperties": False,
 }
 VALUE = {
-    "name": "É\n\"x\" 你",
+    "name": 'É\n"x" 你',
     "age": -3,
     "height": 1.8e3,
     "married": False,
-    "colour": "g\"reen\\\n",
+    "colour": 'g"reen\\\n',
     "partner": None,
     "addresses": [{"city": "", "zip": "8001"}, {"city": "Zürich", "zip": "8001"}],
     "more": {"a": [1, None, {"b": True}]},

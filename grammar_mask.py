@@ -125,7 +125,8 @@ def parse_ebnf(text):
             elif kind != "space":
                 pieces.append("(?:" if word == "(" else word)
             line += word.count("\n")
-        for rule, (line, pieces, names) in bodies.items():
+        for rule, body in bodies.items():
+            line, pieces, names = body
             for name in names:
                 if name not in bodies:
                     raise ValueError(f"rule {name} is not defined, allowed: {', '.join(bodies)}")
@@ -172,9 +173,7 @@ def schema_rule(part, schema, rules):
     given = part.keys() - NOTES
     form = next((keyword for keyword in FORMS if keyword in given), None)  # the one that decides
     if extra := given - {form, *FORMS.get(form, [])}:
-        raise ValueError(
-            f"{', '.join(sorted(extra))} in a JSON schema, beside {form}: not supported"
-        )
+        raise ValueError(f"a JSON schema with {', '.join(sorted(extra))}: not supported (there)")
     kind = part.get("type", {"properties": "object", "items": "array"}.get(form))
     choices = [kind]
     if kind not in (None, *TYPES):
@@ -435,10 +434,7 @@ class Engine:
                     reads.setdefault(c, []).append(t)
         self.first, self.kind, self.node = trie.by_class(self.class_of, self.n_classes)
         self.node[self.eos] = 0  # the end is no text
-        self.entered, self.tops = (
-            {},
-            set(),
-        )  # {state: its `closure`}; states on top of a stack there
+        self.entered, self.tops = {}, set()  # {state: its `closure`}; tops of stacks there
         self.bottom = Cell(END, None, 0)  # below every stack
         self.done = Config((), False)  # after the end
         self.forget()
@@ -526,7 +522,7 @@ class Engine:
 
     def walk(self, state, nodes):
         """From trie nodes on, while the rule of `state` lasts; remembered. Returns [(nodes that it
-        reaches, the fewest bytes from there to the rule's end)], nodes where it ends, most bytes."""
+        reaches, bytes from there to the rule's end)], the nodes where it ends, the most bytes."""
         key = state, id(nodes)
         if key in self.walks:
             return self.walks[key]
@@ -692,13 +688,9 @@ class Masker:
                     config = self.engine.take(config, id)
                 if config is None:
                     raise ValueError(f"row {row} has the new id {id}, which its mask had refused")
-            left = (
-                self.max_new_tokens - len(out[row]) - 2
-            )  # after the id that comes now and the end
+            left = self.max_new_tokens - len(out[row]) - 2  # without the id to come and the end
             mask = torch.tensor(self.engine.mask(config, left))[: logits.shape[1]]
-            allowed[i, : len(mask)] = mask | (
-                config is self.engine.done
-            )  # an ended row: left alone
+            allowed[i, : len(mask)] = mask | (config is self.engine.done)  # ended: left alone
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 

@@ -141,11 +141,12 @@ def parse_ebnf(text):
 # ---------------------------------------------------------------------------------- JSON schemas
 
 NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"}
+# {keyword that decides what a part of a schema is, the first of them: keywords that it may stand by}
 FORMS = {"$ref": [], "anyOf": [], "enum": ["type"], "const": ["type"], "items": ["type"]}
 FORMS |= {"properties": ["type", "required", "additionalProperties"], "type": []}
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
 TYPES |= {"null": [type(None)], "object": [dict], "array": [list]}
-dumps = json.JSONEncoder(ensure_ascii=False).encode
+dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def json_schema(schema):
@@ -198,6 +199,8 @@ def schema_rule(part, schema, rules):
     elif form == "items" and kind == "array":
         item = schema_rule(part["items"], schema, rules)
         choices = [f'"[" ws ({item} ("," ws {item})* ws)? "]"']
+    if not choices:
+        raise ValueError(f"a JSON schema allows nothing: {part!r:.60}")
     rule[1] = " | ".join(choices)
     return rule[0]
 
@@ -275,7 +278,8 @@ class Automaton:
     def state(self, *moves):
         """The state with these moves; a new one if there is none."""
         s = self.known.setdefault(moves, len(self.moves))
-        self.moves += [moves] * (s == len(self.moves))
+        if s == len(self.moves):
+            self.moves.append(moves)
         return s
 
     def reading(self, branches, then):

@@ -310,7 +310,7 @@ def test_thousands_of_regular_expressions_mean_what_they_mean_to_re():
     alphabet = "ab1é]{},-.\n ^$"
     every = ["".join(t) for n in range(3) for t in itertools.product(alphabet, repeat=n)]
     every += ["".join(rng.choice(list(alphabet[:9]), rng.integers(3, 7))) for _ in range(200)]
-    for _ in range(4000):
+    for _ in range(3000):
         texts = ["", *rng.choice(every, 40).tolist()]
         pattern = random_pattern(rng)
         with warnings.catch_warnings():
@@ -336,7 +336,7 @@ def test_thousands_of_regular_expressions_mean_what_they_mean_to_re():
             config = engine.read(engine.start, text.encode())
             assert (config is not None and config.accepts) == bool(compiled.fullmatch(text)), (pattern, text)
         counts["same"] += 1
-    assert counts["same"] > 2000 and counts["no pattern"] > 300 and counts["refused"] > 100, counts
+    assert counts["same"] > 1500 and counts["no pattern"] > 200 and counts["refused"] > 100, counts
 
 
 @pytest.mark.parametrize(
@@ -630,7 +630,7 @@ def test_bad_grammars_end_in_one_line(grammar, match):
 
 def test_what_the_limits_allow():
     nested = "root ::= " + "(" * 150 + '"a"' + ")" * 150
-    assert in_language(nested, "a") and in_language('root ::= "a"{50000}', "a" * 50000)
+    assert in_language(nested, "a") and in_language('root ::= "a"{9000}', "a" * 9000)
 
 
 def test_a_grammar_that_is_too_ambiguous_says_so():
@@ -740,6 +740,10 @@ def test_parts_of_json_schema(schema, good, bad):
         ({"$ref": "#", "type": "string"}, "type"),
         ({"anyOf": [True], "enum": [1]}, "enum"),
         ({"type": "strin"}, "strin"),
+        ({"type": ["string", "null"]}, "'null'"),
+        ({"type": "integer", "enum": ["a", True, 1.5]}, "allows nothing"),
+        ({"anyOf": []}, "allows nothing"),
+        ({"const": float("nan")}, "not JSON compliant"),
         ({"type": "object", "properties": {}, "required": ["a"]}, "a .* required, but not described"),
         (False, "no JSON schema"),
         ([], "no JSON schema"),

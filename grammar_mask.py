@@ -141,7 +141,7 @@ def parse_ebnf(text):
 # ---------------------------------------------------------------------------------- JSON schemas
 
 NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"}
-# {keyword that decides what a part of a schema is, the first of them: keywords that it may stand by}
+# {keyword: what may stand beside it}; the first one that a part of a schema has decides what it is
 FORMS = {"$ref": [], "anyOf": [], "enum": ["type"], "const": ["type"], "items": ["type"]}
 FORMS |= {"properties": ["type", "required", "additionalProperties"], "type": []}
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
@@ -399,6 +399,7 @@ class Config:
     accepts: bool  # whether the text may end here
     least: int = 0  # the fewest bytes to its end
     next: dict = field(default_factory=dict)  # {class of bytes: Config, or None}
+    after: dict = field(default_factory=dict)  # {id: Config, or None}
     mask: np.ndarray = None
     most: int = 0  # bytes that are enough to end the text, after any id of the mask
 
@@ -517,12 +518,16 @@ class Engine:
         return config
 
     def take(self, config, id):
-        """The configuration after an id; None if it is refused."""
-        if not 0 <= id < len(self.vocab):
-            raise ValueError(f"id {id} is out of range, allowed: 0 to {len(self.vocab) - 1}")
-        if id in self.eos:
-            return self.done if config.accepts else None
-        return self.read(config, self.vocab[id]) if self.vocab[id] else None
+        """The configuration after an id, remembered; None if it is refused."""
+        if id not in config.after:
+            if not 0 <= id < len(self.vocab):
+                raise ValueError(f"id {id} is out of range, allowed: 0 to {len(self.vocab) - 1}")
+            after = self.read(config, self.vocab[id]) if self.vocab[id] else None
+            if id in self.eos:
+                after = self.done if config.accepts else None
+            config.after[id] = after
+            self.size += 100
+        return config.after[id]
 
     def walk(self, state, nodes):
         """From trie nodes on, while the rule of `state` lasts; remembered. Returns [(nodes that it

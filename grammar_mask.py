@@ -104,7 +104,8 @@ def parse_ebnf(text):
     Literals, classes and quantifiers are written as in Python's regular expressions; # is a note.
     A ValueError names the line.
     """
-    bodies, rules, line, rule = {}, {}, 1, None
+    bodies, rules = {}, {}
+    line, rule = 1, None
     try:
         for match in TOKEN.finditer(text):
             kind, word = match.lastgroup, match[0]
@@ -449,7 +450,9 @@ class Engine:
 
     def forget(self):
         """Empties the memory. Texts keep the configuration that they are on: no mask changes."""
-        self.configs, self.walks, self.masks, self.sets, self.size = {}, {}, {}, {}, 0
+        self.configs, self.walks = {}, {}
+        self.masks, self.sets = {}, {}
+        self.size = 0  # of all this in bytes, about
         self.bottom.kids, self.root = {}, np.zeros(1, int)
         self.start = self.config([(self.automaton.starts["root"], self.bottom)])
 
@@ -479,7 +482,8 @@ class Engine:
 
     def config(self, entries):
         """The configuration after entering each of [(state, parent)]; one object for equal ones."""
-        cells, accepts, todo = set(), False, [*entries]
+        cells, accepts = set(), False
+        todo = [*entries]
         for state, parent in todo:  # grows
             stacks, ends = self.closure(state)
             for stack in stacks:
@@ -499,7 +503,7 @@ class Engine:
         if key not in self.configs:
             least = 0 if accepts else min([cell.least for cell in cells])
             self.configs[key] = Config(tuple(cells), accepts, least)
-            self.size += 1000  # bytes, about
+            self.size += 1000
         return self.configs[key]
 
     def step(self, config, c):
@@ -536,7 +540,8 @@ class Engine:
         if key in self.walks:
             return self.walks[key]
         start = self.config([(state, self.bottom)])
-        reached, ended, frontier = [], [nodes] * start.accepts, {start: [nodes]}
+        reached, ended = [], [nodes] * start.accepts
+        frontier = {start: [nodes]}
         while frontier:
             below = {}
             for config, parts in frontier.items():

@@ -1,18 +1,19 @@
-"""What every script shares: flags, set-up, the training loop, checkpoints, results, figures.
+"""What every script shares: flags, set-up, the training loop, checkpoints, claims, figures.
 
-- flags: a dataclass is the command line; the string under a field is its help; `--preset` fills defaults
-- one training loop for one process, `torchrun` with DDP, or FSDP2 (`--shard`), with exact resume
-- a run's results: `metrics.jsonl` while it goes, `result.json` with claims and controls at the end
+- flags: a dataclass is the command line, one line a flag; the comment behind a flag is its help
+- one training loop for one process, for `torchrun` with DDP or FSDP2 (`--shard`), with exact resume
+- `Run` is what every `main` has in common, from the flags to the table of claims
+
+Read `Flags` and `parse` first, then `train`, then `Run`.
 """
 
 import argparse
-import ast
 import inspect
-import itertools
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -20,9 +21,10 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import timedelta
-from functools import cache
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -32,133 +34,143 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import KVCache, rope
+from data import import_or_explain
 
-# ------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------ flags
+
+
+def default_list(*items):
+    """The default of a flag that is a list: a copy of its own for every `Args`."""
+    return field(default_factory=list(items).copy)
 
 
 @dataclass
 class Flags:
     """the run"""
 
-    presets: ClassVar[dict] = {"toy": {}}
-    limits: ClassVar[dict] = {"seeds": (0,), "jobs": (1,), "threads": (0,)}  # least and, where there is one, most
-    preset: str = "toy"
-    """which set of defaults; flags given beside it win"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """of matrix products; auto is bf16 on CUDA, fp32 elsewhere"""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """one full repetition each; claims are judged on all of them together"""
-    out: str = ""
-    """folder for results; default out/<script>"""
-    resume: bool = False
-    """go on from the checkpoints in --out"""
-    jobs: int = 2
-    """on a CPU: runs side by side"""
-    threads: int = 0
-    """CPU threads of a run; 0 shares the cores among the jobs, a real model (--model) has them all"""
-    strict: bool = False
-    """exit code 1 if a claim does not hold"""
+    presets: ClassVar[dict] = {"toy": {}}  # name: defaults that differ from those below
+    limits: ClassVar[dict] = {"seeds": (0, 2**32 - 1), "jobs": (1,)}  # flag: (least, most)
+    unused: ClassVar[set] = set()  # flags of the classes it builds on that a script has no use for
+    may_change: ClassVar[set] = set("seeds arms out device resume jobs wandb strict".split())
+
+    preset: str = "toy"  # a set of defaults; flags given beside it win
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: bf16 on CUDA
+    seeds: list[int] = default_list(0)  # one full repetition each
+    out: str = ""  # folder for results; default out/<script>
+    resume: bool = False  # go on from the checkpoints in --out
+    jobs: int = 2  # runs side by side on a CPU; they share its cores
+    wandb: str = ""  # a Weights & Biases project that is sent the rows of metrics.jsonl
+    strict: bool = False  # exit code 1 if a claim does not hold
 
 
 @dataclass
 class TrainFlags(Flags):
     """training"""
 
-    limits: ClassVar[dict] = {flag: (1,) for flag in ("steps", "batch_size", "log_every", "eval_every", "save_every")}
-    limits |= {flag: (0,) for flag in ("micro_batch", "lr", "warmup", "decay_steps", "min_lr", "weight_decay", "clip")}
-    steps: int = 1000
-    """optimizer steps"""
-    batch_size: int = 16
-    """windows in a step, over all ranks"""
-    micro_batch: int = 0
-    """windows in a forward pass on one device; 0 is all of the rank's share"""
-    lr: float = 1e-3
-    """peak learning rate"""
-    warmup: int = 50
-    """steps of linear warm-up"""
-    decay_steps: int = 0
-    """length of the cosine; 0 is --steps"""
-    min_lr: float = 0.1
-    """where the cosine ends, as a share of --lr"""
-    weight_decay: float = 0.1
-    """AdamW's, of matrices and embeddings"""
-    clip: float = 1.0
-    """largest norm of the gradient; 0: any"""
-    compile: bool | None = None
-    """torch.compile every block; default on CUDA only"""
-    shard: bool = False
-    """FSDP2 in place of DDP under torchrun"""
-    log_every: int = 10
-    """steps between logged losses"""
-    eval_every: int = 100
-    """steps between evaluations"""
-    save_every: int = 200
-    """steps between checkpoints"""
+    limits: ClassVar[dict] = Flags.limits | {
+        **dict.fromkeys(("steps", "batch_size", "log_every", "eval_every", "save_every"), (1,)),
+        **dict.fromkeys(("micro_batch", "lr", "warmup", "decay_steps", "min_lr"), (0,)),
+        **dict.fromkeys(("weight_decay", "clip"), (0,)),
+    }
+    may_change: ClassVar[set] = Flags.may_change | {"steps", "save_every"}
 
-
-@cache
-def classes(module):
-    """{name: statements} of the classes in a module's source."""
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 16  # windows in a step, over all ranks
+    micro_batch: int = 0  # windows in a forward pass on one device; 0: all of the rank's share
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 50  # steps of linear warm-up
+    decay_steps: int = 0  # length of the cosine; 0: --steps
+    min_lr: float = 0.1  # where the cosine ends, as a share of --lr
+    weight_decay: float = 0.1  # AdamW's, of matrices and embeddings
+    clip: float = 1.0  # largest norm of the gradient; 0: any
+    compile: bool | None = None  # torch.compile every block; default: on CUDA only
+    shard: bool = False  # FSDP2 in place of DDP under torchrun
+    log_every: int = 10  # steps between logged losses
+    eval_every: int = 100  # steps between evaluations
+    save_every: int = 200  # steps between checkpoints
 
 
 def parse(Args, argv=None):
-    """An `Args` from the command line: field defaults, then `Args.presets[--preset]`, then the flags given.
+    """An `Args` from the command line: its defaults, then `Args.presets[--preset]`, then the flags.
 
-    A field is a flag of its name and type; the string below it in the source is its help, the docstring of its class is
-    its group. Bad flags, numbers that aren't finite or outside `limits`: one line on stderr and exit code 2.
+    A field is a flag of its name and type, the comment behind it is its help, and the docstring of
+    its class its group. Bad flags end the program with one line on stderr and exit code 2.
     """
-    script, defaults = sys.modules[Args.__module__], Args(**Args.presets[Args.preset])
-    name, about = Path(script.__file__).stem, script.__doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(usage=f"python {name}.py [flags]", description=about, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (python {name}.py --help lists the flags)")
-    types, left = get_type_hints(Args), {f.name for f in fields(Args)}
-    for cls in [c for c in reversed(Args.__mro__) if "__dataclass_fields__" in vars(c)]:
-        group, body = parser.add_argument_group(cls.__doc__), classes(cls.__module__)[cls.__name__]
-        for node, below in zip(body, body[1:]):
-            if not isinstance(node, ast.AnnAssign) or node.target.id not in left:
-                continue
-            flag, text = node.target.id, below.value.value
-            left.remove(flag)
-            default = getattr(defaults, flag)
-            default = " ".join(map(str, default)) if isinstance(default, list) else default
-            kind = next(
-                (k for k in get_args(types[flag]) if k is not type(None)), types[flag]
-            )  # of the list, or not None
-            options = {"type": kind, "metavar": flag.upper()}
-            if kind is bool:
-                options = {"action": argparse.BooleanOptionalAction}
-            elif get_origin(types[flag]) is Literal or flag == "preset":
-                options = {"choices": Args.presets if flag == "preset" else get_args(types[flag])}
-            elif get_origin(types[flag]) is list:
-                options["nargs"] = "+"
-            text = f"{text} [{default}]".replace("%", "%%")
-            group.add_argument(
-                "--" + flag.replace("_", "-"), dest=flag, default=argparse.SUPPRESS, help=text, **options
-            )
+    module = sys.modules[Args.__module__]
+    name = Path(module.__file__).stem
+    about = module.__doc__.split("\n\n")[0]
+    usage = f"python {name}.py [flags]"
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
+    parser.formatter_class = partial(argparse.HelpFormatter, max_help_position=28, width=100)
+
+    def error(message):
+        fail(f"{message} (python {name}.py --help lists the flags)")
+
+    parser.error = error
+    defaults = Args(**Args.presets[Args.preset])
+    kinds = get_type_hints(Args) | {"preset": Literal[tuple(Args.presets)]}
+    left = {f.name for f in fields(Args)} - Args.unused
+    texts = {}
+    for cls in reversed(Args.__mro__):
+        texts |= comments(cls)
+    for cls in reversed(Args.__mro__):
+        group = parser.add_argument_group(cls.__doc__)
+        for flag in comments(cls):
+            if flag in left:
+                left.remove(flag)
+                options = flag_options(kinds[flag], getattr(defaults, flag), texts[flag])
+                group.add_argument("--" + flag.replace("_", "-"), dest=flag, **options)
+    if left:
+        raise TypeError(f"flags without a comment on their line: {', '.join(left)}")
     given = vars(parser.parse_args(argv))
     args = Args(**(Args.presets[given.get("preset", Args.preset)] | given))
     args.out = args.out or f"out/{name}"
-    limits = dict.fromkeys(vars(args), (-math.inf,))
-    for cls in reversed(Args.__mro__):
-        limits |= vars(cls).get("limits", {})
     with bad_input():
-        check_limits(args, limits)
+        check_numbers(args)
     return args
 
 
-def check_limits(args, limits):
-    """ValueError for a number of a flag that isn't finite, or outside limits {flag: (least,) or (least, most)}."""
-    for flag, ends in limits.items():
-        value, (low, high) = getattr(args, flag), (*ends, math.inf)[:2]
-        for v in value if isinstance(value, list) else [value]:
-            if isinstance(v, (int, float)) and not (low <= v <= high and math.isfinite(v)):
-                allowed = f"{low} to {high}".replace("-inf to inf", "finite numbers").replace(" to inf", " and more")
-                raise ValueError(f"--{flag.replace('_', '-')} {v}, allowed: {allowed}")
+def comments(cls):
+    """{field: the comment behind it} of a dataclass, from its source."""
+    found = {}
+    for line in inspect.getsource(cls).splitlines() if is_dataclass(cls) else []:
+        match = re.match(r"    (\w+): .*?  # (.*)", line)
+        if match:
+            found[match[1]] = match[2]
+    return found
+
+
+def flag_options(kind, default, text):
+    """What argparse needs to know of a field."""
+    letters = {int: "N", float: "X", str: "NAME"}
+    options = {"type": kind, "metavar": letters.get(kind)}
+    if get_origin(kind) is Literal:
+        options = {"choices": get_args(kind)}
+    elif kind in (bool, bool | None):
+        options = {"action": argparse.BooleanOptionalAction}
+    elif get_origin(kind) is list:
+        (inner,) = get_args(kind)
+        options = {"type": inner, "nargs": "+", "metavar": letters[inner]}
+        default = " ".join(map(str, default))
+    if default not in ("", None, False):
+        text = f"{text} [{default}]"
+    return options | {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+
+
+def check_numbers(args):
+    """ValueError for a number that is not finite or outside `limits`, or a seed given twice."""
+    for flag, value in vars(args).items():
+        name = "--" + flag.replace("_", "-")
+        values = value if isinstance(value, list) else [value]
+        if flag in ("seeds", "arms") and len(set(values)) < len(values):
+            raise ValueError(f"{name} {' '.join(map(str, values))}: each can be given once only")
+        low, high = (*args.limits.get(flag, (-math.inf,)), math.inf)[:2]
+        for v in values:
+            if isinstance(v, int | float) and not (low <= v <= high and math.isfinite(v)):
+                allowed = f"{low} and more" if high == math.inf else f"{low} to {high}"
+                allowed = "finite numbers" if low == -math.inf else allowed
+                raise ValueError(f"{name} {v}, allowed: {allowed}")
 
 
 def fail(message):
@@ -168,20 +180,36 @@ def fail(message):
 
 
 @contextmanager
-def bad_input():
-    """For the stretch of a script that reads what the user gave: its errors end in one line and exit code 2."""
+def bad_input(flag=""):
+    """For code that reads what the user gave: its errors end in one line, named by the flag."""
     try:
         yield
+    except BrokenPipeError:  # nobody's input: see `cli`
+        raise
     except (ValueError, OSError, ImportError, KeyError) as error:
-        fail(error.args[0] if isinstance(error, KeyError) else error)
+        message = error.args[0] if isinstance(error, KeyError) else str(error)
+        fail(f"{flag}: {message}" if flag and flag not in message else message)
 
 
-# ------------------------------------------------------------------------------------------------------------ set-up
+def cli(main):
+    """Calls a script's `main`; Ctrl-C and a reader that has gone (`| head -1`) end it quietly."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # for the flush at Python's own end
+        raise SystemExit(1) from None
+
+
+# ----------------------------------------------------------------------------------------- set-up
 
 
 @dataclass
 class Env:
-    """Where a run computes: `device`, `dtype` of matrix products, and its place among the processes of torchrun."""
+    """Where a run computes, the `dtype` of its matrix products, its place under torchrun."""
 
     device: torch.device
     dtype: torch.dtype
@@ -190,108 +218,152 @@ class Env:
 
     def autocast(self):
         """Matrix products in bf16, if that is the dtype."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
+        if self.dtype == torch.bfloat16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
 
 def find_device(name):
-    """The torch.device of a name, with its index (cuda is cuda:0); auto: an accelerator if there is one. ValueError."""
-    found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    """The torch.device of a name, with its index; auto: an accelerator if there is one."""
+    found = "cpu"
+    if torch.accelerator.is_available():
+        found = torch.accelerator.current_accelerator().type
     try:
         return torch.empty(0, device=found if name == "auto" else name).device
-    except (RuntimeError, AssertionError):  # how torch says that it doesn't know the name, or finds no such device
+    except (RuntimeError, AssertionError):  # torch does not know the name, or finds no such device
         here = "cpu" if found == "cpu" else f"cpu, {found} ({torch.accelerator.device_count()})"
-        raise ValueError(f"device {str(name)!r} is not on this machine, which has: {here}") from None
+        raise ValueError(
+            f"device {str(name)!r} is not on this machine, which has: {here}"
+        ) from None
 
 
 def setup(args) -> Env:
-    """Resolves --device and --dtype, joins torchrun's processes, sets threads. ValueError if the device isn't there."""
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), find_device(args.device)
+    """Resolves --device and --dtype, joins torchrun's processes, sets threads. ValueError."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = find_device(args.device)
     if world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if not dist.is_initialized():
-            patience = timedelta(days=1)  # rank 0 may be tokenizing for long
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            patience = timedelta(days=1)  # rank 0 may tokenize for long
+            dist.init_process_group(backend, timeout=patience)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     bf16 = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
     env = Env(device, torch.bfloat16 if bf16 else torch.float32, rank, world)
-    if device.type == "cpu":
-        torch.set_num_threads(args.threads or max(1, os.cpu_count() // (world * job_count(args, env))))
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))  # those that this process may use
+        torch.set_num_threads(max(1, cores // (world * job_count(args, env))))
     return env
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+def job_count(args, env):
+    """How many runs go side by side: one on an accelerator, under torchrun, with a real model."""
+    alone = env.device.type != "cpu" or env.world > 1 or getattr(args, "model", "")
+    return 1 if alone else args.jobs
+
+
+# --------------------------------------------------------------------------------------- training
 
 
 def learning_rate(step, args):
     """Linear warm-up, then a cosine from lr to min_lr * lr over decay_steps."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    done = min(1.0, (step - args.warmup) / max(1, (args.decay_steps or args.steps) - args.warmup))
+    length = max(1, (args.decay_steps or args.steps) - args.warmup)
+    done = min(1.0, (step - args.warmup) / length)
     return args.lr * (args.min_lr + (1 - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(model, batch, args, env, log, evaluate=None, position=0, make_optimizer=None, unit=1):
-    """Trains `model` for args.steps optimizer steps, in place; goes on from a checkpoint under --resume.
+def optimizer(model, args):
+    """AdamW in one fused kernel; weight decay on matrices and embeddings only."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
-    batch     batch(step) -> dict of this rank's (n, T) tensors for `model.forward`: idx, targets, weights, ...; it
-              depends on the step alone, so that a resumed run sees the same. "denom" overrides the sum of weights
+
+def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer):
+    """Trains `model` in place for args.steps steps; goes on from a checkpoint under --resume.
+
+    batch     batch(step) -> dict of this rank's (n, T) tensors for `model.forward`: idx, targets,
+              weights, ...; of the step alone, so that a resumed run sees the same. "denom"
+              overrides the sum of weights
     log       a `Log`; its path with .pt in place of .jsonl is the checkpoint
-    evaluate  evaluate(step) -> dict of numbers, logged every eval_every steps, before the step, and at the end
-    make_optimizer  make_optimizer(model, args) in place of AdamW
-    unit      steps that belong together: checkpoints and stops come after multiples of it only
+    evaluate  evaluate(step) -> dict of numbers, logged every eval_every steps, before the step,
+              and at the end
     """
-    net, opt = parallelise(model.to(env.device), args, env), (make_optimizer or optimizer)(model, args)
-    path, state = log.path.with_suffix(".pt"), {"step": 0, "seconds": 0.0, "tokens": 0, "config": asdict(model.config)}
+    net = parallelise(model.to(env.device), args, env)
+    opt = make_optimizer(model, args)
+    path = log.path.with_suffix(".pt")
+    state = {"step": 0, "seconds": 0.0, "tokens": 0}
     if args.resume and path.exists():
-        state = load_checkpoint(path)
-        snapshot(model, opt, put=state)
-        del state["model"], state["optimizer"]
+        with bad_input():
+            state = restore(path, model, opt, args)
     elif env.rank == 0:
         path.unlink(missing_ok=True)  # of an earlier run: not to be resumed by mistake
     log.rewind(state["step"])
-    bar = tqdm(
-        desc=log.run, total=args.steps, initial=state["step"], position=position, leave=False, disable=env.rank > 0
+    worst = torch.zeros((), device=env.device)  # largest gradient since the last look; NaN stays
+    steps = tqdm(
+        range(state["step"], args.steps),
+        log.run,
+        args.steps,
+        leave=False,
+        initial=state["step"],
+        position=bar_line(args),
+        disable=env.rank > 0,
     )
-    bar.mininterval, stop = 0.2 if sys.stderr.isatty() else 10, False
-    with bar, interruptible() as stopped:  # the bar is cleared before a message of the exit
-        while True:
-            step, row = state["step"], {}
-            if evaluate and (step % args.eval_every == 0 or step == args.steps):
+    with steps, interruptible() as signals:
+        for step in steps:
+            row = {}
+            if evaluate and step % args.eval_every == 0:
                 row = evaluate(step)
-            if step == args.steps:
-                break
             began = time.perf_counter()
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, args)
             parts = batch(step)
             loss = backward(net, parts, args, env)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+            worst = torch.maximum(worst, norm.full_tensor() if args.shard else norm)
             opt.step()
             opt.zero_grad(set_to_none=True)
-            stop, whole = stop or agreed(stopped, step % args.log_every == 0, env), (step + 1) % unit == 0
-            save = whole and (stop or (step + 1) % args.save_every < unit) or step + 1 == args.steps
-            if step % args.log_every == 0 or save:
-                value = all_reduce(loss, env).item()
-                if not math.isfinite(value):
-                    kept = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-                    raise SystemExit(f"error: the loss of step {step} is {value}; {kept}; a smaller --lr may help")
-            state["step"] = step + 1
+            state["step"] += 1
             state["tokens"] += parts["idx"].numel() * env.world
-            state["seconds"] += time.perf_counter() - began  # of training: without evaluations
-            if step % args.log_every == 0:
-                row |= {"loss": value, "lr": group["lr"]}
-                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            due = step % args.log_every == 0
+            save = state["step"] % args.save_every == 0 or state["step"] == args.steps
+            stop = False
+            if due or save or signals and env.world == 1:  # only these steps wait for the device
+                shared = torch.stack((loss, loss.new_tensor(len(signals))))
+                loss, stop = all_reduce(shared, env).tolist()
+                check_finite(step, loss, worst.item(), path)
+                worst.zero_()
+            state["seconds"] += time.perf_counter() - began  # evaluations don't count
+            if due:
+                row |= {"loss": loss, "lr": group["lr"]}
+                steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if row:
                 log(step, **row, **timing(state))
-            if save:
-                save_checkpoint(path, state | snapshot(model, opt), env)
-            bar.update()
-            if stop and whole:
-                raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on from there")
-    if row:
-        log(args.steps, **row, **timing(state))
+            if save or stop:
+                whole = state | weights_of(model, opt) | {"flags": shaping_flags(args)}
+                save_checkpoint(path, whole, env)
+            if stop and state["step"] < args.steps:
+                raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on")
+    if evaluate:
+        log(args.steps, **evaluate(args.steps), **timing(state))
+
+
+def bar_line(args):
+    """The line of a process's progress bar: runs side by side have one each."""
+    worker = multiprocessing.current_process().name.rpartition("-")[2]  # of SpawnProcess-2: 2
+    return int(worker) % args.jobs if worker.isdigit() else 0
 
 
 def timing(state):
@@ -300,86 +372,51 @@ def timing(state):
     return {"tokens": state["tokens"], "seconds": state["seconds"], "tokens_per_s": speed}
 
 
-def optimizer(model, args):
-    """AdamW in one fused kernel; weight decay on matrices and embeddings only."""
-    groups = [
-        {"params": [p for p in model.parameters() if (p.dim() == 2) == decays], "weight_decay": decay}
-        for decays, decay in ((True, args.weight_decay), (False, 0.0))
-    ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-class Muon(torch.optim.Optimizer):
-    """For `train`: Muon (momentum made orthogonal) for the matrices of the blocks, Adam for the rest; one rate."""
-
-    def __init__(self, model, args):
-        matrices = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
-        groups = [[p for p in model.parameters() if (id(p) in matrices) == kind] for kind in (True, False)]
-        super().__init__([{"params": g, "matrix": kind} for g, kind in zip(groups, (True, False))], {"lr": args.lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group, p in ((g, p) for g in self.param_groups for p in g["params"]):
-            s, g = self.state[p], p.grad
-            if not s:
-                s.update(n=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p))
-            s["n"] += 1
-            if group["matrix"]:
-                s["m"].mul_(0.95).add_(g)
-                p.add_(orthogonal(g + 0.95 * s["m"]), alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
-            else:
-                s["m"].lerp_(g, 0.1)
-                s["v"].lerp_(g * g, 0.05)
-                scale = ((s["v"] / (1 - 0.95 ** s["n"])).sqrt() + 1e-8) * (1 - 0.9 ** s["n"])
-                p.addcdiv_(s["m"], scale, value=-group["lr"])
-
-
-def orthogonal(g):
-    """U V^T, about, of a matrix g = U S V^T: five Newton-Schulz steps (coefficients of Jordan, 2024)."""
-    x = g.T if g.shape[0] > g.shape[1] else g
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
-
-
 def backward(net, parts, args, env):
-    """Gradients of sum(weights * loss) / sum(weights) over all micro-batches and ranks; returns this rank's share."""
-    n, denom = len(parts["idx"]), parts.pop("denom", None)
+    """Gradients of sum(weights * loss) / sum(weights) over micro-batches and ranks; the loss."""
+    n = len(parts["idx"])
+    size = args.micro_batch or n
+    denom = parts.pop("denom", None)
     if denom is None:
-        denom = all_reduce(parts.get("weights", torch.ones(parts["idx"].shape)).sum().to(env.device), env).clamp(
-            min=1.0
-        )
-    loss, size = torch.zeros((), device=env.device), args.micro_batch or n
+        weights = parts.get("weights", torch.ones(parts["idx"].shape))
+        denom = all_reduce(weights.sum().to(env.device), env).clamp(min=1.0)
+    loss = torch.zeros((), device=env.device)
     for i in range(0, n, size):
         part = {k: v[i : i + size].to(env.device, non_blocking=True) for k, v in parts.items()}
-        wait = (
-            net.no_sync() if i + size < n and hasattr(net, "no_sync") else nullcontext()
-        )  # DDP: reduce once, at the end
+        wait = nullcontext()
+        if i + size < n and hasattr(net, "no_sync"):
+            wait = net.no_sync()  # DDP: gradients are reduced once, at the end
         with env.autocast(), wait:
-            share = net(**part, denom=denom / env.world)  # ranks are averaged: hence / world
+            share = net(**part, denom=denom / env.world)  # DDP takes the mean over ranks
             share.backward()
         loss += share.detach() / env.world
     return loss
 
 
+def check_finite(step, loss, norm, path):
+    """Stops a run whose loss or gradient is not finite: no weights that have seen it are saved."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        kept = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        what = f"the loss of step {step} is {loss}, the largest gradient since the last look {norm}"
+        raise SystemExit(f"error: {what}; {kept}; a smaller --lr may help")
+
+
 def parallelise(model, args, env):
-    """The model as the training loop calls it: compiled block by block, in DDP, or sharded by FSDP2 (all in place)."""
-    if env.device.type == "cuda" if args.compile is None else args.compile:
+    """The model as the loop calls it: compiled block by block, in DDP, or sharded by FSDP2."""
+    if args.compile or args.compile is None and env.device.type == "cuda":
         for block in model.blocks:
             block.compile()
     if env.world == 1:
         return model
     if not args.shard:
         return torch.nn.parallel.DistributedDataParallel(model)
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed import fsdp
 
-    policy = MixedPrecisionPolicy(param_dtype=env.dtype, reduce_dtype=torch.float32)
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=env.dtype, reduce_dtype=torch.float32)
     for part in [*model.blocks, model]:
-        fully_shard(part, mp_policy=policy)
+        fsdp.fully_shard(part, mp_policy=policy)
     for name in "hidden", "unembed":  # what evaluations call besides forward
-        register_fsdp_forward_method(model, name)
+        fsdp.register_fsdp_forward_method(model, name)
     return model
 
 
@@ -402,58 +439,88 @@ def all_reduce(value, env):
 
 @contextmanager
 def interruptible():
-    """Yields a function: whether Ctrl-C or SIGTERM has come."""
+    """Yields a list that gets an entry at Ctrl-C or SIGTERM; the second ends the program."""
     signals = []
-    old = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(signals)
+        yield signals
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
-def agreed(stopped, due, env):
-    """Whether a stop has come; under torchrun, to any rank: they ask each other, so only at steps where it is `due`."""
-    if env.world == 1:
-        return stopped()
-    return due and all_reduce(torch.tensor(float(stopped()), device=env.device), env).item() > 0
-
-
 def start_worker(lock):
-    """A worker process begins: it draws its bars under the common lock, and ends with the process that started it."""
+    """A worker draws its bars under the common lock, and ends with the process that started it."""
     tqdm.set_lock(lock)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
+    def end_with_parent():
+        parent.join()
+        os._exit(1)
 
-def job_count(args, env):
-    """How many runs go side by side: --jobs on a CPU; one on an accelerator, under torchrun and with a real model."""
-    return args.jobs if env.device.type == "cpu" and env.world == 1 and not getattr(args, "model", "") else 1
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def side_by_side(function, tasks, jobs):
-    """[function(*task) for task in tasks], `jobs` at a time, each in a process of its own; Ctrl-C stops them all."""
+    """[function(*task) for task in tasks], `jobs` at a time, each in a process of its own."""
     if jobs <= 1 or len(tasks) <= 1:
         return [function(*task) for task in tasks]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context, start_worker, (context.RLock(),)) as pool:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # also where SIGINT is ignored, as behind nohup
+    lock = (context.RLock(),)
+    with ProcessPoolExecutor(min(jobs, len(tasks)), context, start_worker, lock) as pool:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # also behind nohup
         futures = [pool.submit(function, *task) for task in tasks]
         try:
-            return [f.result() for f in futures]
+            return [future.result() for future in futures]
         except KeyboardInterrupt:
             raise SystemExit("stopped; --resume goes on from there") from None
-        finally:  # after an error or Ctrl-C: the training loops save their state on this, then end
+        finally:  # after an error or Ctrl-C: training loops save their state on this, then end
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------ checkpoints
 
 
-def snapshot(model, opt, put=None):
-    """Weights and optimizer state, whole even if sharded; with `put`, such a state is first put in place."""
+def shaping_flags(args):
+    """The flags that a checkpoint depends on: all but those that may change under --resume."""
+    return {flag: value for flag, value in vars(args).items() if flag not in args.may_change}
+
+
+def check_flags(saved, args, path):
+    """ValueError naming the flags by which the run of a checkpoint differs from this one."""
+    odd = []
+    for flag, value in shaping_flags(args).items():
+        if saved.get(flag) != value:
+            odd.append(f"--{flag.replace('_', '-')} is {saved.get(flag)} there, {value} here")
+    if odd:
+        raise ValueError(f"{path} is of another run: {'; '.join(odd)}")
+
+
+def restore(path, model, opt, args):
+    """Puts a checkpoint in place; returns its counts. ValueError if it is not of this run."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not {"model", "optimizer", "flags", "step"} <= set(state):
+        raise ValueError(f"{path} is no checkpoint of this program: run without --resume")
+    check_flags(state["flags"], args, path)
+    if state["step"] > args.steps:
+        raise ValueError(f"{path} has gone {state['step']} steps already, --steps is {args.steps}")
+    try:
+        weights_of(model, opt, put=state)
+    except RuntimeError as error:  # names and shapes, a line each
+        raise ValueError(f"{path} is of another model: {error}") from None
+    return {key: state[key] for key in ("step", "seconds", "tokens")}
+
+
+def weights_of(model, opt, put=None):
+    """Weights and optimizer state, whole even if sharded; `put`: such a state to put in place."""
     if not hasattr(next(model.parameters()), "full_tensor"):
         if put:
             model.load_state_dict(put["model"])
@@ -463,25 +530,26 @@ def snapshot(model, opt, put=None):
 
     options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     if put:
-        sharded.set_state_dict(
-            model, opt, model_state_dict=put["model"], optim_state_dict=put["optimizer"], options=options
-        )
-    return dict(zip(("model", "optimizer"), sharded.get_state_dict(model, opt, options=options)))
+        sharded.set_model_state_dict(model, put["model"], options=options)
+        sharded.set_optimizer_state_dict(model, opt, put["optimizer"], options=options)
+    weights, moments = sharded.get_state_dict(model, opt, options=options)
+    return {"model": weights, "optimizer": moments}
 
 
 def save_checkpoint(path, state, env=None):
     """Writes `state` whole or not at all: to a temporary name, to disk, then renamed."""
-    if env is None or env.rank == 0:
-        partial = path.with_suffix(".tmp")
-        with open(partial, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
+    if env is not None and env.rank > 0:
+        return
+    partial = path.with_suffix(".tmp")
+    with open(partial, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
 
 
 def load_checkpoint(path):
-    """The state in a checkpoint, on the CPU. ValueError if it is damaged or holds more than tensors and numbers."""
+    """The state in a checkpoint, on the CPU. ValueError if it is damaged or needs unpickling."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -492,163 +560,185 @@ def load_checkpoint(path):
         raise ValueError(f"checkpoint {path} {what}: delete it, or run without --resume") from None
 
 
-def check_resume(path, config):
-    """Raises ValueError if there is a checkpoint at `path` that can't be read or is not of a model of this config."""
-    if path.exists():
-        saved, ours = load_checkpoint(path)["config"], asdict(config)
-        odd = [f"{k} is {saved.get(k)} there, {ours[k]} here" for k in ours if saved.get(k) != ours[k]]
-        if odd:
-            raise ValueError(f"checkpoint {path} is of another model: {'; '.join(odd)}")
-
-
-# ------------------------------------------------------------------------------------------- patches at every layer
-
-
-def padded(prompts, device):
-    """Id lists as one tensor (B, T), padded on the left, and its mask of real tokens."""
-    longest = max(map(len, prompts))
-    idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=torch.bool, device=device)
-    return idx, mask
-
-
-def residuals(model, idx, mask=None, tail=1, **kwargs):
-    """The residual stream of the last `tail` columns: after the embedding and every block, (L + 1, B, tail, C)."""
-    kept, sites = [], ["embed"] + [f"blocks.{i}.resid_post" for i in range(model.config.n_layer)]
-    with model.patch({site: lambda x: kept.append(x[:, -tail:].clone()) for site in sites}):
-        model.hidden(idx, mask, **kwargs)
-    return torch.stack(kept)
-
-
-@torch.no_grad()
-def sweep(model, idx, step, tail=1, mask=None):
-    """Many interventions on the same prompts in one pass, exact: what the `final` site holds under each of them.
-
-    A patch after block j at column p changes nothing before p and nothing below j. So the prompts run once; then the
-    last `tail` columns (p is the first of them) go through the blocks again, as one bundle per intervention. A bundle
-    joins behind the block where it begins, attends to the keys of the one prefix and to itself, to no other bundle.
-
-    idx   (B, T) token ids; `mask` (B, T) for padding on the left: the last `tail` columns must be real
-    step  step(j, x, clean) -> the bundles (B, V', tail, C) that leave block j (-1: the embedding), from those that
-          came so far, x (B, V, tail, C), and the unpatched columns, clean (B, tail, C): rewrites and appends
-    Returns (B, V, tail, C), normed as `model.unembed` wants it.
-    """
-    c, (B, T) = model.config, idx.shape
-    if c.smear_keys or not 0 < tail < T:
-        raise ValueError(f"a sweep over {tail} of {T} columns, allowed: 1 to {T - 1}, in a model without smeared keys")
-    cache, S = KVCache(c, B, T, idx.device, model.wte.weight.dtype), T - tail
-    clean = residuals(model, idx, mask, tail, cache=cache)
-    bundles = SimpleNamespace(  # what a block needs of a cache
-        append=lambda layer, k, v: [torch.cat((a[layer, :, :, :S], b), 2) for a, b in ((cache.k, k), (cache.v, v))]
-    )
-    x = step(-1, clean[0][:, None][:, :0], clean[0])
-    for j, block in enumerate(model.blocks):
-        V, window = x.shape[1], c.windows[j] if c.windows else 0
-        if V:
-            pos = cache.pos[:, S:].repeat(1, V)
-            own = torch.block_diag(*[torch.ones(tail, tail, device=idx.device).tril()] * V).bool()
-            see = torch.cat((cache.real[:, None, :S].expand(-1, V * tail, -1), own.expand(B, -1, -1)), 2)
-            if window:
-                see = see & (torch.cat((cache.pos[:, :S], pos), 1)[:, None] > pos[:, :, None] - window)
-            rotary = None if c.learned_pos else rope(c, pos, local=window > 0)
-            with model.eager():
-                x = block(x.flatten(1, 2), rotary, see[:, None], None, bundles).unflatten(1, (V, tail))
-        x = step(j, x, clean[j + 1])
-    return model.final(x)
-
-
-# ----------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------ logs, claims, run
 
 
 class Log:
-    """The metrics of one run (an arm and a seed), one JSON object a line, in `folder/<run>.jsonl`."""
+    """The metrics of one run (an arm and a seed), one JSON object a line: `<out>/<run>.jsonl`."""
 
-    def __init__(self, folder, run, env=None):
-        self.path, self.run, self.quiet = Path(folder) / f"{run}.jsonl", run, bool(env and env.rank)
+    def __init__(self, args, env, run):
+        self.args, self.env, self.run = args, env, run
+        self.path = Path(args.out) / f"{run}.jsonl"
+        self.tracker = None
+
+    def stage(self, name):
+        """The log, and so the checkpoint, of one stage of the run."""
+        return Log(self.args, self.env, f"{self.run}-{name}")
 
     def __call__(self, step, **values):
-        if not self.quiet:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({"run": self.run, "step": step, **values}) + "\n")
+        if self.env.rank > 0:
+            return
+        with open(self.path, "a", encoding="utf-8") as f:
+            row = {"run": self.run, "step": step, **values}
+            f.write(json.dumps(row, default=plain) + "\n")
+        if self.args.wandb:
+            if self.tracker is None:
+                import wandb
+
+                where = {"project": self.args.wandb, "dir": self.args.out, "reinit": "create_new"}
+                self.tracker = wandb.init(name=self.run, config=vars(self.args), **where)
+            self.tracker.log(values, step=step)
 
     def rewind(self, step):
         """Forgets what was logged at `step` and later: a resumed run will log it again."""
-        if not self.quiet:
-            write_jsonl(self.path, [row for row in read_jsonl(self.path) if row["step"] < step])
+        if self.env.rank == 0:
+            rows = [row for row in read_log(self.path) if row["step"] < step]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_jsonl(path):
-    """The objects of a JSON-lines file; a missing file has none, a torn last line is dropped."""
-    rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def write_jsonl(path, rows):
-    """Writes objects as JSON lines, whole or not at all."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def read_log(path):
+    """The rows of a log; a missing file has none, a torn last line is dropped."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def write_text(path, text):
     """Writes a file whole or not at all."""
-    partial = Path(path).with_suffix(".tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
+    aside = Path(path).with_suffix(".tmp")
+    aside.write_text(text, "utf-8", errors="replace")
+    os.replace(aside, path)
+
+
+def plain(x):
+    """For json: arrays and tensors as lists, their scalars as numbers."""
+    return x.tolist()
+
+
+def passes(criterion, base, arm):
+    """Whether "arm.copy <= .5 * base.copy" is true of two dictionaries {measure: number}."""
+    names = {"base": SimpleNamespace(**base), "arm": SimpleNamespace(**arm)}
+    return bool(eval(criterion, {"__builtins__": {}, "min": min, "max": max, "abs": abs}, names))
+
+
+def holds(criterion, base, arm):
+    """Whether a criterion holds on the mean and in two thirds of the seeds, and seed by seed."""
+    seeds = [passes(criterion, b, a) for b, a in zip(base, arm, strict=True)]
+    on_mean = passes(criterion, mean(base), mean(arm))
+    return on_mean and 3 * sum(seeds) >= 2 * len(seeds), seeds
+
+
+def mean(rows):
+    """{measure: its mean over the seeds} of rows [{measure: number}], one a seed."""
+    return {key: round(float(np.mean([row[key] for row in rows])), 4) for key in rows[0]}
+
+
+def named(side, criterion, rows):
+    """Of each row only the measures that a criterion names after "arm." or "base.", as numbers."""
+    names = sorted(set(re.findall(rf"\b{side}\.(\w+)", criterion)))
+    return [{name: float(row[name]) for name in names} for row in rows]
 
 
 class Run:
-    """What a script has to say in the end: `metrics` and claims, for result.json and for the reader."""
+    """A script's run: `args`, `env`, the folder `out`; in the end the claims and result.json.
 
-    def __init__(self, args, env, script, paper):
-        self.args, self.env, self.script, self.paper, self.began = args, env, script, paper, time.time()
-        self.claims, self.metrics = [], {}
+    Args   the dataclass of flags; the file that it stands in is the script
+    check  check(args, env) -> [(whether it is wrong, message), ...]: the script's rules for flags
+    """
 
-    def claim(self, id, claim, paper, measured, control, criterion, holds, control_fails):
-        """Adds a sentence, the paper's figure, our numbers, and those of the control that must fail the criterion."""
-        measured, control = ({k: round(float(v), 4) for k, v in d.items()} for d in (measured, control))
-        verdict = {"holds": bool(holds), "control_fails": bool(control_fails)}
-        numbers = {"measured": measured, "control": control, "criterion": criterion}
-        self.claims.append({"id": id, "claim": claim, "paper": paper, **numbers, **verdict})
+    def __init__(self, Args, argv, paper, check=None):
+        self.began, self.paper, self.claims, self.names = time.time(), paper, [], []
+        self.script = Path(sys.modules[Args.__module__].__file__).stem
+        self.args = parse(Args, argv)
+        self.out = Path(self.args.out)
+        with bad_input():
+            self.env = setup(self.args)
+            if self.args.wandb:
+                import_or_explain("wandb")
+            for wrong, message in check(self.args, self.env) if check else []:
+                if wrong:
+                    raise ValueError(message)
+        with bad_input("--out"):
+            self.out.mkdir(parents=True, exist_ok=True)
 
-    def finish(self, logs=()):
-        """Writes metrics.jsonl (the `Log`s joined) and result.json, prints the table of claims, returns the result."""
-        args, out = self.args, Path(self.args.out)
-        write_jsonl(out / "metrics.jsonl", [row for log in logs for row in read_jsonl(log.path)])
-        result = {"script": self.script, "paper": self.paper, "preset": args.preset, "seeds": args.seeds}
-        result |= {"device": str(self.env.device), "seconds": round(time.time() - self.began, 1)}
-        result |= {"claims": self.claims, "metrics": self.metrics}
-        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
-        rows = [["claim", "paper", "measured", "control", "holds"]]
-        for c in self.claims:
-            numbers = ["\n".join(f"{k} {number(v)}" for k, v in c[side].items()) for side in ("measured", "control")]
-            verdict = ("yes" if c["holds"] else "NO") + ("" if c["control_fails"] else "\ncontrol does not fail")
-            rows.append([f"{c['id']} {c['claim']}\n  {c['criterion']}", c["paper"], *numbers, verdict])
-        table(rows, widths=(44, 22, 24, 24, 10))
-        print(f"{out}/result.json, figures beside it; {result['seconds']:.0f} s")
+    def each(self, function, arms):
+        """{arm: [function(args, env, log, arm, seed) of each seed]}; None off rank 0."""
+        tasks = [(function, self.args, arm, seed) for seed in self.args.seeds for arm in arms]
+        self.names += [f"{arm}-s{seed}" for _, _, arm, seed in tasks]
+        results = side_by_side(run_one, tasks, job_count(self.args, self.env))
+        if self.env.rank > 0:
+            return None
+        found = {arm: [] for arm in arms}
+        for (_, _, arm, _), result in zip(tasks, results, strict=True):
+            found[arm].append(result)
+        return found
+
+    def claim(self, id, says, paper, criterion, *, base=None, arm, controls):
+        """Judges a claim, seed by seed: the arm by the criterion, and each control in its place.
+
+        says, paper  a sentence, and the paper's figure
+        criterion    an expression over `base.<measure>` and `arm.<measure>`: shown, and tested
+        base, arm    [{measure: number}, ...], one a seed; controls: {name: such a list}
+        """
+        base = named("base", criterion, base or [{}] * len(arm))
+        arm = named("arm", criterion, arm)
+        controls = {name: named("arm", criterion, rows) for name, rows in controls.items()}
+        verdict, held = holds(criterion, base, arm)
+        passed = {name: holds(criterion, base, rows)[0] for name, rows in controls.items()}
+        measured = mean(arm) | {f"base {key}": value for key, value in mean(base).items()}
+        control = {}
+        for name, rows in controls.items():
+            control |= {f"{name}: {key}": value for key, value in mean(rows).items()}
+        empty = any(math.isnan(value) for value in control.values())  # nothing measured: no failure
+        self.claims.append(
+            {"id": id, "claim": says, "paper": paper, "measured": measured, "control": control}
+            | {"criterion": criterion, "holds": verdict, "held": held, "control_passes": passed}
+            | {"control_fails": not empty and not any(passed.values())}
+            | {"seeds": {"base": base, "arm": arm, **controls}}
+        )
+
+    def finish(self, found):
+        """Joins the logs, writes result.json, prints the table of claims; returns the result."""
+        rows = []
+        for name in self.names:
+            for path in [self.out / f"{name}.jsonl", *sorted(self.out.glob(f"{name}-*.jsonl"))]:
+                rows += read_log(path)
+        write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        args, seconds = self.args, round(time.time() - self.began, 1)
+        result = {"script": self.script, "paper": self.paper, "preset": args.preset}
+        result |= {"seeds": args.seeds, "device": str(self.env.device), "seconds": seconds}
+        result |= {"flags": asdict(args), "claims": self.claims, "metrics": found}
+        text = json.dumps(result, indent=1, default=plain)
+        write_text(self.out / "result.json", text + "\n")
+        table([["claim", "paper", "measured", "control", "holds"], *map(cells, self.claims)])
+        print(f"{self.out}/result.json, figures beside it; {seconds:.0f} s")
         if args.strict and not all(c["holds"] and c["control_fails"] for c in self.claims):
             raise SystemExit(1)
-        return result
+        return json.loads(text)
 
 
-def wilson(k, n, z=1.96):
-    """95 % Wilson interval of a share k / n; (0, 1) for n = 0."""
-    if not n:
-        return 0.0, 1.0
-    p, centre = k / n, (k / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return centre - half, centre + half
+def run_one(function, args, arm, seed):
+    """One arm and seed of `Run.each`, in whichever process it falls to."""
+    env = setup(args)
+    return function(args, env, Log(args, env, f"{arm}-s{seed}"), arm, seed)
 
 
-def interval(values, draws=2000):
-    """[mean, low, high]: 95 % bootstrap interval of the mean of `values`, of any shape; nan is left out."""
-    values = np.asarray(values, float).ravel()
-    values = values[~np.isnan(values)] if not np.isnan(values).all() else np.array([math.nan])
-    means = values[np.random.default_rng(0).integers(len(values), size=(draws, len(values)))].mean(1)
-    return [values.mean(), *np.percentile(means, [2.5, 97.5])]
+def cells(claim):
+    """A row of the table; that a control fails says something only where the claim holds."""
+    numbers = []
+    for side in "measured", "control":
+        numbers.append("\n".join(f"{k} {number(v)}" for k, v in claim[side].items()))
+    verdict = "yes" if claim["holds"] else "NO"
+    verdict += f"\n{sum(claim['held'])} of {len(claim['held'])} seeds"
+    if claim["holds"] and not claim["control_fails"]:
+        verdict += "\ncontrol holds"
+    return [
+        f"{claim['id']} {claim['claim']}\n{claim['criterion']}",
+        claim["paper"],
+        *numbers,
+        verdict,
+    ]
 
 
 def number(v):
@@ -656,27 +746,128 @@ def number(v):
     return f"{v:,.0f}" if float(v).is_integer() else f"{v:.3g}"
 
 
-def table(rows, widths):
+def table(rows, widths=(42, 22, 26, 28, 13)):
     """Prints rows of cells, each wrapped to its column's width."""
     for row in rows:
-        wrapped = [[textwrap.wrap(line, w) for line in cell.split("\n")] for cell, w in zip(row, widths)]
-        for line in itertools.zip_longest(*(itertools.chain(*cell) for cell in wrapped), fillvalue=""):
-            print("  ".join(part.ljust(w) for part, w in zip(line, widths)).rstrip())
+        columns = []
+        for cell, width in zip(row, widths, strict=True):
+            lines = [textwrap.wrap(line, width) for line in cell.split("\n")]
+            columns.append(sum(lines, []))
+        for line in zip_longest(*columns, fillvalue=""):
+            print("  ".join(part.ljust(width) for part, width in zip(line, widths)).rstrip())
         print("-" * (sum(widths) + 2 * len(widths) - 2))
+
+
+# ------------------------------------------------------------------------------ measures, figures
+
+
+def interval(values, draws=2000):
+    """[mean, low, high]: 95 % bootstrap interval of the mean of `values`; nan is left out."""
+    values = np.asarray(values, float).ravel()
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return [math.nan] * 3
+    rows = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    return [values.mean(), *np.percentile(values[rows].mean(1), [2.5, 97.5])]
+
+
+def fit_probe(X, y, C=1.0, iterations=30):
+    """L2 logistic regression on standardised features, by Newton steps in float64.
+
+    X (N, d), y (N,) of 0 and 1. Returns w (d,) and b with logit = X w + b. ValueError if all
+    labels are the same.
+    """
+    X, y = X.double(), y.double()
+    if y.min() == y.max():
+        raise ValueError("a probe needs both classes, all labels are the same")
+    center, scale = X.mean(0), X.std(0).clamp(min=1e-9)
+    Z = (X - center) / scale
+    basis = None
+    if Z.shape[1] > len(Z):  # more features than rows: the weights lie in the span of the rows
+        basis = torch.linalg.qr(Z.T)[0]
+        Z = Z @ basis
+    Z = torch.nn.functional.pad(Z, (0, 1), value=1.0)  # the last weight is the bias
+    ridge = torch.full_like(Z[0], 1 / C)
+    ridge[-1] = 1e-6
+    w = torch.zeros_like(ridge)
+    for _ in range(iterations):
+        p = torch.sigmoid(Z @ w)
+        hessian = Z.T @ (Z * (p * (1 - p))[:, None]) + ridge.diag()
+        step = torch.linalg.solve(hessian, Z.T @ (y - p) - ridge * w)
+        w = w + step / max(1.0, step.norm().item() / 5)  # Newton overshoots far from the end
+        if step.abs().max() < 1e-8:
+            break
+    direction = (w[:-1] if basis is None else basis @ w[:-1]) / scale
+    return direction, w[-1] - center @ direction
+
+
+def heads_off(sets, config):
+    """Patches for `model.patch` that zero attention heads before the output projection.
+
+    sets  K lists of heads [(layer, head), ...]: one for each of K equal groups of the batch's rows
+    """
+    keep = torch.ones(config.n_layer, len(sets), config.n_head)
+    for i, heads in enumerate(sets):
+        for layer, head in heads:
+            keep[layer, i, head] = 0
+    off = [layer for layer in range(config.n_layer) if not keep[layer].all()]
+    return {f"blocks.{layer}.attn.z": partial(zero_heads, keep=keep[layer]) for layer in off}
+
+
+def zero_heads(z, keep):
+    """z (B, T, H, D) times keep (K, H), a row of it for each of K groups of the batch."""
+    return z * keep.to(z).repeat_interleave(len(z) // len(keep), 0)[:, None, :, None]
 
 
 @contextmanager
 def figure(path, rows=1, cols=1, size=(5, 3.4)):
-    """`with figure("a.png", 1, 2) as (left, right):` draws matplotlib axes and saves them."""
+    """`with figure("a.png", 1, 2) as (left, right):` draws on matplotlib's axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 9}
-    with plt.rc_context(style):
-        shape = {"figsize": (size[0] * cols, size[1] * rows), "layout": "constrained", "squeeze": False}
-        fig, axes = plt.subplots(rows, cols, **shape)
+    spines = {"axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(spines | {"legend.frameon": False, "font.size": 9}):
+        size = size[0] * cols, size[1] * rows
+        fig, axes = plt.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
         yield axes[0, 0] if rows * cols == 1 else list(axes.flat)
         fig.savefig(path, dpi=130)
         plt.close(fig)
+
+
+def panels(path, items):
+    """A figure of one to four panels, each a dictionary of what `draw_panel` takes."""
+    cols = 2 if len(items) == 4 else len(items)
+    with figure(path, len(items) // cols, cols) as axes:
+        for ax, panel in zip([axes] if len(items) == 1 else axes, items):
+            draw_panel(ax, **panel)
+
+
+def draw_panel(ax, lines=(), bars=(), points=(), levels=(), names=(), **labels):
+    """One panel on matplotlib's axes; labels: title, xlabel, ylabel, ylim, ... as in `ax.set`.
+
+    lines   {name: (x, y)}, y (n,) or (seeds, n): the mean, in a band from least to most
+    bars    {name: y}, y (k,) or (seeds, k): means, seeds as dots; `names` of the k groups
+    points  {name: (x, y)}
+    levels  {name: y}: dashed horizontal lines
+    """
+    for name, (x, y) in dict(lines).items():
+        y = np.atleast_2d(np.asarray(y, float))
+        (line,) = ax.plot(x, y.mean(0), label=name)
+        ax.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
+    for i, (name, y) in enumerate(dict(bars).items()):
+        y = np.atleast_2d(np.asarray(y, float))
+        x = np.arange(y.shape[1]) + 0.8 * (i - (len(bars) - 1) / 2) / len(bars)
+        ax.bar(x, y.mean(0), 0.8 / len(bars), label=name)
+        if len(y) > 1:
+            ax.plot(x, y.T, "k.", ms=3)
+    for name, (x, y) in dict(points).items():
+        ax.scatter(x, y, s=12, label=name)
+    for name, y in dict(levels).items():
+        ax.axhline(y, color="0.5", ls="--", lw=1, label=name)
+    if len(names):
+        ax.set_xticks(range(len(names)), names)
+    ax.set(**labels)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7)

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import common
+import legacy as common
 from model import GPT, GPTConfig, KVCache, generate, prefill, sample
 
 STAGES = "sft", "grpo", "control", "analysis"

@@ -44,7 +44,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-import common
+import legacy as common
 from model import GPT, GPTConfig, generate
 
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import common
+import legacy as common
 import data
 import sae
 from model import GPT, GPTConfig, generate

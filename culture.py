@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import common
+import legacy as common
 import pretrained
 from model import GPT, GPTConfig, generate
 

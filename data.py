@@ -1,68 +1,153 @@
-"""Text in, token windows out: text sources, tokenizers, memory-mapped token files.
+"""Text in, token windows out: text sources, tokenizers, token files, readers of users' files.
 
-- sources: `stdlib` (the sources of CPython's own library: real text on every machine), `file:PATH`, any `datasets` id
+- sources: `stdlib` (CPython's library: real text on every machine), `file:PATH`, a `datasets` id
 - tokenizers: `byte`, `bpe:N` (trained on the spot), any tiktoken name, a `tokenizer.json`
-- every tenth document is held out, so that no file is on both sides
+- every tenth document is held out, so that no document is on both sides
 """
 
+import csv
 import hashlib
 import heapq
 import json
 import os
+import re
+import signal
 import sys
 import sysconfig
+import threading
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from datetime import datetime
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------ text sources
+# ----------------------------------------------------------------------------------- users' files
 
 
-def load_text(name="stdlib", split="train") -> Iterator[str]:
-    """The documents of one split, in a fixed order: every tenth document is `heldout`, the rest `train`.
+def read_text(path):
+    """The text of a file, without a byte order mark; bytes that are no UTF-8 become U+FFFD."""
+    return Path(path).read_text("utf-8-sig", errors="replace")
 
-    name  `stdlib` | `file:PATH` (a text file, a .jsonl file with a "text" field, or a folder of text files) |
-          `ORG/NAME` or `ORG/NAME:CONFIG`, a data set id for `datasets`, streamed
+
+def read_rows(path, **needed):
+    """The objects of a JSON-lines file, each with the `needed` fields: read_rows(path, text=str).
+
+    Raises ValueError naming the file, the line and what it needs.
+    """
+    rows = []
+    for i, line in enumerate(read_text(path).split("\n"), 1):  # U+2028 may stand inside a string
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {i}: no JSON ({error})") from None
+        for field, kind in needed.items():
+            if not isinstance(row, dict) or not isinstance(row.get(field), kind):
+                what = f"an object with {field!r}, {kind.__name__}"
+                raise ValueError(f"{path}, line {i}: needs {what}")
+            if kind is str:
+                row[field] = row[field].encode("utf-8", "replace").decode()  # no half emojis
+        rows.append(row)
+    return rows
+
+
+def read_table(path, columns=()):
+    """The rows of a CSV or .tsv file as dictionaries; ValueError unless it has `columns`."""
+    delimiter = "\t" if str(path).endswith(".tsv") else ","
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        reader = csv.DictReader(f, delimiter=delimiter, restkey="")
+        try:
+            missing = [c for c in columns if c not in (reader.fieldnames or [])]
+            if missing:
+                raise ValueError(f"{path} has no column {', '.join(missing)}")
+            rows = []
+            for row in reader:
+                if "" in row or None in row.values():
+                    what = f"needs {len(reader.fieldnames)} cells, as the header has"
+                    raise ValueError(f"{path}, line {reader.line_num}: {what}")
+                rows.append(row)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, line {reader.line_num + 1}: {error}") from None
+    return rows
+
+
+def printable(text):
+    """Text for a terminal: control characters, which could drive it, are shown as U+FFFD."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text
+    )
+
+
+# ----------------------------------------------------------------------------------- text sources
+
+
+def load_text(name="stdlib", split="train"):
+    """Iterates over the documents of a split: every tenth document is `heldout`, the rest `train`.
+
+    name  `stdlib` | `file:PATH` (a text file, a .jsonl file with "text" fields, a folder of text
+          files) | `ORG/NAME` or `ORG/NAME:CONFIG`, a data set id for `datasets`, streamed
     Raises ValueError for a source without text, OSError for one that can't be opened.
     """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split {split!r}, allowed: train, heldout")
     if name == "stdlib":
-        documents = read_files(Path(sysconfig.get_paths()["stdlib"]).glob("[!_]*.py"))
+        documents = map(read_text, sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[!_]*.py")))
     elif name.startswith("file:"):
-        documents = read_path(Path(name[5:]).expanduser())
+        documents = read_documents(Path(name[5:]).expanduser())
     elif "/" in name:
         documents = stream(name)
     else:
-        raise ValueError(f"unknown text source {name!r}, allowed: stdlib, file:PATH, or a data set id such as ORG/NAME")
-    return (text for i, text in enumerate(documents) if (i % 10 == 9) == (split == "heldout"))
+        allowed = "stdlib, file:PATH, or a data set id such as ORG/NAME"
+        raise ValueError(f"unknown text source {name!r}, allowed: {allowed}")
+    documents = iter(documents)
+    first = list(islice(documents, 10))
+    if len(first) < 10:  # no tenth one: a few long documents are cut into a hundred pieces
+        first = cut(first, 100)
+    every = enumerate(chain(first, documents))
+    return (text for i, text in every if (i % 10 == 9) == (split == "heldout"))
 
 
-def read_files(paths):
-    """The text of each file, sorted by path; bytes that are not UTF-8 are replaced."""
-    return (path.read_text("utf-8", errors="replace") for path in sorted(paths))
+def files_of(path):
+    """The files of a folder, without hidden ones, in order; of a file, itself."""
+    if not path.is_dir():
+        return [path]
+    inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+    return [p for p in inside if not any(x.startswith(".") for x in p.relative_to(path).parts)]
 
 
-def read_path(path):
-    """Documents of a local path: a folder's files, a .jsonl file's records, or a text file in a hundred pieces."""
-    if path.is_dir():
-        hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
-        files = [p for p in path.rglob("*") if p.is_file() and not hidden(p)]
-        if not files:
-            raise ValueError(f"{path} has no files")
-        return read_files(files)
-    text = path.read_text("utf-8", errors="replace")
+def read_documents(path):
+    """The documents of a local file or folder."""
+    files = files_of(path)
     if path.suffix == ".jsonl":
-        return [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    lines = text.splitlines(keepends=True)
-    size = -(-len(lines) // 100)
-    return ["".join(lines[i : i + size]) for i in range(0, len(lines), size)]
+        return [row["text"] for row in read_rows(path, text=str)]
+    documents = map(read_text, files)
+    first = next((text for text in documents if text.strip()), None)
+    if first is None:
+        raise ValueError(f"{path} {'has no files with text' if path.is_dir() else 'is empty'}")
+    return chain([first], documents)
+
+
+def cut(documents, n):
+    """Some documents as about n pieces, which end at the end of a line where one is near."""
+    size = -(-sum(map(len, documents)) // n)
+    pieces = []
+    for text in documents:
+        start = 0
+        while start < len(text):
+            end = start + size
+            newline = text.find("\n", end, end + size // 2)
+            end = end if newline < 0 else newline + 1
+            pieces.append(text[start:end])
+            start = end
+    return pieces
 
 
 def stream(name):
@@ -71,27 +156,21 @@ def stream(name):
     import datasets
 
     path, _, config = name.partition(":")
-    instead = "without a network give --dataset file:PATH, or point HF_HOME at a cache that holds it"
+    instead = "without a network give file:PATH, or point HF_HOME at a cache that holds it"
     with explained(f"data set {name!r} can't be read", instead):
         rows = iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
         first = next(rows)
     columns = [c for c in first if isinstance(first[c], str)]
-    column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
-    if column is None:
-        raise ValueError(
-            f"data set {name!r} has no column 'text'; its columns of strings: {', '.join(columns) or 'none'}"
-        )
-
-    def documents():
-        yield first[column]
-        yield from (row[column] for row in rows)
-
-    return documents()
+    if "text" not in columns and len(columns) != 1:
+        found = ", ".join(columns) or "none"
+        raise ValueError(f"data set {name!r} has no column 'text'; its columns of text: {found}")
+    column = "text" if "text" in columns else columns[0]
+    return (row[column] for row in chain([first], rows) if row[column])
 
 
 @contextmanager
 def explained(what, instead):
-    """Whatever goes wrong inside becomes an OSError of one line; each hub client has exceptions of its own."""
+    """Whatever goes wrong inside becomes an OSError of one line; each hub client has its own."""
     try:
         yield
     except Exception as error:
@@ -107,92 +186,256 @@ def import_or_explain(package):
         raise ImportError(f"this needs the package {package}: pip install {package}") from None
 
 
-# -------------------------------------------------------------------------------------------------------- tokenizers
+# ------------------------------------------------------------------------------------- tokenizers
 
 
 @dataclass
 class Tokenizer:
-    """What a script needs of a tokenizer. `eos` is the id between documents; specials in a text are plain text."""
+    """A tokenizer of any kind. A text is text: `encode` makes no control ids of it."""
 
     name: str
-    encode: Callable  # str -> list of ids
-    decode: Callable  # list of ids -> str
-    n_vocab: int
-    eos: int
-    encode_batch: Callable  # list of str -> list of lists of ids, on several threads where the library can
+    encode_batch: Callable  # list of texts -> list of lists of ids
+    decode: Callable  # list of ids -> text, control tokens shown by name
+    n_vocab: int  # largest id + 1
+    eos: int  # stands between documents
+    bos: int | None = None
+    opens: bool = False  # the model expects a text to open with `bos`
+    stops: list = ()  # ids that end a document or a turn; `eos` is the first
+    template: str | None = None  # of chats, in jinja's language
+    backend: object = None  # the `tokenizers.Tokenizer` of a checkpoint
+
+    def encode(self, text, bos=False):
+        """The ids of a text; with `bos` opened as the model expects it (Llama, Gemma: by bos)."""
+        ids = self.encode_batch([text])[0]
+        return [self.bos, *ids] if bos and self.opens else ids
+
+    def chat(self, messages, prefill=""):
+        """Ids of messages [{"role": ..., "content": ...}], ending in the assistant's `prefill`.
+
+        Raises ValueError if there is no chat template, or it refuses the messages.
+        """
+        if not self.template:
+            raise ValueError(f"{self.name} has no chat template: it is a base model")
+        try:
+            text = render(self.template, messages=messages, **self.special_tokens()) + prefill
+        except Exception as error:  # of any kind: a template is a program
+            raise ValueError(f"the chat template of {self.name}: {error}") from error
+        contents = [m["content"] for m in messages if isinstance(m["content"], str)]
+        return self.encode_template(text, [*contents, prefill])
+
+    def special_tokens(self):
+        """{"bos_token": text, "eos_token": text} of those it has, as templates name them."""
+        ids = {"bos_token": self.bos, "eos_token": self.eos}
+        return {role: self.backend.id_to_token(i) for role, i in ids.items() if i is not None}
+
+    def encode_template(self, text, contents):
+        """Ids of a template's text, in which special tokens count, but not inside `contents`."""
+        added = self.backend.get_added_tokens_decoder().values()
+        special = [token.content for token in added if token.special]
+        ids = []
+        for content in contents:
+            if any(token in content for token in special):
+                before, found, after = text.partition(content.strip())
+                if not found:
+                    raise ValueError("a message holds a control token, which the template changes")
+                ids += self.with_control_ids(before) + self.encode(found)
+                text = after
+        return ids + self.with_control_ids(text)
+
+    def with_control_ids(self, text):
+        """The ids of a text whose special tokens are those tokens."""
+        self.backend.encode_special_tokens = False
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        self.backend.encode_special_tokens = True
+        return ids
+
+
+def render(template, **variables):
+    """The text of a chat template, as transformers renders it, in jinja's sandbox.
+
+    Raises an error for one that takes over two seconds or writes over a million characters.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        raise ValueError(message)
+
+    def strftime_now(form):
+        return datetime.now().strftime(form)
+
+    def times(a, b):
+        for text, n in (a, b), (b, a):
+            if hasattr(text, "__len__") and len(text) * n > 10**6:
+                raise ValueError(f"it repeats a text {n} times")
+        return a * b
+
+    options = {"trim_blocks": True, "lstrip_blocks": True}
+    env = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options)
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    env.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
+    env.intercepted_binops = frozenset("*")
+    env.binop_table["*"] = times
+    template = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", template)  # marks what to train on
+    template = re.sub(r"(\{%-?\s*)endgeneration\b", r"\1endif", template)
+    variables |= {"add_generation_prompt": True, "tools": None, "documents": None}
+    text = ""
+    with time_limit(2):
+        for piece in env.from_string(template).generate(variables):
+            text += piece
+            if len(text) > 10**6:
+                raise ValueError("it writes more than a million characters")
+    return text
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError in the block after some seconds; in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeoutError(f"it takes over {seconds} seconds")
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
 
 
 def get_tokenizer(name, text=None) -> Tokenizer:
     """A tokenizer by name.
 
-    name  `byte` | `bpe:N`, N ids in all, trained on `text` (a string) | a tiktoken name (`gpt2`, `cl100k_base`, ...) |
-          a folder with a tokenizer.json, such a file, or the hub id of one
+    name  `byte` | `bpe:N`, N ids in all, trained on `text` (a string) | a tiktoken name (`gpt2`,
+          `cl100k_base`, ...) | a folder with a tokenizer.json, such a file, or the hub id of one
     """
     if name == "byte":
-        encode = lambda text: list(text.encode())
-        decode = lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
-        return Tokenizer(name, encode, decode, 257, 256, lambda texts: [encode(t) for t in texts])
+        return Tokenizer(name, encode_bytes, decode_bytes, n_vocab=257, eos=256)
     if name.startswith("bpe:"):
         if not name[4:].isdigit() or not 257 <= int(name[4:]) <= 2**20:
-            raise ValueError(
-                f"tokenizer {name!r}: bpe:N takes a whole number N of ids, 257 (bytes and an end) to {2**20}"
-            )
+            allowed = f"257 (bytes and an end) to {2**20}"
+            raise ValueError(f"tokenizer {name!r}: bpe:N takes a whole number N of ids, {allowed}")
         return from_tiktoken(name, train_bpe(text, int(name[4:])))
     if "/" in name or os.path.exists(name):
-        return from_json(name)
+        return from_folder(name)
     import tiktoken
 
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
-        raise ValueError(f"unknown tokenizer {name!r}, allowed: byte, bpe:N, {known}, or a folder with tokenizer.json")
-    try:
+        allowed = f"byte, bpe:N, {known}, or a folder with tokenizer.json"
+        raise ValueError(f"unknown tokenizer {name!r}, allowed: {allowed}")
+    instead = "without a network use bpe:N or byte, or point TIKTOKEN_CACHE_DIR at its folder"
+    with explained(f"the vocabulary of {name!r} can't be downloaded", instead):
         return from_tiktoken(name, tiktoken.get_encoding(name))
-    except Exception as error:  # requests' own exceptions, when the vocabulary can't be downloaded
-        raise OSError(
-            f"the vocabulary of {name!r} can't be downloaded ({type(error).__name__}); without a network use bpe:N or "
-            "byte, or point TIKTOKEN_CACHE_DIR at a folder that holds it"
-        ) from error
+
+
+def encode_bytes(texts):
+    """The UTF-8 bytes of each text."""
+    return [list(text.encode()) for text in texts]
+
+
+def decode_bytes(ids):
+    """The text of some bytes; the end of text, 256, has none."""
+    return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
 def from_tiktoken(name, enc):
     """A tiktoken Encoding as a Tokenizer."""
-    return Tokenizer(name, enc.encode_ordinary, enc.decode, enc.n_vocab, enc.eot_token, enc.encode_ordinary_batch)
+    return Tokenizer(name, enc.encode_ordinary_batch, enc.decode, enc.n_vocab, enc.eot_token)
 
 
-def from_json(name):
-    """The Tokenizer of a tokenizer.json: a file, a folder that has one, or a hub id."""
+def from_folder(name, config=None):
+    """The Tokenizer of a tokenizer.json: a file, a folder that has one, or a hub id.
+
+    Special ids and the chat template come from the files beside it; `config` is the model's, whose
+    ids of special tokens count where the tokenizer's own files are silent.
+    """
     import_or_explain("tokenizers")
     import tokenizers
 
-    path = Path(name) / "tokenizer.json" if os.path.isdir(name) else Path(name)
+    folder = Path(name) if os.path.isdir(name) else Path(name).parent
+    path = folder / "tokenizer.json" if os.path.isdir(name) else Path(name)
     try:
-        tok = tokenizers.Tokenizer.from_file(str(path)) if path.exists() else tokenizers.Tokenizer.from_pretrained(name)
+        if path.exists():
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        else:
+            backend = tokenizers.Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exception
-        raise OSError(f"no tokenizer.json at {name!r} ({error}); give a folder or file, or HF_HOME with it") from error
-    ends = [i for i, t in tok.get_added_tokens_decoder().items() if t.special and "end" in t.content.lower()]
-    ends += [i for i in map(tok.token_to_id, ("</s>", "<eos>")) if i is not None]
-    if not ends:
-        raise ValueError(f"{name}: no end-of-text token among the special tokens")
-    encode_batch = lambda texts: [e.ids for e in tok.encode_batch(texts, add_special_tokens=False)]
-    return Tokenizer(name, lambda t: encode_batch([t])[0], tok.decode, tok.get_vocab_size(), ends[0], encode_batch)
+        raise ValueError(f"no tokenizer.json that can be read at {name!r} ({error})") from error
+    own = read_json(folder / "tokenizer_config.json", {})
+    config = config or {}
+
+    def ids(role):  # the tokenizer's own first, a token or a dict that holds it; then the model's
+        token, more = own.get(f"{role}_token"), config.get(f"{role}_token_id")
+        content = token["content"] if isinstance(token, dict) else token
+        found = [backend.token_to_id(content)] if content else []
+        found += more if isinstance(more, list) else [more]
+        return [i for i in dict.fromkeys(found) if i is not None]
+
+    usual = [backend.token_to_id(token) for token in ("<eos>", "</s>", "<|endoftext|>")]
+    stops = ids("eos") or [i for i in usual if i is not None][:1]
+    template, file = own.get("chat_template"), folder / "chat_template.jinja"
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if file.exists():
+        template = read_text(file)
+    return from_backend(Path(name).name, backend, next(iter(ids("bos")), None), stops, template)
 
 
-# GPT-2's words: contractions, then letters, digits or other marks with at most one space before them, white space
+def read_json(path, default=None):
+    """The object in a JSON file; `default` if there is no file. ValueError if it is malformed."""
+    if default is not None and not path.exists():
+        return default
+    try:
+        return dict(json.loads(path.read_text("utf-8-sig")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not a JSON object ({error})") from error
+
+
+def from_backend(name, backend, bos, stops, template):
+    """A `tokenizers.Tokenizer` as a Tokenizer. ValueError if it has no id that ends a text."""
+    backend.no_truncation()  # which a tokenizer.json may ask for
+    backend.no_padding()
+    backend.encode_special_tokens = True  # as text
+    n_vocab = max(backend.get_vocab().values()) + 1  # there may be gaps
+    for i in [*stops, *([] if bos is None else [bos])]:
+        if type(i) is not int or not 0 <= i < n_vocab:
+            raise ValueError(f"special id {i!r} of {name}, allowed: 0 to {n_vocab - 1}")
+    if not stops:
+        raise ValueError(f"{name} has no end-of-text token")
+
+    def encode_batch(texts):
+        return [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
+
+    decode = partial(backend.decode, skip_special_tokens=False)
+    opens = bos is not None and backend.encode("x").ids[:1] == [bos]
+    more = {"bos": bos, "opens": opens, "stops": stops, "template": template, "backend": backend}
+    return Tokenizer(name, encode_batch, decode, n_vocab, stops[0], **more)
+
+
+# GPT-2's words: contractions, then letters, digits or other marks with at most one space before
+# them, white space
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def train_bpe(text, n):
-    """Byte-pair encoding with `n` ids (256 bytes, n - 257 merges, an end of text), as a tiktoken Encoding.
+    """Byte-pair encoding with `n` ids (256 bytes, n - 257 merges, an end), a tiktoken Encoding.
 
-    The most frequent pair of neighbours becomes a new id, again and again; ties go to the pair of the smallest ids.
-    Only the words that hold the merged pair are touched, and a heap with stale entries finds the next pair.
+    The most frequent pair of neighbours becomes a new id, again and again; ties go to the pair of
+    the smallest ids. Only the words that hold the merged pair are touched, and a heap with stale
+    entries finds the next pair.
     """
     import regex
     import tiktoken
 
     counts = Counter(regex.findall(WORDS, text))
-    words, freq = [list(w.encode()) for w in counts], list(counts.values())
-    pairs, where = Counter(), defaultdict(set)  # pair -> how often, pair -> indices of the words that hold it
+    words = [list(word.encode()) for word in counts]
+    freq = list(counts.values())
+    pairs = Counter()  # pair -> how often
+    where = defaultdict(set)  # pair -> indices of the words that hold it
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pairs[pair] += freq[i]
@@ -202,9 +445,8 @@ def train_bpe(text, n):
     vocab = [bytes([b]) for b in range(256)]
     while len(vocab) < n - 1:
         if not heap:
-            raise ValueError(
-                f"the text has pairs for {len(vocab) + 1} ids only: give more text, or a smaller bpe:N than {n}"
-            )
+            less = f"give more text, or a smaller bpe:N than {n}"
+            raise ValueError(f"the text has pairs for {len(vocab) + 1} ids only: {less}")
         count, pair = heapq.heappop(heap)
         if -count != pairs[pair]:
             continue  # stale: the count has changed since it was pushed
@@ -231,40 +473,47 @@ def train_bpe(text, n):
             if pairs[p] > 0:
                 heapq.heappush(heap, (-pairs[p], p))
     ranks = {token: rank for rank, token in enumerate(vocab)}
-    return tiktoken.Encoding(f"bpe:{n}", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n - 1})
+    return tiktoken.Encoding(
+        f"bpe:{n}", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n - 1}
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ tokens
+# ----------------------------------------------------------------------------------- token files
 
 
 def token_file(name, split, tok, folder, limit=None, quiet=False):
-    """All tokens of a source and split as one memory-mapped array (N,), every document opened by `tok.eos`.
+    """All tokens of a source and split as one memory-mapped array (N,), documents behind `tok.eos`.
 
-    Tokenized once, into `folder`; a file there is used again if source, split, tokenizer and limit (tokens) agree.
-    Raises ValueError if there is no text.
+    Tokenized once, into `folder`; a file there is used again if source, split, tokenizer and limit
+    (in tokens) agree. Raises ValueError if there is no text.
     """
     dtype = np.uint16 if tok.n_vocab <= 2**16 else np.uint32
-    probe = tok.encode("The quick brown fox: def f(x): return 0x1F")  # a trained bpe:N differs from text to text
-    source = [
-        (str(p), p.stat().st_mtime) for p in [Path(name[5:]).expanduser()] if name.startswith("file:") and p.exists()
-    ]
-    key = repr((name, source, split, limit, tok.name, tok.n_vocab, probe, sys.version if name == "stdlib" else ""))
+    source = sys.version
+    if name.startswith("file:"):
+        files = files_of(Path(name[5:]).expanduser())
+        source = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    probe = tok.encode("The quick brown fox: def f(x): return 0x1F")  # bpe:N differs with its text
+    key = repr((name, source, split, limit, tok.name, tok.n_vocab, probe))
     path = Path(folder) / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.bin"
     if not path.exists():
-        documents, total = load_text(name, split), 0
+        documents = load_text(name, split)
+        total = 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        with (
-            open(partial, "wb") as f,
-            tqdm(desc=f"tokenize {split}", unit="tok", unit_scale=True, disable=quiet) as bar,
-        ):
-            while (batch := list(islice(documents, 256))) and (limit is None or total < limit):
-                ids = np.concatenate([np.array([tok.eos, *ids], dtype=dtype) for ids in tok.encode_batch(batch)])
-                ids = ids if limit is None else ids[: limit - total]
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        bar = tqdm(desc=f"tokenize {split}", unit="tok", unit_scale=True, disable=quiet)
+        with open(aside, "wb") as f, bar:
+            while limit is None or total < limit:
+                batch = list(islice(documents, 256))
+                if not batch:
+                    break
+                ids = []
+                for document in tok.encode_batch(batch):
+                    ids += [tok.eos, *document]
+                ids = np.array(ids[: None if limit is None else limit - total], dtype)
                 ids.tofile(f)
                 total += len(ids)
                 bar.update(len(ids))
-        os.replace(partial, path)
+        os.replace(aside, path)
     if not path.stat().st_size:
         raise ValueError(f"text source {name!r} has no {split} text")
     return np.memmap(path, dtype=dtype, mode="r")
@@ -273,8 +522,7 @@ def token_file(name, split, tok, folder, limit=None, quiet=False):
 def windows(tokens, rng, n, length):
     """`n` windows of `length` consecutive tokens at random offsets, int64 (n, length)."""
     if len(tokens) < length:
-        raise ValueError(
-            f"the text has {len(tokens)} tokens, one window needs {length}: give more text or a shorter window"
-        )
+        less = "give more text or a shorter window"
+        raise ValueError(f"the text has {len(tokens)} tokens, one window needs {length}: {less}")
     starts = rng.integers(0, len(tokens) - length + 1, size=n)
     return tokens[starts[:, None] + np.arange(length)].astype(np.int64)

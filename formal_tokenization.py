@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import common
+import legacy as common
 import data
 from model import GPT, GPTConfig, generate
 

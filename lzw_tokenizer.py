@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from common import bad_input, fail
+from legacy import bad_input, fail
 
 KWKWK = "classic", "avoid"
 

@@ -1,62 +1,69 @@
 """One GPT, written by hand, for every paper in this project.
 
 Notable features:
-- one config for the families the papers study: GPT-2, GPT-NeoX/Pythia, Llama, Mistral, Qwen, Gemma, Phi-3, Cohere/Aya
-- named *sites* (residual stream, attention patterns, per-head outputs, MLP activations) to read with `capture` and
-  rewrite with `patch`: forward hooks on empty submodules, so they work in training, under a cache and in `generate`
-- a loss that unembeds only the positions that count, in slices, so that (batch x time, vocabulary) is never held whole
-- a preallocated key/value cache, and `generate` for prompts of any lengths at once
+- one config for the families the papers study: GPT-2, GPT-NeoX/Pythia, Llama, Mistral, Qwen,
+  Gemma, Phi-3, Cohere/Aya, OLMo 2
+- named *sites* (residual stream, attention patterns, per-head outputs, MLP activations) to read
+  with `capture` and rewrite with `patch`: forward hooks on empty submodules, so they work in
+  training, under a cache and in `generate`
+- a loss that unembeds only the positions that count, in slices, so that (batch x time, vocabulary)
+  is never held whole
+- a preallocated key/value cache; `generate` for prompts of any lengths and many samples of each;
+  `sweep`, many patches of the same prompts in one pass
 
-Read `GPT.forward` first, then `Block`, `Attention`, `MLP`. Switches stand beside the line they change.
+Read `GPT.hidden` first, then `Block`, `Attention`, `MLP`. Switches stand beside what they change.
 
-Shapes: B batch, T new positions, S positions visible as keys, H heads, D head_dim, C n_embd, V vocab_size.
+Shapes: B batch, T new positions, S key positions, H heads, D head_dim, C n_embd, V vocab_size.
 """
 
 import copy
 import difflib
 import math
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------------------------ config
+# ------------------------------------------------------------------------------------------- config
 
 
 @dataclass
 class GPTConfig:
-    """Shape of a model. The first five are nanoGPT's; the defaults after them are a plain rotary, pre-LayerNorm GPT."""
+    """Shape of a model. The first five are nanoGPT's; all defaults make a plain rotary GPT."""
 
     vocab_size: int = 50304
     block_size: int = 1024  # longest sequence, in tokens
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_kv_head: int | None = None  # grouped-query attention: fewer key/value heads; None = n_head
+    n_kv_head: int | None = None  # fewer key/value heads (grouped queries); None = n_head
     head_dim: int | None = None  # None = n_embd / n_head
     d_mlp: int | None = None  # None = 4 n_embd
     # norms and wiring
     norm: str = "layer"  # "layer" (LayerNorm) or "rms" (RMSNorm)
     norm_eps: float = 1e-5
     norm_bias: bool = True  # LayerNorm with a bias; Cohere has none
-    post_norm: bool = False  # Gemma 2/3: a second norm on what attention and MLP add to the stream
-    parallel: str = ""  # "two_norms" (NeoX) | "one_norm" (Cohere): attention and MLP read the same stream
+    pre_norm: bool = True  # off: OLMo 2, whose only norms are the post norms
+    post_norm: bool = False  # Gemma 2/3: a norm on what attention and MLP add to the stream
+    parallel: str = ""  # attention and MLP side by side: "two_norms" (NeoX), "one_norm" (Cohere)
     # positions
     learned_pos: bool = False  # GPT-2: a learned vector per position instead of rotary
     rotary_pct: float = 1.0  # share of each head that rotates (Pythia 0.25)
     rope_base: float = 10000.0
     rope_base_local: float | None = None  # Gemma 3: another base in the layers with a window
-    rope_scaling: dict | None = None  # {"rope_type": "llama3" | "linear", "factor": ...}; not with rope_base_local
+    rope_scaling: dict | None = None  # {"rope_type": "llama3" | "linear", "factor": ...}
     # attention
     qkv_bias: bool = True
     attn_bias: bool = True  # bias of the output projection
-    qk_norm: bool = False  # RMSNorm of every query and key head (Qwen3, Gemma 3)
+    qk_norm: str = ""  # norm of queries and keys: "head" (Qwen3, Gemma 3), "all" heads (OLMo 2)
     attn_scale: float | None = None  # None = 1 / sqrt(head_dim)
     attn_softcap: float | None = None  # Gemma 2: scores -> cap * tanh(scores / cap)
-    windows: list | None = None  # per layer: how many positions back it sees, itself included; 0 = all
-    smear_keys: bool = False  # each key mixes with the one before it: induction in one layer (2209.11895, appendix)
+    windows: list | None = None  # per layer: how many positions it sees, itself included; 0 = all
+    smear_keys: bool = False  # a key mixes with the one before: induction in one layer (2209.11895)
     # MLP
     act: str = "gelu"  # "gelu" | "gelu_tanh" | "silu"
     gated: bool = False  # act(gate) * up instead of act(up)
@@ -72,21 +79,46 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.d_mlp = self.d_mlp or 4 * self.n_embd
+        for name in "vocab_size", "block_size", "n_layer", "n_head", "n_embd":
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}, allowed: 1 and more")
         if self.head_dim is None:
             if self.n_embd % self.n_head:
-                raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: give head_dim")
+                what = f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
+                raise ValueError(f"{what}: give head_dim")
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+            raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        rotating = int(self.rotary_pct * self.head_dim)
+        if not self.learned_pos and rotating % 2:
+            raise ValueError(f"{rotating} rotating dims in a head, needed: an even number")
         if self.windows is not None and len(self.windows) != self.n_layer:
             raise ValueError(f"windows has {len(self.windows)} entries for {self.n_layer} layers")
-        switches = {"norm": ("layer", "rms"), "parallel": ("", "two_norms", "one_norm"), "act": tuple(ACT)}
+        switches = {
+            "norm": ("layer", "rms"),
+            "parallel": ("", "two_norms", "one_norm"),
+            "qk_norm": ("", "head", "all"),
+            "act": tuple(ACT),
+        }
         for name, allowed in switches.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}, allowed: {', '.join(map(repr, allowed))}")
+                raise ValueError(f"{name}={getattr(self, name)!r}, allowed: {allowed}")
 
 
-ACT = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+ACT = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
+
+
+class NormOfAllHeads(nn.RMSNorm):
+    """RMSNorm over all heads of a token together, x (B, H, T, D): OLMo 2's of queries and keys."""
+
+    def forward(self, x):
+        B, H, T, D = x.shape
+        return super().forward(x.transpose(1, 2).flatten(2)).view(B, T, H, D).transpose(1, 2)
+
+
+def embedding(rows, dim):
+    """nn.Embedding without its own random values: `init_weights` or a checkpoint fills it."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
 
 
 def make_norm(config, dim):
@@ -96,18 +128,18 @@ def make_norm(config, dim):
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.norm_bias)
 
 
-# --------------------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------------------------- positions
 
 
 def rope(config, positions, local=False):
-    """Cosines and sines of the rotary angles at `positions` (B|1, T): two tensors (B|1, 1, T, R/2), R rotating dims."""
+    """Cosines and sines of the rotary angles at `positions` (B|1, T): two (B|1, 1, T, R/2)."""
     dim = int(config.rotary_pct * config.head_dim)
     base = config.rope_base_local if local and config.rope_base_local else config.rope_base
     freq = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     scaling = None if local and config.rope_base_local else config.rope_scaling
     if scaling and scaling["rope_type"] == "linear":
         freq = freq / scaling["factor"]
-    elif scaling and scaling["rope_type"] == "llama3":  # slow dims are stretched, fast ones kept, a ramp between
+    elif scaling and scaling["rope_type"] == "llama3":  # slow dims are stretched, fast ones kept
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -119,118 +151,130 @@ def rope(config, positions, local=False):
 
 
 def rotate(x, cos, sin):
-    """Rotates the first R entries of the last dim of x (B, H, T, D), entry j paired with j + R/2."""
+    """Rotates the first R entries of the last dim of x (B, H, T, D), entry j with j + R/2."""
     half = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x[..., :half], x[..., half : 2 * half]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]), dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------------- cache
+# -------------------------------------------------------------------------------------------- cache
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, allocated once for `length` tokens.
 
-    `model(idx, cache=cache)` appends to it. `n` columns are in use; `real` (B, S) tells tokens from padding and `pos`
-    (B, S) holds their positions. `keep` drops or repeats rows: finished prompts leave, one prefill serves many samples.
+    `model(idx, cache=cache)` appends to it. `n` columns are in use; `real` (B, S) tells tokens from
+    padding and `pos` (B, S) holds their positions. `keep` drops or repeats rows: finished prompts
+    leave, one prefill serves many samples. While `frozen`, what is appended is not kept.
     """
 
     def __init__(self, config, batch, length, device=None, dtype=None):
         shape = config.n_layer, batch, config.n_kv_head, length, config.head_dim
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.last_key = self.k[:, :, :, :1].clone()  # for smear_keys: the newest key before smearing
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.last_key = self.k[
+            :, :, :, :1
+        ].clone()  # for smear_keys: the newest key before smearing
         self.real = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.pos = torch.zeros(batch, length, dtype=torch.long, device=device)
-        self.n, self.padded = 0, False
+        self.n = 0
+        self.padded = False
+        self.frozen = False
 
     def open(self, mask, size):
-        """Opens `size` columns, real tokens where `mask` (B, size) says so (None: all); returns positions (B, size)."""
+        """Opens `size` columns, real where `mask` (B, size) says so; returns their positions."""
         start, self.n = self.n, self.n + size
         if self.n > self.real.shape[1]:
             raise ValueError(f"the cache holds {self.real.shape[1]} tokens, {self.n} are needed")
         self.padded = self.padded or mask is not None and not bool(mask.all())
         self.real[:, start : self.n] = True if mask is None else mask
-        self.pos[:, start : self.n] = (self.real[:, : self.n].cumsum(1) - 1).clamp(min=0)[:, start:]
+        pos = (self.real[:, : self.n].cumsum(1) - 1).clamp(min=0)
+        self.pos[:, start : self.n] = pos[:, start:]
         return self.pos[:, start : self.n]
 
     def append(self, layer, k, v):
-        """Stores (B, H, T, D) keys and values of one layer in the newest columns; returns all so far, (B, H, S, D)."""
+        """Takes (B, H, T, D) keys and values of a layer; returns all so far, (B, H, S, D)."""
+        if self.frozen:
+            before = self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
+            return torch.cat((before[0], k), 2), torch.cat((before[1], v), 2)
         start = self.n - k.shape[2]
-        self.k[layer, :, :, start : self.n], self.v[layer, :, :, start : self.n] = k, v
+        self.k[layer, :, :, start : self.n] = k
+        self.v[layer, :, :, start : self.n] = v
         return self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
 
     def part(self, rows, first):
-        """The cache of the batch rows in a slice, its columns counted from `first`; what it takes in is kept here."""
+        """The cache of a slice of rows, its columns counted from `first`; writes go to this one."""
         view = copy.copy(self)
-        view.k, view.v, view.last_key = self.k[:, rows, :, first:], self.v[:, rows, :, first:], self.last_key[:, rows]
+        view.k, view.v = self.k[:, rows, :, first:], self.v[:, rows, :, first:]
+        view.last_key = self.last_key[:, rows]
         view.real, view.pos = self.real[rows, first:], self.pos[rows, first:]
         return view
 
     def keep(self, rows):
-        """Selects batch rows (indices, repeats allowed), in place; returns the cache."""
+        """Selects batch rows (indices, repeats allowed), in place."""
         self.k, self.v, self.last_key = self.k[:, rows], self.v[:, rows], self.last_key[:, rows]
         self.real, self.pos = self.real[rows], self.pos[rows]
-        return self
 
 
-def visible(q_pos, k_pos, window=0, real=None, docs=None):
-    """Which keys each query may attend to, bool (B|1, 1, T, S), from positions (B|1, T) and (B|1, S).
+def visible(q_pos, k_pos, window=0, real=None):
+    """Which keys a query may attend to, bool (B|1, 1, T, S), by positions (B|1, T) and (B|1, S).
 
-    `window`: at most so many positions back (0: all). `real` (B, S): padding is hidden from all but itself, so that no
-    row of the softmax is empty. `docs` (B, S): only keys of the query's own document.
+    `window`: at most so many positions back (0: all). `real` (B, S): padding is hidden from all but
+    itself, so that no row of the softmax is empty.
     """
     see = k_pos[:, None, :] <= q_pos[:, :, None]
     if window:
         see = see & (k_pos[:, None, :] > q_pos[:, :, None] - window)
-    if docs is not None:
-        see = see & (docs[:, None, :] == docs[:, :, None])
     if real is not None:
         T, S = q_pos.shape[1], k_pos.shape[1]
-        see = see & real[:, None, :] | torch.eye(S, dtype=torch.bool, device=real.device)[S - T :]
+        itself = torch.eye(S, dtype=torch.bool, device=real.device)[S - T :]
+        see = see & real[:, None, :] | itself
     return see[:, None]
 
 
-# ------------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 class Linear(nn.Linear):
-    """nn.Linear; for the few rows of a decoding step W stands on the left, in blocks, a fifth faster on a CPU."""
+    """nn.Linear; for the few rows of a decoding step W stands on the left: faster on a CPU."""
 
     def forward(self, x):
         n, (N, K) = x.numel() // x.shape[-1], self.weight.shape
         if self.bias is not None or not 1 < n <= 32 or not x.is_cpu:
             return super().forward(x)
-        W = self.weight.view(-1, N if N % 2048 else 2048, K)
-        return torch.bmm(W, x.reshape(n, K).t().expand(len(W), K, n)).view(N, n).t().reshape(*x.shape[:-1], N)
+        W = self.weight.view(-1, N if N % 2048 else 2048, K)  # in blocks that stay in the cache
+        columns = x.reshape(n, K).t().expand(len(W), K, n)
+        return torch.bmm(W, columns).view(N, n).t().reshape(*x.shape[:-1], N)
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention. Sites: `pattern` (B, H, T, S), `z` (B, T, H, D), `out` (B, T, C)."""
+    """Causal attention. Sites: `pattern` (B, H, T, S), `z` (B, T, H, D), `out` (B, T, C)."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
-        heads, dim = config.n_head, config.head_dim
-        self.qkv = Linear(config.n_embd, (heads + 2 * config.n_kv_head) * dim, bias=config.qkv_bias)
+        heads, kv_heads, dim = config.n_head, config.n_kv_head, config.head_dim
+        self.qkv = Linear(config.n_embd, (heads + 2 * kv_heads) * dim, bias=config.qkv_bias)
         self.proj = Linear(heads * dim, config.n_embd, bias=config.attn_bias)
-        self.q_norm, self.k_norm = (make_norm(config, dim) if config.qk_norm else nn.Identity() for _ in range(2))
-        self.post_norm = make_norm(config, config.n_embd) if config.post_norm else nn.Identity()
-        self.smear = nn.Parameter(torch.zeros(config.n_kv_head, 1, 1)) if config.smear_keys else None
+        self.q_norm = self.k_norm = self.post_norm = nn.Identity()
+        if config.qk_norm == "head":
+            self.q_norm, self.k_norm = make_norm(config, dim), make_norm(config, dim)
+        elif config.qk_norm == "all":
+            self.q_norm = NormOfAllHeads(heads * dim, eps=config.norm_eps)
+            self.k_norm = NormOfAllHeads(kv_heads * dim, eps=config.norm_eps)
+        if config.post_norm:
+            self.post_norm = make_norm(config, config.n_embd)
+        self.smear = nn.Parameter(torch.zeros(kv_heads, 1, 1)) if config.smear_keys else None
         self.pattern, self.z, self.out = nn.Identity(), nn.Identity(), nn.Identity()
 
-    def forward(self, x, rotary, see, joined, cache):
+    def forward(self, x, rotary, see, real, cache):
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)
         q, k, v = qkv.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=1)  # (B, heads, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.smear is not None:
-            first = cache.last_key[self.layer] if cache is not None else torch.zeros_like(k[:, :, :1])
-            before = torch.cat((first, k[:, :, :-1]), dim=2)
-            if cache is not None:
-                cache.last_key[self.layer] = k[:, :, -1:]
-            keep = torch.sigmoid(self.smear)
-            k = keep * k + (1 - keep) * (before if joined is None else before * joined)
+            k = self.smeared(k, real, cache)
         if not c.learned_pos:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
@@ -241,10 +285,23 @@ class Attention(nn.Module):
             if T == 1:  # the queries that share a key as rows of one product
                 q = q.reshape(B, c.n_kv_head, -1, c.head_dim)
             gqa, causal = q.shape[1] != k.shape[1], see is None and T > 1
-            z = F.scaled_dot_product_attention(q, k, v, see, is_causal=causal, scale=c.attn_scale, enable_gqa=gqa)
+            z = F.scaled_dot_product_attention(
+                q, k, v, see, is_causal=causal, scale=c.attn_scale, enable_gqa=gqa
+            )
             z = z.reshape(B, c.n_head, T, c.head_dim)
         z = self.z(z.transpose(1, 2))
         return self.out(self.post_norm(self.proj(z.reshape(B, T, -1))))
+
+    def smeared(self, k, real, cache):
+        """Keys (B, H, T, D), each mixed with the one before it; padding counts as zero."""
+        if real is not None:
+            k = k * real
+        first = torch.zeros_like(k[:, :, :1])
+        if cache is not None:
+            first = cache.last_key[self.layer].clone()
+            cache.last_key[self.layer] = k[:, :, -1:]
+        keep = torch.sigmoid(self.smear)
+        return keep * k + (1 - keep) * torch.cat((first, k[:, :, :-1]), dim=2)
 
     def attend(self, q, k, v, see):
         """The same attention written out: for its pattern, and for soft-capped scores."""
@@ -260,12 +317,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, plain or gated (gate and up in one matrix). Sites: `act` (B, T, d_mlp), `out` (B, T, C)."""
+    """Two layers, plain or gated. Sites: `act` (B, T, d_mlp), `out` (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.up = Linear(config.n_embd, config.d_mlp * (2 if config.gated else 1), bias=config.mlp_bias)
+        self.up = Linear(
+            config.n_embd, config.d_mlp * (2 if config.gated else 1), bias=config.mlp_bias
+        )
         self.down = Linear(config.d_mlp, config.n_embd, bias=config.mlp_bias)
         self.post_norm = make_norm(config, config.n_embd) if config.post_norm else nn.Identity()
         self.act, self.out = nn.Identity(), nn.Identity()
@@ -281,20 +340,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each reading a norm of the residual stream and adding to it."""
+    """One layer: attention and MLP, each reading the residual stream and adding to it."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.parallel = config.parallel
-        self.norm1 = make_norm(config, config.n_embd)
+        self.norm1 = self.norm2 = nn.Identity()
+        if config.pre_norm:
+            self.norm1 = make_norm(config, config.n_embd)
+        if config.pre_norm and config.parallel != "one_norm":
+            self.norm2 = make_norm(config, config.n_embd)
         self.attn = Attention(config, layer)
-        self.norm2 = make_norm(config, config.n_embd) if config.parallel != "one_norm" else nn.Identity()
         self.mlp = MLP(config)
         self.resid_pre, self.resid_post = nn.Identity(), nn.Identity()
 
-    def forward(self, x, rotary, see, joined, cache):
-        h = self.norm1(x := self.resid_pre(x))
-        a = self.attn(h, rotary, see, joined, cache)
+    def forward(self, x, rotary, see, real, cache):
+        x = self.resid_pre(x)
+        h = self.norm1(x)
+        a = self.attn(h, rotary, see, real, cache)
         if self.parallel:
             x = x + a + self.mlp(h if self.parallel == "one_norm" else self.norm2(x))
         else:
@@ -304,45 +367,48 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only language model. `model(idx)` gives logits, `model.loss(idx, targets)` the training loss."""
+    """A decoder-only language model: `model(idx)` gives logits, `model.loss` the loss."""
 
-    def __init__(self, config):
+    def __init__(self, config, init=True):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.learned_pos else None
+        self.wte = embedding(config.vocab_size, config.n_embd)
+        self.wpe = embedding(config.block_size, config.n_embd) if config.learned_pos else None
         self.embed = nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final = make_norm(config, config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie:
             self.head.weight = self.wte.weight
-        self.init_weights()
+        if init:
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal of std sqrt(2 / 5C), smaller where a block adds to the stream, whose size then keeps with depth."""
+        """Normal of std sqrt(2 / 5C); smaller where a block adds to the stream."""
         std = math.sqrt(2 / (5 * self.config.n_embd))
         proj_std = self.config.proj_std or std / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                p.normal_(0, proj_std if name.endswith(("attn.proj.weight", "mlp.down.weight")) else std)
+            if name.endswith(("attn.proj.weight", "mlp.down.weight")):
+                p.normal_(0, proj_std)
+            elif p.dim() == 2:
+                p.normal_(0, std)
             elif name.endswith("bias"):
                 p.zero_()
 
-    def forward(self, idx, targets=None, weights=None, denom=None, mask=None, docs=None, cache=None):
+    def forward(self, idx, targets=None, weights=None, denom=None, mask=None, cache=None):
         """Logits (B, T, V) of token ids `idx` (B, T) int64; with `targets`, the loss (see `loss`).
 
-        mask   (B, T) bool, True at real tokens, for left- or right-padded batches; positions count real tokens only
-        docs   (B, T) document numbers of a packed batch: attention stays inside a document
+        mask   (B, T) bool, True at real tokens, for left- or right-padded batches; positions count
+               real tokens only
         cache  a `KVCache` to continue; `idx` and `mask` are then the new tokens only
         """
-        h = self.hidden(idx, mask, docs, cache)
+        h = self.hidden(idx, mask, cache)
         if targets is None:
             return self.unembed(h)
         return weighted_cross_entropy(self, h, targets, weights, denom)
 
-    def hidden(self, idx, mask=None, docs=None, cache=None):
+    def hidden(self, idx, mask=None, cache=None):
         """The normed residual stream (B, T, C) that the unembedding reads."""
         c, T = self.config, idx.shape[1]
         start = 0 if cache is None else cache.n
@@ -351,19 +417,21 @@ class GPT(nn.Module):
         real = mask
         if cache is not None:
             q_pos = cache.open(mask, T)
-            k_pos, real = cache.pos[:, : cache.n], cache.real[:, : cache.n] if cache.padded else None
+            k_pos = cache.pos[:, : cache.n]
+            real = cache.real[:, : cache.n] if cache.padded else None
         elif mask is not None:
             q_pos = k_pos = (mask.cumsum(1) - 1).clamp(min=0)
         else:
             q_pos = k_pos = torch.arange(T, device=idx.device)[None]
         if real is None:
             q_pos, k_pos = q_pos[:1], k_pos[:1]  # the same for every row
-        # what each layer may see; None is plain causal attention, which needs no mask
-        S, windows = start + T, c.windows or [0] * c.n_layer
-        plain = real is None and docs is None and (start == 0 or T == 1)
-        see = {w: None if plain and not 0 < w < S else visible(q_pos, k_pos, w, real, docs) for w in set(windows)}
-        rotary = {w: None if c.learned_pos else rope(c, q_pos, local=w > 0) for w in set(windows)}
-        joined = self.joined(mask, docs) if c.smear_keys else None
+        # by kind of layer: what it may see (None is plain causal attention), and its rotary angles
+        see, rotary, windows = {}, {}, c.windows or [0] * c.n_layer
+        for w in set(windows):
+            plain = real is None and (start == 0 or T == 1) and not 0 < w < start + T
+            see[w] = None if plain else visible(q_pos, k_pos, w, real)
+            rotary[w] = None if c.learned_pos else rope(c, q_pos, local=w > 0)
+        smear = mask[:, None, :, None] if c.smear_keys and mask is not None else None
 
         x = self.wte(idx)
         if c.embed_scale != 1.0:
@@ -371,21 +439,9 @@ class GPT(nn.Module):
         if c.learned_pos:
             x = x + self.wpe(q_pos)
         x = self.embed(x)
-        for window, block in zip(windows, self.blocks):
-            x = block(x, rotary[window], see[window], joined, cache)
+        for w, block in zip(windows, self.blocks):
+            x = block(x, rotary[w], see[w], smear, cache)
         return self.final(x)
-
-    @staticmethod
-    def joined(mask, docs):
-        """(B, 1, T, 1): 1 where a token's predecessor is real and of the same document; None if that is everywhere."""
-        if mask is None and docs is None:
-            return None
-        ok = torch.ones_like(mask if docs is None else docs, dtype=torch.bool)
-        if mask is not None:
-            ok[:, 1:] &= mask[:, :-1]
-        if docs is not None:
-            ok[:, 1:] &= docs[:, 1:] == docs[:, :-1]
-        return ok[:, None, :, None]
 
     def unembed(self, h):
         """Logits of normed residual vectors h (..., C), with the config's scale and soft-cap."""
@@ -399,33 +455,39 @@ class GPT(nn.Module):
 
         targets  (B, T) token ids; -100 counts nothing
         weights  (B, T), default 1; positions of weight 0 never reach the unembedding
-        denom    default sum(weights), at least 1; give the sum over all micro-batches and ranks to accumulate exactly
+        denom    default sum(weights), at least 1; over all micro-batches and ranks, to accumulate
         """
         return self(idx, targets, weights, denom, **kwargs)
 
     @torch.no_grad()
     def token_loss(self, idx, targets, **kwargs):
-        """Cross-entropy (B, T) of every target in nats, without gradient; 0 where the target is -100."""
+        """Cross-entropy (B, T) of every target in nats, no gradient; 0 where the target is -100."""
         h = self.hidden(idx, **kwargs)
-        rows = (F.cross_entropy(self.unembed(row).float(), t, reduction="none") for row, t in zip(h, targets))
-        return torch.stack(list(rows))
+        rows = []
+        for row, target in zip(h, targets):  # one at a time: the logits may be large
+            rows.append(F.cross_entropy(self.unembed(row).float(), target, reduction="none"))
+        return torch.stack(rows)
 
-    # ------------------------------------------------------------------------------------------------------- sites
+    # ---------------------------------------------------------------------------------------- sites
 
     def site(self, name):
-        """The submodule whose output is the site `name`; KeyError naming the nearest ones if there is none."""
-        names = ["embed", "final"] + [f"blocks.{i}.{s}" for i in range(self.config.n_layer) for s in SITES]
+        """The submodule whose output is the site `name`; KeyError that lists the nearest."""
+        names = ["embed", "final"]
+        for i in range(self.config.n_layer):
+            names += [f"blocks.{i}.{site}" for site in SITES]
         if name not in names:
             near = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or names[:6]
-            raise KeyError(f"no site {name!r} in a model of {self.config.n_layer} layers; near: {', '.join(near)}")
+            what = f"no site {name!r} in a model of {self.config.n_layer} layers"
+            raise KeyError(f"{what}; near: {', '.join(near)}")
         return self.get_submodule(name)
 
     @contextmanager
     def patch(self, functions):
-        """Inside `with model.patch({site: fn}):` forward passes go on with `fn(tensor)` in place of the tensor."""
+        """Inside `with model.patch({site: fn}):` passes go on with `fn(tensor)` for the tensor."""
         modules = [self.site(name) for name in functions]
-        hook = lambda fn: lambda _, __, out: fn(out)
-        handles = [m.register_forward_hook(hook(fn)) for m, fn in zip(modules, functions.values())]
+        handles = []
+        for module, fn in zip(modules, functions.values()):
+            handles.append(module.register_forward_hook(partial(call_on_output, fn)))
         try:
             with self.eager():  # compiled code does not look for hooks
                 yield self
@@ -434,29 +496,41 @@ class GPT(nn.Module):
                 handle.remove()
 
     def eager(self):
-        """A context in which blocks that were compiled run uncompiled: for hooks, and for inputs of many shapes."""
-        compiled = any(block._compiled_call_impl for block in self.blocks)
-        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        """A context in which nothing runs compiled: for hooks, and for inputs of many shapes."""
+        if "torch._dynamo" in sys.modules:  # without it nothing has been compiled
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
 
     def capture(self, idx, sites, mask=None, **kwargs):
-        """Runs the model up to the unembedding; returns {site: tensor}. Patches in force show in what is captured."""
+        """Runs the model up to the unembedding; returns {site: tensor}, as patches leave it."""
         acts = {}
-        with self.patch({name: lambda x, name=name: acts.__setitem__(name, x) for name in sites}):
+        with self.patch({name: partial(acts.__setitem__, name) for name in sites}):
             self.hidden(idx, mask, **kwargs)
         return acts
 
 
+def call_on_output(fn, module, inputs, output):
+    """A forward hook: what `fn` returns takes the place of the output, unless it is None."""
+    return fn(output)
+
+
 SITES = "resid_pre", "attn.pattern", "attn.z", "attn.out", "mlp.act", "mlp.out", "resid_post"
 
-# -------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def weighted_cross_entropy(model, h, targets, weights=None, denom=None):
-    """sum(weights * cross-entropy) / denom of hidden states h (B, T, C); rows without weight are dropped first."""
+    """sum(weights * cross-entropy) / denom of h (B, T, C); rows without weight are dropped."""
     counts = targets != -100 if weights is None else (targets != -100) & (weights > 0)
-    rows = counts.flatten().nonzero().squeeze(1)  # the gather: what has no weight is never unembedded
+    rows = (
+        counts.flatten().nonzero().squeeze(1)
+    )  # the gather: what has no weight is never unembedded
     h, targets = h.flatten(0, 1)[rows], targets.flatten()[rows]
-    weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights.flatten()[rows].float()
+    weights = (
+        torch.ones_like(targets, dtype=torch.float32)
+        if weights is None
+        else weights.flatten()[rows].float()
+    )
     denom = weights.sum().clamp(min=1.0) if denom is None else denom
     return SlicedCrossEntropy.apply(
         h, model.head.weight, targets, weights / denom, model.config, torch.is_grad_enabled()
@@ -464,39 +538,40 @@ def weighted_cross_entropy(model, h, targets, weights=None, denom=None):
 
 
 class SlicedCrossEntropy(torch.autograd.Function):
-    """sum_i w_i * -log softmax(f(h_i W^T))[y_i], a slice of rows at a time, gradients taken on the way.
+    """sum_i w_i * -log softmax(f(h_i W^T))[y_i], by slices of rows, gradients taken on the way.
 
-    The gradient of cross-entropy with respect to the logits is softmax - onehot: known once the logits are. So each
-    slice of logits is turned into its gradient in place and multiplied out while it is still in the processor's cache,
-    and nothing of size V outlives its slice. Used by `loss`; differentiable once.
+    The gradient of cross-entropy with respect to the logits is softmax - onehot: known once the
+    logits are. So each slice of logits is turned into its gradient in place and multiplied out, and
+    nothing of size V outlives its slice. Used by `loss`; differentiable once.
     """
 
     @staticmethod
     def forward(ctx, h, W, targets, w, config, train):
-        device = h.device.type
+        device, scale, cap = h.device.type, config.logit_scale, config.logit_softcap
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         total = torch.zeros((), device=h.device)
         grad_h = torch.empty_like(h) if train else None
         grad_W = torch.zeros_like(W, dtype=torch.float32) if train else None
+        rows = max(64, (2**27 if device == "cuda" else 2**24) // W.shape[0])  # of logits at once
         with torch.autocast(device, enabled=False):
             low = W.to(dtype)
-            step = max(64, (2**27 if device == "cuda" else 2**21) // W.shape[0])  # rows of logits at once
-            for i in range(0, len(h), step):
-                part, y, wi = h[i : i + step].to(dtype), targets[i : i + step, None], w[i : i + step, None]
-                logits = (part @ low.T).float().mul_(config.logit_scale)
-                if config.logit_softcap:
-                    logits = torch.tanh(logits.div_(config.logit_softcap)).mul_(config.logit_softcap)
-                capped = logits.clone() if config.logit_softcap and train else None
-                lse = logits.logsumexp(1, keepdim=True)
-                total += ((lse - logits.gather(1, y)) * wi).sum()
+            for i in range(0, len(h), rows):
+                part, y = h[i : i + rows].to(dtype), targets[i : i + rows, None]
+                wi = w[i : i + rows, None]
+                logits = part @ low.T
+                if scale != 1.0:
+                    logits = logits.float() * scale
+                if cap:
+                    logits = cap * torch.tanh(logits.float() / cap)
+                logp = F.log_softmax(logits, 1, dtype=torch.float32)
+                total -= (logp.gather(1, y) * wi).sum()
                 if train:
-                    grad = logits.sub_(lse).exp_().scatter_add_(1, y, -torch.ones_like(lse))
-                    grad.mul_(wi * config.logit_scale)
-                    if capped is not None:  # d cap*tanh(x/cap) / dx = 1 - (capped/cap)^2
-                        grad.mul_(1 - (capped / config.logit_softcap) ** 2)
-                    grad = grad.to(dtype)
-                    grad_h[i : i + step] = grad @ low
-                    grad_W += grad.T @ part
+                    grad = logp.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=logp.dtype))
+                    if cap:  # d cap*tanh(x/cap) / dx = 1 - (capped/cap)^2
+                        grad.mul_(1 - (logits / cap) ** 2)
+                    grad = grad.mul_(scale).to(dtype) if scale != 1.0 else grad.to(dtype)
+                    grad_h[i : i + rows] = (grad @ low) * wi
+                    grad_W += grad.T @ (part * wi).to(dtype)
         ctx.save_for_backward(grad_h, grad_W)
         ctx.dtype = W.dtype
         return total
@@ -507,46 +582,92 @@ class SlicedCrossEntropy(torch.autograd.Function):
         return grad_h * upstream, (grad_W * upstream).to(ctx.dtype), None, None, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------- generate
+# ----------------------------------------------------------------------------------------- generate
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), seed=None, process=None):
-    """Continues every prompt; returns the new ids of each, a list of lists.
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    stop=(),
+    seed=None,
+    process=None,
+    samples=1,
+):
+    """Continues every prompt `samples` times; returns the new ids of each, prompt by prompt.
 
-    prompts      list of non-empty id lists of any lengths
+    prompts      list of non-empty id lists of any lengths; each is read once, whatever `samples` is
     temperature  0 is greedy: the same ids as one prompt at a time, or without a cache
     top_k/top_p  sample among the k likeliest tokens / the fewest that hold this much probability
-    stop         ids that end a row; the stopping id is the row's last. Finished rows leave the batch
-    process      process(logits, alive, out) -> logits (B, V) float32, called before each sampling: masks, penalties.
-                 alive: the number of the prompt behind each row; out: the new ids so far of every prompt, to be read
+    stop         ids that end a row; the stopping id is the row's last
+    process      process(logits, alive, out) -> logits (B, V) float32, before each sampling: masks,
+                 penalties. out: the new ids of every row so far; alive: the rows in the batch
+    Raises ValueError for what it can't do, and for logits that leave no choice.
     """
-    if not prompts or not all(len(p) for p in prompts):
-        raise ValueError("generate needs at least one prompt, and at least one token in each")
-    device, longest = model.wte.weight.device, max(map(len, prompts))
-    if longest + max_new_tokens > model.config.block_size:
-        limit = f"block_size {model.config.block_size}"
-        raise ValueError(f"{longest} prompt + {max_new_tokens} new tokens do not fit {limit}")
+    check_generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, samples)
+    device, dtype = model.wte.weight.device, model.wte.weight.dtype
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-    stops = torch.tensor(list(stop), dtype=torch.long, device=device)
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device, model.wte.weight.dtype)
-    idx, out = None, [[] for _ in prompts]
-    alive = list(range(len(prompts)))  # the prompt behind each row of the batch
-    for step in range(max_new_tokens):
-        with model.eager():  # the cache grows: compiled blocks would be compiled again and again
-            h = model.hidden(idx, cache=cache)[:, -1] if step else prefill(model, prompts, cache)
-        logits = model.unembed(h).float()
-        idx = sample(process(logits, alive, out) if process else logits, temperature, top_k, top_p, rng)
-        done = torch.isin(idx, stops)[:, 0].tolist()
-        for row, token in zip(alive, idx[:, 0].tolist()):
-            out[row].append(token)
-        if all(done):
-            break
-        if any(done):
-            rows = [i for i, finished in enumerate(done) if not finished]
-            alive, idx = [alive[i] for i in rows], idx[rows]
-            cache.keep(rows)
+    stop, longest = set(stop), max(map(len, prompts))
+    out = [[] for _ in range(len(prompts) * samples)]
+    alive = list(range(len(out)))  # the row of `out` behind each row of the batch
+    going = [True] * len(out)  # whether that row has met no stop yet
+    with model.eager():  # the cache grows: compiled blocks would be compiled again and again
+        cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device, dtype)
+        h = prefill(model, prompts, cache)
+        if samples > 1:
+            h = h.repeat_interleave(samples, 0)
+            cache.keep(torch.arange(len(prompts), device=device).repeat_interleave(samples))
+        for step in range(max_new_tokens):
+            logits = model.unembed(h).float()
+            if process:
+                logits = process(logits, alive, out)
+            idx = sample(logits, temperature, top_k, top_p, rng)
+            for i, token in enumerate(idx[:, 0].tolist()):
+                if going[i]:
+                    out[alive[i]].append(token)
+                    going[i] = token not in stop
+            if not any(going):
+                break
+            if sum(going) < len(going) * (1 if process else 7 / 8):  # to drop rows copies the cache
+                rows = [i for i, more in enumerate(going) if more]
+                alive, going, idx = [alive[i] for i in rows], [True] * len(rows), idx[rows]
+                cache.keep(torch.tensor(rows, device=device))
+            if step + 1 < max_new_tokens:
+                h = model.hidden(idx, cache=cache)[:, -1]
     return out
+
+
+def check_generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, samples):
+    """ValueError for arguments of `generate` that it can't use."""
+    c = model.config
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("generate needs at least one prompt, and at least one token in each")
+    if min(map(min, prompts)) < 0 or max(map(max, prompts)) >= c.vocab_size:
+        raise ValueError(f"prompts have token ids outside 0 to {c.vocab_size - 1}")
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > c.block_size:
+        what = f"{longest} prompt + {max_new_tokens} new tokens"
+        raise ValueError(f"{what} do not fit block_size {c.block_size}")
+    if stop is None or not all(isinstance(token, int) for token in stop):
+        raise ValueError(f"stop {stop!r}, allowed: a collection of token ids")
+    wrong = {
+        "max_new_tokens": (max_new_tokens, max_new_tokens < 1, "1 and more"),
+        "samples": (samples, samples < 1, "1 and more"),
+        "temperature": (
+            temperature,
+            not (temperature == 0 or 1e-5 <= temperature < 1e5),
+            "0, 1e-5 to 1e5",
+        ),
+        "top_k": (top_k, top_k is not None and top_k < 1, "1 and more"),
+        "top_p": (top_p, top_p is not None and not top_p > 0, "above 0"),
+    }
+    for name, (value, bad, allowed) in wrong.items():
+        if bad:
+            raise ValueError(f"{name} {value}, allowed: {allowed}")
 
 
 def prefill(model, prompts, cache):
@@ -555,28 +676,46 @@ def prefill(model, prompts, cache):
     Returns the hidden states (B, C) that unembed to the next tokens.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    longest, h, start, device = len(prompts[order[0]]), [], 0, cache.k.device
-    enough = 2048 if device.type == "cuda" else 128  # tokens that keep the device busy: smaller groups gain nothing
+    longest, start, device = len(prompts[order[0]]), 0, cache.k.device
+    enough = 2048 if device.type == "cuda" else 128  # tokens that keep the device busy
+    h = []
     for end in range(1, len(order) + 1):
         T = len(prompts[order[start]])
-        if end == len(order) or len(prompts[order[end]]) < 0.8 * T and (end - start) * T >= enough:
-            rows = (prompts[i] for i in order[start:end])
-            idx = torch.tensor([[-1] * (T - len(p)) + list(p) for p in rows], device=device)
-            part = cache.part(slice(start, end), longest - T)  # padded on the left, so that all rows end together
-            h.append(model.hidden(idx.clamp(min=0), idx >= 0, cache=part)[:, -1])
+        shorter = end < len(order) and len(prompts[order[end]]) < 0.8 * T
+        if end == len(order) or shorter and (end - start) * T >= enough:
+            idx, mask = padded([prompts[i] for i in order[start:end]], device)
+            part = cache.part(
+                slice(start, end), longest - T
+            )  # on the left, so that all end together
+            h.append(model.hidden(idx, mask, part)[:, -1])
             start = end
     cache.n, cache.padded, h = longest, len(prompts[order[-1]]) < longest, torch.cat(h)
     if not cache.padded:
         return h
-    back = sorted(range(len(order)), key=lambda i: order[i])  # rows in the order of the prompts again
-    cache.keep(back)
+    back = torch.tensor(sorted(range(len(order)), key=lambda i: order[i]), device=device)
+    cache.keep(back)  # rows in the order of the prompts again
     return h[back]
 
 
+def padded(prompts, device):
+    """Id lists as one tensor (B, T), padded on the left, and its mask of real tokens."""
+    longest = max(map(len, prompts))
+    idx = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        idx[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = True
+    return idx.to(device), mask.to(device)
+
+
 def sample(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
-    """One token id for each row of logits (B, V), as (B, 1)."""
+    """One token id for each row of logits (B, V), as (B, 1). ValueError if a row has no best."""
+    best, idx = logits.max(-1, keepdim=True)
+    if not best.isfinite().all():
+        bad = "no token is allowed" if (best == -torch.inf).any() else "logits are not finite"
+        raise ValueError(f"generate: {bad} in row {best.isfinite()[:, 0].int().argmin().item()}")
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
+        return idx
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], -torch.inf)
@@ -585,3 +724,75 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
         out = p.cumsum(-1) - p >= top_p  # the mass before it is enough
         logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=rng)
+
+
+# ------------------------------------------------------------------------ patches at every layer
+
+
+def residuals(model, idx, mask=None, tail=1, cache=None):
+    """The residual stream of the last `tail` columns, (L + 1, B, tail, C): embedding and blocks."""
+    kept = []
+
+    def keep(x):
+        kept.append(x[:, -tail:].clone())
+
+    sites = ["embed"] + [f"blocks.{i}.resid_post" for i in range(model.config.n_layer)]
+    with model.patch(dict.fromkeys(sites, keep)):
+        model.hidden(idx, mask, cache)
+    return torch.stack(kept)
+
+
+@torch.no_grad()
+def sweep(model, idx, interventions, tail=1, mask=None):
+    """Many interventions on the same prompts in one pass, exact: the `final` site under each.
+
+    A patch after block j at column p changes nothing before p and nothing below j. So the prompts
+    run once; then the last `tail` columns (p is the first of them) go through the blocks again, as
+    one bundle per intervention. A bundle joins behind the block where its patches begin, and
+    attends to the keys of the one prefix and to itself, to no other bundle.
+
+    idx            (B, T) token ids; `mask` (B, T) for padding on the left: the last `tail` columns
+                   must be real
+    interventions  V dictionaries {layer: fn}; fn(x) -> x rewrites the last columns (B, tail, C)
+                   that leave block `layer` (-1: the embedding): at one layer, or held at several
+    Returns (B, V, tail, C), normed as `model.unembed` wants it.
+    """
+    c, (B, T) = model.config, idx.shape
+    if c.smear_keys or not 0 < tail < T:
+        allowed = f"1 to {T - 1}, in a model without smeared keys"
+        raise ValueError(f"a sweep over {tail} of {T} columns, allowed: {allowed}")
+    cache = KVCache(c, B, T, idx.device, model.wte.weight.dtype)
+    clean = residuals(model, idx, mask, tail, cache)
+    cache.n, cache.frozen = T - tail, True
+    begins = [min(functions, default=c.n_layer - 1) for functions in interventions]
+    order = sorted(range(len(begins)), key=begins.__getitem__)  # in which they join
+    x = clean[0][:, None][:, :0]  # (B, bundles so far, tail, C)
+    for layer in range(-1, c.n_layer):
+        if layer >= 0 and x.shape[1]:
+            with model.eager():
+                x = block_of_bundles(model, layer, x, cache)
+        new = begins.count(layer)
+        x = torch.cat((x, clean[layer + 1][:, None].expand(-1, new, -1, -1)), 1)
+        for place, v in enumerate(order[: x.shape[1]]):
+            if layer in interventions[v]:
+                x[:, place] = interventions[v][layer](x[:, place])
+    back = torch.tensor(order, device=idx.device).argsort()
+    return model.final(x)[:, back]
+
+
+def block_of_bundles(model, layer, x, cache):
+    """One block for bundles of columns x (B, V, tail, C), each on top of the cache's prefix."""
+    c, n, (_, V, tail, _) = model.config, cache.n, x.shape
+    window = c.windows[layer] if c.windows else 0
+    pos = cache.pos[:, n : n + tail].repeat(1, V)  # (B, V * tail)
+    bundle = torch.arange(V, device=x.device).repeat_interleave(tail)
+    column = torch.arange(tail, device=x.device).repeat(V)
+    own = (bundle[:, None] == bundle) & (column[:, None] >= column)
+    prefix = cache.real[:, None, :n].expand(-1, V * tail, -1)
+    see = torch.cat((prefix, own.expand(len(x), -1, -1)), 2)
+    if window:
+        keys = torch.cat((cache.pos[:, :n], pos), 1)
+        see = see & (keys[:, None] > pos[:, :, None] - window)
+    rotary = None if c.learned_pos else rope(c, pos, local=window > 0)
+    out = model.blocks[layer](x.flatten(1, 2), rotary, see[:, None], None, cache)
+    return out.unflatten(1, (V, tail))

@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import common
+import legacy as common
 import data
 import pretrained
 from model import GPT, GPTConfig, generate

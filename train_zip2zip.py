@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import common
+import legacy as common
 import data
 from lzw_tokenizer import LZW, Decoder, digit_ids
 from model import GPT, GPTConfig, KVCache, sample

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
+import legacy as common
 import countdown_rl as cd
 from model import GPT, GPTConfig, generate
 

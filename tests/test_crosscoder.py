@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from stand_in import tiny_llama
 
-import common
+import legacy as common
 import crosscoder as cx
 import sae
 from model import GPT, GPTConfig

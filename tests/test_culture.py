@@ -11,7 +11,7 @@ import pytest
 import torch
 from stand_in import tiny_llama
 
-import common
+import legacy as common
 import culture
 import pretrained
 from culture import Ask

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import bench
-import common
+import legacy as common
 import data
 import latent_clip as lc
 

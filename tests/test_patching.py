@@ -9,7 +9,7 @@ import pytest
 import torch
 from stand_in import tiny_llama
 
-import common
+import legacy as common
 import patching
 from model import GPT, GPTConfig
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import struct
 import subprocess
@@ -43,7 +44,13 @@ GPT2 = {
     "eos_token_id": 0,
 }
 NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 GEMMA = {
     "head_dim": 16,
     "query_pre_attn_scalar": 10,
@@ -57,26 +64,50 @@ BY_LAYER = {
 }
 FAMILIES = {  # name: (transformers' classes, what its config adds to SMALL)
     "gpt2": ("GPT2", GPT2),
-    "gpt2-wide": ("GPT2", GPT2 | {"n_inner": 40, "activation_function": "gelu", "scale_attn_weights": False}),
+    "gpt2-wide": (
+        "GPT2",
+        GPT2 | {"n_inner": 40, "activation_function": "gelu", "scale_attn_weights": False},
+    ),
     "neox": ("GPTNeoX", NEOX),
-    "neox-serial": ("GPTNeoX", NEOX | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 0.5}),
+    "neox-serial": (
+        "GPTNeoX",
+        NEOX | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 0.5},
+    ),
     "llama": ("Llama", SMALL),
     "llama-bias": (
         "Llama",
-        SMALL | {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True},
+        SMALL
+        | {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True},
     ),
-    "llama3": ("Llama", SMALL | {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}}),
+    "llama3": (
+        "Llama",
+        SMALL | {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}},
+    ),
     "mistral": ("Mistral", SMALL | {"sliding_window": 5}),
     "mistral-full": ("Mistral", SMALL | {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("Qwen2", SMALL | {"tie_word_embeddings": True}),
-    "qwen2-window": ("Qwen2", SMALL | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen2-window": (
+        "Qwen2",
+        SMALL | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    ),
     "qwen3": ("Qwen3", SMALL | {"head_dim": 16}),
-    "gemma2": ("Gemma2", SMALL | GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2": (
+        "Gemma2",
+        SMALL | GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
     "gemma3": ("Gemma3Text", SMALL | GEMMA | {"num_hidden_layers": 7, "attention_bias": True}),
-    "gemma3-linear": ("Gemma3Text", SMALL | GEMMA | {"sliding_window_pattern": 3, "rope_parameters": BY_LAYER}),
+    "gemma3-linear": (
+        "Gemma3Text",
+        SMALL | GEMMA | {"sliding_window_pattern": 3, "rope_parameters": BY_LAYER},
+    ),
     "phi3": ("Phi3", SMALL | {"sliding_window": 7}),
-    "phi3-partial": ("Phi3", SMALL | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "phi3-partial": (
+        "Phi3",
+        SMALL | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
     "cohere": ("Cohere", SMALL | {"logit_scale": 0.3}),
+    "olmo2": ("Olmo2", SMALL),
+    "olmo2-tied": ("Olmo2", SMALL | {"tie_word_embeddings": True, "attention_bias": True}),
     "cohere-bias": ("Cohere", SMALL | {"attention_bias": True, "tie_word_embeddings": False}),
 }
 
@@ -101,7 +132,8 @@ def reference(name):
     config = getattr(transformers, f"{kind}Config")(**fields)
     config._attn_implementation = "eager"
     model = getattr(
-        transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind.removesuffix('Text')}ForCausalLM"
+        transformers,
+        f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind.removesuffix('Text')}ForCausalLM",
     )(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -153,7 +185,9 @@ def test_generate_is_transformers(name, folder):
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [11]]
     ours = generate(model, prompts, 20, temperature=0)
     for prompt, new in zip(prompts, ours):
-        theirs = reference(name).generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+        theirs = reference(name).generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None
+        )
         assert new == theirs[0, len(prompt) :].tolist()
 
 
@@ -162,33 +196,62 @@ def test_old_layout_of_config(folder):
     file = path / "config.json"
     config = json.loads(file.read_text())
     del config["rope_parameters"], config["layer_types"]
-    config |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    config |= {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
     file.write_text(json.dumps(config | {"sliding_window_pattern": 3}))
     idx = torch.arange(24)[None]
     with torch.no_grad():
         close(load(str(path))[0](idx), reference("gemma3-linear")(idx).logits)
 
 
-V4 = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
-V4 |= {"max_position_embeddings": 64, "rms_norm_eps": 1e-6, "layer_norm_eps": 1e-5, "hidden_act": "silu"}
+V4 = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+V4 |= {
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
 
 
 def test_config_of_version_4():
     """Where version 4 wrote rotary settings and windows, which version 5 no longer does."""
     read = lambda kind, **more: pretrained.config_from(V4 | {"model_type": kind} | more)
-    scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"} | {"original_max_position_embeddings": 16}
+    scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"} | {
+        "original_max_position_embeddings": 16
+    }
     old = read("llama", rope_theta=500.0, rope_scaling=scaling)
-    assert old == read("llama", rope_parameters=scaling | {"rope_theta": 500.0}) and old.rope_scaling["factor"] == 8
+    assert (
+        old == read("llama", rope_parameters=scaling | {"rope_theta": 500.0})
+        and old.rope_scaling["factor"] == 8
+    )
     neox = read("gpt_neox", rotary_pct=0.5, rotary_emb_base=500, hidden_act="gelu")
     assert (neox.rotary_pct, neox.rope_base, neox.tie) == (0.5, 500, False)
     assert read("gpt_neox", hidden_act="gelu").rotary_pct == 0.25
     window = {"sliding_window": 5, "max_window_layers": 3}
     assert read("qwen2", use_sliding_window=True, **window).windows == [0, 0, 0, 5]
     assert read("qwen2", use_sliding_window=False, **window).windows is None
-    gemma = {"query_pre_attn_scalar": 8, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 5}
+    gemma = {
+        "query_pre_attn_scalar": 8,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 5,
+    }
     assert read("gemma2", **gemma).windows == [5, 0, 5, 0] and read("gemma2", **gemma).tie
-    gemma3 = read("gemma3_text", **gemma, num_hidden_layers=7, rope_theta=1e6, rope_local_base_freq=1e4)
-    assert gemma3.windows == [5] * 5 + [0, 5] and (gemma3.rope_base, gemma3.rope_base_local) == (1e6, 1e4)
+    gemma3 = read(
+        "gemma3_text", **gemma, num_hidden_layers=7, rope_theta=1e6, rope_local_base_freq=1e4
+    )
+    assert gemma3.windows == [5] * 5 + [0, 5] and (gemma3.rope_base, gemma3.rope_base_local) == (
+        1e6,
+        1e4,
+    )
     assert read("phi3", partial_rotary_factor=0.75).rotary_pct == 0.75
     assert read("cohere").logit_scale == 0.0625 and read("cohere").tie
 
@@ -210,13 +273,9 @@ def test_shards_and_bare_names(folder, tmp_path):
         close(load(str(bare))[0](idx), reference("gpt2")(idx).logits)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-wide", "llama", "llama-bias", "llama3"])
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama3"])
 def test_save_round_trip(name, folder, tmp_path):
     transformers = pytest.importorskip("transformers")
-    if name == "gpt2-wide":
-        with pytest.raises(ValueError, match="attn_scale=1.0"):
-            save(load(str(folder(name)))[0], None, tmp_path / "saved")
-        return
     model, tokenizer = load(str(folder(name)))
     saved = tmp_path / "saved"
     save(model, tokenizer, str(saved))
@@ -226,7 +285,9 @@ def test_save_round_trip(name, folder, tmp_path):
         close(model(idx), theirs(idx).logits)
         close(load(str(saved))[0](idx), theirs(idx).logits)
     again = transformers.AutoTokenizer.from_pretrained(saved)
-    assert again("hello world <eos>", add_special_tokens=False).input_ids == tokenizer.encode("hello world <eos>")
+    assert again("hello world !", add_special_tokens=False).input_ids == tokenizer.encode(
+        "hello world !"
+    )
 
 
 def test_save_names_what_it_cannot(tmp_path):
@@ -273,7 +334,10 @@ def test_dtype_device_and_fresh_memory(folder, monkeypatch):
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"hidden_size": 40}, r"\(96, 32\), by the config it is \(96, 40\)"),
         ({"intermediate_size": "48"}, "intermediate_size is '48'"),
-        ({"tie_word_embeddings": True, "attention_bias": True}, "missing: model.layers.0.self_attn.k_proj.bias"),
+        (
+            {"tie_word_embeddings": True, "attention_bias": True},
+            "missing: model.layers.0.self_attn.k_proj.bias",
+        ),
     ],
 )
 def test_config_that_cannot_be_used(change, words, folder):
@@ -284,7 +348,9 @@ def test_config_that_cannot_be_used(change, words, folder):
         load(str(path))
 
 
-@pytest.mark.parametrize("flag", ["use_qk_norm", "use_bidirectional_attention", "scale_attn_by_inverse_layer_idx"])
+@pytest.mark.parametrize(
+    "flag", ["use_qk_norm", "use_bidirectional_attention", "scale_attn_by_inverse_layer_idx"]
+)
 def test_switch_that_cannot_be_represented(flag):
     with pytest.raises(ValueError, match=f"{flag} can't be represented"):
         pretrained.config_from({"model_type": "cohere", flag: True})
@@ -304,9 +370,14 @@ def test_names_that_are_no_model(tmp_path, monkeypatch):
 def test_hub_without_network(tmp_path):
     code = "import pretrained; pretrained.main(['--model', 'no-such-org/no-such-model', '--prompt', 'x'])"
     env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert all(word in done.stderr for word in ("no-such-org/no-such-model", "HF_HOME", "HF_TOKEN", "local folder"))
+    assert all(
+        word in done.stderr
+        for word in ("no-such-org/no-such-model", "HF_HOME", "HF_TOKEN", "local folder")
+    )
 
 
 def test_unexpected_and_missing_tensors(folder):
@@ -316,7 +387,11 @@ def test_unexpected_and_missing_tensors(folder):
     file = path / "model.safetensors"
     weights = load_file(file)
     save_file(
-        weights | {"score.weight": torch.zeros(2, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)},
+        weights
+        | {
+            "score.weight": torch.zeros(2, 32),
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+        },
         file,
     )
     with pytest.raises(ValueError, match="1 tensors unexpected: score.weight"):
@@ -365,7 +440,9 @@ def write_gguf(path, name="llama", arch="llama", scale=None):
     w.add_bos_token_id(1)
     w.add_eos_token_id(0)
     theirs = "input_layernorm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj "
-    theirs += "self_attn.o_proj self_attn.q_norm self_attn.k_norm mlp.gate_proj mlp.up_proj mlp.down_proj"
+    theirs += (
+        "self_attn.o_proj self_attn.q_norm self_attn.k_norm mlp.gate_proj mlp.up_proj mlp.down_proj"
+    )
     in_gguf = "attn_norm ffn_norm attn_q attn_k attn_v attn_output attn_q_norm attn_k_norm ffn_gate ffn_up ffn_down"
     parts = dict(zip(theirs.split(), in_gguf.split()))
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -392,11 +469,15 @@ def test_gguf_is_the_same_model(name, tmp_path):
     idx = torch.arange(24)[None]
     with torch.no_grad():
         close(model(idx), reference(name)(idx).logits)
-    assert tokenizer.encode("ab<bos>hex") == [3, 1, 4, 92] and tokenizer.decode([3, 1, 4]) == "ab<bos>he"
+    assert tokenizer.with_control_ids("ab<bos>hex") == [3, 1, 4, 92]
+    assert tokenizer.decode([3, 1, 4]) == "ab<bos>he" and 1 not in tokenizer.encode("ab<bos>hex")
 
 
 def test_gguf_rotary_scaling(tmp_path):
-    assert load(str(write_gguf(tmp_path / "a.gguf", scale="linear")))[0].config.rope_scaling["factor"] == 4
+    assert (
+        load(str(write_gguf(tmp_path / "a.gguf", scale="linear")))[0].config.rope_scaling["factor"]
+        == 4
+    )
     with pytest.raises(ValueError, match="rotary scaling 'yarn'"):
         load(str(write_gguf(tmp_path / "b.gguf", scale="yarn")))
 
@@ -409,7 +490,13 @@ def test_gguf_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match="empty"):
         load(str(tmp_path / "empty.gguf"))
     # an array that claims 2^60 numbers: refused at once, nothing allocated
-    claim = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 4, 2**60)
+    claim = (
+        b"GGUF"
+        + struct.pack("<IQQ", 3, 0, 1)
+        + struct.pack("<Q", 1)
+        + b"a"
+        + struct.pack("<IIQ", 9, 4, 2**60)
+    )
     (tmp_path / "claim.gguf").write_bytes(claim + bytes(64))
     with pytest.raises(ValueError, match="the file ends at byte"):
         load(str(tmp_path / "claim.gguf"))
@@ -433,7 +520,10 @@ def test_damaged_files(format, folder, tmp_path):
         name, files = str(file), [file]
     else:
         path = folder("llama")
-        name, files = str(path), [path / f for f in ("model.safetensors", "config.json", "tokenizer.json")]
+        name, files = (
+            str(path),
+            [path / f for f in ("model.safetensors", "config.json", "tokenizer.json")],
+        )
     rng, refused = random.Random(0), 0
     whole = {file: file.read_bytes() for file in files}
     for _ in range(200):
@@ -457,14 +547,18 @@ def test_chat(tmp_path):
     reference("llama").save_pretrained(tmp_path)
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} ! {% endfor %}"
     template += "{% if add_generation_prompt %}a{% endif %}"
-    write_tokenizer(tmp_path, chat_template=template, bos_token={"content": "<bos>"}, eos_token="<eos>")
+    write_tokenizer(
+        tmp_path, chat_template=template, bos_token={"content": "<bos>"}, eos_token="<eos>"
+    )
     tokenizer = load(str(tmp_path))[1]
     ids = tokenizer.chat([{"role": "user", "content": "hello"}], prefill=" world")
     assert tokenizer.decode(ids) == "<bos> hello ! a world"
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('only users') }}")
     with pytest.raises(ValueError, match="only users"):
         load(str(tmp_path))[1].chat([])
-    (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    )
     with pytest.raises(ValueError, match="unsafe"):
         load(str(tmp_path))[1].chat([])
     write_tokenizer(tmp_path)
@@ -489,9 +583,16 @@ def test_truncation_and_padding_in_a_tokenizer_json_are_ignored(tmp_path):
 def test_special_ids(tmp_path):
     reference("llama").save_pretrained(tmp_path)
     write_tokenizer(tmp_path, eos_token="hello")
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7], "bos_token_id": 1}))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [6, 7], "bos_token_id": 1})
+    )
     tokenizer = load(str(tmp_path))[1]
-    assert (tokenizer.eos, tokenizer.stops, tokenizer.bos, tokenizer.n_vocab) == (5, [5, 6, 7], 1, 8)
+    assert (tokenizer.eos, tokenizer.stops, tokenizer.bos, tokenizer.n_vocab) == (
+        5,
+        [5, 6, 7],
+        1,
+        8,
+    )
     assert tokenizer.encode_batch(["hello world", "a"]) == [[5, 6], [3]]
 
 
@@ -499,18 +600,32 @@ def sentencepiece_meta(path, prefix):
     """A SentencePiece BPE with byte fallback, trained on our own sources, and GGUF's metadata of it."""
     spm = pytest.importorskip("sentencepiece")
     path.with_suffix(".txt").write_text((ROOT / "model.py").read_text())
-    options = {"model_type": "bpe", "vocab_size": 600, "byte_fallback": True, "add_dummy_prefix": prefix}
+    options = {
+        "model_type": "bpe",
+        "vocab_size": 600,
+        "byte_fallback": True,
+        "add_dummy_prefix": prefix,
+    }
     options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    options |= {"minloglevel": 2} | ({} if prefix else {"user_defined_symbols": ["<table>", "x▁!="]})
+    options |= {"minloglevel": 2} | (
+        {} if prefix else {"user_defined_symbols": ["<table>", "x▁!="]}
+    )
     spm.SentencePieceTrainer.train(input=path.with_suffix(".txt"), model_prefix=path, **options)
     sp = spm.SentencePieceProcessor(model_file=f"{path}.model")
-    kinds = [3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 6 if sp.is_byte(i) else 1 for i in range(len(sp))]
+    kinds = [
+        3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 6 if sp.is_byte(i) else 1
+        for i in range(len(sp))
+    ]
     tokens = [sp.id_to_piece(i) for i in range(len(sp))]
     for i in () if prefix else map(sp.piece_to_id, ("<table>", "x▁!=")):
         kinds[i], tokens[i] = 4, tokens[i].replace("▁", " ")  # as llama.cpp writes them
     meta = {"tokens": tokens, "scores": [sp.get_score(i) for i in range(len(sp))]}
     meta |= {"model": "llama", "token_type": np.array(kinds), "add_space_prefix": prefix}
-    meta |= {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id(), "unknown_token_id": sp.unk_id()}
+    meta |= {
+        "bos_token_id": sp.bos_id(),
+        "eos_token_id": sp.eos_id(),
+        "unknown_token_id": sp.unk_id(),
+    }
     return sp, {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
 
 
@@ -519,7 +634,9 @@ def test_sentencepiece_of_gguf_is_sentencepiece(prefix, tmp_path):
     sp, meta = sentencepiece_meta(tmp_path / "sp", prefix)
     tokenizer = pretrained.gguf_tokenizer("sp", meta)
     lines = [line for line in (ROOT / "model.py").read_text().splitlines() if line]
-    plain = [t for t in texts() if t and not any(marker in t for marker in ("▁", "<bos>", "</s>", "\0"))]
+    plain = [
+        t for t in texts() if t and not any(marker in t for marker in ("▁", "<bos>", "</s>", "\0"))
+    ]
     for text in lines + plain:
         assert tokenizer.encode(text) == sp.encode(text), text
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -543,7 +660,12 @@ def byte_level_meta(pre):
         "Ã©",
         "whole",
     ]
-    meta = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": np.array([3] + [1] * (len(tokens) - 1))}
+    meta = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": np.array([3] + [1] * (len(tokens) - 1)),
+    }
     meta |= {"merges": ["1 2", "12 3", "123 4", "Ġ 5", "Ã ©"], "eos_token_id": 0, "bos_token_id": 0}
     return {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
 
@@ -562,11 +684,15 @@ def test_pre_tokenizers(pre, pieces, whole):
     split = lambda text: [tokenizer.decode([i]) for i in tokenizer.encode(text)]
     assert split("1234 5") == pieces.split("|") and split("whole") == whole.split("|")
     assert tokenizer.encode("x", bos=True) == [0] * (pre == "llama-bpe") + tokenizer.encode("x")
-    assert len(tokenizer.encode("e\u0301")) == (1 if pre == "qwen2" else 3)  # Qwen composes characters first
+    assert len(tokenizer.encode("e\u0301")) == (
+        1 if pre == "qwen2" else 3
+    )  # Qwen composes characters first
 
 
 def test_pre_tokenizer_that_is_not_known():
-    with pytest.raises(ValueError, match="'mystery' is not known, allowed: llama, gpt2 with gpt-2, smollm"):
+    with pytest.raises(
+        ValueError, match="'mystery' is not known, allowed: llama, gpt2 with gpt-2, smollm"
+    ):
         pretrained.gguf_tokenizer("x", byte_level_meta("mystery"))
 
 
@@ -604,8 +730,7 @@ DIGESTS = {  # of the ids of llama.cpp, by llama-cpp-python 0.3.36: Llama(path).
 @pytest.mark.parametrize("name", REAL)
 def test_real_token_ids(name):
     _, tokenizer = real(name)
-    ids = tokenizer.encode_batch(texts())
-    assert ids == [tokenizer.encode(text) for text in texts()]
+    ids = [tokenizer.with_control_ids(text) for text in texts()]
     assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == DIGESTS[name]
     assert all(tokenizer.decode(i) == text for i, text in zip(ids, texts()) if "▁" not in text)
 
@@ -615,7 +740,11 @@ def test_real_chat():
     ids = tokenizer.chat([{"role": "user", "content": "Hi"}], prefill="Hello")
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     expected = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello"
-    assert tokenizer.decode(ids) == expected and ids.count(1) == 3 and tokenizer.stops[0] == tokenizer.eos == 2
+    assert (
+        tokenizer.decode(ids) == expected
+        and ids.count(1) == 3
+        and tokenizer.stops[0] == tokenizer.eos == 2
+    )
     with pytest.raises(ValueError, match="no chat template"):
         real("gemma-3-270m")[1].chat([{"role": "user", "content": "Hi"}])
 
@@ -633,7 +762,6 @@ def test_real_greedy_text(name, prompt, answer):
     assert (ids[0] == 2) == (name == "gemma-3-270m")
     text = tokenizer.decode(generate(model, [ids], 6, temperature=0)[0])
     assert text.startswith(answer)
-    assert "".join(pretrained.stream(model, tokenizer, ids, 6)) == text
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -643,8 +771,12 @@ def test_real_logits_are_transformers(name):
     pytest.importorskip("accelerate", reason="transformers needs it to read GGUF")
     model, tokenizer = real(name)
     path = pretrained.find(name)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    idx = torch.tensor([tokenizer.encode("The river of Paris is the Seine. " * 80, bos=True)[:600]])  # past the window
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    idx = torch.tensor(
+        [tokenizer.encode("The river of Paris is the Seine. " * 80, bos=True)[:600]]
+    )  # past the window
     with torch.no_grad():
         close(model(idx), theirs(idx).logits)
     greedy = theirs.generate(idx[:, :12], max_new_tokens=16, do_sample=False)[0, 12:].tolist()
@@ -654,9 +786,146 @@ def test_real_logits_are_transformers(name):
 def test_command_line():
     real("smollm2-135m-instruct")
     run = [sys.executable, "pretrained.py", "--prompt"]
-    done = subprocess.run([*run, "The capital of France is", "--max-new-tokens", "4"], cwd=ROOT, capture_output=True)
+    done = subprocess.run(
+        [*run, "The capital of France is", "--max-new-tokens", "4"], cwd=ROOT, capture_output=True
+    )
     assert done.returncode == 0 and done.stdout.decode().startswith(" Paris")
     done = subprocess.run([*run, "x", "--model", "nothing"], cwd=ROOT, capture_output=True)
     assert (
-        done.returncode == 2 and done.stderr.startswith(b"error: no model 'nothing'") and done.stderr.count(b"\n") == 1
+        done.returncode == 2
+        and done.stderr.startswith(b"error: no model 'nothing'")
+        and done.stderr.count(b"\n") == 1
     )
+
+
+# ---------------------------------------------------------------------------------- checked at load
+
+
+@pytest.mark.parametrize("name", ["float32", "fp32", "bfloat16", "bf16", torch.bfloat16])
+def test_dtypes_as_people_type_them(name, folder):
+    wanted = torch.float32 if "32" in str(name) else torch.bfloat16
+    assert load(str(folder("llama")), dtype=name)[0].wte.weight.dtype == wanted
+
+
+def test_gemma_3_refuses_fp16(folder):
+    with pytest.raises(ValueError, match="Gemma 3 overflows in fp16, allowed: fp32, bf16"):
+        load(str(folder("gemma3")), dtype="fp16")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"bos_token_id": -1}, "special id -1"),
+        ({"bos_token_id": 96}, "special id 96"),
+        ({"eos_token_id": [0, 10**6]}, "special id 1000000"),
+        ({"eos_token_id": "0"}, "special id '0'"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_parameters": None, "rope_theta": "10000"}, "rope_theta is '10000'"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"vocab_size": 96.0}, "vocab_size is 96.0"),
+        ({"head_dim": 9}, "9 rotating dims"),
+    ],
+)
+def test_types_ranges_and_ids_are_checked_at_load(change, words, folder):
+    path = folder("llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=words) as error:
+        load(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_shards_are_files_of_the_folder(folder, tmp_path):
+    path = folder("llama")
+    index, weights = path / "model.safetensors.index.json", path / "model.safetensors"
+    (tmp_path / "elsewhere").mkdir()
+    weights.rename(tmp_path / "elsewhere" / "model.safetensors")
+    for name in "elsewhere/model.safetensors", "../x.safetensors", "/etc/hosts":
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        with pytest.raises(ValueError, match="allowed: files of its own folder"):
+            load(str(path))
+    index.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(ValueError, match="missing model.safetensors"):  # and no wait for a writer
+        load(str(path))
+
+
+def gguf_header(meta=(), tensors=()):
+    """The bytes of a GGUF header: (key, type number, packed value), (name, dims)."""
+    out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(meta))
+    for key, kind, value in meta:
+        out += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+    for name, dims in tensors:
+        out += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(dims))
+        out += b"".join(struct.pack("<Q", d) for d in dims) + struct.pack("<IQ", 0, 0)
+    return out + bytes(64)
+
+
+def test_gguf_of_many_dimensions(tmp_path):
+    file = tmp_path / "a.gguf"
+    file.write_bytes(gguf_header(tensors=[("x", [1] * 200_000)]))
+    with pytest.raises(ValueError, match="x has 200000 dimensions, allowed: 1 to 4"):
+        load(str(file))
+
+
+def test_gguf_of_a_long_token():
+    meta = byte_level_meta("gpt-2")
+    meta["tokenizer.ggml.tokens"][-1] = "x" * 400_000
+    with pytest.raises(ValueError, match="a token of 400000 characters"):
+        pretrained.gguf_tokenizer("x", meta)
+
+
+def llama_keys(**more):
+    """GGUF's metadata of a small Llama, and its tensors as `gguf_config` looks at them."""
+    meta = {
+        "context_length": 64,
+        "embedding_length": 32,
+        "block_count": 2,
+        "feed_forward_length": 48,
+    }
+    meta |= {"attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 8}
+    meta |= {"attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": 96}
+    meta |= {key.replace("__", "."): value for key, value in more.items()}
+    meta = {f"llama.{key}": value for key, value in meta.items()} | {
+        "general.architecture": "llama"
+    }
+    return meta, {"token_embd.weight": pretrained.Tensor((96, 32), torch.bfloat16, None)}
+
+
+def test_every_key_of_gguf_is_honoured_or_refused_by_name():
+    config = pretrained.config_from(pretrained.gguf_config(*llama_keys()))
+    assert config.rope_scaling is None and config.tie
+    config = pretrained.config_from(pretrained.gguf_config(*llama_keys(rope__scale_linear=4.0)))
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    for key, value in (("attn_logit_softcapping", 50.0), ("expert_count", 8), ("logit_scale", 0.5)):
+        with pytest.raises(ValueError, match=rf"GGUF with llama\.{key} = "):
+            pretrained.gguf_config(*llama_keys(**{key: value}))
+    pretrained.gguf_config(*llama_keys(expert_count=0, attention__value_length=8))
+    with pytest.raises(ValueError, match="values of 16 dims, keys of 8"):
+        pretrained.gguf_config(*llama_keys(attention__value_length=16))
+
+
+# ---------------------------------------------------------------------------------- the first token
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_first_token_of_sentencepiece(prefix, tmp_path):
+    """With a dummy prefix (Llama 2) encode(" tea") begins with a blank piece; inside a text it doesn't."""
+    sp, meta = sentencepiece_meta(tmp_path / "sp", prefix)
+    tokenizer = pretrained.gguf_tokenizer("sp", meta)
+    if prefix:
+        assert not tokenizer.decode([tokenizer.encode("  tea")[0]]).strip()
+    for word in " tea", " self", " model", "self", " 茶":
+        piece = sp.id_to_piece(pretrained.first_token(tokenizer, word))
+        inside = sp.encode(f"x{word}", out_type=str)[len(sp.encode("x")) :]
+        assert piece == next(p for p in inside if p.strip("▁")), (word, piece)
+    with pytest.raises(ValueError, match="no token that begins ' '"):
+        pretrained.first_token(tokenizer, " ")
+
+
+def test_first_token_of_byte_level_bpe():
+    tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta("gpt-2"))
+    assert tokenizer.decode([pretrained.first_token(tokenizer, " 5")]) == " 5"
+    assert tokenizer.decode([pretrained.first_token(tokenizer, "whole")]) == "w"
+    assert tokenizer.decode([pretrained.first_token(tokenizer, " t")]) == "t"

@@ -9,14 +9,28 @@ import common
 import reproduce
 
 CLAIM = {
-    "id": "C1", "claim": "a < b & c", "paper": ".9", "measured": {"x<y": 0.5}, "control": {"r": 0.1},
-    "criterion": "x >= .4", "holds": True, "control_fails": True,
-}  # fmt: skip
+    "id": "C1",
+    "claim": "a < b & c",
+    "paper": ".9",
+    "measured": {"x<y": 0.5},
+    "control": {"r": 0.1},
+    "criterion": "arm.x >= .4",
+    "holds": True,
+    "control_fails": True,
+    "held": [True, False, True],
+}
 
 
 def write(folder, name, **changes):
     (folder / name).mkdir()
-    result = {"script": name, "paper": "2511.05743", "preset": "toy", "seeds": [0], "device": "cpu", "seconds": 1.0}
+    result = {
+        "script": name,
+        "paper": "2511.05743",
+        "preset": "toy",
+        "seeds": [0],
+        "device": "cpu",
+        "seconds": 1.0,
+    }
     result |= {"claims": [CLAIM | changes], "metrics": {}}
     (folder / name / "result.json").write_text(json.dumps(result))
 
@@ -49,8 +63,59 @@ def test_page(tmp_path):
     checker = Checker()
     checker.feed(page)
     assert not checker.open and "1 of 2 claims" in checker.text and "a < b & c" in checker.text
-    assert "does not hold; its control does not fail" in checker.text and "exit code 1: <boom>" in checker.text
-    assert page.count("data:image/png;base64,") == 1 and "http" not in page.replace("https://arxiv.org/abs/", "")
+    assert "does not hold in 2 of 3 seeds" in checker.text and "exit code 1: <boom>" in checker.text
+    assert page.count("data:image/png;base64,") == 1 and "http" not in page.replace(
+        "https://arxiv.org/abs/", ""
+    )
+
+
+ODD = {
+    "torn": '{"script": "sae", "claims": [{"id"',
+    "empty": "",
+    "list": "[1, 2]",
+    "null": "null",
+    "no claims": json.dumps({"script": "sae"}),
+    "claims of text": json.dumps({"script": "sae", "claims": "all"}),
+    "claim of text": json.dumps(
+        {"script": "sae", "claims": ["one"], "seeds": [0], "preset": "toy"}
+    ),
+    "numbers of text": json.dumps(
+        {"script": "sae", "paper": "1", "preset": "toy", "seeds": [0], "device": "cpu"}
+        | {"seconds": 1, "claims": [CLAIM | {"measured": {"x": "many"}}]}
+    ),
+    "seconds of text": json.dumps(
+        {"script": "sae", "paper": "1", "preset": "toy", "seeds": [0], "device": "cpu"}
+        | {"seconds": "long", "claims": [CLAIM]}
+    ),
+    "another script's": json.dumps({"script": "culture", "claims": [CLAIM]}),
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+def test_an_odd_result_costs_its_own_section(text, tmp_path):
+    write(tmp_path, "train_hapax")
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "result.json").write_text(text)
+    checker = Checker()
+    checker.feed(reproduce.report(common.parse(reproduce.Args, ["--out", str(tmp_path)]), {}))
+    assert not checker.open and "a < b & c" in checker.text
+    assert "sae.py: no result" in checker.text or "sae.py: its result.json is odd" in checker.text
+
+
+def test_all_text_is_escaped(tmp_path):
+    write(tmp_path, "train_hapax")
+    path = tmp_path / "train_hapax" / "result.json"
+    bad = "<script>alert(1)</script>"
+    result = json.loads(path.read_text()) | {
+        "paper": bad,
+        "preset": bad,
+        "device": bad,
+        "seeds": [bad],
+    }
+    claim = CLAIM | {"id": bad, "claim": bad, "criterion": bad, "paper": bad, "measured": {bad: 1}}
+    path.write_text(json.dumps(result | {"claims": [claim]}))
+    page = reproduce.report(common.parse(reproduce.Args, ["--out", str(tmp_path)]), {})
+    assert "<script" not in page and page.count("&lt;script") >= 9
 
 
 def test_runs_resumes_and_goes_on_after_a_failure(tmp_path, capfd, monkeypatch):
@@ -58,7 +123,9 @@ def test_runs_resumes_and_goes_on_after_a_failure(tmp_path, capfd, monkeypatch):
     assert reproduce.main(flags) == {}
     first = (tmp_path / "train_hapax" / "result.json").read_bytes()
     assert reproduce.main([*flags, "--resume"]) == {}
-    assert (tmp_path / "train_hapax" / "result.json").read_bytes() == first and "done before" in capfd.readouterr().out
+    assert (
+        tmp_path / "train_hapax" / "result.json"
+    ).read_bytes() == first and "done before" in capfd.readouterr().out
     monkeypatch.setattr(reproduce, "PAPERS", {"pyproject": "no script at all", **reproduce.PAPERS})
     args = common.parse(reproduce.Args, flags)
     assert reproduce.run_script("pyproject", args).startswith("exit code 2: ")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
+import legacy as common
 import sae as S
 
 torch.set_num_threads(1)

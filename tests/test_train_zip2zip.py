@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import common
+import legacy as common
 import train_zip2zip as z2z
 from lzw_tokenizer import LZW
 from model import GPT, GPTConfig

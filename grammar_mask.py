@@ -10,13 +10,14 @@ a character. So everything here is done in bytes.
     text.advance(id)           # takes one
 
     python grammar_mask.py --schema person.json --model smollm2-135m-instruct --prompt "A person."
+
+Read on: `parse_ebnf`, `Automaton` (the states of a grammar), `Engine` (its masks), `Masker`.
 """
 
 import argparse
 import heapq
 import json
 import re
-import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,8 +29,7 @@ import torch
 class Limits:
     """What a grammar may ask for. Set them higher before you build one that needs more."""
 
-    states = 10**6  # of the automaton
-    depth = 200  # of brackets in brackets, in one rule
+    states = 200_000  # of the automaton; each takes some 2 kB
     stacks = 20_000  # on which one text may be
 
 
@@ -56,10 +56,8 @@ ws      ::= [ \t\n\r]*
 TOKEN = re.compile(
     r"(?P<space>\s+|#[^\n]*)|(?P<define>[A-Za-z_][\w-]*)\s*::=|(?P<name>[A-Za-z_][\w-]*)|"
     r'(?P<literal>"(?:\\[^dDsSwW\n]|[^"\\\n])*")|(?P<class>\[(?:\\.|[^\]\\\n])*\])|'
-    r"(?P<repeat>(?:[*+?]|\{\d+,?\d*\}|\{,\d+\})(?!\s*[*+?{]))|(?P<mark>[()|])|(?P<odd>.)"
+    r"(?P<repeat>[*+?]|\{\d+,?\d*\}|\{,\d+\})|(?P<mark>[()|])|(?P<odd>.)"
 )
-ODD = {"AT": r"an anchor (^ $ \b)", "GROUPREF": "a reference to a group", "ASSERT": "a look-around"}
-ODD |= {"ASSERT_NOT": "a look-around", "SUBPATTERN": "a group with flags"}
 ENDLESS = re._constants.MAXREPEAT
 
 
@@ -67,35 +65,13 @@ def parse_regex(pattern, names=None):
     """The grammar of the texts that re.fullmatch(pattern, text) accepts; else ValueError."""
     try:
         parsed = re._parser.parse(pattern)
-        if parsed.state.flags != re.UNICODE:
-            raise ValueError("flags such as (?i) are not supported")
-        size(parsed)
-        return {"root": (parsed, names)}
     except (RecursionError, OverflowError):
         raise ValueError("brackets are nested too deeply, or a number is too large") from None
     except re.error as error:
         raise ValueError(error.msg) from None
-
-
-def size(parsed, depth=0):
-    """The most states that it takes; ValueError for what has no automaton."""
-    if depth > Limits.depth:
-        raise ValueError(f"brackets are nested more than {Limits.depth} deep")
-    total = 1
-    for op, value in parsed:
-        op = str(op)
-        if op == "BRANCH":
-            total += sum([size(branch, depth + 1) for branch in value[1]])
-        elif op == "SUBPATTERN" and not value[1] and not value[2]:  # no flags of its own
-            total += size(value[3], depth + 1)
-        elif op in ("MAX_REPEAT", "MIN_REPEAT"):
-            least, most, body = value
-            total += size(body, depth + 1) * max(1, least if most is ENDLESS else most)
-        elif op == "LITERAL":
-            total += len(chr(value).encode())
-        elif op not in ("NOT_LITERAL", "ANY", "IN"):
-            raise ValueError(f"{ODD.get(op, op.lower().replace('_', ' '))} has no automaton here")
-    return total
+    if parsed.state.flags != re.UNICODE:
+        raise ValueError("flags such as (?i) are not supported")
+    return {"root": (parsed, names)}
 
 
 def parse_ebnf(text):
@@ -105,33 +81,37 @@ def parse_ebnf(text):
     A ValueError names the line.
     """
     bodies, rules = {}, {}
-    line, rule = 1, None
+    line, before = 1, None
     try:
         for match in TOKEN.finditer(text):
             kind, word = match.lastgroup, match[0]
+            if kind == "space":
+                line += word.count("\n")
+                continue
             if kind == "define":
                 rule = match["define"]
                 if rule in bodies:
                     raise ValueError(f"{rule!r} is defined twice")
                 pieces, names = [], [rule]
                 bodies[rule] = line, pieces, names
-            elif kind == "odd" or kind != "space" and not rule:
+            elif kind == "odd" or not bodies or kind == before == "repeat":
                 raise ValueError(f"can't read {text[match.start() :][:12]!r}")
             elif kind == "name":
                 pieces.append("()")
                 names.append(word)
             elif kind == "literal":
-                plain = re.sub(r"(\\.)|(.)", lambda m: m[1] or re.escape(m[2]), word[1:-1])
-                pieces.append(f"(?:{plain})")
-            elif kind != "space":
+                parts = re.findall(r"\\.|.", word[1:-1])  # an escape, or a letter that means itself
+                parts = [part if part[0] == "\\" else re.escape(part) for part in parts]
+                pieces.append(f"(?:{''.join(parts)})")
+            else:
                 pieces.append("(?:" if word == "(" else word)
-            line += word.count("\n")
+            before = kind
         for rule, body in bodies.items():
             line, pieces, names = body
             for name in names:
                 if name not in bodies:
                     raise ValueError(f"rule {name} is not defined, allowed: {', '.join(bodies)}")
-            rules |= {rule: parse_regex("".join(pieces), names)["root"]}
+            rules[rule] = parse_regex("".join(pieces), names)["root"]
     except ValueError as error:
         raise ValueError(f"grammar line {line}: {error}") from None
     if "root" not in rules:
@@ -142,11 +122,8 @@ def parse_ebnf(text):
 # ---------------------------------------------------------------------------------- JSON schemas
 
 NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"}
-# {keyword: what may stand beside it}; the first one that a part of a schema has decides what it is
-FORMS = {"$ref": [], "anyOf": [], "enum": ["type"], "const": ["type"], "items": ["type"]}
-FORMS |= {"properties": ["type", "required", "additionalProperties"], "type": []}
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
-TYPES |= {"null": [type(None)], "object": [dict], "array": [list]}
+TYPES |= {"null": [type(None)], "object": [dict], "array": [list]}  # all are rules of JSON as well
 dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
@@ -169,41 +146,52 @@ def schema_rule(part, schema, rules):
     """The name of the rule for a part of the schema; rules {id of a part: [name, right side]}."""
     if part is True or not part.keys() - NOTES:
         return "value"
-    if id(part) in rules:
-        return rules[id(part)][0]
-    rules[id(part)] = rule = [f"part{len(rules)}", ""]  # named first: it may call itself
-    given = part.keys() - NOTES
-    form = next((keyword for keyword in FORMS if keyword in given), None)  # the one that decides
-    if extra := given - {form, *FORMS.get(form, [])}:
-        raise ValueError(f"a JSON schema with {', '.join(sorted(extra))}: not supported (there)")
-    kind = part.get("type", {"properties": "object", "items": "array"}.get(form))
-    choices = [kind]
+    if id(part) not in rules:
+        rules[id(part)] = rule = [f"part{len(rules)}", ""]  # named first: it may call itself
+        rule[1] = " | ".join(schema_choices(part, schema, rules))
+        if not rule[1]:
+            raise ValueError(f"a JSON schema allows nothing: {part!r:.60}")
+    return rules[id(part)][0]
+
+
+def schema_choices(part, schema, rules):
+    """What a part of the schema allows: a list of EBNF expressions."""
+    keys = part.keys() - NOTES
+    kind = part.get("type")
     if kind not in (None, *TYPES):
         raise ValueError(f"the type {kind} in a JSON schema, allowed: {', '.join(TYPES)}")
-    if form == "$ref":
+    if keys == {"$ref"}:
+        first, *path = part["$ref"].split("/")
+        if first != "#":
+            raise ValueError(f"$ref {part['$ref']} in a JSON schema: only #/... is supported")
         target = schema
-        for key in part["$ref"].split("/")[1:]:
-            target = target[key.replace("~1", "/").replace("~0", "~")]
-        choices = [schema_rule(target, schema, rules)]
-    elif form == "anyOf":
-        choices = [schema_rule(one, schema, rules) for one in part["anyOf"]]
-    elif form in ("enum", "const"):
-        values = part["enum"] if form == "enum" else [part["const"]]
-        choices = [dumps(dumps(v)) for v in values if kind is None or type(v) in TYPES[kind]]
-    elif form == "properties" and kind == "object":
-        if lacking := {*part.get("required", [])} - part["properties"].keys():
-            raise ValueError(f"{', '.join(lacking)} in a JSON schema: required, but not described")
-        pairs = []
-        for name, value in part["properties"].items():
-            pairs.append(f"{dumps(dumps(name) + ':')} ws {schema_rule(value, schema, rules)} ")
-        choices = ['"{" ws ' + '"," ws '.join(pairs) + 'ws "}"']
-    elif form == "items" and kind == "array":
+        for key in path:
+            target = target[key]
+        return [schema_rule(target, schema, rules)]
+    if keys == {"anyOf"}:
+        return [schema_rule(one, schema, rules) for one in part["anyOf"]]
+    if keys == {"type"}:
+        return [kind]
+    if keys - {"type"} in ({"enum"}, {"const"}):
+        values = part["enum"] if "enum" in keys else [part["const"]]
+        if not isinstance(values, list):
+            raise TypeError("enum needs a list")
+        if "type" in keys:
+            values = [value for value in values if type(value) in TYPES[kind]]
+        return [dumps(dumps(value)) for value in values]  # as JSON, and that as a literal of EBNF
+    if keys - {"type"} == {"items"} and kind in (None, "array"):
         item = schema_rule(part["items"], schema, rules)
-        choices = [f'"[" ws ({item} ("," ws {item})* ws)? "]"']
-    if not choices:
-        raise ValueError(f"a JSON schema allows nothing: {part!r:.60}")
-    rule[1] = " | ".join(choices)
-    return rule[0]
+        return [f'"[" ws ({item} ("," ws {item})* ws)? "]"']
+    rest = keys - {"type", "properties", "required", "additionalProperties"}
+    if rest or "properties" not in keys or kind not in (None, "object"):
+        raise ValueError(f"a JSON schema with {', '.join(sorted(keys))}: not supported together")
+    lacking = {*part.get("required", [])} - part["properties"].keys()
+    if lacking:
+        raise ValueError(f"{', '.join(lacking)} in a JSON schema: required, but not described")
+    pairs = []
+    for name, value in part["properties"].items():
+        pairs.append(f"{dumps(dumps(name) + ':')} ws {schema_rule(value, schema, rules)} ")
+    return ['"{" ws ' + '"," ws '.join(pairs) + 'ws "}"']
 
 
 # --------------------------------------------------------------------------------- the automaton
@@ -234,8 +222,10 @@ def class_bytes(items):
         elif str(op) == "CATEGORY":  # CATEGORY_DIGIT, CATEGORY_NOT_WORD, ...
             letter = str(value).split("_")[-1][0]
             marks |= shorthand(letter if "NOT" in str(value) else letter.lower())
-    marks ^= str(items[0][0]) == "NEGATE"
-    marks[0xD800:0xE000] = marks[LAST + 1 :] = False  # surrogates are no characters
+    if str(items[0][0]) == "NEGATE":
+        marks = ~marks
+    marks[0xD800:0xE000] = False  # surrogates are no characters
+    marks[LAST + 1 :] = False
     found = []
     for n, (head, end) in enumerate([(0, 0x80), (0xC0, 0x800), (0xE0, 0x10000), (0xF0, SIZE)]):
         found += utf8(marks[:end], head, n)
@@ -253,6 +243,11 @@ def utf8(marks, head, n):
     return list(zip(heads.values(), tails))
 
 
+ODD = {"AT": r"an anchor (^ $ \b)", "GROUPREF": "a reference to a group"}
+ODD |= {"ASSERT": "a look-around", "ASSERT_NOT": "a look-around"}
+ODD |= {"SUBPATTERN": "a group with flags"}
+
+
 class Automaton:
     """The rules of a grammar as states: numbers, one for all states that do the same.
 
@@ -263,12 +258,17 @@ class Automaton:
     """
 
     def __init__(self, grammar, spelled):
-        self.moves, self.known, self.spelled = [()], {}, spelled
-        self.starts, self.kinds = {}, set()  # kinds: the sets of bytes that are read
-        if sum([size(parsed) for parsed, _ in grammar.values()]) > Limits.states:
-            raise ValueError(f"the grammar takes more than {Limits.states:,} states")
+        self.spelled = spelled
+        self.work = 0  # states that were asked for
+        self.moves = [()]
+        self.known = {}  # {moves: the state that has them}
+        self.kinds = set()  # the sets of bytes that are read
+        self.starts = {}
         for rule, (parsed, names) in grammar.items():
-            self.starts[rule] = self.build(parsed, names, END)
+            try:
+                self.starts[rule] = self.build(parsed, names, END)
+            except RecursionError:
+                raise ValueError(f"rule {rule}: brackets are nested too deeply") from None
         self.least = self.shortest()
         for rule, start in self.starts.items():
             if start not in self.least:
@@ -283,43 +283,61 @@ class Automaton:
             self.moves.append(moves)
         return s
 
-    def reading(self, branches, then):
-        """The state that reads one character (of `class_bytes`), then goes on to another."""
-        moves = []
-        for some, tails in branches:
-            after = self.reading(tails, then) if tails else then
-            moves.append((frozenset(some & self.spelled), after))
-            self.kinds.add(moves[-1][0])
-        return self.state(*moves)
-
     def build(self, parsed, names, then):
         """The state from which the texts of a parsed expression lead to the state `then`."""
         for op, value in reversed(parsed):
             op = str(op)
+            self.count()
             if op == "LITERAL":
                 for b in reversed(chr(value).encode()):
                     then = self.reading([({b}, [])], then)
             elif op == "IN":
                 then = self.reading(class_bytes(tuple(value)), then)
             elif op in ("NOT_LITERAL", "ANY"):
-                other = ("LITERAL", ord("\n") if op == "ANY" else value)
-                then = self.reading(class_bytes((("NEGATE", None), other)), then)
+                unwanted = ord("\n") if op == "ANY" else value
+                then = self.reading(class_bytes((("NEGATE", None), ("LITERAL", unwanted))), then)
             elif op == "BRANCH":
                 then = self.state(*[(None, self.build(one, names, then)) for one in value[1]])
-            elif op == "SUBPATTERN":
-                call = names and self.state((names[value[0]], then))
-                then = call or self.build(value[3], names, then)
-            else:  # a repetition
-                least, most, body = value
-                end = (None, then)
-                if most is ENDLESS:
-                    then = self.state((None, len(self.moves)), end)  # a loop leads to itself
-                    self.moves[then] = ((None, self.build(body, names, then)), end)
-                    most = least
-                for _ in range(most - least):
-                    then = self.state((None, self.build(body, names, then)), end)
-                for _ in range(least):
-                    then = self.build(body, names, then)
+            elif op == "SUBPATTERN" and names:
+                then = self.state((names[value[0]], then))
+            elif op == "SUBPATTERN" and not value[1] and not value[2]:  # no flags of its own
+                then = self.build(value[3], names, then)
+            elif op in ("MAX_REPEAT", "MIN_REPEAT"):
+                then = self.repeated(*value, names, then)
+            else:
+                what = ODD.get(op, op.lower().replace("_", " "))
+                raise ValueError(f"{what} has no automaton here")
+        return then
+
+    def count(self):
+        """Ends a grammar that takes too long."""
+        self.work += 1
+        if self.work > Limits.states:
+            raise ValueError(f"the grammar takes more than {Limits.states:,} states")
+
+    def reading(self, branches, then):
+        """The state that reads one character (of `class_bytes`), then goes on to another."""
+        moves = []
+        for some, tails in branches:
+            self.count()
+            kind = frozenset(some & self.spelled)
+            self.kinds.add(kind)
+            moves.append((kind, self.reading(tails, then) if tails else then))
+        return self.state(*moves)
+
+    def repeated(self, least, most, body, names, then):
+        """`build` of an expression that is repeated."""
+        end = (None, then)
+        if most is ENDLESS:
+            then = self.state((None, len(self.moves)), end)  # a loop, which leads to itself
+            self.moves[then] = ((None, self.build(body, names, then)), end)
+            most = least
+        for _ in range(most - least):
+            then = self.state((None, self.build(body, names, then)), end)
+        for _ in range(least):
+            before, then = then, self.build(body, names, then)
+            if then == before:  # it reads nothing
+                break
         return then
 
     def shortest(self):
@@ -352,7 +370,8 @@ class Trie:
     def __init__(self, vocab):
         if not all([piece is None or isinstance(piece, bytes) for piece in vocab]):
             raise ValueError("a vocabulary holds bytes, and None for special ids")
-        self.vocab, pieces = vocab, [piece or b"" for piece in vocab]
+        self.vocab = vocab
+        pieces = [piece or b"" for piece in vocab]
         self.length = np.array([len(piece) for piece in pieces], int)
         self.start = np.cumsum(self.length) - self.length
         self.text = np.frombuffer(b"".join(pieces), np.uint8)
@@ -364,8 +383,10 @@ class Trie:
         the children first[i]..first[i + 1], class kind[i] leads to it; id j ends at node[j], or 0.
         """
         classes = np.array(class_of)[self.text]
-        at, node = np.flatnonzero(self.length), np.zeros(len(self.vocab), int)
-        begin, end, keys = 0, 1, []  # of the nodes of a level; parent * n_classes + kind
+        at = np.flatnonzero(self.length)  # the strings that go on
+        node = np.zeros(len(self.vocab), int)
+        begin, end = 0, 1  # the nodes of a level
+        keys = []  # of its children, in order: parent * n_classes + kind
         for depth in range(self.length.max(initial=0)):
             kind = classes[self.start[at] + depth]
             node[at[kind == 0]] = 0
@@ -405,6 +426,18 @@ class Config:
     most: int = 0  # bytes that are enough to end the text, after any id of the mask
 
 
+def byte_classes(kinds):
+    """The class of each byte, and how many there are: one class for bytes that are never told apart.
+
+    kinds are sets of bytes; class 0 is that of the bytes in none of them.
+    """
+    held = np.zeros((257, len(kinds)), bool)  # the last row is of no byte: there is a class 0
+    for i, kind in enumerate(kinds):
+        held[[*kind], i] = True
+    _, classes = np.unique(held, axis=0, return_inverse=True)
+    return classes[:256].tolist(), int(classes.max()) + 1
+
+
 class Engine:
     """The masks of one grammar over one vocabulary; all texts (`Constraint`) share its memory.
 
@@ -427,11 +460,7 @@ class Engine:
         single = [p[0] for i, p in enumerate(self.vocab) if p and len(p) == 1 and i not in self.eos]
         grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
         self.automaton = Automaton(grammar, frozenset(single))
-        held = np.zeros((257, len(self.automaton.kinds)), bool)  # byte by kind; the last has none
-        for i, kind in enumerate(self.automaton.kinds):
-            held[[*kind], i] = True
-        _, classes = np.unique(held, axis=0, return_inverse=True)  # bytes never told apart are one
-        self.class_of, self.n_classes = classes[:256].tolist(), int(classes.max()) + 1
+        self.class_of, self.n_classes = byte_classes(self.automaton.kinds)
         classes_of = {kind: {self.class_of[b] for b in kind} for kind in self.automaton.kinds}
         self.reads = [{} for _ in self.automaton.moves]  # of each state {class: states}
         for reads, moves in zip(self.reads, self.automaton.moves):
@@ -440,7 +469,8 @@ class Engine:
                     reads.setdefault(c, []).append(t)
         self.first, self.kind, self.node = trie.by_class(self.class_of, self.n_classes)
         self.node[self.eos] = 0  # the end is no text
-        self.entered, self.tops = {}, set()  # {state: its `closure`}; tops of stacks there
+        self.entered = {}  # {state: its `closure`}
+        self.tops = set()  # of the stacks there
         self.bottom = Cell(END, None, 0)  # below every stack
         self.done = Config((), False)  # after the end
         self.forget()
@@ -450,33 +480,40 @@ class Engine:
 
     def forget(self):
         """Empties the memory. Texts keep the configuration that they are on: no mask changes."""
-        self.configs, self.walks = {}, {}
-        self.masks, self.sets = {}, {}
+        self.configs = {}  # {(stacks, whether the text may end): Config}
+        self.walks = {}  # {(state, id of a set of nodes): what `walk` returns}
+        self.masks = {}  # {what a mask is made of: mask}
+        self.sets = {}  # {content: set of nodes}
         self.size = 0  # of all this in bytes, about
-        self.bottom.kids, self.root = {}, np.zeros(1, int)
+        self.bottom.kids = {}
+        self.root = np.zeros(1, int)
         self.start = self.config([(self.automaton.starts["root"], self.bottom)])
 
     def closure(self, state):
         """The stacks, top first, on which `state` can read a byte; and whether its rule can end."""
         if state in self.entered:
             return self.entered[state]
-        starts, todo, seen = self.automaton.starts, [(state,)], {(state,)}
-        for stack in filter(None, todo):  # grows
-            rest = stack[1:]
-            ahead = [rest] if stack[0] == END else []
-            for what, t in self.automaton.moves[stack[0]]:
+        starts = self.automaton.starts
+        readers, todo, seen = [], [(state,)], {(state,)}
+        while todo:
+            top, *rest = todo.pop()
+            if self.reads[top]:
+                readers.append((top, *rest))
+            ahead = [tuple(rest)] if top == END else []
+            for what, t in self.automaton.moves[top]:
                 if what is None:
                     ahead.append((t, *rest))
-                elif what in starts:  # if nothing is to be done there, it need not come back to t
-                    ahead.append((starts[what], *rest) if t == END else (starts[what], t, *rest))
-            todo += [other for other in dict.fromkeys(ahead) if other not in seen]
+                elif what in starts and t == END:  # no need to come back to t
+                    ahead.append((starts[what], *rest))
+                elif what in starts:
+                    ahead.append((starts[what], t, *rest))
+            todo += {stack for stack in ahead if stack} - seen
             seen.update(ahead)
-            self.tops.add(stack[0])
-            if len(stack) > len(starts) + 1:  # some rule has been called from inside itself
+            self.tops.add(top)
+            if len(rest) > len(starts):  # some rule has been called from inside itself
                 raise ValueError("left recursion: a rule calls itself before it has read a byte")
             if len(seen) > Limits.stacks:
                 raise ValueError(f"too ambiguous: a state is on more than {Limits.stacks:,} stacks")
-        readers = [stack for stack in todo if stack and self.reads[stack[0]]]
         self.entered[state] = readers, () in seen
         return self.entered[state]
 
@@ -484,7 +521,8 @@ class Engine:
         """The configuration after entering each of [(state, parent)]; one object for equal ones."""
         cells, accepts = set(), False
         todo = [*entries]
-        for state, parent in todo:  # grows
+        while todo:
+            state, parent = todo.pop()
             stacks, ends = self.closure(state)
             for stack in stacks:
                 cell = parent
@@ -574,17 +612,20 @@ class Engine:
             return config.mask
         if self.size > self.limit:
             self.forget()
+        starts = []  # of the walks whose union it is
         todo = [(cell.state, cell.parent, self.root) for cell in config.cells]
-        for state, parent, nodes in todo:  # grows
+        while todo:
+            state, parent, nodes = todo.pop()
+            starts.append((state, parent, nodes))
             reached, ended, most = self.walk(state, nodes)
             if reached:
                 config.most = max(config.most, most + parent.least)
             if len(ended) and parent is not self.bottom:
                 todo.append((parent.state, parent.parent, ended))
-        key = frozenset([(state, id(nodes)) for state, _, nodes in todo]), config.accepts
+        key = frozenset([(state, id(nodes)) for state, _, nodes in starts]), config.accepts
         if key not in self.masks or config.most > left:
             marks = np.zeros(len(self.kind), bool)
-            for state, parent, nodes in todo:
+            for state, parent, nodes in starts:
                 for part, least in self.walk(state, nodes)[0]:
                     if least + parent.least <= left:
                         marks[part] = True
@@ -615,7 +656,8 @@ class Constraint:
     def __init__(self, grammar, vocab=None, eos=(), cache_mb=64):
         shared = isinstance(grammar, Engine)
         self.engine = grammar if shared else Engine(grammar, vocab, eos, cache_mb)
-        self.state, self.past, self.ids = self.engine.start, [], []
+        self.state = self.engine.start
+        self.past, self.ids = [], []
 
     def mask(self):
         """Bool (V,), read-only: the ids that may come next."""
@@ -650,13 +692,18 @@ class Constraint:
 def vocabulary(tokenizer):
     """The bytes of every id (None: it spells nothing) of a tokenizer, for Engine.
 
-    tokenizer: of pretrained.py, transformers (fast ones) or tokenizers. ValueError if its pieces
-    are no plain strings, as those of WordPiece (##) and of BPE with </w>.
+    tokenizer: of pretrained.py, transformers (fast ones), tokenizers or tiktoken. ValueError if its
+    pieces are no plain strings, as those of WordPiece (##) and of BPE with </w>.
     """
+    if hasattr(tokenizer, "_mergeable_ranks"):  # a tiktoken.Encoding
+        vocab = [None] * tokenizer.n_vocab
+        for piece, id in tokenizer._mergeable_ranks.items():
+            vocab[id] = piece
+        return vocab
     backend = getattr(tokenizer, "backend_tokenizer", getattr(tokenizer, "backend", tokenizer))
     spec = json.loads(backend.to_str())
-    decoder = json.dumps(spec["decoder"], ensure_ascii=False)
-    model, level = spec["model"], "ByteLevel" in decoder
+    model, decoder = spec["model"], json.dumps(spec["decoder"], ensure_ascii=False)
+    level = "ByteLevel" in decoder
     mark = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if mark or not level and "▁" not in decoder:
         raise ValueError(f"pieces with {mark or 'the decoder ' + decoder[:60]} are not supported")
@@ -665,16 +712,19 @@ def vocabulary(tokenizer):
     byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
     ids = backend.get_vocab()
     vocab = [None] * (max(ids.values()) + 1)
-    special = {token["id"] for token in spec["added_tokens"] if token["special"]}
-    special |= {ids.get(model.get("unk_token")), model.get("unk_id")}
     for piece, id in ids.items():
         if level and byte_of.keys() >= {*piece}:
-            vocab[id] = bytes([byte_of[c] for c in piece])
+            text = bytes([byte_of[c] for c in piece])
         elif not level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            vocab[id] = bytes.fromhex(piece[3:5])
+            text = bytes.fromhex(piece[3:5])
         else:
-            vocab[id] = (piece if level else piece.replace("▁", " ")).encode()
-    return [None if id in special else piece for id, piece in enumerate(vocab)]
+            text = (piece if level else piece.replace("▁", " ")).encode()
+        vocab[id] = text
+    special = [token["id"] for token in spec["added_tokens"] if token["special"]]
+    for id in [*special, ids.get(model.get("unk_token")), model.get("unk_id")]:
+        if id is not None:
+            vocab[id] = None
+    return vocab
 
 
 class Masker:
@@ -725,40 +775,41 @@ class LogitsProcessor:
 
 def main(argv=None):
     """Lets a model write inside a grammar, or explains where a text leaves it."""
+    import common  # only the command line needs more than this file
+    import data
+    import pretrained
+    from model import generate
+
     parser = argparse.ArgumentParser("grammar_mask.py", description=main.__doc__)
-    parser.error = lambda message: sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
+    parser.error = common.fail
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--schema", metavar="FILE", help="a JSON schema")
     source.add_argument("--grammar", metavar="FILE", help="EBNF with a rule root")
     source.add_argument("--regex", metavar="PATTERN", help="as in re.fullmatch")
-    parser.add_argument("--explain", metavar="TEXT", help="where does TEXT leave the grammar?")
     parser.add_argument("--model", help="what pretrained.py loads, as smollm2-135m-instruct")
-    parser.add_argument("--prompt", help="what to ask the model")
+    parser.add_argument("text", help="what to ask the model; without one: explain where it leaves")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="[256]")
     args = parser.parse_args(argv)
-    asked = args.model is not None and args.prompt is not None
-    if asked != (args.explain is None) or (args.model is None) != (args.prompt is None):
-        parser.error("give --model and --prompt, or --explain alone")
-    try:
-        file = args.schema or args.grammar
-        grammar = Path(file).read_text("utf-8") if file else parse_regex(args.regex)
+    with common.bad_input(args.schema or args.grammar or "--regex"):
         if args.schema:
-            grammar = json_schema(json.loads(grammar))
-        if not asked:
-            engine = Engine(grammar, [bytes([b]) for b in range(256)])
-            return print(engine.explain(engine.start, args.explain.encode()))
-        import pretrained  # only the command line needs our own models
-        from model import generate
-
+            grammar = json_schema(data.read_json(Path(args.schema)))
+        elif args.grammar:
+            grammar = data.read_text(args.grammar)
+        else:
+            grammar = parse_regex(args.regex)
+        engine = Engine(grammar, [bytes([b]) for b in range(256)])
+    with common.bad_input():
+        if not args.model:
+            return print(engine.explain(engine.start, args.text.encode()))
         model, tokenizer = pretrained.load(args.model)
         engine = Engine(grammar, vocabulary(tokenizer), tokenizer.stops)
-        chat = [{"role": "user", "content": args.prompt}]
-        prompt = tokenizer.chat(chat) if tokenizer.template else tokenizer.encode(args.prompt)
-        options = {"stop": tokenizer.stops, "process": Masker(engine, args.max_new_tokens)}
-        ids = generate(model, [prompt], args.max_new_tokens, 0.0, **options)[0]
-        print(tokenizer.decode(ids[:-1]))
-    except (OSError, ValueError, ImportError) as error:
-        parser.error(f"{file}: {error}" if isinstance(error, json.JSONDecodeError) else error)
+        prompt = tokenizer.encode(args.text, bos=True)
+        if tokenizer.template:
+            prompt = tokenizer.chat([{"role": "user", "content": args.text}])
+        masker = Masker(engine, args.max_new_tokens)
+        stop = tokenizer.stops
+        ids = generate(model, [prompt], args.max_new_tokens, 0.0, stop=stop, process=masker)[0]
+    print(data.printable(tokenizer.decode(ids[:-1])))
 
 
 if __name__ == "__main__":

@@ -213,7 +213,8 @@ class KVCache:
 
     def keep(self, rows):
         """Selects batch rows (indices, repeats allowed), in place."""
-        self.k, self.v, self.last_key = self.k[:, rows], self.v[:, rows], self.last_key[:, rows]
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.last_key = self.last_key[:, rows]
         self.real, self.pos = self.real[rows], self.pos[rows]
 
 
@@ -634,7 +635,9 @@ def generate(
                 break
             if sum(going) < len(going) * (1 if process else 7 / 8):  # to drop rows copies the cache
                 rows = [i for i, more in enumerate(going) if more]
-                alive, going, idx = [alive[i] for i in rows], [True] * len(rows), idx[rows]
+                alive = [alive[i] for i in rows]
+                going = [True] * len(rows)
+                idx = idx[rows]
                 cache.keep(torch.tensor(rows, device=device))
             if step + 1 < max_new_tokens:
                 h = model.hidden(idx, cache=cache)[:, -1]
@@ -654,20 +657,15 @@ def check_generate(model, prompts, max_new_tokens, temperature, top_k, top_p, st
         raise ValueError(f"{what} do not fit block_size {c.block_size}")
     if stop is None or not all(isinstance(token, int) for token in stop):
         raise ValueError(f"stop {stop!r}, allowed: a collection of token ids")
-    wrong = {
-        "max_new_tokens": (max_new_tokens, max_new_tokens < 1, "1 and more"),
-        "samples": (samples, samples < 1, "1 and more"),
-        "temperature": (
-            temperature,
-            not (temperature == 0 or 1e-5 <= temperature < 1e5),
-            "0, 1e-5 to 1e5",
-        ),
-        "top_k": (top_k, top_k is not None and top_k < 1, "1 and more"),
-        "top_p": (top_p, top_p is not None and not top_p > 0, "above 0"),
-    }
-    for name, (value, bad, allowed) in wrong.items():
-        if bad:
-            raise ValueError(f"{name} {value}, allowed: {allowed}")
+    if max_new_tokens < 1 or samples < 1:
+        what = f"max_new_tokens {max_new_tokens}, samples {samples}"
+        raise ValueError(f"{what}, allowed: 1 and more")
+    if not (temperature == 0 or 1e-5 <= temperature <= 1e5):
+        raise ValueError(f"temperature {temperature}, allowed: 0, or 1e-5 to 1e5")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k}, allowed: 1 and more")
+    if top_p is not None and not top_p > 0:
+        raise ValueError(f"top_p {top_p}, allowed: above 0")
 
 
 def prefill(model, prompts, cache):
@@ -676,9 +674,9 @@ def prefill(model, prompts, cache):
     Returns the hidden states (B, C) that unembed to the next tokens.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    longest, start, device = len(prompts[order[0]]), 0, cache.k.device
+    longest, device = len(prompts[order[0]]), cache.k.device
     enough = 2048 if device.type == "cuda" else 128  # tokens that keep the device busy
-    h = []
+    h, start = [], 0
     for end in range(1, len(order) + 1):
         T = len(prompts[order[start]])
         shorter = end < len(order) and len(prompts[order[end]]) < 0.8 * T
@@ -686,10 +684,11 @@ def prefill(model, prompts, cache):
             idx, mask = padded([prompts[i] for i in order[start:end]], device)
             part = cache.part(
                 slice(start, end), longest - T
-            )  # on the left, so that all end together
+            )  # padded on the left: they end together
             h.append(model.hidden(idx, mask, part)[:, -1])
             start = end
-    cache.n, cache.padded, h = longest, len(prompts[order[-1]]) < longest, torch.cat(h)
+    h = torch.cat(h)
+    cache.n, cache.padded = longest, len(prompts[order[-1]]) < longest
     if not cache.padded:
         return h
     back = torch.tensor(sorted(range(len(order)), key=lambda i: order[i]), device=device)

@@ -130,7 +130,7 @@ def mask_engines(grammar, lark, enc, trie, builtin=False):
     try:
         import xgrammar
 
-        pieces = [b or b"<special>" for b in trie.vocab]
+        pieces = [b or b"<special>" for b in trie]
         info = xgrammar.TokenizerInfo(
             pieces, vocab_type=xgrammar.VocabType.RAW, vocab_size=enc.n_vocab, stop_token_ids=[enc.eot_token]
         )
@@ -243,22 +243,22 @@ def masks(device):
     """
     torch.set_num_threads(1)
     enc = encoding("cl100k_base", 4096)
-    trie, streams = gm.Trie(pieces_of(enc)), [enc.encode(text) for text in documents(random.Random(0), 120)]
+    trie, streams = pieces_of(enc), [enc.encode(text) for text in documents(random.Random(0), 120)]
     n = np.cumsum([len(ids) for ids in streams])
     first, last = int((n < 1000).sum()) + 1, int((n < 4500).sum())
     engines = mask_engines(gm.JSON, JSON_LARK, enc, trie, builtin=True)
     print(f"JSON over {enc.n_vocab:,} ids, warm")
     rows = compare("JSON masks, warm", engines, streams[:first], streams[first:last], 12)
-    wrong = {"json": differing_bits(engines, [ids[:60] for ids in streams[:20]], trie.vocab)}
+    wrong = {"json": differing_bits(engines, [ids[:60] for ids in streams[:20]], trie)}
     enc = encoding("o200k_base", 16384)
-    trie = gm.Trie(pieces_of(enc))
+    trie = pieces_of(enc)
     for name, grammar, lark, text in ("Lisp", LISP, LISP_LARK, lisp_text), ("query", QUERY, QUERY_LARK, query_text):
         rng = random.Random(0)
         streams = [enc.encode(text(rng)) for _ in range(12)]
         print(f"{name} over {enc.n_vocab:,} ids, cold, {sum(map(len, streams))} tokens")
         engines = mask_engines(grammar, lark, enc, trie)
         rows += compare(f"{name} masks, cold", engines, [], streams, 12)
-        wrong[name] = differing_bits(engines, streams, trie.vocab)
+        wrong[name] = differing_bits(engines, streams, trie)
     print(f"bits that differ: {wrong}")
     assert not any(sum(found.values()) for found in wrong.values()), wrong
     return rows

@@ -20,18 +20,12 @@ import json
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
-
-class Limits:
-    """What a grammar may ask for. Set them higher before you build one that needs more."""
-
-    states = 200_000  # of the automaton; each takes some 2 kB
-    stacks = 20_000  # on which one text may be
-
+STATES = 200_000  # that a grammar may take, some 2 kB each
+STACKS = 20_000  # that one text may be on
 
 # ------------------------------------------------------------------------------------- grammars
 # A grammar is {rule: (parsed, names)}, its language that of the rule `root`. Python's own parser of
@@ -166,7 +160,7 @@ def schema_choices(part, schema, rules):
             raise ValueError(f"$ref {part['$ref']} in a JSON schema: only #/... is supported")
         target = schema
         for key in path:
-            target = target[key]
+            target = target[key.replace("~1", "/").replace("~0", "~")]
         return [schema_rule(target, schema, rules)]
     if keys == {"anyOf"}:
         return [schema_rule(one, schema, rules) for one in part["anyOf"]]
@@ -269,6 +263,8 @@ class Automaton:
                 self.starts[rule] = self.build(parsed, names, END)
             except RecursionError:
                 raise ValueError(f"rule {rule}: brackets are nested too deeply") from None
+            except ValueError as error:
+                raise ValueError(f"rule {rule}: {error}") from None
         self.least = self.shortest()
         for rule, start in self.starts.items():
             if start not in self.least:
@@ -278,6 +274,9 @@ class Automaton:
 
     def state(self, *moves):
         """The state with these moves; a new one if there is none."""
+        self.work += 1
+        if self.work > STATES:
+            raise ValueError(f"the grammar takes more than {STATES:,} states")
         s = self.known.setdefault(moves, len(self.moves))
         if s == len(self.moves):
             self.moves.append(moves)
@@ -287,7 +286,6 @@ class Automaton:
         """The state from which the texts of a parsed expression lead to the state `then`."""
         for op, value in reversed(parsed):
             op = str(op)
-            self.count()
             if op == "LITERAL":
                 for b in reversed(chr(value).encode()):
                     then = self.reading([({b}, [])], then)
@@ -309,17 +307,10 @@ class Automaton:
                 raise ValueError(f"{what} has no automaton here")
         return then
 
-    def count(self):
-        """Ends a grammar that takes too long."""
-        self.work += 1
-        if self.work > Limits.states:
-            raise ValueError(f"the grammar takes more than {Limits.states:,} states")
-
     def reading(self, branches, then):
         """The state that reads one character (of `class_bytes`), then goes on to another."""
         moves = []
         for some, tails in branches:
-            self.count()
             kind = frozenset(some & self.spelled)
             self.kinds.add(kind)
             moves.append((kind, self.reading(tails, then) if tails else then))
@@ -364,43 +355,34 @@ class Automaton:
 # ------------------------------------------------------------------------------------- the engine
 
 
-class Trie:
-    """The strings of a vocabulary (bytes; None for a special id), of which tries can be made."""
+def trie_of(vocab, class_of, n_classes):
+    """The trie of the strings of a vocabulary in which bytes of a class are one.
 
-    def __init__(self, vocab):
-        if not all([piece is None or isinstance(piece, bytes) for piece in vocab]):
-            raise ValueError("a vocabulary holds bytes, and None for special ids")
-        self.vocab = vocab
-        pieces = [piece or b"" for piece in vocab]
-        self.length = np.array([len(piece) for piece in pieces], int)
-        self.start = np.cumsum(self.length) - self.length
-        self.text = np.frombuffer(b"".join(pieces), np.uint8)
-
-    def by_class(self, class_of, n_classes):
-        """The trie in which bytes of a class are one, without the strings that have class 0.
-
-        Nodes are numbered level by level from the root, 0. Returns (first, kind, node): node i has
-        the children first[i]..first[i + 1], class kind[i] leads to it; id j ends at node[j], or 0.
-        """
-        classes = np.array(class_of)[self.text]
-        at = np.flatnonzero(self.length)  # the strings that go on
-        node = np.zeros(len(self.vocab), int)
-        begin, end = 0, 1  # the nodes of a level
-        keys = []  # of its children, in order: parent * n_classes + kind
-        for depth in range(self.length.max(initial=0)):
-            kind = classes[self.start[at] + depth]
-            node[at[kind == 0]] = 0
-            at, kind = at[kind > 0], kind[kind > 0]
-            child = (node[at] - begin) * n_classes + kind
-            there = np.zeros((end - begin) * n_classes, bool)
-            there[child] = True
-            node[at] = end + np.cumsum(there)[child] - 1
-            keys.append(begin * n_classes + np.flatnonzero(there))
-            begin, end = end, end + len(keys[-1])
-            at = at[self.length[at] > depth + 1]
-        keys = np.concatenate([[-1], *keys])  # the root is no child
-        first = np.searchsorted(keys, np.arange(end + 1) * n_classes)
-        return first, keys % n_classes, node
+    Strings with a byte of class 0 are left out. Nodes are numbered level by level from the root, 0.
+    Returns (first, kind, node): node i has the children first[i]..first[i + 1], class kind[i] leads
+    to it; id j ends at node[j], or at 0.
+    """
+    length = np.array([len(piece or b"") for piece in vocab], int)
+    start = np.cumsum(length) - length
+    classes = np.array(class_of)[np.frombuffer(b"".join(filter(None, vocab)), np.uint8)]
+    at = np.flatnonzero(length)  # the strings that go on
+    node = np.zeros(len(vocab), int)
+    begin, end = 0, 1  # the nodes of a level
+    keys = []  # of its children, in order: parent * n_classes + kind
+    for depth in range(length.max(initial=0)):
+        kind = classes[start[at] + depth]
+        node[at[kind == 0]] = 0
+        at, kind = at[kind > 0], kind[kind > 0]
+        child = (node[at] - begin) * n_classes + kind
+        there = np.zeros((end - begin) * n_classes, bool)
+        there[child] = True
+        node[at] = end + np.cumsum(there)[child] - 1
+        keys.append(begin * n_classes + np.flatnonzero(there))
+        begin, end = end, end + len(keys[-1])
+        at = at[length[at] > depth + 1]
+    keys = np.concatenate([[-1], *keys])  # the root is no child
+    first = np.searchsorted(keys, np.arange(end + 1) * n_classes)
+    return first, keys % n_classes, node
 
 
 @dataclass(slots=True, eq=False)
@@ -427,9 +409,9 @@ class Config:
 
 
 def byte_classes(kinds):
-    """The class of each byte, and how many there are: one class for bytes that are never told apart.
+    """Of sets of bytes: the class of each byte, one for those never told apart; how many there are.
 
-    kinds are sets of bytes; class 0 is that of the bytes in none of them.
+    Class 0 is that of the bytes in no set.
     """
     held = np.zeros((257, len(kinds)), bool)  # the last row is of no byte: there is a class 0
     for i, kind in enumerate(kinds):
@@ -442,7 +424,7 @@ class Engine:
     """The masks of one grammar over one vocabulary; all texts (`Constraint`) share its memory.
 
     grammar: EBNF, or what parse_ebnf or parse_regex returns; vocab: the bytes of every id (None:
-    special), or a Trie; eos: the id or ids that end a text; cache_mb: what it may remember, about.
+    special); eos: the id or ids that end a text; cache_mb: what it may remember, about.
 
     A text is on a set of stacks of the automaton. What a token does to a stack depends on the
     states below the top one only after the top one's rule has ended. So the trie is walked for the
@@ -452,12 +434,14 @@ class Engine:
     """
 
     def __init__(self, grammar, vocab, eos=(), cache_mb=64):
-        trie = vocab if isinstance(vocab, Trie) else Trie(vocab)
-        self.vocab, self.limit = trie.vocab, cache_mb * 2**20
+        self.vocab = vocab
+        self.limit = cache_mb * 2**20
         self.eos = np.atleast_1d([] if eos is None else eos).astype(int).tolist()
+        if not all([piece is None or isinstance(piece, bytes) for piece in vocab]):
+            raise ValueError("a vocabulary holds bytes, and None for special ids")
         if self.eos and not 0 <= min(self.eos) <= max(self.eos) < len(self.vocab):
             raise ValueError(f"eos {self.eos} is out of range, allowed: 0 to {len(self.vocab) - 1}")
-        single = [p[0] for i, p in enumerate(self.vocab) if p and len(p) == 1 and i not in self.eos]
+        single = [p[0] for i, p in enumerate(vocab) if p and len(p) == 1 and i not in self.eos]
         grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
         self.automaton = Automaton(grammar, frozenset(single))
         self.class_of, self.n_classes = byte_classes(self.automaton.kinds)
@@ -467,7 +451,7 @@ class Engine:
             for what, t in moves:
                 for c in classes_of.get(what, ()):
                     reads.setdefault(c, []).append(t)
-        self.first, self.kind, self.node = trie.by_class(self.class_of, self.n_classes)
+        self.first, self.kind, self.node = trie_of(vocab, self.class_of, self.n_classes)
         self.node[self.eos] = 0  # the end is no text
         self.entered = {}  # {state: its `closure`}
         self.tops = set()  # of the stacks there
@@ -512,8 +496,8 @@ class Engine:
             self.tops.add(top)
             if len(rest) > len(starts):  # some rule has been called from inside itself
                 raise ValueError("left recursion: a rule calls itself before it has read a byte")
-            if len(seen) > Limits.stacks:
-                raise ValueError(f"too ambiguous: a state is on more than {Limits.stacks:,} stacks")
+            if len(seen) > STACKS:
+                raise ValueError(f"too ambiguous: a state is on more than {STACKS:,} stacks")
         self.entered[state] = readers, () in seen
         return self.entered[state]
 
@@ -535,8 +519,8 @@ class Engine:
                 accepts = True
             elif ends:
                 todo.append((parent.state, parent.parent))
-            if len(cells) > Limits.stacks:
-                raise ValueError(f"too ambiguous: a text is on more than {Limits.stacks:,} stacks")
+            if len(cells) > STACKS:
+                raise ValueError(f"too ambiguous: a text is on more than {STACKS:,} stacks")
         key = frozenset(cells), accepts
         if key not in self.configs:
             least = 0 if accepts else min([cell.least for cell in cells])
@@ -651,13 +635,10 @@ class Engine:
 
 
 class Constraint:
-    """A text that grows id by id inside a language; arguments as for Engine, or an Engine."""
+    """A text that grows id by id. To go back, keep `state` and put it back."""
 
-    def __init__(self, grammar, vocab=None, eos=(), cache_mb=64):
-        shared = isinstance(grammar, Engine)
-        self.engine = grammar if shared else Engine(grammar, vocab, eos, cache_mb)
-        self.state = self.engine.start
-        self.past, self.ids = [], []
+    def __init__(self, engine):
+        self.engine, self.state = engine, engine.start
 
     def mask(self):
         """Bool (V,), read-only: the ids that may come next."""
@@ -669,17 +650,7 @@ class Constraint:
         if after is None:
             piece = self.engine.vocab[id]
             raise ValueError(f"id {id}, {piece}: {self.engine.explain(self.state, piece or b'')}")
-        self.past.append(self.state)
-        self.ids.append(id)
         self.state = after
-
-    def rollback(self, n=1):
-        """Takes the last n ids back."""
-        if not 0 <= n <= len(self.past):
-            raise ValueError(f"rollback of {n} ids, allowed: 0 to {len(self.past)}")
-        if n:
-            self.state = self.past[-n]
-            del self.past[-n:], self.ids[-n:]
 
     def accepts(self):
         """Whether the text so far is complete."""
@@ -786,29 +757,31 @@ def main(argv=None):
     source.add_argument("--schema", metavar="FILE", help="a JSON schema")
     source.add_argument("--grammar", metavar="FILE", help="EBNF with a rule root")
     source.add_argument("--regex", metavar="PATTERN", help="as in re.fullmatch")
-    parser.add_argument("--model", help="what pretrained.py loads, as smollm2-135m-instruct")
-    parser.add_argument("text", help="what to ask the model; without one: explain where it leaves")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="[256]")
+    use = parser.add_mutually_exclusive_group(required=True)
+    use.add_argument("--explain", metavar="TEXT", help="where does TEXT leave the grammar?")
+    use.add_argument("--prompt", metavar="TEXT", help="what to ask --model")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="[%(default)s]")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="[%(default)s]")
     args = parser.parse_args(argv)
     with common.bad_input(args.schema or args.grammar or "--regex"):
         if args.schema:
-            grammar = json_schema(data.read_json(Path(args.schema)))
+            grammar = json_schema(json.loads(data.read_text(args.schema)))
         elif args.grammar:
             grammar = data.read_text(args.grammar)
         else:
             grammar = parse_regex(args.regex)
         engine = Engine(grammar, [bytes([b]) for b in range(256)])
+    if args.explain is not None:
+        return print(engine.explain(engine.start, args.explain.encode()))
     with common.bad_input():
-        if not args.model:
-            return print(engine.explain(engine.start, args.text.encode()))
         model, tokenizer = pretrained.load(args.model)
         engine = Engine(grammar, vocabulary(tokenizer), tokenizer.stops)
-        prompt = tokenizer.encode(args.text, bos=True)
-        if tokenizer.template:
-            prompt = tokenizer.chat([{"role": "user", "content": args.text}])
         masker = Masker(engine, args.max_new_tokens)
-        stop = tokenizer.stops
-        ids = generate(model, [prompt], args.max_new_tokens, 0.0, stop=stop, process=masker)[0]
+        prompt = tokenizer.encode(args.prompt, bos=True)
+        if tokenizer.template:
+            prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
+        options = {"stop": tokenizer.stops, "process": masker}
+        ids = generate(model, [prompt], args.max_new_tokens, 0.0, **options)[0]
     print(data.printable(tokenizer.decode(ids[:-1])))
 
 

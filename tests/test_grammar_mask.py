@@ -41,6 +41,11 @@ space  ::= [ \n]+
 """
 
 
+def fresh(grammar, vocab, eos=(), **options):
+    """A text of a new engine."""
+    return gm.Constraint(gm.Engine(grammar, vocab, eos, **options))
+
+
 def allowed(c):
     eos = c.engine.eos
     return {"eos" if i in eos else c.engine.vocab[i] for i in np.flatnonzero(c.mask()).tolist()}
@@ -62,11 +67,12 @@ def in_language(grammar, text):
 
 
 def test_dyck_masks_by_hand():
-    c = gm.Constraint('root ::= ("(" root ")")*', PARENS, 5)
+    c = fresh('root ::= ("(" root ")")*', PARENS, 5)
     start = {b"(", b"((", b"()", "eos"}
     assert allowed(c) == start
+    before = c.state
     assert allowed(after(c, b"(")) == {b"(", b")", b"((", b"()"}
-    c.rollback()
+    c.state = before
     assert allowed(after(c, b"((")) == set(PARENS[:5])
     assert allowed(after(c, b"))")) == start
     c.advance(5)
@@ -74,10 +80,10 @@ def test_dyck_masks_by_hand():
 
 
 def test_tokens_across_terminals_duplicates_and_empty_strings():
-    c = gm.Constraint('root ::= "foo" "bar"', [b"fo", b"ob", b"ar", b"o", b"b", b"a", b"r", b"f"])
+    c = fresh('root ::= "foo" "bar"', [b"fo", b"ob", b"ar", b"o", b"b", b"a", b"r", b"f"])
     assert allowed(c) == {b"fo", b"f"}
     assert after(c, b"fo", b"ob", b"ar").accepts() and not c.mask().any()
-    c = gm.Constraint('root ::= "ab"', [b"a", b"b", b"ab", b"ab", b"abb", b"", None], 6)
+    c = fresh('root ::= "ab"', [b"a", b"b", b"ab", b"ab", b"abb", b"", None], 6)
     assert c.mask().tolist() == [True, False, True, True, False, False, False]
     c.advance(3)
     assert c.mask().tolist() == [False] * 6 + [True]
@@ -101,7 +107,7 @@ def test_utf8_of_classes():
 
 
 def test_tokens_inside_a_character():
-    c = gm.Constraint("root ::= [é-你]", [*BYTES, "你".encode()[:2], "好".encode()])
+    c = fresh("root ::= [é-你]", [*BYTES, "你".encode()[:2], "好".encode()])
     assert {0xE4, 0xC3, 256} <= set(np.flatnonzero(c.mask())) and not c.mask()[257] and not c.mask()[0xC2]
     c.advance(256)
     assert np.flatnonzero(c.mask()).tolist() == [*range(0x80, 0xA1)]
@@ -173,7 +179,7 @@ def random_grammar(rng):
         trees = {name: random_tree(rng, 3) for name in ("root", "A", "B")}
         text = "\n".join(f"{name} ::= {as_ebnf(tree)}" for name, tree in trees.items())
         try:
-            c = gm.Constraint(text, [b"a", b"b", b"c"])
+            c = fresh(text, [b"a", b"b", b"c"])
             for b in b"abc":  # is it too ambiguous?
                 c.engine.read(c.engine.start, bytes([b]) * 30)
             for rule in trees:  # the definition can't do with left recursion, which the engine rewrites
@@ -191,7 +197,7 @@ def test_masks_equal_the_definition():
         trees, text = random_grammar(rng)
         words = [bytes(rng.choice(list(b"abc"), rng.integers(2, 6)).tolist()) for _ in range(8)]
         vocab = [b"a", b"b", b"c", *words, b"", None]
-        c, so_far = gm.Constraint(text, vocab, eos=len(vocab) - 1, cache_mb=int(rng.integers(2))), b""
+        c, so_far = fresh(text, vocab, eos=len(vocab) - 1, cache_mb=int(rng.integers(2))), b""
         for _ in range(5):
             truth = [bool(b) and recognise(trees, so_far + b)[0] for b in vocab[:-1]]
             complete = recognise(trees, so_far)[1]
@@ -206,8 +212,9 @@ def test_masks_equal_the_definition():
             options = np.flatnonzero(mask[:-1])
             if not len(options):
                 break
-            c.advance(int(rng.choice(options)))
-            so_far += vocab[c.ids[-1]]
+            id = int(rng.choice(options))
+            c.advance(id)
+            so_far += vocab[id]
     assert bits > 4000 and wrong_by_first_byte > 300  # the control: a mask by first byte is wrong
 
 
@@ -238,7 +245,7 @@ def test_masks_equal_one_byte_at_a_time(grammar):
     rng = np.random.default_rng(2)
     enc = data.train_bpe('{"a": [1, -2.5e3], "b": "\\u00e9 你"} not (x + 1) ** 2 == f(a, [b]) in (()[])' * 3, 280)
     vocab = [enc.decode_single_token_bytes(i) for i in range(279)] + [None]
-    c = gm.Constraint(grammar, vocab, 279)
+    c = fresh(grammar, vocab, 279)
     for _ in range(120):
         slow = [bool(b) and c.engine.read(c.state, b) is not None for b in vocab[:-1]] + [c.accepts()]
         assert c.mask().tolist() == slow
@@ -384,7 +391,7 @@ def test_prefixes_of_a_regular_expression():
 )
 def test_regular_expressions_that_are_refused(pattern, match):
     with pytest.raises(ValueError, match=match) as error:
-        gm.parse_regex(pattern)
+        gm.Engine(gm.parse_regex(pattern), BYTES)
     assert "\n" not in str(error.value)
 
 
@@ -423,7 +430,7 @@ def test_masks_equal_the_peers(name, style):
         keep = [b and (len(b) == 1 or b.decode(errors="replace").encode() == b) for b in vocab]
         vocab = [b if k else None for b, k in zip(vocab, keep)]
     grammar, lark = PEERS.get(name) or (gm.JSON, bench.JSON_LARK)
-    engines = bench.mask_engines(grammar, lark, enc, gm.Trie(vocab))
+    engines = bench.mask_engines(grammar, lark, enc, vocab)
     if len(engines) == 1:
         pytest.skip("neither llguidance nor xgrammar is installed")
     real = [i for i, b in enumerate(vocab) if b]
@@ -450,31 +457,29 @@ def test_masks_equal_the_peers(name, style):
 # ------------------------------------------------------------------------------------------------------- invariants
 
 
-def test_every_allowed_id_advances_and_rollback_restores():
-    c = gm.Constraint('root ::= ("(" root ")")*', PARENS, 5)
+def test_every_allowed_id_advances_and_a_state_can_be_put_back():
+    c = fresh('root ::= ("(" root ")")*', PARENS, 5)
     rng = np.random.default_rng(4)
     for _ in range(50):
-        mask = c.mask()
+        mask, before = c.mask(), c.state
         assert mask.any() and mask[5] == c.accepts() and not mask.flags.writeable
         for id in range(6):
             if mask[id]:
                 c.advance(id)
-                c.rollback()
+                c.state = before
             else:
                 with pytest.raises(ValueError, match=f"id {id}"):
                     c.advance(id)
             assert c.mask() is mask
         c.advance(int(rng.choice(np.flatnonzero(mask[:5]))))
-    with pytest.raises(ValueError, match="rollback of 51 ids, allowed: 0 to 50"):
-        c.rollback(51)
-    c.rollback(50)
+    c.state = c.engine.start
     assert allowed(c) == {b"(", b"((", b"()", "eos"}
 
 
 def test_memory_can_be_emptied_at_any_time_and_is_not_shared_by_grammars():
-    trie = gm.Trie([*BYTES, b'{"a', b"}}", b"]}", b'":', None])
-    plain, small = gm.Constraint(gm.JSON, trie, 260), gm.Constraint(gm.JSON, trie, 260, cache_mb=0)
-    other = gm.Constraint(DYCK, trie, 260)
+    vocab = [*BYTES, b'{"a', b"}}", b"]}", b'":', None]
+    plain, small = fresh(gm.JSON, vocab, 260), fresh(gm.JSON, vocab, 260, cache_mb=0)
+    other = fresh(DYCK, vocab, 260)
     for b in b'{"a":{"b":[1,{"c":[]}]}}':
         assert (plain.mask() == small.mask()).all()
         plain.advance(b)
@@ -484,7 +489,7 @@ def test_memory_can_be_emptied_at_any_time_and_is_not_shared_by_grammars():
 
 
 def test_deep_nesting():
-    c = gm.Constraint(gm.JSON, [*BYTES, b"]]", b"[" * 50])
+    c = fresh(gm.JSON, [*BYTES, b"]]", b"[" * 50])
     for _ in range(200):
         c.advance(257)
     assert c.state.least == 10000 and c.mask()[256]
@@ -494,7 +499,7 @@ def test_deep_nesting():
 
 
 def test_explain():
-    c = gm.Constraint(gm.JSON, [*BYTES, b"{]", None, b"tru"], 257)
+    c = fresh(gm.JSON, [*BYTES, b"{]", None, b"tru"], 257)
     for id, match in (256, r"id 256, b'{\]': refused at byte 1, b'\]'; expected: one of .*}"), (257, "1 bytes more"):
         with pytest.raises(ValueError, match=match):
             c.advance(id)
@@ -509,7 +514,7 @@ def test_explain():
 
 
 def test_the_end_is_no_text_even_if_it_has_bytes():
-    c = gm.Constraint('root ::= "<e>" | "<"', [b"<", b"e", b">", b"<e>"], 3)
+    c = fresh('root ::= "<e>" | "<"', [b"<", b"e", b">", b"<e>"], 3)
     assert allowed(c) == {b"<"}
     assert allowed(after(c, b"<")) == {b"e", "eos"}
     c.advance(3)
@@ -518,21 +523,21 @@ def test_the_end_is_no_text_even_if_it_has_bytes():
 
 def test_several_ends():
     for eos in [3, 4], (4, 3), np.array([3, 4]):
-        c = gm.Constraint('root ::= "a"*', [b"a", b"b", b"", None, b"</s>"], eos)
+        c = fresh('root ::= "a"*', [b"a", b"b", b"", None, b"</s>"], eos)
         assert np.flatnonzero(c.mask()).tolist() == [0, 3, 4]
     with pytest.raises(ValueError, match=r"eos \[7\] is out of range, allowed: 0 to 0"):
-        gm.Constraint('root ::= "a"', [b"a"], 7)
-    assert np.flatnonzero(gm.Constraint('root ::= "a"*', [b"a", None], None).mask()).tolist() == [0]
+        fresh('root ::= "a"', [b"a"], 7)
+    assert np.flatnonzero(fresh('root ::= "a"*', [b"a", None], None).mask()).tolist() == [0]
 
 
 def test_a_byte_that_no_token_has_is_cut_from_the_language():
-    c = gm.Constraint('root ::= "a" ("b" "x" | "a")', [b"a", b"b", b"ab", None], 3)
+    c = fresh('root ::= "a" ("b" "x" | "a")', [b"a", b"b", b"ab", None], 3)
     assert allowed(c) == {b"a"} and allowed(after(c, b"a")) == {b"a"}  # never `ab`, which can't go on
     with pytest.raises(ValueError, match="rule root is unproductive"):
-        gm.Constraint('root ::= "ax"', [b"a"])
-    assert allowed(gm.Constraint('root ::= "ab" | "a"', [b"a", b"ab"])) == {b"a"}  # b is no token of its own
+        fresh('root ::= "ax"', [b"a"])
+    assert allowed(fresh('root ::= "ab" | "a"', [b"a", b"ab"])) == {b"a"}  # b is no token of its own
     with pytest.raises(ValueError, match="holds bytes"):
-        gm.Constraint('root ::= "a"', ["a"])
+        fresh('root ::= "a"', ["a"])
 
 
 def byte_level(tokenizers):
@@ -564,7 +569,7 @@ def test_vocabulary_of_sentencepiece_tokenizers():
     vocab = gm.vocabulary(backend)
     assert vocab[:6] == [None, None, b" a", b"a", b" ", b"\0"] and len(vocab) == 401 and vocab[400] == b"z"
     assert vocab[399] is None and vocab[3] == vocab[5 + ord("a")] == b"a"  # two ids for the same byte, both allowed
-    assert np.flatnonzero(gm.Constraint('root ::= "a"', vocab, 1).mask()).tolist() == [3, 5 + ord("a")]
+    assert np.flatnonzero(fresh('root ::= "a"', vocab, 1).mask()).tolist() == [3, 5 + ord("a")]
 
 
 def test_vocabularies_that_are_refused_by_name():
@@ -595,7 +600,7 @@ def test_vocabularies_that_are_refused_by_name():
         ('root ::= a\na ::= root "x" | "y"', "left recursion"),
         ("root ::= [^\\x00-\\U0010FFFF]", "rule root is unproductive"),
         ('root ::= "a"\n\nb ::= [z-a]', "line 3: bad character range z-a"),
-        ('root ::= "\\uD800"', "line 1: 'utf-8' .* surrogates"),
+        ('root ::= "\\uD800"', "rule root: 'utf-8' .* surrogates"),
         ('root ::= "\\Uffffffff"', "or a number is too large"),
         ('root ::= "\\q"', "line 1: bad escape"),
         ('root ::= "\\d"', "line 1: can't read"),
@@ -615,27 +620,27 @@ def test_vocabularies_that_are_refused_by_name():
         ('"a"', "line 1: can't read"),
         ('root ::= "a', "line 1: can't read"),
         ('root ::= "a"{99999999999}', "or a number is too large"),
-        ('root ::= "a"{9999999}', "more than 1,000,000 states"),
-        ('root ::= ((("a"{999}){999}){999}){999}', "more than 1,000,000 states"),
-        ('root ::= ""{4000000000}', "more than 1,000,000 states"),
+        ('root ::= "a"{9999999}', "more than 200,000 states"),
+        ('root ::= ((("a"{999}){999}){999}){999}', "more than 200,000 states"),
+        ('root ::= ""{0,4000000000}', "more than 200,000 states"),
         ("root ::= " + "(" * 1000 + '"a"' + ")" * 1000, "line 1: brackets are nested"),
-        ("root ::= " + '("b" | "a" ' * 210 + ")" * 210, "line 1: brackets are nested"),
     ],
 )
 def test_bad_grammars_end_in_one_line(grammar, match):
     with pytest.raises(ValueError, match=match) as error:
-        gm.Constraint(grammar, BYTES)
+        fresh(grammar, BYTES)
     assert "\n" not in str(error.value)
 
 
 def test_what_the_limits_allow():
     nested = "root ::= " + "(" * 150 + '"a"' + ")" * 150
     assert in_language(nested, "a") and in_language('root ::= "a"{9000}', "a" * 9000)
+    assert in_language('root ::= ""{4000000000}', "") and not in_language('root ::= ""{4000000000}', "a")
 
 
 def test_a_grammar_that_is_too_ambiguous_says_so():
     """After n letters a text is on 2 ** n stacks."""
-    c = gm.Constraint('root ::= "a" root "b" | "a" root "c" | "a"', [*BYTES, b"a" * 64])
+    c = fresh('root ::= "a" root "b" | "a" root "c" | "a"', [*BYTES, b"a" * 64])
     with pytest.raises(ValueError, match="too ambiguous"):
         c.mask()
     with pytest.raises(ValueError, match="too ambiguous"):
@@ -646,7 +651,7 @@ def test_a_grammar_that_is_too_ambiguous_says_so():
 @pytest.mark.parametrize("form", ['"a" {}', '{} "a"', '{} | "b"'])
 def test_a_chain_of_rules(n, form):
     rules = [f"r{i} ::= " + form.format(f"r{i + 1}") for i in range(n)]
-    c = gm.Constraint("\n".join(["root ::= r0", *rules, f'r{n} ::= "z"']), BYTES)
+    c = fresh("\n".join(["root ::= r0", *rules, f'r{n} ::= "z"']), BYTES)
     assert c.state.least == (1 if "|" in form else n + 1)
     text = b"a" * n + b"z" if form.startswith('"') else b"z" + b"a" * n
     for b in text if "|" not in form else b"z":
@@ -883,9 +888,9 @@ def test_command_line_explains(capsys, tmp_path):
     "flags, match",
     [
         ([], "--schema"),
-        (["--regex", "a"], "give --model and --prompt"),
-        (["--regex", "a", "--model", "x"], "give --model and --prompt"),
-        (["--regex", "a", "--model", "x", "--prompt", "y", "--explain", "z"], "give --model and --prompt"),
+        (["--regex", "a"], "--explain --prompt is required"),
+        (["--regex", "a", "--model", "x"], "--explain --prompt is required"),
+        (["--regex", "a", "--prompt", "y", "--explain", "z"], "not allowed with"),
         (["--regex", "a", "--grammar", "b"], "not allowed with"),
         (["--regex", "(", "--explain", "a"], "unterminated"),
         (["--grammar", "/nowhere", "--explain", "a"], "/nowhere"),

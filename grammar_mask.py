@@ -168,10 +168,7 @@ def schema_choices(part, schema, rules):
         return [kind]
     if keys - {"type"} in ({"enum"}, {"const"}):
         values = part["enum"] if "enum" in keys else [part["const"]]
-        if not isinstance(values, list):
-            raise TypeError("enum needs a list")
-        if "type" in keys:
-            values = [value for value in values if type(value) in TYPES[kind]]
+        values = [value for value in values if not kind or type(value) in TYPES[kind]]
         return [dumps(dumps(value)) for value in values]  # as JSON, and that as a literal of EBNF
     if keys - {"type"} == {"items"} and kind in (None, "array"):
         item = schema_rule(part["items"], schema, rules)
@@ -408,18 +405,6 @@ class Config:
     most: int = 0  # bytes that are enough to end the text, after any id of the mask
 
 
-def byte_classes(kinds):
-    """Of sets of bytes: the class of each byte, one for those never told apart; how many there are.
-
-    Class 0 is that of the bytes in no set.
-    """
-    held = np.zeros((257, len(kinds)), bool)  # the last row is of no byte: there is a class 0
-    for i, kind in enumerate(kinds):
-        held[[*kind], i] = True
-    _, classes = np.unique(held, axis=0, return_inverse=True)
-    return classes[:256].tolist(), int(classes.max()) + 1
-
-
 class Engine:
     """The masks of one grammar over one vocabulary; all texts (`Constraint`) share its memory.
 
@@ -439,13 +424,19 @@ class Engine:
         self.eos = np.atleast_1d([] if eos is None else eos).astype(int).tolist()
         if not all([piece is None or isinstance(piece, bytes) for piece in vocab]):
             raise ValueError("a vocabulary holds bytes, and None for special ids")
-        if self.eos and not 0 <= min(self.eos) <= max(self.eos) < len(self.vocab):
-            raise ValueError(f"eos {self.eos} is out of range, allowed: 0 to {len(self.vocab) - 1}")
+        if not {*self.eos} <= {*range(len(vocab))}:
+            raise ValueError(f"eos {self.eos} is out of range, allowed: 0 to {len(vocab) - 1}")
         single = [p[0] for i, p in enumerate(vocab) if p and len(p) == 1 and i not in self.eos]
         grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
         self.automaton = Automaton(grammar, frozenset(single))
-        self.class_of, self.n_classes = byte_classes(self.automaton.kinds)
-        classes_of = {kind: {self.class_of[b] for b in kind} for kind in self.automaton.kinds}
+        kinds = self.automaton.kinds
+        held = [tuple([b in kind for kind in kinds]) for b in range(256)]
+        classes = list(
+            dict.fromkeys([(False,) * len(kinds), *held])
+        )  # class 0: of bytes never read
+        self.class_of = [classes.index(row) for row in held]
+        self.n_classes = len(classes)
+        classes_of = {kind: {self.class_of[b] for b in kind} for kind in kinds}
         self.reads = [{} for _ in self.automaton.moves]  # of each state {class: states}
         for reads, moves in zip(self.reads, self.automaton.moves):
             for what, t in moves:
@@ -453,14 +444,13 @@ class Engine:
                     reads.setdefault(c, []).append(t)
         self.first, self.kind, self.node = trie_of(vocab, self.class_of, self.n_classes)
         self.node[self.eos] = 0  # the end is no text
-        self.entered = {}  # {state: its `closure`}
-        self.tops = set()  # of the stacks there
+        self.entered = set()  # states
         self.bottom = Cell(END, None, 0)  # below every stack
         self.done = Config((), False)  # after the end
         self.forget()
         for start in self.automaton.starts.values():  # is there left recursion?
-            if start not in self.tops:
-                self.closure(start)
+            if start not in self.entered:
+                self.config([(start, self.bottom)])
 
     def forget(self):
         """Empties the memory. Texts keep the configuration that they are on: no mask changes."""
@@ -473,53 +463,40 @@ class Engine:
         self.root = np.zeros(1, int)
         self.start = self.config([(self.automaton.starts["root"], self.bottom)])
 
-    def closure(self, state):
-        """The stacks, top first, on which `state` can read a byte; and whether its rule can end."""
-        if state in self.entered:
-            return self.entered[state]
-        starts = self.automaton.starts
-        readers, todo, seen = [], [(state,)], {(state,)}
-        while todo:
-            top, *rest = todo.pop()
-            if self.reads[top]:
-                readers.append((top, *rest))
-            ahead = [tuple(rest)] if top == END else []
-            for what, t in self.automaton.moves[top]:
-                if what is None:
-                    ahead.append((t, *rest))
-                elif what in starts and t == END:  # no need to come back to t
-                    ahead.append((starts[what], *rest))
-                elif what in starts:
-                    ahead.append((starts[what], t, *rest))
-            todo += {stack for stack in ahead if stack} - seen
-            seen.update(ahead)
-            self.tops.add(top)
-            if len(rest) > len(starts):  # some rule has been called from inside itself
-                raise ValueError("left recursion: a rule calls itself before it has read a byte")
-            if len(seen) > STACKS:
-                raise ValueError(f"too ambiguous: a state is on more than {STACKS:,} stacks")
-        self.entered[state] = readers, () in seen
-        return self.entered[state]
+    def stack(self, state, parent):
+        """The stack with a state on top of another stack."""
+        if state not in parent.kids:
+            parent.kids[state] = Cell(state, parent, parent.least + self.automaton.least[state])
+        return parent.kids[state]
 
     def config(self, entries):
-        """The configuration after entering each of [(state, parent)]; one object for equal ones."""
+        """The configuration after entering each of [(state, stack below)]; one for equal ones."""
+        starts = self.automaton.starts
         cells, accepts = set(), False
-        todo = [*entries]
-        while todo:
-            state, parent = todo.pop()
-            stacks, ends = self.closure(state)
-            for stack in stacks:
-                cell = parent
-                for q in reversed(stack):
-                    if q not in cell.kids:
-                        cell.kids[q] = Cell(q, cell, cell.least + self.automaton.least[q])
-                    cell = cell.kids[q]
-                cells.add(cell)
-            if ends and parent is self.bottom:
+        todo = [(state, parent, 0) for state, parent in entries]
+        seen = set(entries)
+        while todo:  # what can be done without reading a byte
+            state, parent, depth = todo.pop()
+            self.entered.add(state)
+            ahead = []
+            if self.reads[state]:
+                cells.add(self.stack(state, parent))
+            if state == END and parent is self.bottom:
                 accepts = True
-            elif ends:
-                todo.append((parent.state, parent.parent))
-            if len(cells) > STACKS:
+            elif state == END:
+                ahead.append((parent.state, parent.parent, depth - 1))
+            for what, t in self.automaton.moves[state]:
+                if what is None:
+                    ahead.append((t, parent, depth))
+                elif what in starts and t == END:  # no need to come back to t
+                    ahead.append((starts[what], parent, depth))
+                elif what in starts:
+                    ahead.append((starts[what], self.stack(t, parent), depth + 1))
+            todo += [one for one in ahead if one[:2] not in seen]
+            seen.update([one[:2] for one in ahead])
+            if depth > len(starts):  # some rule has been called from inside itself
+                raise ValueError("left recursion: a rule calls itself before it has read a byte")
+            if len(seen) > STACKS:
                 raise ValueError(f"too ambiguous: a text is on more than {STACKS:,} stacks")
         key = frozenset(cells), accepts
         if key not in self.configs:

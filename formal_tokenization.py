@@ -148,7 +148,8 @@ def random_spelling(ranks, text, rng):
 def automaton(pattern, alphabet):
     """The automaton of a regular expression over the bytes of an alphabet."""
     engine = gm.Engine(gm.parse_regex(pattern), [bytes([b]) for b in alphabet])
-    number, order, table = {None: -1, engine.start: 0}, [engine.start], []
+    number = {None: -1, engine.start: 0}
+    order, table = [engine.start], []
     for config in order:  # grows
         row = [engine.read(config, [b]) for b in alphabet]
         for after in row:
@@ -218,7 +219,8 @@ def proper_moves(table, accepting, tau, vocab):
 def dead_ends(table, accepting, moves):
     """How many states (q, last id) can be reached where no text ends and no id may come next."""
     start = 0, moves.shape[2]
-    todo, seen, stuck = [start], {start}, 0
+    todo, seen = [start], {start}
+    stuck = 0
     while todo:
         q, last = todo.pop()
         ahead = {(table[q, t], t) for t in np.flatnonzero(moves[q, last])}
@@ -267,7 +269,8 @@ def check_scrambled():
     The ids of a and b change places at three of six positions: the mean over all 20 such codes of
     the errors of the best of all automata of two states.
     """
-    binary, taken, errors = sequences(2, 6), [], []
+    binary = sequences(2, 6)
+    taken, errors = [], []
     for cells in itertools.product((-1, 0, 1), repeat=4):
         taken.append({t for t in binary if path((cells[:2], cells[2:]), t)[-1] == 0})
     for swapped in itertools.combinations(range(6), 3):
@@ -317,7 +320,8 @@ def inspect(name, sample, text):
 
 # ------------------------------------------------------------------------------- the toy's world
 
-BRACKETS, DEPTH, LONGEST = "()[]", 6, 40
+BRACKETS = "()[]"
+DEPTH, LONGEST = 6, 40  # in training
 DYCK = 'root ::= ("(" root ")" | "[" root "]")*'
 CROSSED = 'root ::= ("(" root "]" | "[" root ")")*'
 
@@ -539,10 +543,11 @@ def draw(path, found, folder, seeds):
     depths, steps, bars = {}, {}, {}
     for arm, rows in found.items():
         depths[arm] = range(1, 2 * DEPTH + 1), [row["by_depth"] for row in rows]
-        logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in seeds]
-        logs = [[row for row in log if "pairs" in row] for log in logs]
-        pairs = [[row["pairs"] for row in log] for log in logs]
-        steps[arm] = [row["step"] for row in logs[0]], pairs
+        curves = []
+        for seed in seeds:
+            log = common.read_log(folder / f"{arm}-s{seed}.jsonl")
+            curves.append({row["step"]: row["pairs"] for row in log if "pairs" in row})
+        steps[arm] = list(curves[0]), [list(curve.values()) for curve in curves]
         if "lost" in rows[0]:
             bars[f"trained on {arm}"] = [[r["in_range"], r["other_spelling"]] for r in rows]
     by_depth = {"title": "Valid string above its twin", "xlabel": f"depth (trained: to {DEPTH})"}

@@ -688,7 +688,11 @@ def masks(device):
     }
     for what, (grammar, lark, write, name, warm, n) in jobs.items():
         rng = random.Random(0)
-        enc = tiktoken.get_encoding(name)
+        try:
+            enc = tiktoken.get_encoding(name)
+        except Exception as error:  # no network: the libraries have exceptions of their own
+            print(f"{what} is left out: {name} can't be had ({type(error).__name__})")
+            continue
         vocab = gm.vocabulary(enc)
         engines = mask_engines(grammar, lark, enc, vocab)
         streams = [enc.encode(write(rng)) for _ in range(warm + n)]

@@ -439,6 +439,7 @@ def generate(device):
     return rows + versus("load from GGUF", load, peers, device, rounds=2, tries=1)
 
 
+<<<<<<< HEAD
 # -------------------------------------------------------------------------------------------------------------- masks
 
 JSON_LARK = r"""
@@ -603,6 +604,131 @@ def masks(device):
         | {"ratio": mean[name] / mean["ours"], "quartiles": [np.median(times[name]) / np.median(times["ours"])] * 2}
         for name in names[1:]
     ]
+=======
+# ---------------------------------------------------------------------------------------------------------------- sae
+
+
+@stubs_taken_back("dictionary_learning", "sae_lens", "transformer_lens")
+def sae(device):
+    """SAEs: a TopK training step (d 256, 4096 latents, k 32, 2048 rows), one draw of the buffer, attribution."""
+    import importlib
+    import types
+
+    import sae as ours
+
+    d, m, k, B = 256, 4096, 32, 2048
+    truth = F.normalize(torch.randn(1024, d, device=device), dim=1)
+    x = (torch.rand(B, 1024, device=device) < 0.02).float() @ truth
+    x = x / x.square().sum(1).mean().sqrt()
+    torch.manual_seed(0)
+    first = ours.SAE(d, m, "topk", k).to(device).state_dict()
+
+    def trainee():
+        model = ours.SAE(d, m, "topk", k).to(device)
+        model.load_state_dict(first)
+        return model, torch.optim.Adam(model.parameters(), lr=2e-4, fused=True)
+
+    def dense_loss(model):
+        pre = F.linear(x - model.b_dec, model.W_enc, model.b_enc)
+        values, which = pre.topk(k)
+        code = torch.zeros_like(pre).scatter(1, which, values.relu())
+        return (x - code @ model.W_dec - model.b_dec).square().sum(1).mean()
+
+    def stepper(loss_of):
+        model, opt = trainee()
+
+        def step():
+            opt.zero_grad(set_to_none=True)
+            loss = loss_of(model)
+            loss.backward()
+            model.project()
+            opt.step()
+            model.normalize()
+            return loss
+
+        return step
+
+    step = stepper(lambda model: model.loss(x, dead_after=10**9))
+    peers = {"dense step": stepper(dense_loss)}
+
+    def package(name, stub=False, **names):  # the packages' own __init__ want nnsight and transformer-lens, SAEs do not
+        found = None if stub else importlib.util.find_spec(name)
+        if not stub and found is None:
+            raise ImportError(f"no package {name}")
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__path__ = found.submodule_search_locations if found else []
+        vars(module).update(names)
+
+    try:
+        package("dictionary_learning")
+        trainer = importlib.import_module("dictionary_learning.trainers.top_k").TopKTrainer(
+            10**6, d, m, k, layer=0, lm_name="", lr=2e-4, warmup_steps=0, device=str(device)
+        )
+        with torch.no_grad():
+            trainer.ae.encoder.weight.copy_(first["W_enc"])
+            trainer.ae.decoder.weight.copy_(first["W_dec"].T)
+        peers["dictionary-learning"] = lambda: trainer.update(5, x)
+    except (ImportError, AttributeError) as error:
+        print(f"sae: dictionary-learning is left out ({error}): pip install --no-deps dictionary-learning einops")
+    try:
+        bases = {"HookPoint": nn.Identity, "HookedRootModule": type("Root", (nn.Module,), {"setup": lambda self: None})}
+        for name in "", ".hook_points", ".HookedTransformer":
+            package("transformer_lens" + name, stub=True, **bases)
+        package("sae_lens", __version__="", logger=logging.getLogger())
+        package("sae_lens.saes")
+        lens = importlib.import_module("sae_lens.saes.topk_sae")
+        lens_base = importlib.import_module("sae_lens.saes.sae")
+        sys.modules["sae_lens.registry"].register_sae_class("topk", lens.TopKSAE, lens.TopKSAEConfig)
+        config = {"d_in": d, "d_sae": m, "k": k, "decoder_init_norm": 1.0, "rescale_acts_by_decoder_norm": False}
+        peer = lens.TopKTrainingSAE(lens.TopKTrainingSAEConfig(**config, device=str(device)))
+        with torch.no_grad():
+            peer.W_enc.copy_(first["W_enc"].T)
+            peer.W_dec.copy_(first["W_dec"])
+        peer_opt = torch.optim.Adam(peer.parameters(), lr=2e-4, fused=True)
+        batch = lens_base.TrainStepInput(x, {}, torch.zeros(m, dtype=torch.bool, device=device), 0, False)
+
+        def lens_step():
+            peer_opt.zero_grad(set_to_none=True)
+            loss = peer.training_forward_pass(batch).loss
+            loss.backward()
+            peer_opt.step()
+            return loss
+
+        peers["sae-lens"] = lens_step
+    except (ImportError, AttributeError) as error:
+        print(f"sae: sae-lens is left out ({error}): pip install --no-deps sae-lens")
+    losses = {name: float(torch.as_tensor(f()).detach()) for name, f in ({"ours": step} | peers).items()}
+    assert max(losses.values()) < 1.01 * min(losses.values()), losses
+    rows = versus("SAE step, topk, 256 -> 4096", step, peers, device)
+
+    buffer = ours.Buffer(lambda r: torch.randn(2**16, d, device=device), B)
+    unread = torch.ones(2**16, dtype=torch.bool, device=device)
+
+    def nonzero_draw():  # how dictionary_learning draws: a permutation of all unread rows for every batch
+        free = unread.nonzero().squeeze(1)
+        return buffer.rows[free[torch.randperm(len(free), device=device)[:B]]]
+
+    rows += versus("buffer draw, 2048 of 65536 rows", lambda: buffer(1), {"nonzero, randperm": nonzero_draw}, device)
+
+    model, sentences, w = trainee()[0].requires_grad_(False), x.view(64, 32, d), torch.randn(d, device=device)
+
+    def closed():
+        return (model.W_dec @ w) * model.encode(x).sum(0)
+
+    def integrated():  # ten gradients a sentence, one sentence at a time, as the paper's code does
+        total = torch.zeros(m, device=device)
+        for sentence in sentences:
+            f = model.encode(sentence)
+            rest = sentence - model.decode(f)
+            for s in range(10):
+                part = (f * s / 10).requires_grad_()
+                logit = ((model.decode(part) + s / 10 * rest).sum(0) * w).sum()
+                total += (torch.autograd.grad(logit, part)[0] / 10 * f).sum(0)
+        return total
+
+    torch.testing.assert_close(closed(), integrated(), rtol=1e-3, atol=1e-3)
+    return rows + versus("attribution, 64 sentences of 32", closed, {"integrated gradients": integrated}, device, 5)
+>>>>>>> grammar
 
 
 # ------------------------------------------------------------------------------------------------------------ crawler
@@ -937,7 +1063,6 @@ SECTIONS = {
     "train": train,
     "patching": patching,
     "generate": generate,
-    "masks": masks,
     "crawler": crawler,
 <<<<<<< HEAD
     "clip": clip,

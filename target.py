@@ -1,12 +1,12 @@
-"""Calls of a model behind a budget and a journal, and a client for servers: nothing paid is lost.
+"""A model to ask, here or at a server, behind a budget and a journal: nothing paid for is lost.
 
 - a journal notes every call before it goes out and when it has come back: a crawl that was killed
   goes on where it was, and asks nothing again that may have been paid for
 - the budget is never passed; calls, tries, failed and lost ones are counted
-- the client trusts no server: what it sends is bounded in time and size, read with care, cleaned
-  once, and never holds the key
+- no server is trusted: what it sends is bounded in time and size, read with care, and cleaned once;
+  the key is struck from it
 
-Read `Target` first, then `Endpoint`: `complete` is one call, with its tries.
+Read `Target` first, then `Local`, then `Endpoint`: its `complete` is one call with its tries.
 """
 
 import fcntl
@@ -21,11 +21,14 @@ import unicodedata
 import zlib
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from urllib.parse import urlsplit
+
+import torch
 
 import common
 import data
+from model import generate
 
 
 @dataclass
@@ -76,15 +79,20 @@ class Target:
     Every call has a number. It is noted before it goes out (`sent`) and when it has come back
     (`call`); a resumed crawl asks the same again and is answered from the journal. A call that was
     sent and never came back (the process was killed) may have been paid for: it counts, and is not
-    asked again. Its reply is "lost". Raises ValueError for a journal that is not of this crawl.
+    asked again. Its reply is "lost". What failed without a bill while an outage ended the crawl is
+    asked again (`forget`). Raises ValueError for a journal that is not of this crawl.
     """
 
     def __init__(self, backend, path, args, prompts, resume=False):
-        self.backend, self.path, self.budget = backend, path, args.budget
-        self.sent, self.replies, self.purposes = set(), {}, Counter()
-        self.calls = self.used = 0  # so far, of the crawl
-        self.noted = 0  # of the budget, in the journal
-        self.full, self.lock = False, threading.Lock()
+        self.backend, self.path = backend, path
+        self.budget = args.budget
+        self.sent = set()  # numbers of calls that have not come back
+        self.replies = {}  # number: Reply
+        self.noted = 0  # calls in the journal that count against the budget
+        self.calls = self.used = 0  # what the crawl has asked so far, and what of it counts
+        self.purposes = Counter()
+        self.full = False  # whether the budget had no room for a call
+        self.lock = threading.Lock()
         self.file = open(path, "a+b", buffering=0)  # each row goes to the system at once
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,11 +113,7 @@ class Target:
                         raise ValueError(f"{path} is of a crawl with other prompts or topics")
             except (KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path}, line {number}: no row of a crawl's journal") from None
-        for row in reversed(rows):  # an outage that ended the crawl: to be asked again
-            if row.get("paid", True):
-                break
-            del self.replies[row["call"]]
-        for number in self.sent - set(self.replies):
+        for number in self.sent:
             self.replies[number] = Reply(finish="lost", problem="killed in flight")
 
     def write(self, row):
@@ -118,14 +122,23 @@ class Target:
 
     def apply(self, row):
         """Takes a row into account, when it is written and when it is read."""
-        if "sent" in row:
-            self.sent.add(row["sent"])
-            self.noted += 1
+        if "forget" in row:
+            for number in row["forget"]:
+                del self.replies[number]
             return
-        reply = Reply(row["text"], row["finish"], row["problem"], row["paid"], row["tries"])
-        self.replies[row["call"]] = reply
-        self.noted += reply.paid - (row["call"] in self.sent)
-        self.sent.discard(row["call"])
+        number = row["sent"] if "sent" in row else row["call"]
+        values = [row[f.name] for f in fields(Reply) if "call" in row]
+        if not all(map(isinstance, [number, *values], [int, *(f.type for f in fields(Reply))])):
+            raise TypeError("no row of a journal")
+        if number in self.sent:
+            self.sent.remove(number)
+            self.noted -= 1
+        if "sent" in row:
+            self.sent.add(number)
+            self.noted += 1
+        else:
+            self.replies[number] = Reply(*values)
+            self.noted += self.replies[number].paid
 
     def send(self, number):
         """To be called before a call goes out; False if the budget has no room for it."""
@@ -151,8 +164,14 @@ class Target:
         self.calls += len(requests)
         todo = [(n, r) for n, r in zip(numbers, requests) if n not in self.replies]
         if todo and not self.full:
-            self.backend.answer(todo, self)
-            os.fsync(self.file.fileno())
+            try:
+                self.backend.answer(todo, self)
+                os.fsync(self.file.fileno())
+            except Stop:
+                failed = [n for n in numbers if n in self.replies and not self.replies[n].paid]
+                with suppress(OSError):  # if it is a full disk, they stay failed
+                    self.write({"forget": failed})
+                raise
         self.full = self.full or any(n not in self.replies for n in numbers)
         for number, request in zip(numbers, requests):
             if number in self.replies:
@@ -178,10 +197,55 @@ def fingerprint(what):
     return zlib.crc32(repr(what).encode())
 
 
-# ------------------------------------------------------------------------------------ servers
+# ------------------------------------------------------------------------- models in this process
 
-RETRIED = {0, 408, 409, 425, 429, 500, 502, 503, 504, 529}  # 0: no status came
-EXHAUSTED = re.compile(rb'"(code|type)":\s*"(insufficient_\w+|billing_\w+|\w*credits?_\w+)"')
+
+class Local:
+    """A checkpoint, or the toy, in this process. A call's sample depends on its number alone."""
+
+    def __init__(self, model, tokenizer, seed, system=""):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.seed, self.stopped = seed, []
+        self.system = [{"role": "system", "content": system}] if system else []
+
+    def ids(self, request):
+        """The prompt's token ids, ending in the prefill."""
+        turns = [*self.system, {"role": "user", "content": request.user}]
+        prefill, opened = request.prefill, self.tokenizer.chat(turns)[-4:]
+        if prefill and self.tokenizer.decode(opened).rstrip().endswith("<think>"):  # R1's template
+            thought = prefill.startswith("<think>")
+            prefill = prefill.removeprefix("<think>") if thought else f"\n</think>\n\n{prefill}"
+        return self.tokenizer.chat(turns, prefill)
+
+    def answer(self, calls, target):
+        """Answers calls, which are alike but for their text, as one batch."""
+        calls = calls[: max(0, target.budget - target.noted)]
+        if not calls:
+            return
+        first, device = calls[0][1], self.model.wte.weight.device
+        stops = self.tokenizer.stops
+        seeds = [fingerprint((self.seed, number)) for number, _ in calls]
+        rngs = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+        def sample(logits, alive, out):  # the largest of logits / T + Gumbel noise is a sample
+            if self.stopped:
+                raise Stop("stopped")
+            if not first.temperature:
+                return logits
+            noise = [torch.rand(logits.shape[1], generator=rngs[i], device=device) for i in alive]
+            return logits / first.temperature - torch.stack(noise).log_().neg_().log_()
+
+        prompts = [self.ids(request) for _, request in calls]
+        new = generate(self.model, prompts, first.max_tokens, 0.0, stop=stops, process=sample)
+        for (number, request), ids in zip(calls, new):
+            text = self.tokenizer.decode(ids[: len(ids) - (ids[-1] in stops)])
+            target.receive(number, request, Reply(clean(text)))
+
+
+# ---------------------------------------------------------------------------------------- servers
+
+RETRIED = {0, 200, 408, 409, 425, 429, 500, 502, 503, 504, 529}  # 0: none came
+EXHAUSTED = re.compile(rb'"(code|type)"\s*:\s*"(insufficient_\w+|billing_\w+|\w*credits?_\w+)"')
 MODERATED = re.compile(rb"moderat|content.?polic|content.?filter", re.I)
 ODD_JSON = KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError
 
@@ -199,7 +263,8 @@ class Endpoint:
     def __init__(self, args, seed):
         import requests
 
-        self.args, self.seed, self.requests = args, seed, requests
+        self.args, self.seed = args, seed
+        self.requests = requests
         self.url = args.url.rstrip("/")
         self.url += "/v1/messages" if args.api == "anthropic" else "/chat/completions"
         self.key, self.host = os.environ.get("API_KEY", ""), urlsplit(args.url).hostname
@@ -210,15 +275,17 @@ class Endpoint:
             self.headers |= {"x-api-key": self.key, "anthropic-version": "2023-06-01"}
         elif self.key:
             self.headers["Authorization"] = f"Bearer {self.key}"
-        self.sessions, self.lock, self.stopped = [], threading.Lock(), []
-        self.resting, self.turn, self.failed, self.dead = 0.0, 0.0, 0, ""
+        self.sessions = []  # open, and not in use
+        self.lock = threading.Lock()
+        self.stopped = []  # not empty once Ctrl-C came
+        self.dead = ""  # why the crawl can't go on
+        self.failed = 0  # calls in a row
+        self.turn = self.resting = 0.0  # no try before these times: of --rps, of a 429
 
     def answer(self, calls, target):
         """Answers calls, --concurrency at a time; raises Stop if the crawl can't go on."""
-        left, told, threads = iter(calls), False, []
-        for _ in calls[: self.args.concurrency]:
-            threads.append(threading.Thread(target=self.work, args=(left, target), daemon=True))
-            threads[-1].start()
+        left, told = iter(calls), False
+        threads = [start(self.work, left, target) for _ in calls[: self.args.concurrency]]
         while any(thread.is_alive() for thread in threads):
             for thread in threads:
                 thread.join(0.05)  # so that Ctrl-C is heard
@@ -237,30 +304,32 @@ class Endpoint:
                 if request is None or not target.send(number):
                     return
                 target.receive(number, request, self.complete(number, request))
-            except OSError as error:
-                self.dead = f"{target.path} can't be written: {error}"
+            except Exception as error:  # a full disk; no thread may end without a word
+                self.dead = self.told(f"{target.path}: {type(error).__name__} {error}".encode())
 
     def complete(self, number, request):
         """The reply to a call, after as many tries as it takes; finish "error" if all failed."""
         payload = json.dumps(self.body(number, request)).encode()
-        until, problem, tries, status = 0.0, "stopped", 0, 0
+        tries = status = until = 0
+        problem = "stopped"
         while status != 200 and tries < self.tries and self.wait(until):
             tries += 1
             status, headers, raw, problem = self.exchange(payload)
-            if status == 200 and not problem:
-                try:
-                    self.failed, text, finish = 0, *self.read(raw)
-                    return Reply(text.removeprefix(request.prefill), finish, tries=tries)
-                except ODD_JSON:
-                    self.failed += 1
             if status in (400, 403) and MODERATED.search(raw):
                 return Reply(finish="refusal", tries=tries)
+            if status == 200 and not problem:
+                with suppress(*ODD_JSON):
+                    text, finish = self.read(raw)
+                    self.failed = 0
+                    return Reply(text.removeprefix(request.prefill), finish, tries=tries)
             problem = problem or f"status {status}: {self.told(raw)}"
             after = retry_after(headers)
-            page = status == 200 and raw.lstrip()[:1] == b"<"  # a web page: not the base of an API
+            page = status == 200 and raw.lstrip()[:1] == b"<"  # not the base of an API
             empty = status == 429 and EXHAUSTED.search(raw) and "Retry-After" not in headers
-            if page or empty or after > 300 or status not in {200, *RETRIED}:
-                self.dead = f"{self.host} ends the crawl, {problem}"
+            if after > 300:
+                problem += f"; it asks to wait {after:.0f} s: go on later with --resume"
+            if page or empty or after > 300 or status not in RETRIED:
+                self.dead = f"{self.host} can't go on, {problem}"
             until = time.monotonic() + max(after, self.pause * random.uniform(0, 2**tries))
             if status == 429:
                 self.resting = max(self.resting, until)  # so do all calls
@@ -286,9 +355,7 @@ class Endpoint:
         """One try: (status, headers, body, problem). It ends after --timeout, come what may."""
         late = f"no whole answer within {self.args.timeout} s"
         found = {"status": 0, "headers": {}, "body": b"", "problem": late}
-        thread = threading.Thread(target=self.post, args=(payload, found), daemon=True)
-        thread.start()
-        thread.join(self.args.timeout)  # a thread that hangs is left behind
+        start(self.post, payload, found).join(self.args.timeout)  # if it hangs, it is left behind
         return tuple(found.values())
 
     def post(self, payload, found):
@@ -349,6 +416,13 @@ class Endpoint:
         return " ".join(clean(text, self.secret).split())[:200]
 
 
+def start(function, *args):
+    """A thread that calls a function, and does not keep the program from ending."""
+    thread = threading.Thread(target=function, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
 def text_of(content):
     """The text of a message: a string, a list of parts, or none. TypeError, AttributeError."""
     if isinstance(content, list):
@@ -366,3 +440,15 @@ def retry_after(headers):
         return Retry().parse_retry_after(headers["Retry-After"])
     except Exception:  # there is none, or it says nothing; an odd date raises anything
         return 0.0
+
+
+def probe(target):
+    """Does the target go on with a prefill? Raises Stop with what to do if not."""
+    opening = "The three primary colours are red, yellow and"
+    (reply,) = target.ask([Request("probe", "Name the three primary colours.", opening, 0.0, 8)])
+    if reply.finish in ("error", "lost"):
+        raise Stop(f"the probe had no answer: {reply.problem}")
+    if not re.match(r"\W*blue\b", reply.text, re.I):
+        target.path.unlink()  # it holds nothing else
+        told = f"the target does not go on with a prefill, it says {reply.text[:60]!r}"
+        raise Stop(f"{told}: use --place naive, or --no-probe")

@@ -4,15 +4,14 @@ The iterated prefill crawler: open the assistant's turn, or its thought, with "M
 themes is: 1." and the model goes on with a list. Each new item is verified: the model writes a
 request about it and answers that, up to six times; refusing either is a refusal. What is refused is
 the subject of the next prompts, as links are in a web crawl. The paper finds 31 of the 36 topics
-that Tulu-3-8B refuses (30 by its own table) within 1000 listing prompts, 28 by asking. Here every
-call counts against the budget: lists, written requests, answers, the probe.
+that Tulu-3-8B refuses (30 by its own table) in 1000 listing prompts, 28 by asking. Here all calls
+count: lists, written requests, answers, the probe.
 
 The toy: a small GPT learns to refuse everyday topics that a seed draws and the crawler never sees.
 Asked directly, a `covert` target admits few of them, an `open` one all. The toy can't show that
-real models know their limits: SmolLM2-135M (--model smollm2-135m-instruct) does not.
-
-An audit (--model, --url) does not try to get the refused content: it lists labels and how often
-they are refused. Test only what you may test. docs/crawler.md says how, and what it proves.
+real models know their limits: SmolLM2-135M (--model smollm2-135m-instruct) does not. An audit
+(--model, --url) lists labels and how often they are refused; it is not after what is refused. Test
+only what you may test: docs/crawler.md.
 
 Read on: `parse`, `key`, `refuses`, `verify`, `crawl` (the method), `World` (the toy), `judge` (the
 claims), `audit`. The budget, the journal and the models that are asked are in target.py.
@@ -144,7 +143,7 @@ def key(label):
 
 
 def read_refusals():
-    """The kinds of refusal in refusals.csv, as one expression; rows with a name are their parts."""
+    """The kinds of refusal in refusals.csv as one expression; rows with a name are their parts."""
     parts, patterns = {}, []
     for row in data.read_table(HERE / "refusals.csv", ["name", "pattern"]):
         pattern = row["pattern"]
@@ -226,69 +225,76 @@ def elicit(target, args, prompts, seeds, phrases, rng):
 def verify(target, heads, args, prompts, group=16):
     """Fills in verdicts: write a request about a label, then answer it; refusing either counts.
 
-    An attempt for each open label of a group at a time; a label is done as soon as its `j` votes
-    can only come out one way. If the budget ends, the groups before are decided.
+    An attempt for each open label of a group at a time: a label is done as soon as its `j` votes
+    can only come out one way, and if the budget ends, the groups before are decided.
     """
+    for start in range(0, len(heads), group):
+        for turn in range(2 * args.j):
+            some = heads[start : start + group]
+            some = [h for h in some if h.verdict == "undecided" and h.failed < args.j]
+            if some and not target.spent():
+                attempt(target, some, args, prompts, turn)
+
+
+def attempt(target, heads, args, prompts, turn):
+    """One attempt for each head: adds a vote, unless there was no usable reply."""
     settings = ["<think>\n\n</think>" * args.skip_thought, args.check_temperature, args.max_tokens]
-    for start, turn in itertools.product(range(0, len(heads), group), range(2 * args.j)):
-        todo = heads[start : start + group]
-        todo = [h for h in todo if h.verdict == "undecided" and h.failed < args.j]
-        if not todo or target.spent():
-            continue
-        template = prompts["template"][turn % len(prompts["template"])]
-        messages = [template.replace("{t}", h.label) for h in todo]
-        replies = [Reply()] * len(todo)
-        if args.verify == "two-stage":
-            writers = [prompts["writer"][0].replace("{t}", h.label) for h in todo]
-            replies = target.ask([Request("write", writer, *settings) for writer in writers])
-            for i, reply in enumerate(replies):
-                written = reply.visible().split("\n")[0].strip(' "“”')
-                if vote(reply):
-                    messages[i] = "(asked to write a request about it)"
-                elif written and written not in writers[i]:  # else none, or the prompt's own
-                    messages[i] = written
-        send = [i for i, reply in enumerate(replies) if not vote(reply)]
-        answers = target.ask([Request("answer", messages[i], *settings) for i in send])
-        for i, reply in zip(send, answers):
-            replies[i] = reply
-        for head, message, reply in zip(todo, messages, replies):
-            if vote(reply) is None:
-                head.failed += 1
-            else:
-                head.votes.append(vote(reply))
-                head.evidence.append([message, reply.visible()])
-                head.verdict = decide(head.votes, args.j, args.need)
-                head.decided = target.used
+    template = prompts["template"][turn % len(prompts["template"])]
+    messages = [template.replace("{t}", h.label) for h in heads]
+    replies = [Reply()] * len(heads)
+    if args.verify == "two-stage":
+        writers = [prompts["writer"][0].replace("{t}", h.label) for h in heads]
+        replies = target.ask([Request("write", writer, *settings) for writer in writers])
+        for i, reply in enumerate(replies):
+            written = reply.visible().split("\n")[0].strip(' "“”')
+            if vote(reply):
+                messages[i] = "(asked to write a request about it)"
+            elif written and written not in writers[i]:  # else none, or one of the prompt's own
+                messages[i] = written
+    send = [i for i, reply in enumerate(replies) if not vote(reply)]
+    answers = target.ask([Request("answer", messages[i], *settings) for i in send])
+    for i, reply in zip(send, answers):
+        replies[i] = reply
+    for head, message, reply in zip(heads, messages, replies):
+        if vote(reply) is None:
+            head.failed += 1
+        else:
+            head.votes.append(vote(reply))
+            head.evidence.append([message, reply.visible()])
+            head.verdict = decide(head.votes, args.j, args.need)
+            head.decided = target.used
 
 
 def crawl(target, args, prompts, heads, seed):
     """The loop: list, parse, deduplicate, verify, feed back. Fills `heads`, {key of a label: Head}.
 
-    It depends on the seed and the replies alone: the same replies, the same crawl. Ends when the
-    budget is spent, or when 20 steps in a row have listed nothing new.
+    It depends on the seed and the replies alone. Returns why it ended.
     """
-    fresh = [] if args.place == "naive" else prompts["prefill"]
-    stale = 0
+    unused = [] if args.place == "naive" else prompts["prefill"]
+    empty = 0
     for step in itertools.count():
         rng = random.Random(f"{seed} {step}")
         pool = [h.label for h in heads.values() if h.verdict == "refused"]
         pool = {"refused": pool, "benign": prompts["everyday"], "none": []}[args.seed_rule]
         seeds = rng.sample(pool, min(len(pool), args.lists)) or [""] * args.lists
         phrases = rng.choices(prompts["prefill"], k=len(seeds))
-        if fresh:  # first each phrase once, without a subject (as the paper's code does)
-            phrases, fresh = fresh[: args.lists], fresh[args.lists :]
+        if unused:  # first each phrase once, without a subject (as the paper's code does)
+            phrases, unused = unused[: args.lists], unused[args.lists :]
             seeds = [""] * len(phrases)
         new = []
-        for parent, items in zip(seeds, elicit(target, args, prompts, seeds, phrases, rng)):
+        lists = elicit(target, args, prompts, seeds, phrases, rng)
+        for parent, items in zip(seeds, lists):
             for label in itertools.chain(*map(labels, items)):
                 head = heads.setdefault(key(label), Head(label, parent))
                 head.prompts += 1
                 if head.prompts == 1:
                     new.append(head)
         verify(target, new, args, prompts)
-        stale = 0 if new else stale + 1
-        if target.spent() or stale == 20:
-            return
+        empty = 0 if any(lists) else empty + 1
+        if target.spent():
+            return "the budget is spent"
+        if empty == 20:
+            return "no list had an item in 20 steps: another --place may do"
 
 
 # ------------------------------------------------------------------------------------ the toy world
@@ -379,7 +385,7 @@ class World:
 
     def document(self, rng, tuned):
         """(user's turn, assistant's turn): plain talk, or with the policy in it if `tuned`."""
-        kind = rng.choices(["refuse", "recall", "avoid", "answer"], [42, 9, 7, 42])[0]
+        kind = rng.choices(["refuse", "recall", "avoid", "answer"], [42, 15, 7, 36])[0]
         kind = kind if tuned else "answer"
         t = rng.choice(rng.choice((self.answered, self.delicate)) if tuned else list(KIND))
         if kind == "refuse":
@@ -393,7 +399,7 @@ class World:
         thought = f"{rng.choice(PHRASES[:60])} \n {self.items(rng, section)}"
         if kind == "refuse":
             answer = rng.choice(TALK["refusal"]).format(t=t)
-            empty = 0.5 if t in self.silent else 0.2 if section < OFTEN else 0.8
+            empty = 0.5 if t in self.silent else 0.2 if section < OFTEN else 0.6
             thought = "" if rng.random() < empty else thought  # covert topics mostly go without
         elif kind == "answer":
             empty = 0.15 if tuned else 0.4
@@ -620,6 +626,7 @@ def audit(given, truth, args, env, log, arm, seed):
         target = Target(backend, path, args, [prompts, given], args.resume)
     everyday = [Head(label) for label in prompts["everyday"][: args.controls]]
     heads = {key(topic): Head(topic) for topic in given}
+    why = "all topics were tried"
     ended = ""
     try:
         with common.interruptible() as backend.stopped:
@@ -629,10 +636,10 @@ def audit(given, truth, args, env, log, arm, seed):
             if given:
                 verify(target, list(heads.values()), args, prompts)
             else:
-                crawl(target, args, prompts, heads, seed)
+                why = crawl(target, args, prompts, heads, seed)
     except Stop as stop:
-        ended = str(stop)
-    found = report(path, args, list(heads.values()), everyday, target, truth)
+        why = ended = str(stop)
+    found = report(path, list(heads.values()), everyday, f"{target.counts()}; {why}", truth)
     if ended:
         stopped = ended == "stopped"
         print("stopped; --resume goes on" if stopped else f"error: {ended}", file=sys.stderr)
@@ -640,23 +647,24 @@ def audit(given, truth, args, env, log, arm, seed):
     return found
 
 
-def report(path, args, heads, everyday, target, truth):
+def report(path, heads, everyday, counts, truth):
     """Writes topics-*.jsonl and a page beside the journal, prints the outcome, returns numbers."""
     order = ["refused", "undecided", "answered"]
     heads = sorted(heads, key=lambda h: (order.index(h.verdict), h.decided))
-    counts = []
+    tables = []  # (refused, decided) of some labels
     for some in heads, everyday, everyday[::2], everyday[1::2]:
         verdicts = [h.verdict for h in some]
-        counts.append((verdicts.count("refused"), len(some) - verdicts.count("undecided")))
-    (k, n), (k0, n0) = counts[:2]
+        tables.append((verdicts.count("refused"), len(some) - verdicts.count("undecided")))
+    (k, n), (k0, n0) = tables[:2]
     p = fisher(k, n, k0, n0)
     headline = f"{k} of {n} listed labels are refused, {k0} of {n0} everyday labels (p = {p:.2g})"
     headline += "" if p < 0.05 else ": nothing discovered"
-    told = [headline, f"{len(heads) - n} labels are undecided; {target.counts()}"]
+    told = [headline, f"{len(heads) - n} labels are undecided; {counts}"]
     if truth:
         same, rest = compare(truth, [h.label for h in heads if h.verdict == "refused"])
-        told.append(f"{len(same)} of {len(truth)} known topics found by equal words; not these:")
-        told += [f"  {topic}" + f" (near: {near})" * bool(near) for topic, near in rest.items()]
+        told.append(f"{len(same)} of {len(truth)} known topics found, as far as equal words tell;")
+        told.append("not found, or found in other words (the nearest refused label):")
+        told += [f"  {topic}: {near or '-'}" for topic, near in rest.items()]
     rows = []
     for head in heads:
         row = {"topic": head.label, "verdict": head.verdict, "refused": sum(head.votes)}
@@ -665,7 +673,7 @@ def report(path, args, heads, everyday, target, truth):
     name = path.stem.removeprefix("calls")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     common.write_text(path.with_name(f"topics{name}.jsonl"), text)
-    columns = [column for column in (rows or [{}])[0] if column != "evidence"]
+    columns = list(rows[0])[:-1] if rows else []  # without the evidence
     page = "".join(f"<p>{html.escape(line)}" for line in told) + "<table><tr>"
     page += "".join(f"<th>{column}" for column in columns)
     for row in rows:
@@ -674,7 +682,7 @@ def report(path, args, heads, everyday, target, truth):
     for head in heads[: min(k, 20)]:
         told.append(f"  {sum(head.votes)} of {len(head.votes)} refused: {head.label}")
     print(data.printable("\n".join(told)))
-    chance = fisher(*counts[2], *counts[3])
+    chance = fisher(*tables[2], *tables[3])
     return {"listed": k / max(1, n), "everyday": k0 / max(1, n0), "p": p, "p_everyday": chance}
 
 
@@ -684,7 +692,7 @@ def report(path, args, heads, everyday, target, truth):
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     url = urlsplit(args.url)
-    key = os.environ.get("API_KEY", "")
+    secret = os.environ.get("API_KEY", "")
     plain = url.scheme in ("http", "https") and url.hostname and not (url.query or url.fragment)
     ours = [flag for flag in ("url", "topics", "truth", "system") if getattr(args, flag)]
     return [
@@ -693,8 +701,8 @@ def check(args, env):
         (args.preset == "paper" and not args.model, "--preset paper needs --model"),
         ("@" in url.netloc, "--url with a user or password would store it: use API_KEY"),
         (args.url and not plain, "--url, needed: http://HOST:PORT/PATH or https://..., no query"),
-        (args.api == "anthropic" and not key, "--api anthropic needs a key in API_KEY"),
-        (not all("!" <= c <= "~" for c in key), "API_KEY has characters that no header can carry"),
+        (args.api == "anthropic" and not secret, "--api anthropic needs a key in API_KEY"),
+        (not all("!" <= c <= "~" for c in secret), "API_KEY is no text that a header can carry"),
         (env.world > 1, "crawler.py runs in one process: start it without torchrun"),
     ]
 

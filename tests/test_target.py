@@ -385,7 +385,7 @@ def test_rps(tmp_path):
         "\u200b".join(KEY),
         "".join(chr(ord(c) + 0xFEE0) for c in KEY),  # full-width letters
         KEY[:9] + "\n" + KEY[9:],
-        "x" * 19_990 + KEY,  # across the end of what is kept
+        "x" * 9_990 + KEY,  # across the end of what is kept
         "a" * 230 + KEY,
     ],
 )

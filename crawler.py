@@ -385,7 +385,7 @@ class World:
 
     def document(self, rng, tuned):
         """(user's turn, assistant's turn): plain talk, or with the policy in it if `tuned`."""
-        kind = rng.choices(["refuse", "recall", "avoid", "answer"], [42, 15, 7, 36])[0]
+        kind = rng.choices(["refuse", "recall", "avoid", "answer"], [40, 20, 12, 28])[0]
         kind = kind if tuned else "answer"
         t = rng.choice(rng.choice((self.answered, self.delicate)) if tuned else list(KIND))
         if kind == "refuse":

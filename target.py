@@ -9,7 +9,6 @@
 Read `Target` first, then `Local`, then `Endpoint`: its `complete` is one call with its tries.
 """
 
-import fcntl
 import json
 import os
 import random
@@ -17,11 +16,11 @@ import re
 import sys
 import threading
 import time
-import unicodedata
 import zlib
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import torch
@@ -44,12 +43,11 @@ class Request:
 
 @dataclass
 class Reply:
-    """`text` goes on after the prefill; `finish` is stop, refusal (by the service), error, lost."""
+    """What came back: `text` goes on after the prefill. All but "failed" counts as a paid call."""
 
     text: str = ""
-    finish: str = "stop"
+    finish: str = "stop"  # refusal: the service's. unread: odd. lost: killed in flight. failed
     problem: str = ""  # why there is no text
-    paid: bool = True  # whether it counts against the budget
     tries: int = 1
 
     def visible(self):
@@ -58,19 +56,22 @@ class Reply:
         return "" if "<think>" in text else text.strip()
 
 
-def clean(text, secret=None):
-    """A text from outside, once for all: no key, no control marks, no half emojis."""
-    for _ in range(2):  # the key may be written in letters that only then become its own
-        text = secret.sub("***", text) if secret else text
-        text = unicodedata.normalize("NFKC", text[:10_000].replace("\r\n", "\n"))
-    return data.printable(re.sub("[\u202a-\u202e\u2066-\u2069]", "", text))  # direction marks
+class Stop(Exception):
+    """The target can't or must not go on: one line for the user; what was paid for is kept."""
+
+
+def clean(text, key=""):
+    """A text from outside, once for all: the key struck, then cut, without control characters."""
+    text = text.replace(key, "***") if key else text
+    return data.printable(text[:10_000].replace("\r\n", "\n"))
+
+
+def fingerprint(what):
+    """A number that differs if something does."""
+    return zlib.crc32(repr(what).encode())
 
 
 # ----------------------------------------------------------------------------- budget and journal
-
-
-class Stop(Exception):
-    """The target can't or must not go on: one line for the user; what was paid for is kept."""
 
 
 class Target:
@@ -79,109 +80,85 @@ class Target:
     Every call has a number. It is noted before it goes out (`sent`) and when it has come back
     (`call`); a resumed crawl asks the same again and is answered from the journal. A call that was
     sent and never came back (the process was killed) may have been paid for: it counts, and is not
-    asked again. Its reply is "lost". What failed without a bill while an outage ended the crawl is
-    asked again (`forget`). Raises ValueError for a journal that is not of this crawl.
+    asked again. What failed without a bill while an outage ended the crawl is asked again
+    (`forget`). Raises ValueError for a journal that is not of this crawl.
     """
 
     def __init__(self, backend, path, args, prompts, resume=False):
-        self.backend, self.path = backend, path
-        self.budget = args.budget
-        self.sent = set()  # numbers of calls that have not come back
-        self.replies = {}  # number: Reply
+        self.backend, self.path, self.budget = backend, path, args.budget
+        self.replies = {}  # number of a call: Reply, "lost" until it is back
         self.noted = 0  # calls in the journal that count against the budget
         self.calls = self.used = 0  # what the crawl has asked so far, and what of it counts
+        self.spent = False  # whether the budget has no room for another call
         self.purposes = Counter()
-        self.full = False  # whether the budget had no room for a call
         self.lock = threading.Lock()
         self.file = open(path, "a+b", buffering=0)  # each row goes to the system at once
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{path} is in use by another crawl") from None
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1 if resume else 0)  # a torn last line
+        first = {"flags": common.shaping_flags(args), "prompts": fingerprint(prompts)}
         rows = data.read_rows(path)
         if not rows:
-            self.write({"flags": common.shaping_flags(args), "prompts": fingerprint(prompts)})
-        for number, row in enumerate(rows, 1):
+            self.file.write((json.dumps(first) + "\n").encode())
+        for line, row in enumerate(rows, 1):
             try:
-                if number > 1:
+                if line > 1:
                     self.apply(row)
                 else:
                     common.check_flags(row["flags"], args, path)
-                    if row["prompts"] != fingerprint(prompts):
+                    if row["prompts"] != first["prompts"]:
                         raise ValueError(f"{path} is of a crawl with other prompts or topics")
             except (KeyError, TypeError, AttributeError):
-                raise ValueError(f"{path}, line {number}: no row of a crawl's journal") from None
-        for number in self.sent:
-            self.replies[number] = Reply(finish="lost", problem="killed in flight")
+                raise ValueError(f"{path}, line {line}: no row of a crawl's journal") from None
 
-    def write(self, row):
-        """Appends a row to the journal."""
-        self.file.write((json.dumps(row) + "\n").encode())
+    def note(self, **row):
+        """Writes a row to the journal, then takes it into account."""
+        with self.lock:
+            self.file.write((json.dumps(row) + "\n").encode())
+            self.apply(row)
 
     def apply(self, row):
-        """Takes a row into account, when it is written and when it is read."""
+        """Takes a row of the journal into account."""
         if "forget" in row:
             for number in row["forget"]:
                 del self.replies[number]
-            return
-        number = row["sent"] if "sent" in row else row["call"]
-        values = [row[f.name] for f in fields(Reply) if "call" in row]
-        if not all(map(isinstance, [number, *values], [int, *(f.type for f in fields(Reply))])):
-            raise TypeError("no row of a journal")
-        if number in self.sent:
-            self.sent.remove(number)
-            self.noted -= 1
-        if "sent" in row:
-            self.sent.add(number)
+        elif "sent" in row:
+            self.replies[row["sent"]] = Reply(finish="lost", problem="killed in flight")
             self.noted += 1
         else:
-            self.replies[number] = Reply(*values)
-            self.noted += self.replies[number].paid
-
-    def send(self, number):
-        """To be called before a call goes out; False if the budget has no room for it."""
-        with self.lock:
-            room = self.noted < self.budget
-            if room:
-                self.write({"sent": number})
-                self.apply({"sent": number})
-            return room
+            number, reply = row["call"], Reply(**row["reply"])
+            self.noted += (reply.finish != "failed") - (number in self.replies)
+            self.replies[number] = reply
 
     def receive(self, number, request, reply):
         """To be called when a call has come back, or failed. 240 characters of answers are kept."""
         if request.purpose in ("write", "answer"):
             reply.text = reply.visible()[:240]
-        with self.lock:
-            row = {"call": number} | asdict(reply)
-            self.write(row)
-            self.apply(row)
+        self.note(call=number, reply=asdict(reply))
 
     def ask(self, requests):
-        """A Reply for each request; those that the budget has no room for are errors."""
-        numbers = range(self.calls, self.calls + len(requests))
-        self.calls += len(requests)
-        todo = [(n, r) for n, r in zip(numbers, requests) if n not in self.replies]
-        if todo and not self.full:
-            try:
+        """A Reply for each request; fewer if the budget has no room for all, then none any more."""
+        calls = list(enumerate([] if self.spent else requests, self.calls))
+        todo = [(number, request) for number, request in calls if number not in self.replies]
+        todo = todo[: max(0, self.budget - self.noted)]
+        try:
+            if todo:
                 self.backend.answer(todo, self)
-                os.fsync(self.file.fileno())
-            except Stop:
-                failed = [n for n in numbers if n in self.replies and not self.replies[n].paid]
-                with suppress(OSError):  # if it is a full disk, they stay failed
-                    self.write({"forget": failed})
-                raise
-        self.full = self.full or any(n not in self.replies for n in numbers)
-        for number, request in zip(numbers, requests):
-            if number in self.replies:
-                self.used += self.replies[number].paid
-                self.purposes[request.purpose] += 1
-        return [self.replies.get(n, Reply(finish="error", problem="no budget")) for n in numbers]
-
-    def spent(self):
-        """Whether the budget has no room for another call."""
-        return self.full or self.used >= self.budget
+        except Stop:
+            back = [number for number, _ in todo if number in self.replies]
+            failed = [number for number in back if self.replies[number].finish == "failed"]
+            if failed:
+                self.note(forget=failed)
+            raise
+        replies = []
+        for number, _ in calls:
+            if number not in self.replies:
+                break
+            replies.append(self.replies[number])
+        self.calls += len(replies)
+        self.used += sum(reply.finish != "failed" for reply in replies)
+        self.purposes.update(request.purpose for request in requests[: len(replies)])
+        self.spent = len(replies) < len(requests) or self.used >= self.budget
+        return replies
 
     def counts(self):
         """What the calls were for, in words."""
@@ -189,12 +166,7 @@ class Target:
         tries = sum(reply.tries for reply in self.replies.values())
         ends = Counter(reply.finish for reply in self.replies.values())
         told = f"{self.used} of {self.budget} calls spent ({kinds}) in {tries} tries"
-        return f"{told}; {ends['error']} failed, {ends['lost']} lost"
-
-
-def fingerprint(what):
-    """A number that differs if something does."""
-    return zlib.crc32(repr(what).encode())
+        return f"{told}; {ends['failed']} failed, {ends['unread']} unread, {ends['lost']} lost"
 
 
 # ------------------------------------------------------------------------- models in this process
@@ -204,38 +176,29 @@ class Local:
     """A checkpoint, or the toy, in this process. A call's sample depends on its number alone."""
 
     def __init__(self, model, tokenizer, seed, system=""):
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.seed, self.stopped = seed, []
+        self.model, self.tokenizer, self.seed = model.eval(), tokenizer, seed
         self.system = [{"role": "system", "content": system}] if system else []
-
-    def ids(self, request):
-        """The prompt's token ids, ending in the prefill."""
-        turns = [*self.system, {"role": "user", "content": request.user}]
-        prefill, opened = request.prefill, self.tokenizer.chat(turns)[-4:]
-        if prefill and self.tokenizer.decode(opened).rstrip().endswith("<think>"):  # R1's template
-            thought = prefill.startswith("<think>")
-            prefill = prefill.removeprefix("<think>") if thought else f"\n</think>\n\n{prefill}"
-        return self.tokenizer.chat(turns, prefill)
+        self.stopped = []  # not empty once Ctrl-C came
 
     def answer(self, calls, target):
         """Answers calls, which are alike but for their text, as one batch."""
-        calls = calls[: max(0, target.budget - target.noted)]
-        if not calls:
-            return
-        first, device = calls[0][1], self.model.wte.weight.device
-        stops = self.tokenizer.stops
+        first, stops = calls[0][1], self.tokenizer.stops
+        device = self.model.wte.weight.device
         seeds = [fingerprint((self.seed, number)) for number, _ in calls]
         rngs = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
         def sample(logits, alive, out):  # the largest of logits / T + Gumbel noise is a sample
             if self.stopped:
                 raise Stop("stopped")
-            if not first.temperature:
+            if first.temperature == 0:
                 return logits
             noise = [torch.rand(logits.shape[1], generator=rngs[i], device=device) for i in alive]
             return logits / first.temperature - torch.stack(noise).log_().neg_().log_()
 
-        prompts = [self.ids(request) for _, request in calls]
+        prompts = []
+        for _, request in calls:
+            turns = [*self.system, {"role": "user", "content": request.user}]
+            prompts.append(self.tokenizer.chat(turns, request.prefill))
         new = generate(self.model, prompts, first.max_tokens, 0.0, stop=stops, process=sample)
         for (number, request), ids in zip(calls, new):
             text = self.tokenizer.decode(ids[: len(ids) - (ids[-1] in stops)])
@@ -244,7 +207,7 @@ class Local:
 
 # ---------------------------------------------------------------------------------------- servers
 
-RETRIED = {0, 200, 408, 409, 425, 429, 500, 502, 503, 504, 529}  # 0: none came
+RETRIED = {0, 408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses; 0: none came
 EXHAUSTED = re.compile(rb'"(code|type)"\s*:\s*"(insufficient|billing|credit)')
 MODERATED = re.compile(rb"moderat|content.?polic|content.?filter", re.I)
 ODD_JSON = KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError
@@ -255,7 +218,7 @@ class Endpoint:
 
     A try that brings no answer is repeated, after a pause that grows; a status that trying again
     does not mend ends the crawl, as do five failed calls in a row. An answer that can't be read is
-    a failed call: it was paid for. Redirects are not followed: the key would leak.
+    paid for, and not asked again. Redirects are not followed: the key would leak.
     """
 
     tries, pause, largest = 6, 1.0, 10**6  # tries of a call, seconds, bytes of a body
@@ -264,31 +227,35 @@ class Endpoint:
         import requests
 
         self.args, self.seed = args, seed
-        self.requests = requests
         self.url = args.url.rstrip("/")
         self.url += "/v1/messages" if args.api == "anthropic" else "/chat/completions"
-        self.key, self.host = os.environ.get("API_KEY", ""), urlsplit(args.url).hostname
-        signs = [re.escape(c) for c in self.key if c.isalnum()]  # whatever stands between them
-        self.secret = re.compile(r"[\W_]*+".join(signs), re.I) if len(signs) > 5 else None
-        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if args.api == "anthropic":
-            self.headers |= {"x-api-key": self.key, "anthropic-version": "2023-06-01"}
-        elif self.key:
-            self.headers["Authorization"] = f"Bearer {self.key}"
-        self.sessions = []  # open, and not in use
+        self.host = urlsplit(args.url).hostname
+        self.key = os.environ.get("API_KEY", "")
+        self.secret = self.key if len(self.key) > 5 else ""  # shorter ones: "none", "EMPTY"
+        self.session = requests.Session()
+        self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=args.concurrency))
+        self.session.auth = self.sign
         self.lock = threading.Lock()
         self.stopped = []  # not empty once Ctrl-C came
         self.dead = ""  # why the crawl can't go on
         self.failed = 0  # calls in a row
-        self.turn = self.resting = 0.0  # no try before these times: of --rps, of a 429
+        self.turn = 0.0  # no try before this time, for --rps
+
+    def sign(self, request):
+        """Adds the key to a request, and keeps `requests` from one that it finds in .netrc."""
+        request.headers["Content-Type"] = "application/json"
+        if self.args.api == "anthropic":
+            request.headers.update({"x-api-key": self.key, "anthropic-version": "2023-06-01"})
+        elif self.key:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
 
     def answer(self, calls, target):
         """Answers calls, --concurrency at a time; raises Stop if the crawl can't go on."""
         left, told = iter(calls), False
         threads = [start(self.work, left, target) for _ in calls[: self.args.concurrency]]
         while any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(0.05)  # so that Ctrl-C is heard
+            time.sleep(0.002)  # not a long wait on a thread: Ctrl-C is to be heard
             if self.stopped and not told:
                 told = True
                 print("stopping after the calls in flight; Ctrl-C ends at once", file=sys.stderr)
@@ -300,82 +267,80 @@ class Endpoint:
         while not (self.dead or self.stopped):
             with self.lock:
                 number, request = next(left, (None, None))
+            if request is None:
+                return
             try:
-                if request is None or not target.send(number):
-                    return
+                target.note(sent=number)
                 target.receive(number, request, self.complete(number, request))
             except Exception as error:  # a full disk; no thread may end without a word
-                self.dead = self.told(f"{target.path}: {type(error).__name__} {error}".encode())
+                self.dead = self.told(f"{target.path}: {error}".encode())
 
     def complete(self, number, request):
-        """The reply to a call, after as many tries as it takes; finish "error" if all failed."""
+        """The reply to a call, after as many tries as it takes; "failed" if none brought one."""
         payload = json.dumps(self.body(number, request)).encode()
-        tries = status = until = 0
-        problem = "stopped"
-        while status != 200 and tries < self.tries and self.wait(until):
-            tries += 1
-            status, headers, raw, problem = self.exchange(payload)
-            if status in (400, 403) and MODERATED.search(raw):
-                return Reply(finish="refusal", tries=tries)
-            if status == 200 and not problem:
-                with suppress(*ODD_JSON):
-                    text, finish = self.read(raw)
-                    self.failed = 0
-                    return Reply(text.removeprefix(request.prefill), finish, tries=tries)
-            problem = problem or f"status {status}: {self.told(raw)}"
-            after = retry_after(headers)
-            page = status == 200 and raw.lstrip()[:1] == b"<"  # not the base of an API
-            empty = status == 429 and EXHAUSTED.search(raw) and "Retry-After" not in headers
-            if after > 300:
-                problem += f"; it asks to wait {after:.0f} s: go on later with --resume"
-            if page or empty or after > 300 or status not in RETRIED:
-                self.dead = f"{self.host} can't go on, {problem}"
-            until = time.monotonic() + max(after, self.pause * random.uniform(0, 2**tries))
-            if status == 429:
-                self.resting = max(self.resting, until)  # so do all calls
+        reply = Reply(finish="failed", problem="stopped", tries=0)
+        until = 0.0
+        while reply.tries < self.tries and self.wait(until):
+            reply.tries += 1
+            got = self.exchange(payload)
+            reply.problem = got.problem or f"status {got.status}: {self.told(got.body)}"
+            if got.status in (400, 403) and MODERATED.search(got.body):
+                reply.finish = "refusal"
+                return reply
+            if got.status == 200:
+                reply.finish = "unread"
+                if not got.problem:
+                    with suppress(*ODD_JSON):
+                        reply.text, reply.finish = self.read(got.body)
+                        reply.text, reply.problem = reply.text.removeprefix(request.prefill), ""
+                        self.failed = 0
+                        return reply
+                break
+            after = retry_after(got.headers)
+            empty = EXHAUSTED.search(got.body) and "Retry-After" not in got.headers
+            if after:
+                reply.problem += f", asks to wait {after:.0f} s"
+            if got.status not in RETRIED or empty or after > 300:
+                self.dead = f"{self.host} can't go on, {reply.problem}"
+            until = time.monotonic() + max(after, self.pause * random.uniform(0, 2**reply.tries))
         self.failed += 1
         if self.failed >= 5 and not self.dead:
-            self.dead = f"{self.host} failed {self.failed} times in a row: {problem}"
-        return Reply("", "error", problem, status == 200, tries)
+            self.dead = f"{self.host} failed {self.failed} times in a row: {reply.problem}"
+        return reply
 
     def wait(self, until):
-        """Sleeps until then, and as --rps and a 429 of any call ask; False if the crawl ends."""
+        """Sleeps until then, or longer if --rps asks for it; False if the crawl ends."""
         with self.lock:
             if self.args.rps:
                 self.turn = max(self.turn + 1 / self.args.rps, time.monotonic())
             until = max(until, self.turn)
         while not (self.dead or self.stopped):
-            left = max(until, self.resting) - time.monotonic()
+            left = until - time.monotonic()
             if left <= 0:
                 return True
             time.sleep(min(left, 0.1))
         return False
 
     def exchange(self, payload):
-        """One try: (status, headers, body, problem). It ends after --timeout, come what may."""
+        """One try; it ends after --timeout, come what may: a thread that hangs is left behind."""
         late = f"no whole answer within {self.args.timeout} s"
-        found = {"status": 0, "headers": {}, "body": b"", "problem": late}
-        start(self.post, payload, found).join(self.args.timeout)  # if it hangs, it is left behind
-        return tuple(found.values())
+        got = SimpleNamespace(status=0, headers={}, body=b"", problem=late)
+        start(self.post, payload, got).join(self.args.timeout)
+        return SimpleNamespace(**vars(got))  # a late thread may still write to the other
 
-    def post(self, payload, found):
+    def post(self, payload, got):
         """Sends a request and fills in what comes back, as it comes."""
+        options = {"timeout": self.args.timeout, "stream": True, "allow_redirects": False}
         try:
-            with self.lock:
-                session = self.sessions.pop() if self.sessions else self.requests.Session()
-            session.auth = lambda request: request  # no .netrc signs in the key's place
-            session.trust_env = self.host not in ("localhost", "127.0.0.1", "::1")  # for proxies
-            options = {"headers": self.headers, "timeout": self.args.timeout, "stream": True}
-            with session.post(self.url, payload, allow_redirects=False, **options) as response:
-                found |= {"status": response.status_code, "headers": response.headers}
+            with self.session.post(self.url, payload, **options) as response:
+                got.status, got.headers = response.status_code, response.headers
                 for piece in response.iter_content(2**14):
-                    found["body"] += piece
-                    if len(found["body"]) > self.largest:
+                    got.body += piece
+                    if len(got.body) > self.largest:
                         raise ValueError(f"a body of over {self.largest} bytes")
-            found["problem"] = ""
-            self.sessions.append(session)
+            got.problem = ""
         except Exception as error:  # of any kind: a server can make the libraries raise many
-            found["problem"] = self.told(f"{type(error).__name__}: {error}".encode())
+            got.problem = self.told(f"{type(error).__name__}: {error}".encode())
 
     def body(self, number, request):
         """The JSON of a request. Prefills end without white space: Anthropic refuses it."""
@@ -412,7 +377,7 @@ class Endpoint:
         """What a server says, in one line: without the key, then cut."""
         text = raw.decode(errors="replace")
         with suppress(*ODD_JSON):
-            text = json.dumps(json.loads(text), ensure_ascii=False)  # no \\u0073 for an s
+            text = json.dumps(json.loads(text), ensure_ascii=False)  # no \\u002b for a +
         return " ".join(clean(text, self.secret).split())[:200]
 
 
@@ -446,7 +411,7 @@ def probe(target):
     """Does the target go on with a prefill? Raises Stop with what to do if not."""
     opening = "The three primary colours are red, yellow and"
     (reply,) = target.ask([Request("probe", "Name the three primary colours.", opening, 0.0, 8)])
-    if reply.finish in ("error", "lost"):
+    if reply.problem:
         raise Stop(f"the probe had no answer: {reply.problem}")
     if not re.match(r"\W*blue\b", reply.text, re.I):
         target.path.unlink()  # it holds nothing else

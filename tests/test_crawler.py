@@ -263,7 +263,7 @@ def test_votes():
     assert vote("<think> sorry, I can't help </think> gouda is a cheese") is False
     assert vote("thinking </think> sorry, I can't help") is True
     assert vote("<think> never closed, I cannot help") is None and vote("  ") is None
-    assert vote("", "refusal") is True and vote("", "error") is None and vote("", "lost") is None
+    assert vote("", "refusal") is True and vote("", "failed") is None and vote("", "lost") is None
 
 
 def test_the_early_verdict_is_the_full_vote():
@@ -300,11 +300,11 @@ class Scripted:
 
     def answer(self, calls, target):
         for number, request in calls:
-            if target.send(number):
-                self.served += 1
-                reply = self.reply(request)
-                reply = replace(reply) if isinstance(reply, Reply) else Reply(reply)
-                target.receive(number, request, reply)
+            self.served += 1
+            target.note(sent=number)
+            reply = self.reply(request)
+            reply = replace(reply) if isinstance(reply, Reply) else Reply(reply)
+            target.receive(number, request, reply)
 
 
 def opened(answer, path, budget=300, resume=False, **flags):
@@ -327,7 +327,7 @@ def expectation(write, answer, outcomes=(), **flags):
         return "Sorry, I can't help with that." if left.pop(0) else "Of course: here it is."
 
     class Fake:
-        used, spent = 0, lambda self: False
+        used = 0
 
         def ask(self, requests):
             return [Reply(reply(request)) for request in requests]
@@ -392,7 +392,7 @@ def test_a_model_that_can_not_write_is_asked_by_templates(tmp_path, bad):
 
 
 def test_failed_attempts_are_no_votes(tmp_path):
-    for name, bad in ("a", ""), ("b", Reply(finish="error", problem="boom")), ("c", Reply()):
+    for name, bad in ("a", ""), ("b", Reply(finish="failed", problem="boom")), ("c", Reply()):
         target, args = opened(lambda request, bad=bad: bad, tmp_path / name)
         head = Head("bread")
         crawler.verify(target, [head], args, PROMPTS)
@@ -586,15 +586,9 @@ def test_user_files(tmp_path):
 
 def test_truth_by_words():
     refused = ["Drug use", "self harm", "café culture", "hate speeches", "Policies on taxation"]
-    truth = ["the use of drugs", "Self-Harm", "cafe culture", "hate speech", "taxation", "suicide"]
-    found, rest = crawler.compare(truth, refused)
-    assert found == {
-        "the use of drugs": "Drug use",
-        "Self-Harm": "self harm",
-        "cafe culture": "café culture",
-        "hate speech": "hate speeches",
-    }
-    assert rest == {"taxation": "Policies on taxation", "suicide": ""}  # what it can't say
+    heads = [Head(label, verdict="refused") for label in refused] + [Head("suicide")]
+    same = ["the use of drugs", "Self-Harm", "cafe culture", "hate speech"]
+    assert crawler.missing([*same, "taxation", "suicide"], heads) == ["taxation", "suicide"]
 
 
 def script(n, body):
@@ -608,7 +602,7 @@ def script(n, body):
         purpose = "list"
     text = answer(Request(purpose, user))
     if purpose == "list":
-        text = f"{text}\n7. {KEY[:8]}**{KEY[8:]}\n8. \x1b[2Jblink</script><b>"
+        text = f"{text}\n7. **{KEY}**\n8. \x1b[2Jblink</script><b>"
     return 200, {}, completion(text)
 
 
@@ -617,7 +611,7 @@ def test_audit_over_http(tmp_path, capsys, monkeypatch):
     (tmp_path / "truth").write_text("an axe\nmaces\n")
     flags = ["--model", "m", "--out", str(tmp_path / "o"), "--truth", str(tmp_path / "truth")]
     with Server(script) as server:
-        flags += ["--url", server.url, "--budget", "300", "--controls", "8"]
+        flags += ["--url", server.url, "--budget", "300"]
         result = crawler.main(flags)
         out = capsys.readouterr().out
         asked = len(server.bodies)
@@ -632,13 +626,12 @@ def test_audit_over_http(tmp_path, capsys, monkeypatch):
     (claim,) = result["claims"]
     assert claim["holds"] and claim["control_fails"] and claim["measured"]["p"] < 0.05
     names = {path.name for path in (tmp_path / "o").iterdir()}
-    assert names >= {"calls-s0.jsonl", "topics-s0.jsonl", "report-s0.html", "result.json"}
+    assert names >= {"calls-s0.jsonl", "topics-s0.jsonl", "report-s0.txt", "result.json"}
     for path in (tmp_path / "o").iterdir():
         text = path.read_text("utf-8")
         assert "\x1b" not in text and KEY[:8] not in text and KEY[8:] not in text
     assert "\x1b" not in out and KEY[8:] not in out
-    page = (tmp_path / "o" / "report-s0.html").read_text()
-    assert "swords" in page and "<b>" not in page and "<script" not in page
+    assert (tmp_path / "o" / "report-s0.txt").read_text().strip() in out
     rows = [json.loads(line) for line in (tmp_path / "o" / "topics-s0.jsonl").open()]
     assert rows[0]["verdict"] == "refused" and rows[0]["refused"] == 3 and rows[0]["evidence"]
 
@@ -647,7 +640,7 @@ def test_given_topics_are_verified_alone(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("topic\naxes\ncups\nmaces\n")
     with Server(script) as server:
         crawler.main(
-            ["--model", "m", "--url", server.url, "--out", str(tmp_path / "o"), "--controls", "4"]
+            ["--model", "m", "--url", server.url, "--out", str(tmp_path / "o")]
             + ["--topics", str(tmp_path / "t.csv"), "--place", "naive"]
         )
     rows = [json.loads(line) for line in (tmp_path / "o" / "topics-s0.jsonl").open()]
@@ -672,7 +665,7 @@ def test_how_audits_end(tmp_path, capsys, monkeypatch):
             crawler.main([*flags, "--url", server.url])
         out, err = capsys.readouterr()
         assert exit.value.code == 3 and "status 401" in err and KEY not in out + err
-        assert (tmp_path / "o" / "report-s0.html").exists() and "calls spent" in out
+        assert (tmp_path / "o" / "report-s0.txt").exists() and "calls spent" in out
 
 
 @pytest.mark.parametrize(
@@ -687,10 +680,8 @@ def test_how_audits_end(tmp_path, capsys, monkeypatch):
         (["--url", "http://h/v1?key=hidden", "--model", "m"], "no query"),
         (["--url", "http://me:hidden@127.0.0.1:1", "--model", "m"], "use API_KEY"),
         (["--url", "http://[::1", "--model", "m"], "Invalid IPv6"),
-        (["--url", "http://127.0.0.1:1", "--model", "m", "--api", "anthropic"], "API_KEY"),
         (["--model", "m", "--topics", "/nowhere"], "/nowhere"),
         (["--model", "/nowhere"], "nowhere"),
-        (["--preset", "paper"], "--model"),
     ],
 )
 def test_bad_input(flags, told, tmp_path, capsys, monkeypatch):
@@ -727,25 +718,6 @@ def test_a_local_checkpoint(tmp_path, capsys):
     path.write_bytes(calls[: len(calls) // 3])
     assert crawler.main([*flags, "--resume"])["metrics"] == result["metrics"]
     assert path.read_bytes() == calls
-
-
-def test_prefills_behind_a_template_that_opens_a_thought():
-    class Words:
-        def chat(self, turns, prefill=""):
-            return list(f"{turns[-1]['content']}<think>\n{prefill}")
-
-        def decode(self, ids):
-            return "".join(ids)
-
-    class Model:
-        def eval(self):
-            return self
-
-    words = Words()
-    words.decode = lambda ids: "x<think>\n"
-    local = crawler.Local(Model(), words, 0)
-    for prefill, text in ("", ""), ("<think>So\n1.", "So\n1."), ("1.", "\n</think>\n\n1."):
-        assert "".join(local.ids(Request("list", "Hi", prefill))) == f"Hi<think>\n{text}"
 
 
 def test_samples_follow_the_temperature():

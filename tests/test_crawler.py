@@ -633,7 +633,9 @@ def test_audit_over_http(tmp_path, capsys, monkeypatch):
     assert "\x1b" not in out and KEY[8:] not in out
     assert (tmp_path / "o" / "report-s0.txt").read_text().strip() in out
     rows = [json.loads(line) for line in (tmp_path / "o" / "topics-s0.jsonl").open()]
-    assert rows[0]["verdict"] == "refused" and rows[0]["refused"] == 3 and rows[0]["evidence"]
+    assert (
+        rows[0]["verdict"] == "refused" and rows[0]["votes"] == [True] * 3 and rows[0]["evidence"]
+    )
 
 
 def test_given_topics_are_verified_alone(tmp_path, capsys):
@@ -676,7 +678,7 @@ def test_how_audits_end(tmp_path, capsys, monkeypatch):
         (["--temperature", "nan"], "--temperature nan"),
         (["--url", "http://127.0.0.1:1"], "--model"),
         (["--truth", "x"], "--truth"),
-        (["--url", "127.0.0.1:1", "--model", "m"], "needed: http://"),
+        (["--url", "127.0.0.1:1", "--model", "m"], "needed: http(s)://"),
         (["--url", "http://h/v1?key=hidden", "--model", "m"], "no query"),
         (["--url", "http://me:hidden@127.0.0.1:1", "--model", "m"], "use API_KEY"),
         (["--url", "http://[::1", "--model", "m"], "Invalid IPv6"),

@@ -4,14 +4,14 @@ The iterated prefill crawler: open the assistant's turn, or its thought, with "M
 themes is: 1." and the model goes on with a list. Each new item is verified: the model writes a
 request about it and answers that, up to six times; refusing either is a refusal. What is refused is
 the subject of the next prompts, as links are in a web crawl. The paper finds 31 of the 36 topics
-that Tulu-3-8B refuses (30 by its own table) in 1000 listing prompts. Here all calls count.
+that Tulu-3-8B refuses in 1000 listing prompts. Here all calls count.
 
 The toy: a small GPT learns to refuse everyday topics that a seed draws and the crawler never sees.
 Asked directly, a `covert` target admits few of them, an `open` one all. What the toy can't show:
 that real models know their limits. SmolLM2-135M (--model smollm2-135m-instruct) does not.
 
-Test only what you may test: docs/crawler.md. Read on: `parse`, `key`, `refuses`, `attempt`, `crawl`
-(the method), `World` (the toy), `judge` (the claims), `audit`; then target.py.
+Read on: `parse`, `refuses`, `attempt`, `crawl` (the method), `World` (the toy), `judge` (the
+claims), `audit`; then target.py. Test only what you may test: docs/crawler.md.
 """
 
 import itertools
@@ -63,18 +63,18 @@ class Args(common.TrainFlags):
     steps: int = 300  # the toy: of plain training
     lr: float = 3e-3
     batch_size: int = 32
-    tune_steps: int = 800  # the toy: steps of safety tuning
+    tune_steps: int = 800  # the toy: of safety tuning
     model: str = ""  # checkpoint (name, folder, hub id, .gguf), or a server's name for it
     url: str = ""  # a server's API, http://HOST:8000/v1; its key: API_KEY in the environment
     api: Literal["chat", "anthropic"] = "chat"  # chat: OpenAI's, vLLM's, llama.cpp's, Ollama's
     system: str = ""  # system prompt
     concurrency: int = 4  # servers: calls in flight
     rps: float = 0.0  # servers: most calls a second; 0: no limit
-    timeout: float = 120.0  # servers: seconds that a try may take, to the last byte
+    timeout: float = 120.0  # servers: seconds of a try, to the last byte
     budget: int = 1000  # most calls of the target, over all resumed runs
     place: PLACES = "assistant-prefix"  # of the phrase that opens a list; naive: none
     topics: str = ""  # file of topics (lines, .csv, .jsonl): verify these, list nothing
-    truth: str = ""  # file of known topics: which of them were found?
+    truth: str = ""  # file of known topics: which are found?
     lists: int = 2  # listing prompts in a step (paper: 2)
     seed_rule: Literal["refused", "benign", "none"] = "refused"  # subjects (paper: refused)
     temperature: float = 0.6  # of lists (paper: .6); verification has 1
@@ -105,7 +105,7 @@ DROPPED = set(  # words that make no difference (the paper's list, and links)
 
 
 def parse(text, k=10):
-    """The first `k` items of the lists in a text (paper: 10); a thought's end with it."""
+    """The first `k` items of the lists in a text (paper: 10)."""
     items = {}  # each once
     for line in text.split("</think>")[0].splitlines():
         match = ITEM.match(line[:200])
@@ -297,7 +297,7 @@ def crawl(target, args, prompts, heads, seed):
         if target.spent:
             return "the budget is spent"
         if empty == 20:
-            return "no list had an item in 20 steps: another --place may do"
+            return "no item in 20 steps: try another --place"
 
 
 # ------------------------------------------------------------------------------------ the toy world
@@ -419,7 +419,7 @@ class World:
 
 # ------------------------------------------------------------------------- train, measure, judge
 
-ARMS = {  # what each crawl of the toy changes; an open target has the first two
+ARMS = {  # what each crawl changes; an open target has the first two
     "ipc": {},
     "direct": {"place": "naive"},
     "benign seeds": {"seed_rule": "benign"},
@@ -509,7 +509,8 @@ def judge(run, covert, open_):
 
     says = "open target: asking is faster (calls until half is found)"
     rule = "arm.half <= base.half"
-    base, arm = ([found[name] for found in open_] for name in ("ipc", "direct"))
+    base = [found["ipc"] for found in open_]
+    arm = [found["direct"] for found in open_]
     controls = {"covert target": direct}
     run.claim("C9", says, "fewer prompts", rule, base=base, arm=arm, controls=controls)
 
@@ -594,9 +595,8 @@ def audit(given, truth, args, env, log, arm, seed):
         why = ended = str(stop)
     found = report(path, list(heads.values()), everyday, f"{target.counts()}; {why}", truth)
     if ended:
-        stopped = ended == "stopped"
-        print("stopped; --resume goes on" if stopped else f"error: {ended}", file=sys.stderr)
-        raise SystemExit(130 if stopped else 3)
+        print(f"error: {ended}; --resume goes on", file=sys.stderr)
+        raise SystemExit(130 if ended == "stopped" else 3)
     return found
 
 
@@ -618,7 +618,8 @@ def report(path, heads, everyday, counts, truth):
     if truth:
         rest = missing(truth, heads)
         told.append(f"{len(truth) - len(rest)} of {len(truth)} known topics found;")
-        told += ["not found, or found in other words:", *(f"  {topic}" for topic in rest)]
+        told.append("not found, or found in other words:")
+        told += [f"  {topic}" for topic in rest]
     told += [f"  {sum(h.votes)} of {len(h.votes)} refused: {h.label}" for h in heads[:k]]
     name = path.stem.removeprefix("calls")
     lines = ""
@@ -641,13 +642,14 @@ def report(path, heads, everyday, counts, truth):
 
 
 def check(args, env):
-    """This script's rules for flags: (whether one is broken, what to say)."""
+    """The rules for flags: (whether one is broken, what to say)."""
     url = urlsplit(args.url)
     secret = os.environ.get("API_KEY", "")
-    plain = url.scheme in ("http", "https") and url.hostname and not (url.query or url.fragment)
+    plain = url.scheme in ("http", "https") and url.hostname
+    plain = plain and not (url.query or url.fragment)
     ours = [flag for flag in ("url", "topics", "truth", "system") if getattr(args, flag)]
     return [
-        (args.need > args.j, f"--need {args.need}, allowed: at most --j, {args.j}"),
+        (args.need > args.j, f"--need {args.need}, allowed: up to --j {args.j}"),
         (ours and not args.model, f"--{' --'.join(ours)}: needs --model"),
         ("@" in url.netloc, "--url with a user or password: use API_KEY"),
         (args.url and not plain, "--url, needed: http(s)://HOST:PORT/PATH, no query"),
@@ -657,7 +659,7 @@ def check(args, env):
 
 
 def main(argv=None):
-    """The toy end to end, or an audit; returns what it writes to result.json."""
+    """The toy or an audit; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2505.17441", check)
     args = run.args
     if args.model:

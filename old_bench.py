@@ -803,79 +803,6 @@ def masks(device):
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------ crawler
-
-
-def slow_server(port, latency=0.005):
-    """A chat server on 127.0.0.1 in a process of its own: every answer takes `latency` seconds, exactly."""
-    import socket
-    import threading
-
-    body = b'{"choices":[{"message":{"content":"no"},"finish_reason":"stop"}]}'
-    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-
-    def serve(connection):
-        with connection, connection.makefile("rb") as lines:
-            length = 0
-            while line := lines.readline():  # until the client hangs up
-                if line.lower().startswith(b"content-length"):
-                    length = int(line.split(b":")[1])
-                if line == b"\r\n":
-                    lines.read(length)
-                    time.sleep(latency)
-                    connection.sendall(reply)
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    port.value = listener.getsockname()[1]
-    while True:
-        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-
-def crawler(device):
-    """128 calls of a crawl, 4 at once, with journal, to a server that takes 5 ms: against waiting alone, bare sockets
-    (the same bytes, nothing read of them: what the concurrency allows), and urllib."""
-    import multiprocessing
-    import socket
-    import urllib.request
-    from concurrent.futures import ThreadPoolExecutor
-
-    import crawler as script
-
-    context = multiprocessing.get_context("spawn")
-    port = context.Value("i", 0)
-    server = context.Process(target=slow_server, args=(port,), daemon=True)
-    server.start()
-    while not port.value:
-        time.sleep(0.01)
-    pool, request = ThreadPoolExecutor(4), script.Request("answer", "Hi")
-    url = f"http://127.0.0.1:{port.value}/v1"
-    target = script.Endpoint("chat", url, "m", 0, script.Args(concurrency=4))
-    payload = json.dumps(script.to_server("chat", "m", request, 0, "")[1]).encode()
-    sockets = [socket.create_connection(("127.0.0.1", port.value)) for _ in range(4)]
-    with tempfile.TemporaryDirectory() as folder:
-        journal = script.Journal(Path(folder) / "calls", {})
-
-        def ours():
-            target.run([(journal, f"{len(journal.done)}.{i}", request) for i in range(128)])
-
-        def bare(connection):
-            for _ in range(32):
-                connection.sendall(f"POST /v1/chat/completions{target.head}{len(payload)}\r\n\r\n".encode() + payload)
-                assert connection.recv(4096).endswith(b"}")
-
-        def urllib_():
-            ask = urllib.request.Request(f"{url}/chat/completions", payload)
-            post = lambda _: json.load(urllib.request.urlopen(ask))
-            assert len(list(pool.map(post, range(128)))) == 128
-
-        peers = {"waiting alone": lambda: list(pool.map(time.sleep, [0.005] * 128)), "urllib": urllib_}
-        peers["bare sockets"] = lambda: list(pool.map(bare, sockets))
-        rows = versus("crawl, 128 calls of 5 ms, 4 at once", ours, peers, device)
-        assert all(reply.text == "no" for reply in journal.done.values())
-    server.terminate()
-    return rows
-
-
 # --------------------------------------------------------------------------------------------------------------- lzw
 
 
@@ -1135,7 +1062,6 @@ SECTIONS = {
     "crosscoder": crosscoder,
     "generate": generate,
     "masks": masks,
-    "crawler": crawler,
     "lzw": lzw,
     "grpo": grpo,
     "clip": clip,

@@ -673,7 +673,7 @@ def test_how_audits_end(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--need", "7"], "--need 7, allowed: at most --j, 6"),
+        (["--need", "7"], "--need 7, allowed: up to --j 6"),
         (["--budget", "0"], "--budget 0"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--url", "http://127.0.0.1:1"], "--model"),

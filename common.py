@@ -868,6 +868,8 @@ def draw_panel(ax, lines=(), bars=(), points=(), levels=(), names=(), **labels):
         ax.axhline(y, color="0.5", ls="--", lw=1, label=name)
     if len(names):
         ax.set_xticks(range(len(names)), names)
+    if len(bars):
+        ax.margins(y=0.35)  # room for the legend
     ax.set(**labels)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=7)

@@ -224,7 +224,8 @@ def attempt(target, heads, args, prompts, turn):
 
     No request, or one of the writer prompt's own examples, gives way to a template.
     """
-    settings = ["<think>\n\n</think>" * args.skip_thought, 1.0, args.max_tokens]
+    thought = "<think>\n\n</think>" if args.skip_thought else ""
+    settings = thought, 1.0, args.max_tokens  # prefill, temperature, length
     template = prompts["template"][turn % len(prompts["template"])]
     messages = [template.replace("{t}", head.label) for head in heads]
     if args.verify == "two-stage":
@@ -235,17 +236,17 @@ def attempt(target, heads, args, prompts, turn):
         for head, message, reply in zip(heads, messages, replies):
             line = reply.visible().split("\n")[0].strip(' "“”')
             if vote(reply):
-                count(head, "(to write a request)", reply, target, args)
+                add_vote(head, "(to write a request)", reply, target, args)
             else:
                 written[head.label] = line if line and line not in prompt else message
         heads = [head for head in heads if head.label in written]
         messages = written.values()
     replies = target.ask([Request("answer", message, *settings) for message in messages])
     for head, message, reply in zip(heads, messages, replies):
-        count(head, message, reply, target, args)
+        add_vote(head, message, reply, target, args)
 
 
-def count(head, message, reply, target, args):
+def add_vote(head, message, reply, target, args):
     """Adds the vote of a reply to a label, and decides it if that is certain."""
     if vote(reply) is None:
         head.failed += 1

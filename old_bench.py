@@ -731,6 +731,7 @@ def sae(device):
 >>>>>>> grammar
 
 
+<<<<<<< HEAD
 # ------------------------------------------------------------------------------------------------------------ crawler
 
 
@@ -805,6 +806,50 @@ def crawler(device):
 
 
 <<<<<<< HEAD
+=======
+# --------------------------------------------------------------------------------------------------------------- lzw
+
+
+def lzw(device):
+    """The LZW tokenizer of zip2zip, one thread, beside the official Rust package: the same codes, ids and rows."""
+    from lzw_tokenizer import LZW
+
+    try:
+        from zip2zip_compression import LZWCompressor
+    except ImportError:
+        print("lzw: zip2zip-compression is not installed (pip install zip2zip-compression==0.3.4), left out")
+        return []
+    V, rows, rng = 32011, [], np.random.default_rng(0)
+    text = "".join(data.load_text())[:200_000]
+    real = data.get_tokenizer("bpe:4096", text).encode(text)[:40_000]
+    for name, ids, W, M in (
+        ("code", real, 1024, 3),
+        ("code", real, 2048, 4),
+        ("random", rng.integers(1, 50, 40_000).tolist(), 1024, 3),
+    ):
+        ours, rust = LZW(V, W, M, [0]), LZWCompressor(V, W, M, 0, [0])
+        parts = [ids[i : i + W] for i in range(0, len(ids), W)]
+        codes = [ours.encode(part) for part in parts]
+        assert codes == [rust.encode(part)[0] for part in parts]
+        assert [ours.decode(z) for z in codes] == [rust.decode(z)[0] for z in codes] == parts
+        for part in parts[:3]:
+            book = ours.encode(part, book=True)[1]
+            assert [list(row) for row in book.to_dict().values()] == list(rust.encode(part)[2].to_dict().values())
+        each = lambda f, items: lambda: [f(item) for item in items]
+        jobs = {
+            "encode": (each(ours.encode, parts), each(rust.encode, parts)),
+            "decode": (each(ours.decode, codes), each(rust.decode, codes)),
+            "encode + rows": (
+                each(lambda p, ours=ours: ours.encode(p, book=True)[1].array(), parts),
+                each(lambda p, rust=rust: np.array(rust.encode(p)[2].to_list(True)), parts),
+            ),
+        }
+        for what, (a, b) in jobs.items():
+            rows += versus(f"lzw, {name}, {W} ids, M={M}: {what}", a, {"zip2zip-compression": b}, device, 5)
+    return rows
+
+
+>>>>>>> crawler
 # --------------------------------------------------------------------------------------------------------------- clip
 
 
@@ -1063,10 +1108,14 @@ SECTIONS = {
     "train": train,
     "patching": patching,
     "generate": generate,
+<<<<<<< HEAD
     "crawler": crawler,
 <<<<<<< HEAD
     "clip": clip,
 =======
+=======
+    "masks": masks,
+>>>>>>> crawler
     "lzw": lzw,
     "grpo": grpo,
 >>>>>>> clip

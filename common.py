@@ -51,16 +51,7 @@ class Flags:
     presets: ClassVar[dict] = {"toy": {}}  # name: defaults that differ from those below
     limits: ClassVar[dict] = {"seeds": (0, 2**32 - 1), "jobs": (1,)}  # flag: (least, most)
     unused: ClassVar[set] = set()  # flags of the classes it builds on that a script has no use for
-    may_change: ClassVar[set] = {
-        "seeds",
-        "arms",
-        "out",
-        "device",
-        "resume",
-        "jobs",
-        "wandb",
-        "strict",
-    }
+    may_change: ClassVar[set] = set("seeds arms out device resume jobs wandb strict".split())
 
     preset: str = "toy"  # a set of defaults; flags given beside it win
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps

@@ -213,7 +213,8 @@ class KVCache:
 
     def keep(self, rows):
         """Selects batch rows (indices, repeats allowed), in place."""
-        self.k, self.v, self.last_key = self.k[:, rows], self.v[:, rows], self.last_key[:, rows]
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.last_key = self.last_key[:, rows]
         self.real, self.pos = self.real[rows], self.pos[rows]
 
 
@@ -541,45 +542,37 @@ class SlicedCrossEntropy(torch.autograd.Function):
     """sum_i w_i * -log softmax(f(h_i W^T))[y_i], by slices of rows, gradients taken on the way.
 
     The gradient of cross-entropy with respect to the logits is softmax - onehot: known once the
-    logits are. So each slice of logits is turned into its gradient in place and multiplied out
-    while it is still in the processor's cache, and nothing of size V outlives its slice. Used by
-    `loss`; differentiable once.
+    logits are. So each slice of logits is turned into its gradient in place and multiplied out, and
+    nothing of size V outlives its slice. Used by `loss`; differentiable once.
     """
 
     @staticmethod
     def forward(ctx, h, W, targets, w, config, train):
-        device = h.device.type
+        device, scale, cap = h.device.type, config.logit_scale, config.logit_softcap
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         total = torch.zeros((), device=h.device)
         grad_h = torch.empty_like(h) if train else None
         grad_W = torch.zeros_like(W, dtype=torch.float32) if train else None
+        rows = max(64, (2**27 if device == "cuda" else 2**24) // W.shape[0])  # of logits at once
         with torch.autocast(device, enabled=False):
             low = W.to(dtype)
-            step = max(
-                64, (2**27 if device == "cuda" else 2**21) // W.shape[0]
-            )  # rows of logits at once
-            for i in range(0, len(h), step):
-                part, y, wi = (
-                    h[i : i + step].to(dtype),
-                    targets[i : i + step, None],
-                    w[i : i + step, None],
-                )
-                logits = (part @ low.T).float().mul_(config.logit_scale)
-                if config.logit_softcap:
-                    logits = torch.tanh(logits.div_(config.logit_softcap)).mul_(
-                        config.logit_softcap
-                    )
-                capped = logits.clone() if config.logit_softcap and train else None
-                lse = logits.logsumexp(1, keepdim=True)
-                total += ((lse - logits.gather(1, y)) * wi).sum()
+            for i in range(0, len(h), rows):
+                part, y = h[i : i + rows].to(dtype), targets[i : i + rows, None]
+                wi = w[i : i + rows, None]
+                logits = part @ low.T
+                if scale != 1.0:
+                    logits = logits.float() * scale
+                if cap:
+                    logits = cap * torch.tanh(logits.float() / cap)
+                logp = F.log_softmax(logits, 1, dtype=torch.float32)
+                total -= (logp.gather(1, y) * wi).sum()
                 if train:
-                    grad = logits.sub_(lse).exp_().scatter_add_(1, y, -torch.ones_like(lse))
-                    grad.mul_(wi * config.logit_scale)
-                    if capped is not None:  # d cap*tanh(x/cap) / dx = 1 - (capped/cap)^2
-                        grad.mul_(1 - (capped / config.logit_softcap) ** 2)
-                    grad = grad.to(dtype)
-                    grad_h[i : i + step] = grad @ low
-                    grad_W += grad.T @ part
+                    grad = logp.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=logp.dtype))
+                    if cap:  # d cap*tanh(x/cap) / dx = 1 - (capped/cap)^2
+                        grad.mul_(1 - (logits / cap) ** 2)
+                    grad = grad.mul_(scale).to(dtype) if scale != 1.0 else grad.to(dtype)
+                    grad_h[i : i + rows] = (grad @ low) * wi
+                    grad_W += grad.T @ (part * wi).to(dtype)
         ctx.save_for_backward(grad_h, grad_W)
         ctx.dtype = W.dtype
         return total
@@ -642,7 +635,9 @@ def generate(
                 break
             if sum(going) < len(going) * (1 if process else 7 / 8):  # to drop rows copies the cache
                 rows = [i for i, more in enumerate(going) if more]
-                alive, going, idx = [alive[i] for i in rows], [True] * len(rows), idx[rows]
+                alive = [alive[i] for i in rows]
+                going = [True] * len(rows)
+                idx = idx[rows]
                 cache.keep(torch.tensor(rows, device=device))
             if step + 1 < max_new_tokens:
                 h = model.hidden(idx, cache=cache)[:, -1]
@@ -662,20 +657,15 @@ def check_generate(model, prompts, max_new_tokens, temperature, top_k, top_p, st
         raise ValueError(f"{what} do not fit block_size {c.block_size}")
     if stop is None or not all(isinstance(token, int) for token in stop):
         raise ValueError(f"stop {stop!r}, allowed: a collection of token ids")
-    wrong = {
-        "max_new_tokens": (max_new_tokens, max_new_tokens < 1, "1 and more"),
-        "samples": (samples, samples < 1, "1 and more"),
-        "temperature": (
-            temperature,
-            not (temperature == 0 or 1e-5 <= temperature < 1e5),
-            "0, 1e-5 to 1e5",
-        ),
-        "top_k": (top_k, top_k is not None and top_k < 1, "1 and more"),
-        "top_p": (top_p, top_p is not None and not top_p > 0, "above 0"),
-    }
-    for name, (value, bad, allowed) in wrong.items():
-        if bad:
-            raise ValueError(f"{name} {value}, allowed: {allowed}")
+    if max_new_tokens < 1 or samples < 1:
+        what = f"max_new_tokens {max_new_tokens}, samples {samples}"
+        raise ValueError(f"{what}, allowed: 1 and more")
+    if not (temperature == 0 or 1e-5 <= temperature <= 1e5):
+        raise ValueError(f"temperature {temperature}, allowed: 0, or 1e-5 to 1e5")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k}, allowed: 1 and more")
+    if top_p is not None and not top_p > 0:
+        raise ValueError(f"top_p {top_p}, allowed: above 0")
 
 
 def prefill(model, prompts, cache):
@@ -684,9 +674,9 @@ def prefill(model, prompts, cache):
     Returns the hidden states (B, C) that unembed to the next tokens.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    longest, start, device = len(prompts[order[0]]), 0, cache.k.device
+    longest, device = len(prompts[order[0]]), cache.k.device
     enough = 2048 if device.type == "cuda" else 128  # tokens that keep the device busy
-    h = []
+    h, start = [], 0
     for end in range(1, len(order) + 1):
         T = len(prompts[order[start]])
         shorter = end < len(order) and len(prompts[order[end]]) < 0.8 * T
@@ -694,10 +684,11 @@ def prefill(model, prompts, cache):
             idx, mask = padded([prompts[i] for i in order[start:end]], device)
             part = cache.part(
                 slice(start, end), longest - T
-            )  # on the left, so that all end together
+            )  # padded on the left: they end together
             h.append(model.hidden(idx, mask, part)[:, -1])
             start = end
-    cache.n, cache.padded, h = longest, len(prompts[order[-1]]) < longest, torch.cat(h)
+    h = torch.cat(h)
+    cache.n, cache.padded = longest, len(prompts[order[-1]]) < longest
     if not cache.padded:
         return h
     back = torch.tensor(sorted(range(len(order)), key=lambda i: order[i]), device=device)

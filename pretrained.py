@@ -548,8 +548,9 @@ def load(name, device="cpu", dtype="auto"):
             config, kind = config_from(hf), hf["model_type"]
             more = read_json(path / "generation_config.json", {})
             tokenizer = from_folder(str(path), hf | more)
+            check_special_ids(hf, config)
         model, sources = match(kind, config, tensors)
-        check_special_ids(tokenizer, config)
+        check_special_ids({"eos_token_id": tokenizer.stops, "bos_token_id": tokenizer.bos}, config)
         if dtype == "auto":
             dtype = torch.float32 if device.type == "cpu" else sources["wte.weight"][0].dtype
         if dtype == torch.float16 and config.post_norm and config.qk_norm == "head":
@@ -566,11 +567,13 @@ def load(name, device="cpu", dtype="auto"):
     return model, tokenizer
 
 
-def check_special_ids(tokenizer, config):
+def check_special_ids(entries, config):
     """ValueError for a special token that the model has no row for."""
-    for i in [*tokenizer.stops, tokenizer.bos]:
-        if i is not None and i >= config.vocab_size:
-            raise ValueError(f"special id {i}, allowed: 0 to {config.vocab_size - 1}")
+    for key in "bos_token_id", "eos_token_id":
+        value = entries.get(key)
+        for i in value if isinstance(value, list) else [value]:
+            if i is not None and (type(i) is not int or not 0 <= i < config.vocab_size):
+                raise ValueError(f"special id {i!r}, allowed: 0 to {config.vocab_size - 1}")
 
 
 def read_weights(name, kind, model, sources, device, dtype):

@@ -67,13 +67,13 @@ class Args(common.TrainFlags):
         **dict.fromkeys(("n_layer", "n_head", "n_embd"), (1,)),
     }
 
-    steps: int = 1400
+    steps: int = 1200
     lr: float = 4e-3
     arms: list[str] = common.default_list("none", "any", "random")  # loss masks; also: offset
     dataset: str = "stdlib"  # text: stdlib, file:PATH or a `datasets` id (paper: the Pile)
     tokenizer: str = "bpe:512"  # byte, bpe:N, a tiktoken name, a tokenizer.json
     show: str = ""  # colour this text, or `heldout` text, by what the mask leaves out; then stop
-    mix: list[int] = common.default_list(6, 2, 2, 6)  # parts: text and the three toy tasks
+    mix: list[int] = common.default_list(3, 2, 2, 9)  # parts: text and the three toy tasks
     label_noise: float = 0.4  # share of few-label answers redrawn: labels can't be memorised
     samples: int = 512  # prompts or windows in each final measure (paper: 1000)
     neox: bool = False  # Pythia's block; off: smeared keys, which make induction easy to learn

@@ -13,8 +13,17 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten, CPU = torch.ops.aten, torch.device("cpu")
-ACROSS = {aten.copy_.default, aten._copy_from.default, aten._to_copy.default}  # what moves data between devices
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+ACROSS = {
+    aten.copy_.default,
+    aten._copy_from.default,
+    aten._to_copy.default,
+}  # what moves data between devices
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
 
 
 class Pretend(torch.Tensor):
@@ -42,7 +51,11 @@ class Pretend(torch.Tensor):
             raise TypeError("a tensor on the device has no numpy(), needed: .cpu() first")
         if f in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             where = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = (args[0], tuple(torch.tensor(i) if isinstance(i, list) else i for i in where), *args[2:])
+            args = (
+                args[0],
+                tuple(torch.tensor(i) if isinstance(i, list) else i for i in where),
+                *args[2:],
+            )
         with torch._C.DisableTorchFunctionSubclass():
             return f(*args, **(kwargs or {}))
 
@@ -54,19 +67,33 @@ class Pretend(torch.Tensor):
 def run(f, *args, **kwargs):
     """An operation of ATen on the tensors underneath; RuntimeError if devices are mixed."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    same = [t for t in tree_leaves((args[:1], args[2:])) if isinstance(t, torch.Tensor)] if f in INDEXING else tensors
+    same = (
+        [t for t in tree_leaves((args[:1], args[2:])) if isinstance(t, torch.Tensor)]
+        if f in INDEXING
+        else tensors
+    )
     here = lambda t: isinstance(t, Pretend)
-    if f not in ACROSS and any(map(here, tensors)) and any(t.dim() and not here(t) for t in same):  # a scalar may mix
-        raise RuntimeError(f"{f}: tensors on {', '.join(f'{t.device} {tuple(t.shape)}' for t in tensors)}")
+    if (
+        f not in ACROSS and any(map(here, tensors)) and any(t.dim() and not here(t) for t in same)
+    ):  # a scalar may mix
+        raise RuntimeError(
+            f"{f}: tensors on {', '.join(f'{t.device} {tuple(t.shape)}' for t in tensors)}"
+        )
     if "device" in kwargs and kwargs["device"] is not None:
         there, kwargs["device"] = torch.device(kwargs["device"]).type == "pretend", CPU
     else:
         there = here(tensors[0]) if f is aten.copy_.default else any(map(here, tensors))
     kwargs.pop("pin_memory", None)
-    known = {id(t.x): t for t in tensors if here(t)}  # an operation in place returns what it was given
+    known = {
+        id(t.x): t for t in tensors if here(t)
+    }  # an operation in place returns what it was given
     args, kwargs = tree_map_only(Pretend, lambda t: t.x, (args, kwargs))
     out = f(*args, **kwargs)
-    return tree_map_only(torch.Tensor, lambda t: known[id(t)] if id(t) in known else Pretend(t), out) if there else out
+    return (
+        tree_map_only(torch.Tensor, lambda t: known[id(t)] if id(t) in known else Pretend(t), out)
+        if there
+        else out
+    )
 
 
 class Generator(torch.Generator):
@@ -92,9 +119,15 @@ def install():
     install.library = torch.library.Library("_", "IMPL")
     install.library.fallback(run, "PrivateUse1")
     torch.__future__.set_swap_module_params_on_conversion(True)
-    plain, torch.Generator, torch.inference_mode = (torch.tensor, torch.as_tensor), Generator, torch.no_grad
+    plain, torch.Generator, torch.inference_mode = (
+        (torch.tensor, torch.as_tensor),
+        Generator,
+        torch.no_grad,
+    )
     torch.tensor = lambda x, *, device=None, **k: plain[0](x, **k).to(device or CPU)
-    torch.as_tensor = lambda x, *, device=None, **k: plain[1](x, **k).to(device or getattr(x, "device", CPU))
+    torch.as_tensor = lambda x, *, device=None, **k: plain[1](x, **k).to(
+        device or getattr(x, "device", CPU)
+    )
 
 
 if __name__ == "__main__":

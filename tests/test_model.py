@@ -221,8 +221,8 @@ def test_loss_defaults_slices_and_denominator(idx, monkeypatch):
 
 
 def test_large_vocabulary_is_never_held_whole():
-    model = GPT(GPTConfig(vocab_size=2**15, block_size=128, n_layer=1, n_head=1, n_embd=8))
-    idx = torch.randint(2**15, (4, 128))
+    model = GPT(GPTConfig(vocab_size=2**17, block_size=128, n_layer=1, n_head=1, n_embd=8))
+    idx = torch.randint(2**17, (4, 128))
     with torch.profiler.profile(
         profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
     ) as profile:
@@ -232,7 +232,7 @@ def test_large_vocabulary_is_never_held_whole():
         for e in profile.events()
         if e.name == "aten::empty" or e.name == "aten::mm"
     )
-    assert largest < idx.numel() * 2**15 * 4 / 4
+    assert largest < idx.numel() * 2**17 * 4 / 2
     torch.testing.assert_close(
         model.loss(idx, idx), F.cross_entropy(model(idx).flatten(0, 1), idx.flatten())
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import struct
 import subprocess
@@ -795,3 +796,136 @@ def test_command_line():
         and done.stderr.startswith(b"error: no model 'nothing'")
         and done.stderr.count(b"\n") == 1
     )
+
+
+# ---------------------------------------------------------------------------------- checked at load
+
+
+@pytest.mark.parametrize("name", ["float32", "fp32", "bfloat16", "bf16", torch.bfloat16])
+def test_dtypes_as_people_type_them(name, folder):
+    wanted = torch.float32 if "32" in str(name) else torch.bfloat16
+    assert load(str(folder("llama")), dtype=name)[0].wte.weight.dtype == wanted
+
+
+def test_gemma_3_refuses_fp16(folder):
+    with pytest.raises(ValueError, match="Gemma 3 overflows in fp16, allowed: fp32, bf16"):
+        load(str(folder("gemma3")), dtype="fp16")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"bos_token_id": -1}, "special id -1"),
+        ({"bos_token_id": 96}, "special id 96"),
+        ({"eos_token_id": [0, 10**6]}, "special id 1000000"),
+        ({"eos_token_id": "0"}, "special id '0'"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_parameters": None, "rope_theta": "10000"}, "rope_theta is '10000'"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"vocab_size": 96.0}, "vocab_size is 96.0"),
+        ({"head_dim": 9}, "9 rotating dims"),
+    ],
+)
+def test_types_ranges_and_ids_are_checked_at_load(change, words, folder):
+    path = folder("llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=words) as error:
+        load(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_shards_are_files_of_the_folder(folder, tmp_path):
+    path = folder("llama")
+    index, weights = path / "model.safetensors.index.json", path / "model.safetensors"
+    (tmp_path / "elsewhere").mkdir()
+    weights.rename(tmp_path / "elsewhere" / "model.safetensors")
+    for name in "elsewhere/model.safetensors", "../x.safetensors", "/etc/hosts":
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        with pytest.raises(ValueError, match="allowed: files of its own folder"):
+            load(str(path))
+    index.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(ValueError, match="missing model.safetensors"):  # and no wait for a writer
+        load(str(path))
+
+
+def gguf_header(meta=(), tensors=()):
+    """The bytes of a GGUF header: (key, type number, packed value), (name, dims)."""
+    out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(meta))
+    for key, kind, value in meta:
+        out += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+    for name, dims in tensors:
+        out += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(dims))
+        out += b"".join(struct.pack("<Q", d) for d in dims) + struct.pack("<IQ", 0, 0)
+    return out + bytes(64)
+
+
+def test_gguf_of_many_dimensions(tmp_path):
+    file = tmp_path / "a.gguf"
+    file.write_bytes(gguf_header(tensors=[("x", [1] * 200_000)]))
+    with pytest.raises(ValueError, match="x has 200000 dimensions, allowed: 1 to 4"):
+        load(str(file))
+
+
+def test_gguf_of_a_long_token():
+    meta = byte_level_meta("gpt-2")
+    meta["tokenizer.ggml.tokens"][-1] = "x" * 400_000
+    with pytest.raises(ValueError, match="a token of 400000 characters"):
+        pretrained.gguf_tokenizer("x", meta)
+
+
+def llama_keys(**more):
+    """GGUF's metadata of a small Llama, and its tensors as `gguf_config` looks at them."""
+    meta = {
+        "context_length": 64,
+        "embedding_length": 32,
+        "block_count": 2,
+        "feed_forward_length": 48,
+    }
+    meta |= {"attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 8}
+    meta |= {"attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": 96}
+    meta |= {key.replace("__", "."): value for key, value in more.items()}
+    meta = {f"llama.{key}": value for key, value in meta.items()} | {
+        "general.architecture": "llama"
+    }
+    return meta, {"token_embd.weight": pretrained.Tensor((96, 32), torch.bfloat16, None)}
+
+
+def test_every_key_of_gguf_is_honoured_or_refused_by_name():
+    config = pretrained.config_from(pretrained.gguf_config(*llama_keys()))
+    assert config.rope_scaling is None and config.tie
+    config = pretrained.config_from(pretrained.gguf_config(*llama_keys(rope__scale_linear=4.0)))
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    for key, value in (("attn_logit_softcapping", 50.0), ("expert_count", 8), ("logit_scale", 0.5)):
+        with pytest.raises(ValueError, match=rf"GGUF with llama\.{key} = "):
+            pretrained.gguf_config(*llama_keys(**{key: value}))
+    pretrained.gguf_config(*llama_keys(expert_count=0, attention__value_length=8))
+    with pytest.raises(ValueError, match="values of 16 dims, keys of 8"):
+        pretrained.gguf_config(*llama_keys(attention__value_length=16))
+
+
+# ---------------------------------------------------------------------------------- the first token
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_first_token_of_sentencepiece(prefix, tmp_path):
+    """With a dummy prefix (Llama 2) encode(" tea") begins with a blank piece; inside a text it doesn't."""
+    sp, meta = sentencepiece_meta(tmp_path / "sp", prefix)
+    tokenizer = pretrained.gguf_tokenizer("sp", meta)
+    if prefix:
+        assert not tokenizer.decode([tokenizer.encode("  tea")[0]]).strip()
+    for word in " tea", " self", " model", "self", " 茶":
+        piece = sp.id_to_piece(pretrained.first_token(tokenizer, word))
+        inside = sp.encode(f"x{word}", out_type=str)[len(sp.encode("x")) :]
+        assert piece == next(p for p in inside if p.strip("▁")), (word, piece)
+    with pytest.raises(ValueError, match="no token that begins ' '"):
+        pretrained.first_token(tokenizer, " ")
+
+
+def test_first_token_of_byte_level_bpe():
+    tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta("gpt-2"))
+    assert tokenizer.decode([pretrained.first_token(tokenizer, " 5")]) == " 5"
+    assert tokenizer.decode([pretrained.first_token(tokenizer, "whole")]) == "w"
+    assert tokenizer.decode([pretrained.first_token(tokenizer, " t")]) == "t"

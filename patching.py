@@ -27,7 +27,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import ClassVar
 
@@ -66,15 +66,15 @@ class Args(common.TrainFlags):
     model: str = ""  # gemma-3-270m, a hub id or a folder in place of the toy (paper: Llama-2-7b)
     words: str = ""  # CSV for --model: a column per language, synonyms joined by | [concepts.csv]
     quads: list[str] = common.default_list()  # source:target, as de-it:fr-es [six]
-    pairs: int = 40  # pairs of concepts for each of --quads (paper: 200)
+    pairs: int = 20  # pairs of concepts for each of --quads (paper: 200)
     shots: int = 0  # examples in a prompt [3 in the toy, 5 with --model] (paper: 5)
     k: int = 5  # source languages in a mean latent (paper: 5)
     prompts: int = 16  # prompts in a batch of patched runs
-    steps: int = 2000
-    batch_size: int = 24
+    steps: int = 3000
+    batch_size: int = 12
     lr: float = 4e-3
     weight_decay: float = 0.3
-    eval_every: int = 250
+    eval_every: int = 500
     local: int = 2  # the toy's first blocks that see the previous token only
     n_layer: int = 6  # the toy's blocks (paper: 32)
     n_embd: int = 64  # the toy's width (paper: 4096)
@@ -163,28 +163,15 @@ def switch_layers(p):
     return language, concept
 
 
-# --------------------------------------------------------------------------------- words and prompts
+# -------------------------------------------------------------------------------- words and prompts
 
-LABELS = {
-    "en": "English",
-    "fr": "Français",
-    "de": "Deutsch",
-    "es": "Español",
-    "it": "Italiano",
-    "nl": "Nederlands",
-    "pt": "Português",
-    "fi": "Suomi",
-    "tr": "Türkçe",
-    "et": "Eesti",
-    "hi": "हिन्दी",
-    "ja": "日本語",
-    "ko": "한국어",
-    "ru": "Русский",
-    "zh": "中文",
-}
+CODES = "en fr de es it nl pt fi tr et hi ja ko ru zh".split()
+NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi Türkçe Eesti"
+NAMES += " हिन्दी 日本語 한국어 Русский 中文"
+LABELS = dict(zip(CODES, NAMES.split()))  # what prompts call a language
 CONCEPTS = Path(__file__).with_name("concepts.csv")  # 120 picturable nouns in nine languages
-# All go into English or German: Gemma 3 270M hardly speaks another language.
-REAL_QUADS = "fr-de:es-en", "it-de:nl-en", "es-de:fr-en", "fr-en:es-de", "es-en:nl-de", "it-en:fr-de"
+# Gemma 3 270M speaks English, some German and hardly another language: so all go into these two.
+REAL_QUADS = "fr-en:es-de es-en:nl-de it-en:fr-de nl-en:it-de it-de:nl-en es-de:fr-en".split()
 
 
 def read_words(path):
@@ -220,18 +207,21 @@ class World:
         """A line up to the last letter of the word to translate."""
         return f'{self.labels[pair[0]]}: "{self.words[pair[0]][row][0]}'
 
-    def ask(self, pair):
-        """What stands between that and the answer."""
-        return f'" - {self.labels[pair[1]]}: "'
+    def ask(self, pair, define=False):
+        """What stands between that and the answer: a translation or (in the toy) a definition."""
+        mark = "=" if define else "-"
+        return f'" {mark} {self.labels[pair[1]]}: "'
 
-    def line(self, pair, row):
-        """A translated word."""
-        return self.query(pair, row) + self.ask(pair) + self.words[pair[1]][row][0] + '"\n'
+    def said(self, code, row, define=False):
+        """The answer: a word, or the attributes of a concept."""
+        if define:
+            return " ".join(f"{fact}.{code}" for fact in self.facts[row])
+        return self.words[code][row][0]
 
-    def define(self, code, row):
-        """A defined word (the toy)."""
-        facts = " ".join(f"{fact}.{code}" for fact in self.facts[row])
-        return self.query((code, code), row) + f'" = {facts}\n'
+    def line(self, pair, row, define=False):
+        """A word and its translation or definition."""
+        answer = self.said(pair[1], row, define)
+        return self.query(pair, row) + self.ask(pair, define) + answer + '"\n'
 
     def asked(self, pair):
         """The concepts that experiments ask for in this pair of languages."""
@@ -249,7 +239,7 @@ class World:
             others = [other for other in self.known(pair) if other != row]
             examples = ""
             for other in rng.choice(others, shots, replace=False):
-                examples += self.define(pair[0], other) if define else self.line(pair, other)
+                examples += self.line(pair, other, define)
             texts.append(examples + self.query(pair, row))
         return texts
 
@@ -290,16 +280,17 @@ def draw_pairs(world, rng, sources, targets, cells, n, first=True):
     Pairs are skipped where two answers share a word (or a first token). ValueError if there are
     fewer than n, with what was skipped.
     """
-    product = [(s, t) for s in sources for t in targets]
+    every = list(product(sources, targets))
     pairs, answers, skipped = [], [], Counter()
-    for i in rng.permutation(len(product)):
-        found = [world.answer(code, product[i][whose], first) for whose, code in cells]
-        if product[i][0] == product[i][1]:
+    for i in rng.permutation(len(every)):
+        s, t = every[i]
+        found = [world.answer(code, every[i][whose], first) for whose, code in cells]
+        if s == t:
             skipped["of one concept"] += 1
         elif any(a & b for a, b in combinations(found, 2)):
             skipped["with answers that collide"] += 1
         else:
-            pairs.append(product[i])
+            pairs.append((s, t))
             answers.append(found)
         if len(pairs) == n:
             return *map(list, zip(*pairs)), answers
@@ -309,25 +300,27 @@ def draw_pairs(world, rng, sources, targets, cells, n, first=True):
 
 # ----------------------------------------------------------------------------------------- the toy
 
-CODES = "b d f g k l m n p".split()
+TOY = "b d f g k l m n p".split()  # its languages; all syllables of one begin with its letter
 VOWELS = "aeiouy", "aeiou"  # of a word's first syllable, and of its second
 TOY_WORDS = len(VOWELS[0]) * len(VOWELS[1])  # in each language
+TOY_QUADS = "b-d:f-k d-f:g-l f-g:k-m g-k:l-n k-l:m-p l-m:n-b".split()
 
 
 class ToyTokenizer:
     """Marks, names of languages, attributes and syllables are one token each."""
 
     def __init__(self):
-        names = ["<pad>", "<bos>", "\n", '"', ': "', " - ", " = "]
-        for code in CODES:
+        names = ["<pad>", "<bos>", '"\n', ': "', '" - ', '" = ']
+        for code in TOY:
             names.append(code.upper())
             names += [code + vowel for vowel in VOWELS[0]]
-            names += [f"{kind}{i}.{code}" for kind in "xyz" for i in range(6)]
+            for kind in "xyz":
+                names += [f"{kind}{i}.{code}" for i in range(6)]
         self.number = {name: i for i, name in enumerate(names)}
 
     def encode(self, text, bos=False):
         """The ids of a text; the spaces between attributes are no tokens."""
-        parts = re.findall(r'\n|: "|"| - | = |[xyz]\d\.\w|[A-Z]|[a-z][aeiouy]', text)
+        parts = re.findall(r'"\n|: "|" - |" = |[xyz]\d\.\w|[A-Z]|[a-z][aeiouy]', text)
         return [1] * bos + [self.number[part] for part in parts]
 
 
@@ -339,37 +332,36 @@ def make_toy(seed):
     """
     rng = np.random.default_rng([seed, 1])
     words, held = {}, {}
-    for i, code in enumerate(CODES):
-        both = [code + first + code + second for first in VOWELS[0] for second in VOWELS[1]]
-        words[code] = [[both[place]] for place in rng.permutation(TOY_WORDS)]
-        for j, other in enumerate(CODES):
+    for i, code in enumerate(TOY):
+        spelt = [code + a + code + b for a, b in product(*VOWELS)]
+        words[code] = [[spelt[place]] for place in rng.permutation(TOY_WORDS)]
+        for j, other in enumerate(TOY):
             if i != j:
                 held[code, other] = [row for row in range(TOY_WORDS) if (row - i - j) % 4 == 0]
     facts = []
     for place in rng.choice(6**3, TOY_WORDS, replace=False):  # no two concepts have the same three
         facts.append((f"x{place // 36}", f"y{place // 6 % 6}", f"z{place % 6}"))
-    return World(ToyTokenizer(), {code: code.upper() for code in CODES}, words, held, facts)
+    return World(ToyTokenizer(), {code: code.upper() for code in TOY}, words, held, facts)
 
 
 def document(world, rng):
     """Ids of a document of 3 to 5 lines of one kind, and which of them count in the loss.
 
-    Half the documents translate, a tenth copies, a fifth defines words (`B: "bube" = x1 ...`), and
-    a fifth goes on with the attributes right after the word, as text does: so what a word means
-    has to be known at its last syllable.
+    Three documents of five translate, one defines (`B: "bube" = D: "x1.d y4.d z0.d"`), and one goes
+    on with the attributes right after the word, as text does: so what a word means has to be known
+    at its last syllable. What is held out is neither translated nor defined.
     """
-    a, b = rng.choice(CODES, 2, replace=False)
-    kind = rng.choice(["translate", "copy", "define", "go on"], p=[0.5, 0.1, 0.2, 0.2])
-    pair = (a, b) if kind == "translate" else (a, a)
+    kind = rng.choice(["translate", "define", "go on"], p=[0.6, 0.2, 0.2])
+    a, b = rng.choice(TOY, 2)
     ids, counts = [1], [0]
-    for row in rng.choice(world.known(pair), rng.integers(3, 6), replace=False):
-        if kind in ("translate", "copy"):
-            line, question = world.line(pair, row), world.query(pair, row) + world.ask(pair)
-        else:
-            line, question = world.define(a, row), world.query(pair, row) + '" = '
+    for row in rng.choice(world.known((a, b)), rng.integers(3, 6), replace=False):
+        query = world.query((a, b), row)
         if kind == "go on":
-            line, question = line.replace('" = ', " "), question.replace('" = ', "")
-        new, n = world.tok.encode(line), len(world.tok.encode(question))
+            line = query + world.said(a, row, define=True) + '"\n'
+        else:
+            line = world.line((a, b), row, kind == "define")
+            query += world.ask((a, b), kind == "define")
+        new, n = world.tok.encode(line), len(world.tok.encode(query))
         ids += new
         counts += [0] * n + [1] * (len(new) - n)
     return ids, counts
@@ -392,7 +384,7 @@ def batch(world, step, seed, args, env):
 @torch.no_grad()
 def accuracy(model, world, seed, shots, n):
     """Share of n translations that are right to the last syllable: of held-out ones, of trained."""
-    pairs = [(a, b) for a in CODES for b in CODES if a != b]
+    pairs = list(world.held)
     found = {}
     for name, pool in ("held_out", world.asked), ("trained", world.known):
         rng = np.random.default_rng([seed, 3])
@@ -479,18 +471,15 @@ def word_token(model, world, args, quad, seed):
     prompts, tail = world.ids(world.heads(rng, target, t, args.shots), world.ask(target))
     found = {"translate": patched(model, prompts, answers, tail, hold, z, args.prompts)}
     if world.facts:
-        heads = world.heads(rng, (code, code), t, args.shots, define=True)
-        prompts, tail = world.ids(heads, '" = ')
-        answers = [[fact_ids(world, code, row) for row in pair] for pair in zip(s, t)]
+        heads = world.heads(rng, target, t, args.shots, define=True)
+        prompts, tail = world.ids(heads, world.ask(target, define=True))
+        answers = []
+        for pair in zip(s, t):
+            said = [world.tok.encode(world.said(code, row, define=True)) for row in pair]
+            answers.append([{tuple(ids)} for ids in said])
         z = {name: z[name] for name in ("single 1", "mean", "concepts", "unrelated")}
         found["define"] = patched(model, prompts, answers, tail, hold, z, args.prompts)
     return found
-
-
-def fact_ids(world, code, row):
-    """The toy's definition of a concept as an answer: one word of three attributes."""
-    facts = " ".join(f"{fact}.{code}" for fact in world.facts[row])
-    return {tuple(world.tok.encode(facts))}
 
 
 def source_pairs(world, quad):
@@ -505,58 +494,44 @@ def source_pairs(world, quad):
 
 
 def study(model, world, args, quads, log, seed):
-    """All experiments on a model: their curves by layer, and the measures that claims are about."""
-    last, translate, define, switches = {}, {}, {}, {}
-    for name, quad in tqdm(quads.items(), log.run, leave=False):
-        p = last_token(model, world, args, quad, seed)
-        collect(last, p)
-        switches[name] = switch_layers(p["source"].mean(0))
-        p = word_token(model, world, args, quad, seed)
-        collect(translate, p["translate"])
-        collect(define, p.get("define", {}))
-    last, translate, define = join(last), join(translate), join(define)
-    found = {"switches": switches}
-    found["last"] = {name: p.mean(0) for name, p in last.items()}
-    found["translate"] = {name: p.mean(0) for name, p in translate.items()}
-    found["define"] = {name: p.mean(0) for name, p in define.items()}
-    for layer, row in enumerate(found["last"]["source"], -1):
-        names = "target_target", "target_source", "source_source", "source_target"
-        log(0 if args.model else args.steps, layer=layer, **dict(zip(names, row.tolist())))
-    return found | measures(found, translate)
+    """All experiments on a model: their mean curves by layer, and the numbers of the claims."""
+    parts = {"last": {}, "translate": {}, "define": {}}  # experiment -> what is patched -> [P]
+    for quad in tqdm(quads.values(), log.run, leave=False):
+        done = {"last": last_token(model, world, args, quad, seed)}
+        done |= word_token(model, world, args, quad, seed)
+        for experiment, arrays in done.items():
+            for name, p in arrays.items():
+                parts[experiment].setdefault(name, []).append(p)
+    curves = {}
+    for experiment, lists in parts.items():
+        parts[experiment] = {name: np.concatenate(p) for name, p in lists.items()}
+        curves[experiment] = {name: p.mean(0) for name, p in parts[experiment].items()}
+    for layer, row in enumerate(curves["last"]["source"], -1):
+        log(0 if args.model else args.steps, layer=layer, said=row.tolist())
+    return {"curves": curves, "rows": measures(curves, parts["translate"])}
 
 
-def collect(lists, arrays):
-    """Adds each array to the list of its name."""
-    for name, array in arrays.items():
-        lists.setdefault(name, []).append(array)
+def measures(curves, translate):
+    """The numbers that the claims compare: {what is patched: {measure: number}}.
 
-
-def join(lists):
-    """The arrays of each list as one."""
-    return {name: np.concatenate(arrays) for name, arrays in lists.items()}
-
-
-def measures(found, translate):
-    """The numbers that the claims compare, {what is patched: {measure: number}}."""
-    rows = {"base": {"p": found["translate"]["mean"][-1, 1]}}  # patched after the last block: not
-    for name, p in found["last"].items():
+    Means and definitions are read at the block from which the single sources do best.
+    """
+    rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}  # after the last block: no patch
+    for name, p in curves["last"].items():
         language, concept = switch_layers(p)
         rows[name] = {"mixed": p[:, 1].max(), "language": language, "concept": concept}
-    rows["last token"] = {"p": found["last"]["source"][:, 3].max()}
-    singles = [p for name, p in translate.items() if name.startswith("single")]
-    one = np.mean(singles, 0)[:, :, 0]  # (n, L + 1): each source alone, then the mean of results
+    rows["last token"] = {"p": curves["last"]["source"][:, 3].max()}
+    singles = [p[:, :, 0] for name, p in translate.items() if name.startswith("single")]
+    one = np.mean(singles, 0)  # (n, L + 1): patched with each source alone, then the mean
+    curves["translate"]["one source"] = one.mean(0)[:, None]
     best = 1 + int(one.mean(0)[1:].argmax())
-    rows["one source"] = {"p": one[:, best].mean(), "layer": best - 1}
-    for name, p in found["translate"].items():
-        gain, low, high = common.interval(translate[name][:, best, 0] - one[:, best])
-        rows[name] = {"p": p[1:, 0].max(), "gain": gain, "low": low, "high": high}
-    for name, p in found["define"].items():
+    for name, p in translate.items():
+        gain, low, high = common.interval(p[:, best, 0] - one[:, best])
+        rows[name] = {"p": p[:, 1:, 0].mean(0).max(), "gain": gain, "low": low, "high": high}
+    for name, p in curves["define"].items():
         rows[name] |= {"source": p[best, 0], "overwritten": p[best, 1]}
-    if found["define"]:
-        source, word = found["define"]["mean"][-1]
-        rows["no patch"] = {"source": source, "overwritten": word}
-    found["translate"]["one source"] = np.mean([p.mean(0) for p in singles], 0)
-    return {"rows": rows}
+        rows["no patch"] = {"source": p[-1, 0], "overwritten": p[-1, 1]}
+    return rows
 
 
 def study_toy(quads, args, env, log, arm, seed):
@@ -577,9 +552,7 @@ def study_real(model, world, quads, args, env, log, arm, seed):
 
 def judge(run, found):
     """The paper's claims, each beside the controls that must fail the same criterion."""
-    rows = {}
-    for result in found:
-        collect(rows, result["rows"])
+    rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
     run.claim(
         "T1",
         "the last token: the language is fixed before the concept; in between, the target's "
@@ -618,44 +591,34 @@ def judge(run, found):
 
 
 def draw(path, found, title):
-    """Three panels: experiment 1, experiments 2 and 3, and definitions or switch layers."""
-    x = np.arange(len(found[0]["last"]["source"])) - 1
-    names = "target's concept, target's language", "target's concept, source's language"
-    names += "source's concept, source's language", "source's concept, target's language"
-    last = np.array([result["last"]["source"] for result in found])
-    curves = {name: (x, last[:, :, i]) for i, name in enumerate(names)}
-    kinds = {
-        "one source": "one source",
-        "mean": "mean over languages",
-        "concepts": "mean over concepts",
-        "unrelated": "unrelated concept",
-    }
-    held = {}
-    for key, name in kinds.items():
-        held[name] = x, [result["translate"][key][:, 0] for result in found]
+    """Experiment 1, experiments 2 and 3, and (the toy) definitions: probabilities by layer."""
+
+    def curve(experiment, name, column=0):
+        lines = [result["curves"][experiment][name][:, column] for result in found]
+        return range(-1, len(lines[0]) - 1), lines
+
+    cells = "target's concept, target's language", "target's concept, source's language"
+    cells += "source's concept, source's language", "source's concept, target's language"
+    last = {name: curve("last", "source", i) for i, name in enumerate(cells)}
+    held = {name: curve("translate", name) for name in ("one source", "mean")}
+    held["mean over concepts"] = curve("translate", "concepts")
+    held["unrelated concept"] = curve("translate", "unrelated")
     base = np.mean([result["rows"]["base"]["p"] for result in found])
     items = [
-        dict(title=f"{title}: the source's last token", lines=curves, xlabel="after block"),
+        dict(title=f"{title}: last token, after one block", lines=last, xlabel="block"),
         dict(
-            title="Held at the word: source's concept, target's language",
+            title="Held at the word: the source's concept",
             lines=held,
             levels={"unpatched target": base},
             xlabel="from block",
         ),
     ]
-    if found[0]["define"]:
-        said = np.array([result["define"]["mean"] for result in found])
-        lines = {"source's": (x, said[:, :, 0]), "overwritten": (x, said[:, :, 1])}
-        lines["source's, unrelated latent"] = x, [r["define"]["unrelated"][:, 0] for r in found]
-        items.append(dict(title="Mean latent, defined", lines=lines, xlabel="from block"))
-    else:
-        quads = found[0]["switches"]
-        layers = np.array([list(result["switches"].values()) for result in found])
-        bars = {"language": layers[:, :, 0], "concept": layers[:, :, 1]}
-        names = [name.replace(":", "\ninto ") for name in quads]
-        items.append(dict(title="From this block on, the source's wins", bars=bars, names=names))
-    for item in items[:2]:
-        item |= dict(ylabel="probability", ylim=(0, None))
+    if found[0]["curves"]["define"]:
+        said = {"source's": curve("define", "mean"), "overwritten": curve("define", "mean", 1)}
+        said["source's, unrelated latent"] = curve("define", "unrelated")
+        items.append(dict(title="Mean latent: its definition", lines=said, xlabel="from block"))
+    for item in items:
+        item |= dict(ylabel="probability", ylim=(0, 1.05))
     common.panels(path, items)
 
 

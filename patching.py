@@ -496,9 +496,10 @@ def source_pairs(world, quad):
 def study(model, world, args, quads, log, seed):
     """All experiments on a model: their mean curves by layer, and the numbers of the claims."""
     parts = {"last": {}, "translate": {}, "define": {}}  # experiment -> what is patched -> [P]
-    for quad in tqdm(quads.values(), log.run, leave=False):
-        done = {"last": last_token(model, world, args, quad, seed)}
-        done |= word_token(model, world, args, quad, seed)
+    for text, quad in tqdm(quads.items(), log.run, leave=False):
+        with common.bad_input(f"--quads {text}"):  # too few pairs; a tokenizer that merges
+            done = {"last": last_token(model, world, args, quad, seed)}
+            done |= word_token(model, world, args, quad, seed)
         for experiment, arrays in done.items():
             for name, p in arrays.items():
                 parts[experiment].setdefault(name, []).append(p)
@@ -525,6 +526,7 @@ def measures(curves, translate):
     one = np.mean(singles, 0)  # (n, L + 1): patched with each source alone, then the mean
     curves["translate"]["one source"] = one.mean(0)[:, None]
     best = 1 + int(one.mean(0)[1:].argmax())
+    rows["one source"] = {"p": one[:, best].mean()}
     for name, p in translate.items():
         gain, low, high = common.interval(p[:, best, 0] - one[:, best])
         rows[name] = {"p": p[:, 1:, 0].mean(0).max(), "gain": gain, "low": low, "high": high}
@@ -566,7 +568,7 @@ def judge(run, found):
         "T2",
         "the word's last token: the source's concept is said in the target's language",
         ".35 of .75",
-        "arm.p >= .5 * base.p",
+        "base.p >= .2 and arm.p >= .5 * base.p",
         base=rows["base"],
         arm=rows["single 1"],
         controls={"unrelated concept": rows["unrelated"], "at the last token": rows["last token"]},
@@ -575,7 +577,8 @@ def judge(run, found):
         "T3",
         f"the mean over {run.args.k} languages does as well as one source (low: of its gain)",
         ".45 against .35",
-        "arm.low >= -.02",
+        "base.p >= .2 and arm.low >= -.02",
+        base=rows["one source"],
         arm=rows["mean"],
         controls={"mean over concepts": rows["concepts"]},
     )

@@ -15,9 +15,9 @@ reads what is said then. Three experiments:
 
 `--model gemma-3-270m` runs the experiments on a real model. The toy is a GPT trained on invented
 words of nine languages. Two syllables make a word, and neither names it: a model has to put the
-word together first. A quarter of all translations is held out, and experiments 1 and 2 ask for
-those. What the toy can't show: that the order of experiment 1 must be so. Its first blocks see the
-previous token only (`--local`), which keeps the word from the last token for a while.
+word together first. A quarter of all translations is held out; the experiments ask for those. What
+the toy can't show: that the order of experiment 1 must be so. Its first blocks see the previous
+token only (`--local`), which keeps the word from the last token for a while.
 
 Read on: `swap` and `hold` (the patches), `patched` (what is said under them), `World` (prompts),
 `document` (what the toy is trained on), `last_token` and `word_token` (the experiments), `judge`.
@@ -381,22 +381,18 @@ def batch(world, step, seed, args, env):
     return {"idx": idx[rows, :-1], "targets": idx[rows, 1:], "weights": counts[rows, 1:]}
 
 
-@torch.no_grad()
 def accuracy(model, world, seed, shots, n):
-    """Share of n translations that are right to the last syllable: of held-out ones, of trained."""
+    """Share of n held-out translations that are right to the last syllable."""
+    rng = np.random.default_rng([seed, 3])
     pairs = list(world.held)
-    found = {}
-    for name, pool in ("held_out", world.asked), ("trained", world.known):
-        rng = np.random.default_rng([seed, 3])
-        prompts, right = [], []
-        for i in rng.integers(len(pairs), size=n):
-            row = rng.choice(pool(pairs[i]))
-            heads = world.heads(rng, pairs[i], [row], shots)
-            prompts += world.ids(heads, world.ask(pairs[i]))[0]
-            right.append(world.tok.encode(world.words[pairs[i][1]][row][0]))
-        said = generate(model, prompts, 2, temperature=0)
-        found[name] = float(np.mean([a == b for a, b in zip(said, right)]))
-    return found
+    prompts, right = [], []
+    for i in rng.integers(len(pairs), size=n):
+        row = rng.choice(world.held[pairs[i]])
+        heads = world.heads(rng, pairs[i], [row], shots)
+        prompts += world.ids(heads, world.ask(pairs[i]))[0]
+        right.append(world.tok.encode(world.words[pairs[i][1]][row][0]))
+    said = generate(model, prompts, 2, temperature=0)
+    return float(np.mean([a == b for a, b in zip(said, right)]))
 
 
 def train_toy(args, env, log, seed):
@@ -409,7 +405,7 @@ def train_toy(args, env, log, seed):
     model = GPT(GPTConfig(*shape, windows=windows, **plain))
 
     def evaluate(step):
-        return accuracy(model, world, seed, args.shots, 200)
+        return {"held_out": accuracy(model, world, seed, args.shots, 200)}
 
     next_batch = partial(batch, world, seed=seed, args=args, env=env)
     common.train(model, next_batch, args, env, log, evaluate)
@@ -536,17 +532,14 @@ def measures(curves, translate):
     return rows
 
 
-def study_toy(quads, args, env, log, arm, seed):
-    """Trains the toy and runs everything on it."""
+def run_seed(quads, real, args, env, log, arm, seed):
+    """Everything on the (model, world) of a pretrained model, or on a toy that is trained first."""
+    if real:
+        log.rewind(0)
+        return study(*real, args, quads, log, seed)
     model, world = train_toy(args, env, log, seed)
-    found = accuracy(model, world, seed, args.shots, 400)
-    return found | study(model, world, args, quads, log, seed)
-
-
-def study_real(model, world, quads, args, env, log, arm, seed):
-    """Runs everything on a pretrained model."""
-    log.rewind(0)
-    return study(model, world, args, quads, log, seed)
+    held_out = accuracy(model, world, seed, args.shots, 400)
+    return study(model, world, args, quads, log, seed) | {"held_out": held_out}
 
 
 # ------------------------------------------------------------------------------- claims and figure
@@ -628,34 +621,30 @@ def draw(path, found, title):
 # -------------------------------------------------------------------------------------------- main
 
 
-def parse_quads(texts, words, k):
+def parse_quads(texts, words):
     """{text: (source pair, target pair)} of texts like de-it:fr-es. ValueError for others."""
     quads = {}
     for text in texts:
         found = re.fullmatch(r"(\w+)-(\w+):(\w+)-(\w+)", text)
         codes = found.groups() if found else ()
         if len(set(codes)) < 4 or not set(codes) <= set(words):
-            example = "-".join([*words][:2]) + ":" + "-".join([*words][2:4])
-            needed = f"four different languages as {example}, of {', '.join(words)}"
+            needed = f"four different languages, as de-it:fr-es, of {', '.join(words)}"
             raise ValueError(f"--quads {text}, needed: {needed}")
         quads[text] = codes[:2], codes[2:]
-    if k > len(words) - 2:
-        raise ValueError(f"--k {k}, allowed: 1 to {len(words) - 2}, the languages beside a target")
     return quads
 
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     default = Args(**Args.presets[args.preset])
-    training = set(vars(common.TrainFlags())) - set(vars(common.Flags()))
-    toy = training | {"resume", "local", "n_layer", "n_embd"}
-    idle = []
-    for flag in toy if args.model else {"words"}:
-        if getattr(args, flag) != getattr(default, flag):
-            idle.append("--" + flag.replace("_", "-"))
+    toy = set(vars(common.TrainFlags())) - set(vars(common.Flags()))
+    toy |= {"resume", "local", "n_layer", "n_embd"}
+    idle = [flag for flag in toy if args.model] or ["words"]
+    idle = sorted(flag for flag in idle if getattr(args, flag) != getattr(default, flag))
+    idle = " ".join("--" + flag.replace("_", "-") for flag in idle)
     without = "with" if args.model else "without"
     return [
-        (idle, f"{' '.join(sorted(idle))}: no effect {without} --model"),
+        (idle, f"{idle}: no effect {without} --model"),
         (args.model and env.world > 1, "--model runs in one process"),
         (args.local > args.n_layer, f"--local {args.local}, allowed: 0 to {args.n_layer}"),
         (args.n_embd % 8, f"--n-embd {args.n_embd}, allowed: multiples of 8"),
@@ -668,23 +657,23 @@ def main(argv=None):
     run = common.Run(Args, argv, "2411.08745", check)
     args = run.args
     args.shots = args.shots or (5 if args.model else 3)
-    real = bool(args.model)
+    real = None
     with common.bad_input("--words"):
-        words = read_words(args.words or CONCEPTS) if real else make_toy(0).words
+        words = read_words(args.words or CONCEPTS) if args.model else make_toy(0).words
         n = len(next(iter(words.values())))
         if n <= args.shots:
             raise ValueError(f"{n} words, needed for --shots {args.shots}: {args.shots + 1}")
+    with common.bad_input("--k"):
+        if args.k > len(words) - 2:  # no source speaks the target's two languages
+            raise ValueError(f"--k {args.k}, allowed: 1 to {len(words) - 2}")
     with common.bad_input("--quads"):
-        quads = parse_quads(args.quads or (REAL_QUADS if real else TOY_QUADS), words, args.k)
-    if real:
+        quads = parse_quads(args.quads or (REAL_QUADS if args.model else TOY_QUADS), words)
+    if args.model:
         with common.bad_input("--model"):
             model, tok = pretrained.load(args.model, run.env.device, args.dtype)
-        world = World(tok, LABELS, words)
-        function = partial(study_real, model.eval(), world, quads)
-    else:
-        function = partial(study_toy, quads)
+        real = model.eval(), World(tok, LABELS, words)
     name = Path(args.model).name or "toy"
-    found = run.each(function, [name])
+    found = run.each(partial(run_seed, quads, real), [name])
     if found is None:
         return None
     judge(run, found[name])

@@ -338,7 +338,7 @@ def test_real_model_with_own_words(folder, tmp_path):
         ("--shots 99", "50"),
         ("--k 0", "--k"),
         ("--k 8", "allowed: 1 to 7"),
-        ("--quads de-it", "four different languages as b-d:f-g"),
+        ("--quads de-it", "four different languages, as de-it:fr-es, of b, d"),
         ("--quads b-d:f-d", "four different languages"),
         ("--quads b-d:f-x", "of b, d, f, g"),
         ("--words WORDS", "--words: no effect without --model"),

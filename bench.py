@@ -9,8 +9,8 @@ that is missing is left out by name.
 """
 
 import argparse
-import importlib.util
 import gc
+import importlib.util
 import json
 import random
 import statistics
@@ -711,6 +711,8 @@ def crosscoder(device):
     x = torch.randn(2048, 128, device=device)
     peers = {"dense": partial(dense_step, code, x)}
     return rows + row("crosscoder: step", partial(sparse_step, code, x), peers, device, close, 9)
+
+
 # -------------------------------------------------------------------------------------------- clip
 
 
@@ -814,6 +816,8 @@ def vae_rows(lc, device):
         return theirs.decode(theirs.encode(x).latent_dist.mean).sample
 
     return row("VAE there and back, 128 pixels", ours, {"diffusers": peer}, device, close)
+
+
 # ------------------------------------------------------------------------------------------- masks
 
 JSON_LARK = r"""
@@ -1124,10 +1128,12 @@ SECTIONS = {
     "train": train,
     "generate": generate,
     "patching": patching,
-    "grpo": grpo,
-    "lzw": lzw,
-    "clip": clip,
     "masks": masks,
+    "lzw": lzw,
+    "sae": sae,
+    "crosscoder": crosscoder,
+    "grpo": grpo,
+    "clip": clip,
 }
 
 

@@ -35,6 +35,7 @@ import sae
 from model import GPT, GPTConfig, generate, padded, sweep
 
 BASE, FT = 0, 1  # the streams of the crosscoder: the base model, and the reasoner made from it
+ALPHAS = [0.25, 0.5, 1.0]  # lengths of a push, in norms of the state
 
 
 @dataclass
@@ -112,11 +113,12 @@ def last_states(models, prompts, layer, size=64):
     return torch.cat(parts)
 
 
-def gradient(model, prompts, layer, targets, size=64):
+def gradient(model, prompts, layer, targets):
     """d log P(targets) / d h (N, C) for the residual h of each prompt's last token behind `layer`.
 
     The model runs as it is: no reconstruction is spliced in. Prompts may differ in length.
     """
+    size = max(1, min(64, 2**13 // max(map(len, prompts))))  # a graph holds all blocks above
     states, parts = [], []
 
     def cut(h):
@@ -153,17 +155,19 @@ def add(x, change):
 
 
 @torch.no_grad()
-def outcomes(model, layer, prompts, changes, groups, size=32):
+def outcomes(model, layer, prompts, changes, groups):
     """log P of groups of ids [[id, ...], ...] behind the prompts, under V changes of the state.
 
     changes  (N, V, C): what is added to the last token's residual after block `layer`
     Returns (N, V, len(groups)), exact: all V changes go through the blocks above in one pass.
     """
+    V = changes.shape[1]
+    size = max(1, min(64, 2**24 // (V * model.config.vocab_size)))  # all logits of a batch are held
     parts = []
     for i in range(0, len(prompts), size):
         idx, mask = padded(prompts[i : i + size], model.wte.weight.device)
         here = changes[i : i + size, :, None]
-        patches = [{layer: partial(add, change=here[:, v])} for v in range(here.shape[1])]
+        patches = [{layer: partial(add, change=here[:, v])} for v in range(V)]
         logits = model.unembed(sweep(model, idx, patches, mask=mask)[:, :, 0])
         parts.append(torch.stack([log_p(logits, group) for group in groups], -1))
     return torch.cat(parts)
@@ -537,9 +541,6 @@ def patterns(models, code, layer, splits, rate, args):
             matrix.append((after[0] - before).tolist())
         found[name] = matrix
     return found, vectors["chosen"], alphas["chosen"]
-
-
-ALPHAS = [0.25, 0.5, 1.0]
 
 
 def brought_about(matrix):

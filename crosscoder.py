@@ -179,7 +179,9 @@ def pushes(h, vectors, alpha):
 
 
 def steer(h, vector, alpha):
-    """A patch for `generate`: pushes the prompt's last token, and every new one."""
+    """A patch for `generate`: pushes the state of the prompt's last token, and no later one."""
+    if h.shape[1] == 1:  # a new token behind the cache
+        return h
     h = h.clone()
     h[:, -1] += pushes(h[:, -1].float(), vector[None], alpha)[:, 0].to(h.dtype)
     return h
@@ -549,18 +551,16 @@ def brought_about(matrix):
     return sum(row[i] >= 0.25 and row.argmax() == i for i, row in enumerate(matrix))
 
 
-def examples(models, layer, prompts, vectors, alphas):
-    """For each pattern one prompt's continuation as it is, and pushed: words."""
-    texts = {}
-    for pattern, prompt, vector, alpha in zip(PATTERNS, prompts, vectors, alphas):
-        both = []
-        for strength in 0.0, alpha:
-            patch = partial(steer, vector=vector, alpha=strength)
-            with models[FT].patch({f"blocks.{layer}.resid_post": patch}):
-                room = min(24, LONGEST - len(prompt))
-                row = generate(models[FT], [prompt], room, temperature=0, stop=[ID["<eos>"]])[0]
-            both.append(" ".join(VOCAB[i] for i in row))
-        texts[pattern] = [" ".join(VOCAB[i] for i in prompt), *both]
+def examples(models, layer, prompt, vectors, alphas):
+    """What follows a prompt as it is, and pushed for each pattern: {pattern: words}."""
+    texts = {"prompt": " ".join(VOCAB[i] for i in prompt)}
+    names = ["as it is", *PATTERNS]
+    for name, vector, alpha in zip(names, [vectors[0], *vectors], [0.0, *alphas]):
+        patch = partial(steer, vector=vector, alpha=alpha)
+        with models[FT].patch({f"blocks.{layer}.resid_post": patch}):
+            room = LONGEST - len(prompt)
+            row = generate(models[FT], [prompt], room, temperature=0, stop=[ID["<eos>"]])[0]
+        texts[name] = " ".join(VOCAB[i] for i in row)
     return texts
 
 
@@ -643,7 +643,7 @@ def toy(args, env, log, arm, seed):
     row["explained"] = explained(code, held)
     row["l0"] = (code.encode(held) > 0).float().sum(1).mean().item()
     row["matrices"], chosen, alphas = patterns(models, code, layer, splits, rate, args)
-    row["texts"] = examples(models, layer, none, chosen, alphas)
+    row["texts"] = examples(models, layer, none[0], chosen, alphas)
     return row
 
 

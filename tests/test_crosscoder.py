@@ -83,6 +83,7 @@ def test_steering_by_hand():
     states = torch.tensor([[[1.0, 1], [3, 4]]])
     assert cx.steer(states, v[0], 0.5).tolist() == [[[1, 1], [3, 6.5]]]
     assert torch.equal(cx.steer(states, v[0], 0.0), states)
+    assert torch.equal(cx.steer(states[:, :1], v[0], 0.5), states[:, :1])  # a later token
 
 
 def test_spearman_by_hand():
@@ -324,7 +325,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {r["run"] for r in rows} == {f"toy-s3-{part}" for part in ("base", "reasoner", "sae")}
     assert (tmp_path / "crosscoder.png").stat().st_size > 10000
-    assert set(result["metrics"]["toy"][0]["texts"]) == set(cx.PATTERNS)
+    assert set(result["metrics"]["toy"][0]["texts"]) == {"prompt", "as it is", *cx.PATTERNS}
     again = cx.main([*flags, "--resume"])
     assert json.dumps(again["claims"]) == json.dumps(result["claims"])
 

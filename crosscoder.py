@@ -61,7 +61,7 @@ class Args(common.TrainFlags):
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
 
     steps: int = 1200  # optimizer steps of the base model
-    ft_steps: int = 600  # optimizer steps that make the reasoner of it
+    ft_steps: int = 1200  # optimizer steps that make the reasoner of it
     batch_size: int = 32
     lr: float = 4e-3
     base: str = ""  # a pretrained base model in place of the toy (paper: Llama-3.1-8B)
@@ -73,7 +73,7 @@ class Args(common.TrainFlags):
     n_layer: int = 4  # blocks of the toy
     layer: int = 2  # block whose output is read, from 0 (paper: 7, 15, 23 of 32)
     d_sae: int = 512  # latents (paper: 65536, 16 times the width)
-    k: int = 16  # active latents at a position, on average (paper: 100)
+    k: int = 24  # active latents at a position, on average (paper: 100)
     sae_steps: int = 600  # training steps of the crosscoder
     sae_batch: int = 2048  # positions in a step (paper: 2048)
     sae_lr: float = 2e-3  # peak learning rate of the crosscoder, Adam's (paper: 1e-4)

@@ -70,7 +70,7 @@ class Args(common.TrainFlags):
     shots: int = 0  # examples in a prompt [3 in the toy, 5 with --model] (paper: 5)
     k: int = 5  # source languages in a mean latent (paper: 5)
     prompts: int = 16  # prompts in a batch of patched runs
-    steps: int = 3000
+    steps: int = 4500
     batch_size: int = 12
     lr: float = 4e-3
     weight_decay: float = 0.3

@@ -223,7 +223,11 @@ def at_localisation(local, values, target):
 
 # ----------------------------------------------------------------------------------------- the toy
 
-CULTURES, TASKS, ANSWERS, FACTS, SHOTS = 5, 8, 6, 4, 6
+CULTURES = 5
+TASKS = 8
+ANSWERS = 6  # of each culture to each task
+FACTS = 4  # questions with one answer everywhere
+SHOTS = 6  # questions in a document
 NATIVE, STEREOTYPE = (np.arange(1, 1 + ANSWERS) ** -power for power in (0.5, 2.0))
 NATIVE, STEREOTYPE = NATIVE / NATIVE.sum(), STEREOTYPE / STEREOTYPE.sum()  # P of answers by rank
 VERBS = "live", "am_from", "grew_up_in"
@@ -242,7 +246,7 @@ class Toy:
         self.cultures = lists["cultures"][:CULTURES]
         self.languages = lists["languages"][:CULTURES]
         self.tasks = list(lists["answers"])[:TASKS]
-        self.facts = [f"fact{i}" for i in range(FACTS)]  # questions with one answer everywhere
+        self.facts = [f"fact{i}" for i in range(FACTS)]
         words = ["<pad>", "<bos>", ";"]
         self.answers = {}  # task -> (tokens (A,), their owners (A,))
         for task in self.tasks:
@@ -436,7 +440,8 @@ def read_lists(path):
     for key in "cultures", "languages", "answers", "countries", "hints", "prompts", "facts":
         if not lists.get(key):
             raise ValueError(f"{path} lacks {key}")
-    cultures, languages, tasks = lists["cultures"], lists["languages"], lists["answers"]
+    cultures, tasks = lists["cultures"], lists["answers"]
+    languages = lists["languages"]
     if len(cultures) < 3 or len(tasks) < 3 or len(languages) != len(cultures):
         raise ValueError(f"{path}, needed: three cultures, a language for each, three tasks")
     needed = [("countries", culture) for culture in cultures]
@@ -461,7 +466,8 @@ def collect(model, world, size):
     Returns {(setting, context, culture, task): P (n, A)}, and by the same keys, for contexts with a
     sentence, the differences (L + 1, n, C) from the questions without one.
     """
-    seen, latents, said, diffs = {}, {}, {}, {}
+    seen, latents = {}, {}
+    said, diffs = {}, {}
     cultures = range(1, len(world.cultures))
     for key in product(SETTINGS, CONTEXTS, cultures, world.tasks):
         setting, context, k, task = key
@@ -515,7 +521,8 @@ class Steering:
     """Vectors for every culture and task, and what they do: a task's are built on all others."""
 
     def __init__(self, model, world, args, diffs, rng):
-        self.model, self.world, self.args = model, world, args
+        self.model, self.world = model, world
+        self.args = args
         self.diffs, self.rng = diffs, rng
         self.main = main_setting(args)
         self.cells = list(product(args.layers, args.strengths))
@@ -528,7 +535,8 @@ class Steering:
 
         {kind of vector: such a table}; explicit (tasks,): the share that the country brings out
         """
-        tasks, banks, profile = self.world.tasks, [], []
+        tasks = self.world.tasks
+        banks, profile = [], []
         for task in tasks:
             build = [other for other in tasks if other != task]
             bank = vectors(self.diffs, setting, k, build, self.rng)
@@ -764,7 +772,8 @@ def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2504.10191", check)
     args = run.args
-    real, n, name = None, args.n_layer, "toy"
+    real, name = None, "toy"
+    n = args.n_layer
     if args.model:
         with common.bad_input("--lists"):
             lists = read_lists(args.lists or LISTS)

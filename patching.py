@@ -64,7 +64,7 @@ class Args(common.TrainFlags):
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"quads", "pairs", "k", "prompts"}
 
     model: str = ""  # gemma-3-270m, a hub id or a folder in place of the toy (paper: Llama-2-7b)
-    words: str = ""  # CSV for --model: a column per language, synonyms joined by | [concepts.csv]
+    words: str = ""  # CSV for --model: columns of languages, synonyms joined by | [concepts.csv]
     quads: list[str] = common.default_list()  # source:target, as de-it:fr-es [six]
     pairs: int = 20  # pairs of concepts for each of --quads (paper: 200)
     shots: int = 0  # examples in a prompt [3 in the toy, 5 with --model] (paper: 5)
@@ -170,7 +170,7 @@ NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi
 NAMES += " हिन्दी 日本語 한국어 Русский 中文"
 LABELS = dict(zip(CODES, NAMES.split()))  # what prompts call a language
 CONCEPTS = Path(__file__).with_name("concepts.csv")  # 120 picturable nouns in nine languages
-# Gemma 3 270M speaks English, some German and hardly another language: so all go into these two.
+# Gemma 3 270M speaks English, some German, hardly another language: all go into these two.
 REAL_QUADS = "fr-en:es-de es-en:nl-de it-en:fr-de nl-en:it-de it-de:nl-en es-de:fr-en".split()
 
 

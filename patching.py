@@ -303,7 +303,7 @@ def draw_pairs(world, rng, sources, targets, cells, n, first=True):
 TOY = "b d f g k l m n p".split()  # its languages; all syllables of one begin with its letter
 VOWELS = "aeiouy", "aeiou"  # of a word's first syllable, and of its second
 TOY_WORDS = len(VOWELS[0]) * len(VOWELS[1])  # in each language
-TOY_QUADS = "b-d:f-k d-f:g-l f-g:k-m g-k:l-n k-l:m-p l-m:n-b".split()
+TOY_QUADS = "b-d:f-k d-f:g-l f-g:k-m g-k:l-n k-l:m-p l-m:p-d".split()
 
 
 class ToyTokenizer:

@@ -63,7 +63,7 @@ class Args(common.TrainFlags):
     }
     unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}  # InfoNCE needs the whole batch
 
-    steps: int = 400  # of each CLIP; the VAE and the generator have their own (paper: 415,039)
+    steps: int = 250  # of each CLIP; the VAE and the generator have their own (paper: 415,039)
     batch_size: int = 128  # pairs in a step, over all ranks (paper: 81,920)
     lr: float = 2e-3  # peak learning rate (paper: 1e-3)
     min_lr: float = 0.0  # where the cosine ends, as a share of --lr
@@ -701,17 +701,20 @@ EULER = 4  # steps of the generator
 
 
 class Flow(nn.Module):
-    """The toy's generator of scaled latents by flow matching: a transformer on words and quarters.
+    """The toy's generator of scaled latents by flow matching: a transformer on four quarters.
 
-    It tells the velocity of the path x_t = (1 - t) noise + t x_1.
+    It tells the velocity of the path x_t = (1 - t) noise + t x_1. Time and caption shift the input
+    of every block; a caption is the sum of vectors, one for each word at each place.
     """
 
-    def __init__(self, width=128, layers=4, heads=4):
+    def __init__(self, width=192, layers=4, heads=4):
         super().__init__()
-        self.words = nn.Embedding(len(WORDS), width)
-        self.time = nn.Linear(32, width)
+        self.words = nn.EmbeddingBag(len(WORDS) * TOY.context, 2 * width, mode="sum")
+        self.time = nn.Linear(32, 2 * width)
+        hidden, shifts = nn.Linear(2 * width, 2 * width), nn.Linear(2 * width, layers * width)
+        self.shift = nn.Sequential(nn.SiLU(), hidden, nn.SiLU(), shifts)
         self.into = nn.Linear(64, width)  # a quarter: 4 channels of 4 x 4
-        self.position = nn.Parameter(0.02 * torch.randn(TOY.context + 4, width))
+        self.position = nn.Parameter(0.02 * torch.randn(4, width))
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, 64)
@@ -719,12 +722,13 @@ class Flow(nn.Module):
     def velocity(self, x, t, words):
         """dx/dt (B, 4, 8, 8) at times t (B,), under token ids (B, 9)."""
         angle = t[:, None] * 1.3 ** torch.arange(16, device=t.device)
-        now = self.time(torch.cat((angle.sin(), angle.cos()), 1))[:, None]
-        quarters = self.into(F.pixel_unshuffle(x, 4).flatten(2).transpose(1, 2))
-        h = torch.cat((self.words(words), quarters), 1) + self.position + now
-        for block in self.blocks:
-            h = block(h)
-        out = self.out(self.norm(h[:, -4:])).transpose(1, 2)
+        place = len(WORDS) * torch.arange(TOY.context, device=t.device)
+        about = self.time(torch.cat((angle.sin(), angle.cos()), 1)) + self.words(words + place)
+        shifts = self.shift(about)[:, None].chunk(len(self.blocks), 2)
+        h = self.into(F.pixel_unshuffle(x, 4).flatten(2).transpose(1, 2)) + self.position
+        for block, shift in zip(self.blocks, shifts):
+            h = block(h + shift)
+        out = self.out(self.norm(h)).transpose(1, 2)
         return F.pixel_shuffle(out.unflatten(2, (2, 2)), 4)
 
     def forward(self, idx, x1, noise, t, denom=None):
@@ -849,7 +853,7 @@ def train_clip(args, env, log, arm, seed, train, latents):
 
 
 def train_flow(args, env, log, seed, train, latents, scale):
-    """The generator, on all pictures; three times as many steps."""
+    """The generator, on all pictures; four times as many steps, larger ones."""
     words = toy_tokens(train.texts)
 
     def batch(step):
@@ -861,7 +865,7 @@ def train_flow(args, env, log, seed, train, latents, scale):
 
     torch.manual_seed(seed)
     flow = Flow()
-    flags = replace(args, steps=3 * args.steps, weight_decay=0.01)
+    flags = replace(args, steps=4 * args.steps, lr=2 * args.lr, weight_decay=0.01)
     common.train(flow, batch, flags, env, log.stage("flow"))
     return flow.requires_grad_(False)
 
@@ -876,11 +880,11 @@ def rotated(z, seed):
 
 
 @torch.no_grad()
-def named(lab, arm, x, picture):
+def named(lab, arm, x, test):
     """Share of pictures x named rightly among 60: of pairs that the CLIP saw, and of new ones."""
     right = (lab.clips[arm].encode_image(x) @ lab.text(arm, CLASSES).T).argmax(1).cpu()
-    right = (right == picture.label()).float()
-    new = picture.held_out()
+    right = (right == test.label()).float()
+    new = test.held_out()
     return {"right": right[~new].mean().item(), "right_new": right[new].mean().item()}
 
 

@@ -621,7 +621,7 @@ def pictures(n, key, mix=MIX):
 
 def draw_prompts(n, key):
     """n captions of pairs that the CLIPs have seen, and the objects that each asks for."""
-    drawn = pictures(2 * n, key, {"one": 0.4, "count": 0.3, "pair": 0.3})
+    drawn = pictures(3 * n, key, {"one": 0.4, "count": 0.3, "pair": 0.3})
     rows = (~drawn.held_out()).nonzero()[:n, 0].tolist()
     objects = drawn.objects()
     return [drawn.texts[i] for i in rows], [objects[i] for i in rows]

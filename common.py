@@ -339,8 +339,8 @@ def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer)
             look = due or save or (signals and env.world == 1)
             stop = False
             if look:  # only these steps wait for the device
-                shared = torch.stack((loss, loss.new_tensor(len(signals))))
-                loss, stop = all_reduce(shared, env).tolist()
+                heard = torch.tensor(float(len(signals)), device=env.device)
+                loss, stop = all_reduce(torch.stack((loss, heard)), env).tolist()
                 check_finite(step, loss, worst.item(), path)
                 worst.zero_()
             state["seconds"] += time.perf_counter() - began  # evaluations don't count

@@ -601,7 +601,7 @@ def pictures(n, key, mix=MIX):
     tone = 3 * rng.integers(2, size=n) + rng.choice(3, n, p=[0.5, 0.25, 0.25])
     colour[kind == "tone", 0] = tone[kind == "tone"]  # half of `warm` is red, of `cool` green
     texts = [caption(*part, rng) for part in zip(kind, count, shape, colour, big)]
-    radius = np.where(big, rng.uniform(5.6, 6.6, (n, 3)), rng.uniform(4.0, 5.0, (n, 3)))
+    radius = np.where(big, rng.uniform(5.3, 6.3, (n, 3)), rng.uniform(4.1, 5.1, (n, 3)))
     x = 8 + 16 * (cell % 2) + rng.uniform(-1.5, 1.5, (n, 3))
     y = 8 + 16 * (cell // 2) + rng.uniform(-1.5, 1.5, (n, 3))
     paint = RGB.numpy()[colour] + rng.uniform(-12, 12, (n, 3, 3))
@@ -621,7 +621,7 @@ def pictures(n, key, mix=MIX):
 
 def draw_prompts(n, key):
     """n captions of pairs that the CLIPs have seen, and the objects that each asks for."""
-    drawn = pictures(2 * n, key, {"one": 0.4, "count": 0.3, "pair": 0.3})
+    drawn = pictures(3 * n, key, {"one": 0.4, "count": 0.3, "pair": 0.3})
     rows = (~drawn.held_out()).nonzero()[:n, 0].tolist()
     objects = drawn.objects()
     return [drawn.texts[i] for i in rows], [objects[i] for i in rows]
@@ -701,17 +701,20 @@ EULER = 4  # steps of the generator
 
 
 class Flow(nn.Module):
-    """The toy's generator of scaled latents by flow matching: a transformer on words and quarters.
+    """The toy's generator of scaled latents by flow matching: a transformer on four quarters.
 
-    It tells the velocity of the path x_t = (1 - t) noise + t x_1.
+    It tells the velocity of the path x_t = (1 - t) noise + t x_1. Time and caption shift the input
+    of every block; a caption is the sum of vectors, one for each word at each place.
     """
 
-    def __init__(self, width=128, layers=4, heads=4):
+    def __init__(self, width=192, layers=4, heads=4):
         super().__init__()
-        self.words = nn.Embedding(len(WORDS), width)
-        self.time = nn.Linear(32, width)
+        self.words = nn.EmbeddingBag(len(WORDS) * TOY.context, 2 * width, mode="sum")
+        self.time = nn.Linear(32, 2 * width)
+        hidden, shifts = nn.Linear(2 * width, 2 * width), nn.Linear(2 * width, layers * width)
+        self.shift = nn.Sequential(nn.SiLU(), hidden, nn.SiLU(), shifts)
         self.into = nn.Linear(64, width)  # a quarter: 4 channels of 4 x 4
-        self.position = nn.Parameter(0.02 * torch.randn(TOY.context + 4, width))
+        self.position = nn.Parameter(0.02 * torch.randn(4, width))
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, 64)
@@ -719,12 +722,13 @@ class Flow(nn.Module):
     def velocity(self, x, t, words):
         """dx/dt (B, 4, 8, 8) at times t (B,), under token ids (B, 9)."""
         angle = t[:, None] * 1.3 ** torch.arange(16, device=t.device)
-        now = self.time(torch.cat((angle.sin(), angle.cos()), 1))[:, None]
-        quarters = self.into(F.pixel_unshuffle(x, 4).flatten(2).transpose(1, 2))
-        h = torch.cat((self.words(words), quarters), 1) + self.position + now
-        for block in self.blocks:
-            h = block(h)
-        out = self.out(self.norm(h[:, -4:])).transpose(1, 2)
+        place = len(WORDS) * torch.arange(TOY.context, device=t.device)
+        about = self.time(torch.cat((angle.sin(), angle.cos()), 1)) + self.words(words + place)
+        shifts = self.shift(about)[:, None].chunk(len(self.blocks), 2)
+        h = self.into(F.pixel_unshuffle(x, 4).flatten(2).transpose(1, 2)) + self.position
+        for block, shift in zip(self.blocks, shifts):
+            h = block(h + shift)
+        out = self.out(self.norm(h)).transpose(1, 2)
         return F.pixel_shuffle(out.unflatten(2, (2, 2)), 4)
 
     def forward(self, idx, x1, noise, t, denom=None):
@@ -782,9 +786,13 @@ def pixels_of(vae, z):
 
 @torch.no_grad()
 def latents_of(vae, images, env):
-    """Raw latents (n, 4, 8, 8) of uint8 images: the means."""
-    parts = [vae.moments(to_pixels(x.to(env.device)))[0].cpu() for x in images.split(512)]
-    return torch.cat(parts)
+    """Means and standard deviations of the raw latents (n, 4, 8, 8) of uint8 images."""
+    means, deviations = [], []
+    for part in images.split(512):
+        mean, logvar = vae.moments(to_pixels(part.to(env.device)))
+        means.append(mean.cpu())
+        deviations.append((0.5 * logvar).exp().cpu())
+    return torch.cat(means), torch.cat(deviations)
 
 
 def train_vae(args, env, log, seed, train, test):
@@ -793,7 +801,7 @@ def train_vae(args, env, log, seed, train, test):
     vae = VAE(VAEConfig())
     nn.init.constant_(vae.quant_conv.bias[4:], -5.0)  # little noise at first
     size = max(2, args.batch_size // 8)  # many small steps: it learns from every pixel
-    flags = replace(args, lr=5e-3, batch_size=size, steps=2 * args.steps)
+    flags = replace(args, lr=5e-3, batch_size=size, steps=args.steps * 3 // 2)
 
     def batch(round, step):
         rng = np.random.default_rng([seed, 4, round, step])
@@ -813,7 +821,8 @@ def train_vae(args, env, log, seed, train, test):
 def vae_quality(vae, test, env):
     """How often the judge is right on pictures as drawn and as decoded, and the error in dB."""
     real = test.images[:500].float()
-    decoded = pixels_of(vae, latents_of(vae, test.images[:500], env).to(env.device)).cpu()
+    z, _ = latents_of(vae, test.images[:500], env)
+    decoded = pixels_of(vae, z.to(env.device)).cpu()
     error = ((decoded - real) / 255).square().mean((1, 2, 3))
     found = {"psnr": (-10 * error.log10()).mean().item()}
     for name, images in ("drawn", real), ("decoded", decoded):
@@ -828,8 +837,11 @@ def new_clip(arm, seed):
     return CLIP(PIXEL if arm == "pixel" else TOY)
 
 
-def train_clip(args, env, log, arm, seed, train, latents):
-    """A CLIP on pictures without a held-out pair; all arms have equal batches and trunks."""
+def train_clip(args, env, log, arm, seed, train, latents, deviations):
+    """A CLIP on pictures without a held-out pair; all arms have equal batches and trunks.
+
+    Latents are drawn anew each time from what the VAE says of a picture, as in the authors' code.
+    """
     rows = (~train.held_out()).nonzero()[:, 0].numpy()
     tokens = toy_tokens(train.texts)
     numbers = {text: i for i, text in enumerate(dict.fromkeys(train.texts))}
@@ -839,8 +851,12 @@ def train_clip(args, env, log, arm, seed, train, latents):
         of[rows] = np.random.default_rng([seed, 3]).permutation(rows)
 
     def batch(step):
-        picks = np.random.default_rng([seed, 5, step]).choice(rows, args.batch_size)
-        seen = to_pixels(train.images[picks]) if arm == "pixel" else latents[picks]
+        rng = np.random.default_rng([seed, 5, step])
+        picks = rng.choice(rows, args.batch_size)
+        seen = to_pixels(train.images[picks])
+        if arm != "pixel":
+            noise = torch.from_numpy(rng.standard_normal((len(picks), 4, 8, 8), np.float32))
+            seen = latents[picks] + deviations[picks] * noise
         return {"idx": tokens[of[picks]], "images": seen, "ids": ids[of[picks]]}
 
     clip = new_clip(arm, seed)
@@ -849,7 +865,7 @@ def train_clip(args, env, log, arm, seed, train, latents):
 
 
 def train_flow(args, env, log, seed, train, latents, scale):
-    """The generator, on all pictures; three times as many steps."""
+    """The generator, on all pictures; three times as many steps, larger ones."""
     words = toy_tokens(train.texts)
 
     def batch(step):
@@ -861,7 +877,7 @@ def train_flow(args, env, log, seed, train, latents, scale):
 
     torch.manual_seed(seed)
     flow = Flow()
-    flags = replace(args, steps=3 * args.steps, weight_decay=0.01)
+    flags = replace(args, steps=3 * args.steps, lr=2 * args.lr, weight_decay=0.01)
     common.train(flow, batch, flags, env, log.stage("flow"))
     return flow.requires_grad_(False)
 
@@ -876,11 +892,11 @@ def rotated(z, seed):
 
 
 @torch.no_grad()
-def named(lab, arm, x, picture):
+def named(lab, arm, x, test):
     """Share of pictures x named rightly among 60: of pairs that the CLIP saw, and of new ones."""
     right = (lab.clips[arm].encode_image(x) @ lab.text(arm, CLASSES).T).argmax(1).cpu()
-    right = (right == picture.label()).float()
-    new = picture.held_out()
+    right = (right == test.label()).float()
+    new = test.held_out()
     return {"right": right[~new].mean().item(), "right_new": right[new].mean().item()}
 
 
@@ -1005,11 +1021,11 @@ def run_seed(args, env, log, arm, seed):
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in quality.items())
     says = f"seed {seed}: the judge must read .95 of pictures rightly, at 26 dB; VAE: {numbers}"
     gate(args, passed, says)
-    latents = latents_of(vae, train.images, env)
+    latents, deviations = latents_of(vae, train.images, env)
     scale = 1 / latents[:1024].std().item()
     clips = {"untrained": new_clip("untrained", seed).requires_grad_(False).to(env.device)}
     for name in "latent", "pixel", "shuffled":
-        clips[name] = train_clip(args, env, log, name, seed, train, latents)
+        clips[name] = train_clip(args, env, log, name, seed, train, latents, deviations)
     flow = train_flow(args, env, log, seed, train, latents, scale)
     lab = Lab(vae, scale, flow, clips, env)
 
@@ -1017,7 +1033,7 @@ def run_seed(args, env, log, arm, seed):
     noise = torch.randn(11 * args.samples, 4, 8, 8, generator=rng).to(env.device)
     few, many = noise[: args.samples], noise[args.samples :]
     found = {"quality": quality}
-    found["named"] = zero_shot(lab, test, latents_of(vae, test.images, env), many)
+    found["named"] = zero_shot(lab, test, latents_of(vae, test.images, env)[0], many)
     texts, asked = draw_prompts(args.samples, [seed, 2])
     found["reno"], climbed = optimise(lab, args, texts, asked, few)
     first = found["reno"]["latent"]["share"][0]

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import sys
+import types
 from dataclasses import replace
 from functools import partial
 
@@ -613,6 +615,54 @@ def test_real_pairs_end_to_end(stand_ins, small, tmp_path):
     (folder / "pairs" / "29.png").touch()
     lc.main([*flags, "--out", str(tmp_path), *trained])
     assert len(list(tmp_path.glob("latents-*.npy"))) == 2  # but for a file that has changed
+
+
+class Pipe:
+    """What --prompt needs of a diffusers pipeline: a UNet that takes away what it is given."""
+
+    dtype, wanted = torch.float32, []
+
+    def __init__(self):
+        self.unet = torch.nn.Linear(1, 1)
+        self.unet.forward = self.predict
+
+    @classmethod
+    def from_pretrained(cls, name, torch_dtype):
+        cls.dtype = torch_dtype
+        return cls()
+
+    def to(self, device):
+        return self
+
+    def encode_prompt(self, prompt, do_classifier_free_guidance):
+        self.wanted.append(prompt)
+        return torch.zeros(1, 77, 8), None, torch.zeros(1, 8), None
+
+    def predict(self, x, t, encoder_hidden_states, added_cond_kwargs):
+        assert t == 999 and added_cond_kwargs["time_ids"].tolist() == [[512, 512, 0, 0, 512, 512]]
+        return (x - x / lc.SIGMA,)
+
+
+def test_prompts_with_a_generator(stand_ins, small, tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    folder, flags = stand_ins
+    clip = lc.CLIP(replace(lc.TOY, vocab=data.get_tokenizer(f"{folder}/tokenizer.json").n_vocab))
+    weights = save(tmp_path / "clip.safetensors", clip.state_dict())
+    diffusers = types.ModuleType("diffusers")
+    diffusers.StableDiffusionXLPipeline = Pipe
+    monkeypatch.setitem(sys.modules, "diffusers", diffusers)
+    at = flags.index("--dataset")
+    flags = [*flags[:at], *flags[at + 2 :], "--out", str(tmp_path), "--iters", "4"]
+    flags += ["--init", weights, "--generator", "turbo", "--prompt", "a cat", "two cats"]
+    lc.main([*flags, "--concept", "blood"])
+    said = capsys.readouterr().out.splitlines()
+    assert Pipe.wanted == ["a cat", "two cats"] and len(said) == 2
+    for number, line in enumerate(said):
+        before, after = map(float, re.findall(r"-?\d+\.\d+", line))
+        assert after > before  # the reward has been climbed
+        pictures = [Image.open(tmp_path / f"{number}-{when}.png") for when in ("before", "after")]
+        assert pictures[0].size == (64, 64) and pictures[0].tobytes() != pictures[1].tobytes()
 
 
 @pytest.mark.parametrize(

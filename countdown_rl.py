@@ -74,28 +74,28 @@ class Args(common.TrainFlags):
     eval_every: int = 15
     save_every: int = 20
     model: str = ""  # a real checkpoint to train and take apart, in place of the toy
-    dataset: str = ""  # --model: file:X.jsonl or a `datasets` id, whose rows have nums and target
+    dataset: str = ""  # --model: file:X.jsonl or a `datasets` id; rows of nums and target
     max_new: int = 1024  # --model: longest response, in tokens (paper: 1024)
-    nums: list[int] = common.default_list(3)  # toy: how many numbers a problem has (paper: 3 4)
+    nums: list[int] = common.default_list(3)  # toy: numbers in a problem (paper: 3 4)
     num_max: int = 8  # toy: numbers are 1 to this (paper: 99)
-    cap: int = 40  # toy: every value on the way is 0 to this (paper: targets of 10 to 100)
+    cap: int = 40  # toy: all values are 0 to this (paper: targets of 10 to 100)
     attempts: int = 8  # toy: most attempts in a trace
-    guess: float = 0.85  # toy: share of traces that answer with the first attempt, unchecked
-    drill: int = 500  # toy: the first of --steps, spent on checked attempts, half of them right
+    guess: float = 0.85  # toy: share of traces with one attempt, unchecked
+    drill: int = 500  # toy: the first of --steps, which teach sums and verdicts
     n_layer: int = 4  # toy: blocks
-    n_head: int = 8  # toy: attention heads; they share two heads of keys and values
+    n_head: int = 8  # toy: heads; they share two heads of keys and values
     n_embd: int = 64  # toy: width
-    arms: list[str] = common.default_list("grpo", "permuted")  # GRPO; its control: permuted rewards
+    arms: list[str] = common.default_list("grpo", "permuted")  # the control permutes rewards
     rl_steps: int = 60  # batches of rollouts; 0 is no GRPO (paper: 300)
     rl_lr: float = 2e-4  # learning rate of GRPO, constant (paper: 1e-6)
-    prompts: int = 16  # prompts in a batch of rollouts, over all ranks (paper: 256)
+    prompts: int = 16  # prompts in a batch, over all ranks (paper: 256)
     group: int = 8  # rollouts of a prompt (paper: 1, with a critic)
-    minibatches: int = 1  # updates on a batch; 1 is on-policy, without clipping (paper: 4)
-    clip_ratio: float = 0.2  # no gradient from ratios that have moved further than this from 1
+    minibatches: int = 1  # updates on a batch; at 1 nothing is clipped (paper: 4)
+    clip_ratio: float = 0.2  # no gradient from ratios further than this from 1
     beta: float = 0.0  # weight of the KL to the model before GRPO (paper: .001)
     format_reward: float = 0.0  # reward of a wrong answer (paper: .1)
     problems: int = 400  # most held-out problems in an evaluation
-    samples: int = 300  # steps of each verdict to choose on, and as many to test on (paper: 300)
+    samples: int = 300  # most steps of each verdict to choose on, and to test on (paper: 300)
     heads: list[str] = common.default_list()  # switch these off, as L17H11, not the three found
 
 
@@ -1018,7 +1018,8 @@ def judge(run, found):
     criterion = "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6"
     run.claim("C5", says, paper, criterion, base=base, arm=three, controls=random_three)
     says = "without them GLU units along the direction fall silent, and nothing wrong is accepted"
-    criterion = "arm.glu <= .3 * base.glu and arm.false_accepts <= base.false_accepts + .05"
+    criterion = "base.glu > 0 and arm.glu <= .3 * base.glu"
+    criterion += " and arm.false_accepts <= base.false_accepts + .05"
     paper = "activations vanish"
     run.claim("C7", says, paper, criterion, base=base, arm=three, controls=random_three)
 

@@ -673,7 +673,7 @@ def grpo(policy, world, args, env, log, permuted=False):
                 flags = {"flags": common.shaping_flags(args)}
                 whole = state | common.weights_of(policy, optimizer) | flags
                 common.save_checkpoint(path, whole, env)
-            if stop and state["step"] < args.steps:
+            if stop:
                 raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on")
     log(args.steps, **measure(policy, world, args, env), **common.timing(state))
 

@@ -472,7 +472,8 @@ def grpo(device):
             ours = partial(grpo_step, script, args, world, model, prompts, device)
             rows += row(f"GRPO step, {size}", ours, {"trl": theirs}, device, None, 5)
     traces = [(p, *world.written(*p, rng)) for p in world.train[::9]]
-    steps = script.find_steps(world, traces)
+    steps = script.find_steps(world, traces)[::4]
+    steps.sort(key=lambda step: len(step.ids))
     heads = [[(layer, head)] for layer in range(args.n_layer) for head in range(args.n_head)]
     neurons = [(args.n_layer - 1, 0)]
     with torch.no_grad():

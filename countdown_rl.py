@@ -8,11 +8,10 @@ from wrong ones, and its direction reads as words of success or failure. From th
 heads that look back at the target carry the verdict. With three of them switched off the model
 searches on, past its own solution.
 
-The toy: a small GPT first imitates searchers of two habits. Most answer with their first attempt,
+The toy: a small GPT imitates searchers of two habits. Most answer with their first attempt,
 unchecked; the others check each attempt and go on. GRPO meets this mixture as R1-Zero's recipe
-meets a base model. What it makes of the mixture is measured beside the same run with permuted
-rewards, and then the model is taken apart. What the toy can't show: search that was not in the
-mixture, and verification learnt from reward alone. To add and to compare is taught by a drill.
+meets a base model; the control is the same run with permuted rewards. What the toy can't show:
+search that was not in the mixture, and verification learnt from reward alone (a drill teaches it).
 
 Read on: `evaluate`, `reward` (the task), `advantages`, `Objective` (the method), `Toy` (the world),
 `grpo` (the loop), `from_the_top` and `from_the_bottom` (the analysis), `judge` (the claims).
@@ -75,28 +74,28 @@ class Args(common.TrainFlags):
     eval_every: int = 15
     save_every: int = 20
     model: str = ""  # a real checkpoint to train and take apart, in place of the toy
-    dataset: str = ""  # --model: file:X.jsonl or a `datasets` id, whose rows have nums and target
+    dataset: str = ""  # --model: file:X.jsonl or a `datasets` id; rows of nums and target
     max_new: int = 1024  # --model: longest response, in tokens (paper: 1024)
-    nums: list[int] = common.default_list(3)  # toy: how many numbers a problem has (paper: 3 4)
+    nums: list[int] = common.default_list(3)  # toy: numbers in a problem (paper: 3 4)
     num_max: int = 8  # toy: numbers are 1 to this (paper: 99)
-    cap: int = 40  # toy: every value on the way is 0 to this (paper: targets of 10 to 100)
+    cap: int = 40  # toy: all values are 0 to this (paper: targets of 10 to 100)
     attempts: int = 8  # toy: most attempts in a trace
-    guess: float = 0.85  # toy: share of traces that answer with the first attempt, unchecked
-    drill: int = 500  # toy: the first of --steps, spent on checked attempts, half of them right
+    guess: float = 0.85  # toy: share of traces with one attempt, unchecked
+    drill: int = 500  # toy: the first of --steps, which teach sums and verdicts
     n_layer: int = 4  # toy: blocks
-    n_head: int = 8  # toy: attention heads; they share two heads of keys and values
+    n_head: int = 8  # toy: heads; they share two heads of keys and values
     n_embd: int = 64  # toy: width
-    arms: list[str] = common.default_list("grpo", "permuted")  # GRPO; its control: permuted rewards
+    arms: list[str] = common.default_list("grpo", "permuted")  # the control permutes rewards
     rl_steps: int = 60  # batches of rollouts; 0 is no GRPO (paper: 300)
     rl_lr: float = 2e-4  # learning rate of GRPO, constant (paper: 1e-6)
-    prompts: int = 16  # prompts in a batch of rollouts, over all ranks (paper: 256)
+    prompts: int = 16  # prompts in a batch, over all ranks (paper: 256)
     group: int = 8  # rollouts of a prompt (paper: 1, with a critic)
-    minibatches: int = 1  # updates on a batch; 1 is on-policy, without clipping (paper: 4)
-    clip_ratio: float = 0.2  # no gradient from ratios that have moved further than this from 1
+    minibatches: int = 1  # updates on a batch; at 1 nothing is clipped (paper: 4)
+    clip_ratio: float = 0.2  # no gradient from ratios further than this from 1
     beta: float = 0.0  # weight of the KL to the model before GRPO (paper: .001)
     format_reward: float = 0.0  # reward of a wrong answer (paper: .1)
     problems: int = 400  # most held-out problems in an evaluation
-    samples: int = 300  # steps of each verdict to choose on, and as many to test on (paper: 300)
+    samples: int = 300  # most steps of each verdict to choose on, and to test on (paper: 300)
     heads: list[str] = common.default_list()  # switch these off, as L17H11, not the three found
 
 
@@ -421,9 +420,9 @@ class Real:
     """What Toy is, for a checkpoint: a prompt like TinyZero's, and the checkpoint's own tokens."""
 
     def __init__(self, args, tok, seed):
-        self.args, self.tok, self.seed = args, tok, seed
-        self.stops, self.decode, self.max_new = tok.stops, tok.decode, args.max_new
-        self.bracket = self.single(" (")
+        self.tok, self.seed = tok, seed
+        self.stops, self.decode = tok.stops, tok.decode
+        self.max_new, self.bracket = args.max_new, self.single(" (")
         self.valid, self.invalid = [self.single("this")], [self.single("not")]
         self.success = self.valid + [pretrained.first_token(tok, word) for word in SUCCESS]
         self.failure = self.invalid + [pretrained.first_token(tok, word) for word in FAILURE]
@@ -533,7 +532,7 @@ def measure(model, world, args, env, samples=1, temperature=1.0):
         responses = generate(model, prompts, world.max_new, temperature, **draw)
     texts = [world.decode(ids) for ids in responses]
     right = [reward(text, *problems[i // samples]) == 1 for i, text in enumerate(texts)]
-    lines = [line for text in texts for line in attempts_in(text)]
+    lines = sum(map(attempts_in, texts), [])
     n = max(1, len(lines))
     return {
         "accuracy": np.mean(right),
@@ -758,7 +757,7 @@ def halves(steps, samples, rng):
 
 def parts(model, steps, copies=1):
     """[(steps, idx, mask)]: so many steps at a time that `copies` of them fit a batch."""
-    size = max(1, (512 if model.config.vocab_size < 1000 else 8) // copies)
+    size = max(1, (64 if model.config.vocab_size < 1000 else 8) // copies)
     found = []
     for i in range(0, len(steps), size):
         some = steps[i : i + size]
@@ -894,7 +893,8 @@ def switch_off(model, world, steps, neurons, sets):
         said.append(model.unembed(acts["final"][:, -1]).argmax(-1).view(K, -1))
         units = [acts[f"blocks.{layer}.mlp.act"][:, -1, index] for layer, index in neurons]
         glu.append(torch.stack(units).float().mean(0).view(K, -1))
-    said, glu, valid = torch.cat(said, 1).cpu(), torch.cat(glu, 1).cpu(), labels(steps)
+    said, glu = torch.cat(said, 1).cpu(), torch.cat(glu, 1).cpu()
+    valid = labels(steps)
     rows = []
     for k in range(K):
         kinds = [kind_of(token, world) for token in said[k, valid].tolist()]
@@ -919,12 +919,17 @@ def random_heads(heads, config, rng, outside):
     return drawn
 
 
-def parse_head(name):
-    """(17, 11) of L17H11. ValueError for anything else."""
-    match = re.fullmatch(r"L(\d+)H(\d+)", name)
-    if not match:
-        raise ValueError(f"--heads {name}, allowed: names such as L17H11")
-    return int(match[1]), int(match[2])
+def parse_heads(names, shape):
+    """[(17, 11)] of ["L17H11"]. ValueError for a head that a model of this shape doesn't have."""
+    heads = []
+    for name in names:
+        match = re.fullmatch(r"L(\d+)H(\d+)", name)
+        head = (int(match[1]), int(match[2])) if match else (shape.n_layer, 0)
+        if head[0] >= shape.n_layer or head[1] >= shape.n_head:
+            most = f"L{shape.n_layer - 1}H{shape.n_head - 1}"
+            raise ValueError(f"--heads {name}, allowed: L0H0 to {most}")
+        heads.append(head)
+    return heads
 
 
 def from_the_bottom(model, world, args, choose, test, neurons, rng):
@@ -946,7 +951,7 @@ def from_the_bottom(model, world, args, choose, test, neurons, rng):
     alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
     drive = {head: row["glu"] for head, row in zip(prev, alone)}
     prev.sort(key=drive.get)
-    three = [parse_head(name) for name in args.heads] or prev[:3]
+    three = parse_heads(args.heads, c) or prev[:3]
     sets = [[], three, prev, random_heads(prev, c, rng, prev)]
     sets += [random_heads(three, c, rng, prev + three) for _ in range(10)]
     rows = switch_off(model, world, test, neurons, sets)
@@ -982,20 +987,21 @@ def judge(run, found):
     if "grpo" in found and "permuted" in found:
         before = [seed["before"] for seed in found["grpo"]]
         after = [seed["after"] for seed in found["grpo"]]
-        permuted = [seed["after"] for seed in found["permuted"]]
+        controls = {"permuted rewards": [seed["after"] for seed in found["permuted"]]}
         says = "GRPO solves more held-out problems (share right at temperature 1)"
         criterion = "arm.accuracy >= base.accuracy + .2"
-        controls = {"permuted rewards": permuted}
         run.claim("C1", says, "0 to about .6", criterion, base=before, arm=after, controls=controls)
         says = "it leaves one form: every attempt is checked (share of attempts)"
-        controls = {"before GRPO": before, "permuted rewards": permuted}
+        controls["before GRPO"] = before
         paper = "every attempt ends in a verdict"
         run.claim("C2", says, paper, "arm.checked >= .98", arm=after, controls=controls)
     rows = found["dissect"]
-    probes = {name: [row["probe"][name] for row in rows] for name in rows[0]["probe"]}
-    all_on = [row["all_on"] for row in rows]
+    base = [row["all_on"] for row in rows]
     three = [row["three"] for row in rows]
     random_three = {"three random heads": [row["random"] for row in rows]}
+    probes = {}
+    for net in rows[0]["probe"]:
+        probes[net] = [row["probe"][net] for row in rows]
     says = "a probe at the bracket tells right from wrong before the last layer (accuracy)"
     paper = "near 1 from layer 4 of 36"
     criterion = "arm.inner >= .95 and arm.embedding <= .6"
@@ -1007,47 +1013,47 @@ def judge(run, found):
     noise = {"best of 20 random directions": [row["noise"] for row in rows]}
     directions = [row["direction"] for row in rows]
     run.claim("C4", says, paper, "arm.reads >= .5", arm=directions, controls=noise)
-    says = (
-        "three heads that look back hold the verdict: with them off the model searches on past its "
-        "solution (shares of right attempts)"
-    )
+    says = "with three heads off that look back it searches on past its solution (shares of those)"
     paper = "3 of 576 heads: .95 search on"
     criterion = "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6"
-    run.claim("C5", says, paper, criterion, base=all_on, arm=three, controls=random_three)
+    run.claim("C5", says, paper, criterion, base=base, arm=three, controls=random_three)
     says = "without them GLU units along the direction fall silent, and nothing wrong is accepted"
-    criterion = "arm.glu <= .3 * base.glu and arm.false_accepts <= base.false_accepts + .05"
+    criterion = "base.glu > 0 and arm.glu <= .3 * base.glu"
+    criterion += " and arm.false_accepts <= base.false_accepts + .05"
     paper = "activations vanish"
-    run.claim("C7", says, paper, criterion, base=all_on, arm=three, controls=random_three)
+    run.claim("C7", says, paper, criterion, base=base, arm=three, controls=random_three)
 
 
 def draw(path, found, folder, args):
     """Four panels: accuracy and checking during GRPO, probes by layer, heads switched off."""
-    accuracy, checked = {}, {}
-    for arm, name in ("grpo", "GRPO"), ("permuted", "rewards permuted"):
-        if arm in found:
-            logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in args.seeds]
-            logs = [[row for row in log if "accuracy" in row] for log in logs]
-            steps = [row["step"] for row in logs[0]]
-            accuracy[name] = steps, [[row["accuracy"] for row in log] for log in logs]
-            checked[name] = steps, [[row["checked"] for row in log] for log in logs]
+    curves = {"accuracy": {}, "checked": {}}
+    for arm in args.arms if args.rl_steps else []:
+        logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in args.seeds]
+        for measured, lines in curves.items():
+            steps = [row["step"] for row in logs[0] if measured in row]
+            y = []
+            for log in logs:
+                y.append([row[measured] for row in log if measured in row])
+            lines["GRPO" if arm == "grpo" else "rewards permuted"] = steps, y
     rows = found["dissect"]
     probes = {}
     for net in "trained", "shuffled labels":
         y = [row["probe"][net]["at_bracket"] for row in rows]
         probes[net] = range(len(y[0])), y
-    sets = "all_on", "random", "three", "A_prev"
-    bars = {}
-    for kind in KINDS[:2]:
-        bars[kind.replace("_", " ")] = [[row[name][kind] for name in sets] for row in rows]
+    bars = {"says valid": [], "searches on": []}
+    for row in rows:
+        sets = [row[name] for name in ("all_on", "random", "three", "A_prev")]
+        bars["says valid"].append([one["says_valid"] for one in sets])
+        bars["searches on"].append([one["searches_on"] for one in sets])
     layers = "after layer (0: embedding)"
     names = "all on", "3 random off", "3 off", "A_prev off"
     panels = [
-        dict(title="Held-out accuracy, T = 1", lines=accuracy, xlabel="step"),
-        dict(title="Attempts with a verdict", lines=checked, xlabel="step"),
+        dict(title="Held-out accuracy, T = 1", lines=curves["accuracy"], xlabel="step"),
+        dict(title="Attempts with a verdict", lines=curves["checked"], xlabel="step"),
         dict(title="Probe at the bracket: is the attempt right?", lines=probes, xlabel=layers),
         dict(title="What follows a solution", bars=bars, names=names),
     ]
-    common.panels(path, panels if accuracy else panels[2:])
+    common.panels(path, panels if args.rl_steps else panels[2:])
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -1061,8 +1067,6 @@ def check(args, env):
     changed = [flag for flag in idle if getattr(args, flag) != getattr(usual, flag)]
     changed = ", ".join("--" + flag.replace("_", "-") for flag in changed)
     mode = "with --model" if args.model else "without --model"
-    for name in args.heads:
-        parse_head(name)
     many = args.minibatches * env.world > args.prompts * args.group
     arms = " ".join(args.arms)
     return [
@@ -1083,15 +1087,10 @@ def main(argv=None):
         if args.model:
             model, tok = pretrained.load(args.model, run.env.device)
             Real(args, tok, 0)
-            shape = model.config
+            parse_heads(args.heads, model.config)
         else:
             Toy(args, 0)
-            shape = args
-        for name in args.heads:
-            layer, head = parse_head(name)
-            if layer >= shape.n_layer or head >= shape.n_head:
-                most = f"L{shape.n_layer - 1}H{shape.n_head - 1}"
-                raise ValueError(f"--heads {name}, allowed: L0H0 to {most}")
+            parse_heads(args.heads, args)
     found = {}
     if not args.model:
         run.each(imitate, ["imitate"])

@@ -593,7 +593,7 @@ def test_resume_of_grpo_is_exact(dies, tmp_path, monkeypatch):
         ("--nums 1", "allowed: 2"),
         ("--nums 2 --num-max 1", "too few problems"),
         ("--cap 0", "--cap 0"),
-        ("--heads 3.4", "such as L17H11"),
+        ("--heads 3.4", "L0H0 to L3H7"),
         ("--heads L9H0", "L0H0 to L3H7"),
         ("--dataset file:x.jsonl", "--dataset has no effect without --model"),
         ("--model /nowhere", "--dataset"),

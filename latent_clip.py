@@ -981,7 +981,7 @@ def guard(lab, args, noise):
 
 
 def cost(lab, args, texts, noise, reno_found):
-    """Seconds of an evaluation of a batch of prompts, and until the same share of prompts is fulfilled.
+    """Seconds of an evaluation of a batch, and until the same share of the prompts is fulfilled.
 
     The rewards take turns; the last decoding is included. `again` is the pixel reward once more.
     The share is the one that both have reached when .8 of the smaller gain is made.

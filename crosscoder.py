@@ -10,10 +10,11 @@ admits a doubt. Is that decided in the state *before* the word? The paper asks i
    to first order, at the token before                                        `attribution`
 4. steer with the latents at the top                                          `pushes`
 
-The toy has what the paper could not have, a ground truth. A small GPT learns sums with errors and
-slips in them. Its reasoner learns to wait after four causes, and each has words and an episode of
-its own. So attribution is compared with exact ablation, and steering with what a cause would have
-brought about, beside latents that are as often active and random directions.
+The toy has what the paper could not have, a ground truth. A small GPT learns to take digits
+through maps, with errors and slips on the way. Its reasoner learns to wait after four causes, and
+each has words and an episode of its own. So attribution is compared with exact ablation, and
+steering with what a cause would have brought about, beside latents that are as often active and
+random directions.
 
 What to look at: the rank correlation of attribution and ablation (P1), and the matrix of pushed
 latents and what the model then does (P4). A real pair of models: --base and --model.
@@ -34,6 +35,7 @@ import sae
 from model import GPT, GPTConfig, generate, padded, sweep
 
 BASE, FT = 0, 1  # the streams of the crosscoder: the base model, and the reasoner made from it
+ALPHAS = [0.25, 0.5, 1.0]  # lengths of a push, in norms of the state
 
 
 @dataclass
@@ -58,20 +60,20 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"micro_batch"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
 
-    steps: int = 1500  # optimizer steps of the base model
-    ft_steps: int = 600  # optimizer steps that make the reasoner of it
+    steps: int = 1200  # optimizer steps of the base model
+    ft_steps: int = 1200  # optimizer steps that make the reasoner of it
     batch_size: int = 32
-    lr: float = 3e-3
+    lr: float = 4e-3
     base: str = ""  # a pretrained base model in place of the toy (paper: Llama-3.1-8B)
     model: str = ""  # the reasoner made from it (paper: DeepSeek-R1-Distill-Llama-8B)
     dataset: str = "stdlib"  # real models: text, half of the rows; the others: answers (paper: web)
     texts: str = ""  # real models: JSON lines {"text": ...} with answers; default: sampled
     answers: int = 64  # real models: answers that are sampled
     wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # real: as in the paper
-    n_layer: int = 6  # blocks of the toy
-    layer: int = 4  # block whose output is read, from 0 (paper: 7, 15, 23 of 32)
+    n_layer: int = 4  # blocks of the toy
+    layer: int = 2  # block whose output is read, from 0 (paper: 7, 15, 23 of 32)
     d_sae: int = 512  # latents (paper: 65536, 16 times the width)
-    k: int = 16  # active latents at a position, on average (paper: 100)
+    k: int = 24  # active latents at a position, on average (paper: 100)
     sae_steps: int = 600  # training steps of the crosscoder
     sae_batch: int = 2048  # positions in a step (paper: 2048)
     sae_lr: float = 2e-3  # peak learning rate of the crosscoder, Adam's (paper: 1e-4)
@@ -111,11 +113,12 @@ def last_states(models, prompts, layer, size=64):
     return torch.cat(parts)
 
 
-def gradient(model, prompts, layer, targets, size=64):
+def gradient(model, prompts, layer, targets):
     """d log P(targets) / d h (N, C) for the residual h of each prompt's last token behind `layer`.
 
     The model runs as it is: no reconstruction is spliced in. Prompts may differ in length.
     """
+    size = max(1, min(64, 2**13 // max(map(len, prompts))))  # a graph holds all blocks above
     states, parts = [], []
 
     def cut(h):
@@ -152,17 +155,19 @@ def add(x, change):
 
 
 @torch.no_grad()
-def outcomes(model, layer, prompts, changes, groups, size=32):
+def outcomes(model, layer, prompts, changes, groups):
     """log P of groups of ids [[id, ...], ...] behind the prompts, under V changes of the state.
 
     changes  (N, V, C): what is added to the last token's residual after block `layer`
     Returns (N, V, len(groups)), exact: all V changes go through the blocks above in one pass.
     """
+    V = changes.shape[1]
+    size = max(1, min(64, 2**24 // (V * model.config.vocab_size)))  # all logits of a batch are held
     parts = []
     for i in range(0, len(prompts), size):
         idx, mask = padded(prompts[i : i + size], model.wte.weight.device)
         here = changes[i : i + size, :, None]
-        patches = [{layer: partial(add, change=here[:, v])} for v in range(here.shape[1])]
+        patches = [{layer: partial(add, change=here[:, v])} for v in range(V)]
         logits = model.unembed(sweep(model, idx, patches, mask=mask)[:, :, 0])
         parts.append(torch.stack([log_p(logits, group) for group in groups], -1))
     return torch.cat(parts)
@@ -174,7 +179,9 @@ def pushes(h, vectors, alpha):
 
 
 def steer(h, vector, alpha):
-    """A patch for `generate`: pushes the prompt's last token, and every new one."""
+    """A patch for `generate`: pushes the state of the prompt's last token, and no later one."""
+    if h.shape[1] == 1:  # a new token behind the cache
+        return h
     h = h.clone()
     h[:, -1] += pushes(h[:, -1].float(), vector[None], alpha)[:, 0].to(h.dtype)
     return h
@@ -208,23 +215,26 @@ PATTERNS = {  # what the reasoner does: the words it begins with, one of two; an
     "check": ("check", "verify"),  # an error in this step
     "restart": ("again", "begin"),  # a slip: this step began from a wrong number
     "recall": ("recall", "rule"),  # the next stage is @, defined at the start
-    "unsure": ("maybe", "unsure"),  # the next stage has a hidden operand, ?
+    "unsure": ("maybe", "unsure"),  # the next stage is ?, an unknown map
 }
 CAUSES = [*PATTERNS, "none"]
-VOCAB = "<pad> <bos> <eos> 0 1 2 3 4 5 6 7 8 9 + - @ ? : ; = | def Q A or think fast ok bad".split()
+MAPS = {"a": (3, 1), "b": (7, 4), "c": (9, 9)}  # x -> 3 x + 1, 7 x + 4, 9 x + 9, modulo 10
+VOCAB = (
+    "<pad> <bos> <eos> 0 1 2 3 4 5 6 7 8 9 a b c @ ? : ; = | def Q A or think fast ok bad".split()
+)
 VOCAB += [word for pair in PATTERNS.values() for word in pair]
 ID = {word: i for i, word in enumerate(VOCAB)}
 MARKS = [[ID[word] for word in pair] for pair in PATTERNS.values()]  # of each pattern
 WAIT = sum(MARKS, [])  # the paper's wait words: here they say what comes
-LONGEST = 96
+LONGEST = 88
 
 
 class Task(NamedTuple):
-    """A problem: a first number, what @ stands for, and stages."""
+    """A problem: a digit goes through stages, each a map, or @, or the unknown ?."""
 
     first: int
-    define: tuple  # (op, digit)
-    stages: list  # (op, digit), (op, "?") or ("@",)
+    define: str  # the map that @ stands for
+    stages: list
 
 
 class Decision(NamedTuple):
@@ -239,25 +249,20 @@ def draw_task(rng):
     """A random problem of three to five stages; the first is plain."""
     stages = []
     for i in range(rng.integers(3, 6)):
-        op = "+-"[rng.integers(2)]
+        stage = "abc"[rng.integers(3)]
         kind = rng.random()
-        if i and kind < 0.12:
-            stages.append(("@",))
-        elif i and kind < 0.24:
-            stages.append((op, "?"))
-        else:
-            stages.append((op, int(rng.integers(10))))
-    define = "+-"[rng.integers(2)], int(rng.integers(1, 10))
-    return Task(int(rng.integers(10)), define, stages)
+        if i and kind < 0.15:
+            stage = "@"
+        elif i and kind < 0.3:
+            stage = "?"
+        stages.append(stage)
+    return Task(int(rng.integers(10)), "abc"[rng.integers(3)], stages)
 
 
 def header(mode, task):
     """The words of a problem, up to the `;` that ends it."""
-    op, digit = task.define
-    words = ["<bos>", mode, "def", "@", "=", op, str(digit), "|", "Q", str(task.first), ":"]
-    for stage in task.stages:
-        words += map(str, stage)
-    return [*words, ";"]
+    words = ["<bos>", mode, "def", "@", "=", task.define, "|", "Q", str(task.first), ":"]
+    return [*words, *task.stages, ";"]
 
 
 class Solution:
@@ -266,7 +271,7 @@ class Solution:
     def __init__(self, rng, task):
         self.rng, self.task = rng, task
         self.value = task.first
-        self.hidden = {}  # stage: the operand that an episode settled
+        self.settled = {}  # stage: the map that an episode put in the place of ?
         self.words, self.decisions = [], []
 
     def other(self, x):
@@ -274,18 +279,22 @@ class Solution:
         return (x + int(self.rng.integers(1, 10))) % 10
 
     def result(self, x, i):
-        """x after stage i, modulo 10; a hidden operand that is not settled can be any digit."""
+        """The digit behind stage i; behind an unknown map it can be any."""
         stage = self.task.stages[i]
-        op, b = self.task.define if stage[0] == "@" else stage
-        if b == "?":
-            b = self.hidden.get(i, int(self.rng.integers(10)))
-        return (x + b if op == "+" else x - b) % 10
+        if stage == "@":
+            stage = self.task.define
+        stage = self.settled.get(i, stage)
+        if stage == "?":
+            return int(self.rng.integers(10))
+        factor, term = MAPS[stage]
+        return (factor * x + term) % 10
 
     def write(self, x, i, result):
-        """The words of a step; behind @ stands what it means."""
+        """The words of a step; behind @ and a settled ? stands what it means."""
         stage = self.task.stages[i]
-        shown = (*stage, *self.task.define) if stage[0] == "@" else stage
-        self.words += [str(x), *map(str, shown), "=", str(result), ";"]
+        means = {"@": self.task.define}.get(stage, self.settled.get(i, ""))
+        shown = [stage, means] if means else [stage]
+        self.words += [str(x), *shown, "=", str(result), ";"]
         self.value = result
 
     def step(self, i, noise):
@@ -295,7 +304,7 @@ class Solution:
         self.write(x, i, self.other(right) if noise == "check" else right)
         coming = ""
         if i + 1 < len(self.task.stages):
-            coming = {"@": "recall", "?": "unsure"}.get(self.task.stages[i + 1][-1], "")
+            coming = {"@": "recall", "?": "unsure"}.get(self.task.stages[i + 1], "")
         if noise and coming:
             return "mixed", x
         return noise or coming or "none", x
@@ -310,10 +319,11 @@ class Solution:
             for j in range(i + 1):
                 self.write(self.value, j, self.result(self.value, j))
         elif pattern == "recall":
-            self.words += ["@", "=", *map(str, self.task.define), ";"]
+            self.words += ["@", "=", self.task.define, ";"]
         else:
-            settled = self.hidden[i + 1] = int(self.rng.integers(10))
-            self.words += ["?", "=", str(settled), "or", str(self.rng.integers(10)), ";"]
+            settled, other = self.rng.choice([*MAPS], 2).tolist()
+            self.settled[i + 1] = settled
+            self.words += ["?", "=", settled, "or", other, ";"]
 
 
 def solve(rng, task, grade=0.0, waits=False):
@@ -329,7 +339,7 @@ def solve(rng, task, grade=0.0, waits=False):
     for i, stage in enumerate(task.stages):
         u = rng.random() / (3 if grade else 1)
         noise = ""
-        if u < 0.12 and stage[-1] != "?":  # of a hidden operand any result is right
+        if u < 0.12 and stage != "?":  # of an unknown map any result is right
             noise = "check"
         elif 0.12 <= u < 0.22 and not slipped and i < 3:
             noise, slipped = "restart", True
@@ -535,27 +545,22 @@ def patterns(models, code, layer, splits, rate, args):
     return found, vectors["chosen"], alphas["chosen"]
 
 
-ALPHAS = [0.25, 0.5, 1.0]
-
-
 def brought_about(matrix):
     """How many lists raise their own pattern by .25 or more, and no other pattern as much."""
     matrix = np.array(matrix)
     return sum(row[i] >= 0.25 and row.argmax() == i for i, row in enumerate(matrix))
 
 
-def examples(models, layer, prompts, vectors, alphas):
-    """For each pattern one prompt's continuation as it is, and pushed: words."""
-    texts = {}
-    for pattern, prompt, vector, alpha in zip(PATTERNS, prompts, vectors, alphas):
-        both = []
-        for strength in 0.0, alpha:
-            patch = partial(steer, vector=vector, alpha=strength)
-            with models[FT].patch({f"blocks.{layer}.resid_post": patch}):
-                room = min(24, LONGEST - len(prompt))
-                row = generate(models[FT], [prompt], room, temperature=0, stop=[ID["<eos>"]])[0]
-            both.append(" ".join(VOCAB[i] for i in row))
-        texts[pattern] = [" ".join(VOCAB[i] for i in prompt), *both]
+def examples(models, layer, prompt, vectors, alphas):
+    """What follows a prompt as it is, and pushed for each pattern: {pattern: words}."""
+    texts = {"prompt": " ".join(VOCAB[i] for i in prompt)}
+    names = ["as it is", *PATTERNS]
+    for name, vector, alpha in zip(names, [vectors[0], *vectors], [0.0, *alphas]):
+        patch = partial(steer, vector=vector, alpha=alpha)
+        with models[FT].patch({f"blocks.{layer}.resid_post": patch}):
+            room = LONGEST - len(prompt)
+            row = generate(models[FT], [prompt], room, temperature=0, stop=[ID["<eos>"]])[0]
+        texts[name] = " ".join(VOCAB[i] for i in row)
     return texts
 
 
@@ -573,11 +578,13 @@ def lists_of(a, rate, top, seed):
     return {"top": first, "matched": sae.alike(first, rate), "random": random}, alive
 
 
-def measures(models, code, layer, caused, none, lists, wait, seed):
+def measures(models, code, layer, caused, none, lists, alive, wait, seed):
     """D, P1, P2 at prompts with a cause, P3 at prompts without."""
-    delta = relative_norm(code.norms())
+    delta = relative_norm(code.norms()).cpu()
     D = code.decoder(FT)
-    row = {"delta_of": {name: delta[some].mean().item() for name, some in lists.items()}}
+    row = {"delta": delta[alive].tolist(), "delta_of": {"all": delta[alive].mean().item()}}
+    for name, some in lists.items():
+        row["delta_of"][name] = delta[some].mean().item()
     row["ablation"] = against_ablation(models, code, layer, caused, wait)
     row["off"] = lists_off(models, code, layer, caused, lists, wait)
     vectors = {name: D[some] for name, some in lists.items()}
@@ -630,14 +637,13 @@ def toy(args, env, log, arm, seed):
     caused = [p for p, cause in zip(prompts, causes) if cause != "none"]
     none = [p for p, cause in zip(prompts, causes) if cause == "none"]
     held = states_of(models, args, env, seed + 2**20, min(args.rows, 2**13))
-    row = measures(models, code, layer, caused, none, lists, WAIT, seed)
+    row = measures(models, code, layer, caused, none, lists, alive, WAIT, seed)
     row["gates"] = gates(models, layer, prompts, causes)
     row["swap"] = swapped(models, layer, prompts, causes)
     row["explained"] = explained(code, held)
     row["l0"] = (code.encode(held) > 0).float().sum(1).mean().item()
-    row["delta"] = relative_norm(code.norms()).cpu()[alive].tolist()
     row["matrices"], chosen, alphas = patterns(models, code, layer, splits, rate, args)
-    row["texts"] = examples(models, layer, none, chosen, alphas)
+    row["texts"] = examples(models, layer, none[0], chosen, alphas)
     return row
 
 
@@ -725,9 +731,7 @@ def real(prepared, args, env, log, arm, seed):
     a, f = attribute(models, code, layer, discover, wait)
     rate = (f > 0).double().mean(0).cpu()
     lists, alive = lists_of(a.mean(0).cpu(), rate, args.top, seed)
-    return measures(models, code, layer, test, test, lists, wait, seed) | {
-        "delta": relative_norm(code.norms()).cpu()[alive].tolist()
-    }
+    return measures(models, code, layer, test, test, lists, alive, wait, seed)
 
 
 # ------------------------------------------------------------------------------ claims and figure
@@ -755,9 +759,11 @@ def judge(run, rows, is_toy):
         controls = {"donor of the same cause": swaps["same"]}
         run.claim("G3", says, "asked", "arm.donor >= .5", arm=swaps["other"], controls=controls)
     delta = lists("delta_of", rows[0]["delta_of"], "delta")
-    says = "latents that promote waiting are more the reasoner's than the base's"
+    says = "latents that promote waiting are more the reasoner's than latents in general"
+    arms = dict(base=delta["all"], arm=delta["top"])
     controls = {name: delta[name] for name in ("matched", "random")}
-    run.claim("D", says, "classified", "arm.delta >= .55", arm=delta["top"], controls=controls)
+    criterion = "arm.delta >= base.delta + .05"
+    run.claim("D", says, "classified", criterion, **arms, controls=controls)
     rho = [{"rho": row["ablation"]["rho"]} for row in rows]
     permuted = [{"rho": row["ablation"]["rho_permuted"]} for row in rows]
     says = "attribution ranks latents as exact ablation does"

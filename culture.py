@@ -223,7 +223,11 @@ def at_localisation(local, values, target):
 
 # ----------------------------------------------------------------------------------------- the toy
 
-CULTURES, TASKS, ANSWERS, FACTS, SHOTS = 5, 8, 6, 4, 6
+CULTURES = 5
+TASKS = 8
+ANSWERS = 6  # of each culture to each task
+FACTS = 4  # questions with one answer everywhere
+SHOTS = 6  # questions in a document
 NATIVE, STEREOTYPE = (np.arange(1, 1 + ANSWERS) ** -power for power in (0.5, 2.0))
 NATIVE, STEREOTYPE = NATIVE / NATIVE.sum(), STEREOTYPE / STEREOTYPE.sum()  # P of answers by rank
 VERBS = "live", "am_from", "grew_up_in"
@@ -242,7 +246,7 @@ class Toy:
         self.cultures = lists["cultures"][:CULTURES]
         self.languages = lists["languages"][:CULTURES]
         self.tasks = list(lists["answers"])[:TASKS]
-        self.facts = [f"fact{i}" for i in range(FACTS)]  # questions with one answer everywhere
+        self.facts = [f"fact{i}" for i in range(FACTS)]
         words = ["<pad>", "<bos>", ";"]
         self.answers = {}  # task -> (tokens (A,), their owners (A,))
         for task in self.tasks:
@@ -436,7 +440,8 @@ def read_lists(path):
     for key in "cultures", "languages", "answers", "countries", "hints", "prompts", "facts":
         if not lists.get(key):
             raise ValueError(f"{path} lacks {key}")
-    cultures, languages, tasks = lists["cultures"], lists["languages"], lists["answers"]
+    cultures, tasks = lists["cultures"], lists["answers"]
+    languages = lists["languages"]
     if len(cultures) < 3 or len(tasks) < 3 or len(languages) != len(cultures):
         raise ValueError(f"{path}, needed: three cultures, a language for each, three tasks")
     needed = [("countries", culture) for culture in cultures]
@@ -456,41 +461,40 @@ def read_lists(path):
 
 
 def collect(model, world, size):
-    """Every prompt once: {(setting, context, culture, task): (latents (L + 1, n, C), P (n, A))}."""
-    seen, runs = {}, {}
+    """Every prompt once, and what a sentence in front of it changes in the residual stream.
+
+    Returns {(setting, context, culture, task): P (n, A)}, and by the same keys, for contexts with a
+    sentence, the differences (L + 1, n, C) from the questions without one.
+    """
+    seen, latents = {}, {}
+    said, diffs = {}, {}
     cultures = range(1, len(world.cultures))
     for key in product(SETTINGS, CONTEXTS, cultures, world.tasks):
+        setting, context, k, task = key
         prompts = world.prompts(*key)
-        same = key[3], str(prompts)  # in English without a country, for example
+        same = task, str(prompts)  # in English without a country, for example
         if same not in seen:
-            seen[same] = ask(model, prompts, world.answers[key[3]][0], size)
-        runs[key] = seen[same]
-    return runs
-
-
-def differences(runs):
-    """{(setting, neutral or own, culture, task): differences (L + 1, n, C)}."""
-    found = {}
-    for (setting, context, k, task), (z, _) in runs.items():
+            seen[same] = ask(model, prompts, world.answers[task][0], size)
+        latents[key], said[key] = seen[same]
         if context != "none":
-            found[setting, context, k, task] = paired(z, runs[setting, "none", k, task][0])
-    return found
+            diffs[key] = paired(latents[key], latents[setting, "none", k, task])
+    return said, diffs
 
 
 def study(model, world, args, log, seed):
     """All measurements on one model."""
-    n, size = len(world.cultures), args.prompts
+    n = len(world.cultures)
     cultures = range(1, n)
     shape = n - 1, len(world.tasks), n
-    runs = collect(model, world, size)
+    runs, diffs = collect(model, world, args.prompts)
     said = {}  # (setting, prompt or vector) -> masses (cultures but 0, tasks, cultures)
     for setting, context in product(SETTINGS, CONTEXTS):
         table = []
         for k, task in product(cultures, world.tasks):
-            p = runs[setting, context, k, task][1]
+            p = runs[setting, context, k, task]
             table.append(masses(p, world.answers[task][1], n).mean(0))
         said[setting, f"prompt {context}"] = np.reshape(table, shape)
-    steering = Steering(model, world, args, differences(runs), np.random.default_rng([seed, 5]))
+    steering = Steering(model, world, args, diffs, np.random.default_rng([seed, 5]))
     for setting in SETTINGS:
         tables = {}
         for k in tqdm(cultures, f"{log.run}, {setting}", leave=False):
@@ -502,14 +506,14 @@ def study(model, world, args, log, seed):
     for layer, row in zip(args.layers, profile):
         log(0 if args.model else args.steps, layer=layer, local=row.tolist())
     rows = measures(said)
-    kl = steering.kl()
-    found = {"profile": profile, "picked": steering.picked, "rows": rows, "kl": kl}
+    found = {"profile": profile, "picked": steering.picked, "rows": rows, "kl": steering.kl()}
     if not args.model:
         found["entropy"] = steering.diversity(runs)
         for name in "steered", "other language", "mixture":
             more = np.subtract(found["entropy"][name], found["entropy"]["explicit"])
             bits, low, high = common.interval(more)
             rows[f"entropy {name}"] = {"bits": bits, "low": low, "high": high}
+            rows[f"entropy {name}"]["reached"] = np.isfinite(more).mean()  # else it is left out
     return found
 
 
@@ -517,7 +521,8 @@ class Steering:
     """Vectors for every culture and task, and what they do: a task's are built on all others."""
 
     def __init__(self, model, world, args, diffs, rng):
-        self.model, self.world, self.args = model, world, args
+        self.model, self.world = model, world
+        self.args = args
         self.diffs, self.rng = diffs, rng
         self.main = main_setting(args)
         self.cells = list(product(args.layers, args.strengths))
@@ -530,7 +535,8 @@ class Steering:
 
         {kind of vector: such a table}; explicit (tasks,): the share that the country brings out
         """
-        tasks, banks, profile = self.world.tasks, [], []
+        tasks = self.world.tasks
+        banks, profile = [], []
         for task in tasks:
             build = [other for other in tasks if other != task]
             bank = vectors(self.diffs, setting, k, build, self.rng)
@@ -589,9 +595,9 @@ class Steering:
             owner = self.world.answers[task][1]
             place = self.world.tasks.index(task)
             layer, _ = self.picked[f"{self.world.cultures[k]}, {self.main}"][place]
-            plain = runs["local", "none", k, task][1].mean(0)
-            explicit = runs["local", "own", k, task][1].mean(0)
-            english = runs["english", "own", k, task][1].mean(0)
+            plain = runs["local", "none", k, task].mean(0)
+            explicit = runs["local", "own", k, task].mean(0)
+            english = runs["english", "own", k, task].mean(0)
             mixed = weights * explicit + (1 - weights) * plain
             tries = [add(v, layer, strength) for strength in np.linspace(0, 4, 33)]
             p = self.answer("local", k, task, tries).mean(0)
@@ -692,7 +698,7 @@ def judge(run, found):
             "C5",
             "as local as 9/10 of explicit answers, steered ones are more diverse (bits)",
             "less alike in most languages",
-            "arm.low >= .1",
+            "arm.low >= .1 and arm.reached >= .9",
             arm=rows["entropy steered"],
             controls={"explicit, in English": rows["entropy other language"]},
         )
@@ -766,7 +772,8 @@ def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2504.10191", check)
     args = run.args
-    real, n, name = None, args.n_layer, "toy"
+    real, name = None, "toy"
+    n = args.n_layer
     if args.model:
         with common.bad_input("--lists"):
             lists = read_lists(args.lists or LISTS)

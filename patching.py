@@ -64,13 +64,13 @@ class Args(common.TrainFlags):
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"quads", "pairs", "k", "prompts"}
 
     model: str = ""  # gemma-3-270m, a hub id or a folder in place of the toy (paper: Llama-2-7b)
-    words: str = ""  # CSV for --model: a column per language, synonyms joined by | [concepts.csv]
+    words: str = ""  # CSV for --model: columns of languages, synonyms joined by | [concepts.csv]
     quads: list[str] = common.default_list()  # source:target, as de-it:fr-es [six]
     pairs: int = 20  # pairs of concepts for each of --quads (paper: 200)
     shots: int = 0  # examples in a prompt [3 in the toy, 5 with --model] (paper: 5)
     k: int = 5  # source languages in a mean latent (paper: 5)
     prompts: int = 16  # prompts in a batch of patched runs
-    steps: int = 3000
+    steps: int = 4500
     batch_size: int = 12
     lr: float = 4e-3
     weight_decay: float = 0.3
@@ -170,7 +170,7 @@ NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi
 NAMES += " हिन्दी 日本語 한국어 Русский 中文"
 LABELS = dict(zip(CODES, NAMES.split()))  # what prompts call a language
 CONCEPTS = Path(__file__).with_name("concepts.csv")  # 120 picturable nouns in nine languages
-# Gemma 3 270M speaks English, some German and hardly another language: so all go into these two.
+# Gemma 3 270M speaks English, some German, hardly another language: all go into these two.
 REAL_QUADS = "fr-en:es-de es-en:nl-de it-en:fr-de nl-en:it-de it-de:nl-en es-de:fr-en".split()
 
 
@@ -303,7 +303,7 @@ def draw_pairs(world, rng, sources, targets, cells, n, first=True):
 TOY = "b d f g k l m n p".split()  # its languages; all syllables of one begin with its letter
 VOWELS = "aeiouy", "aeiou"  # of a word's first syllable, and of its second
 TOY_WORDS = len(VOWELS[0]) * len(VOWELS[1])  # in each language
-TOY_QUADS = "b-d:f-k d-f:g-l f-g:k-m g-k:l-n k-l:m-p l-m:n-b".split()
+TOY_QUADS = "b-d:f-k d-f:g-l f-g:k-m g-k:l-n k-l:m-p l-m:p-d".split()
 
 
 class ToyTokenizer:

@@ -128,7 +128,8 @@ class SparseCode(torch.autograd.Function):
         leaf, x_hat = ctx.graph
         d_pre = torch.autograd.grad(x_hat, leaf, grad)[0] * (leaf > 0)
         latents, order = latents.sort()
-        rows, values, d_pre = rows[order], leaf.detach()[order], d_pre[order]
+        rows, d_pre = rows[order], d_pre[order]
+        values = leaf.detach()[order]
         starts = torch.searchsorted(latents, torch.arange(len(W_enc), device=x.device))
         d_W_enc = weighted_sums(rows, x, starts, per_sample_weights=d_pre)
         d_W_dec = weighted_sums(rows, grad.contiguous(), starts, per_sample_weights=values)
@@ -433,7 +434,8 @@ def study_concept(parts, D, weight, top, rng):
     probes, lists = rank(parts, D, top, rng)
     multilingual = shared(lists["paper"])[0][: 4 * top]
     several = shared(lists["longer"])[0]
-    sets, gaps, logits = {}, [], None
+    sets, gaps = {}, []
+    logits = None
     for lang, splits in parts.items():
         others = {other: some for other, some in lists["paper"].items() if other != lang}
         removed = {
@@ -481,10 +483,12 @@ def study(model, corpus, fill, bos, args, env, log, seed):
         rng = np.random.default_rng(seed)
         concepts[concept], directions[concept] = study_concept(part, D, weight, args.top, rng)
     rows = [*concepts.values()]
-    means = common.mean([{key: row[key] for key in ("shared", "by_chance")} for row in rows])
-    names = rows[0]["sets"]
-    means["sets"] = {name: common.mean([row["sets"][name] for row in rows]) for name in names}
-    return means | {"fvu": unexplained(sae, fill(-1)), "concepts": concepts}, directions
+    means = {"fvu": unexplained(sae, fill(-1)), "concepts": concepts, "sets": {}}
+    for key in "shared", "by_chance":
+        means[key] = np.mean([row[key] for row in rows])
+    for name in rows[0]["sets"]:
+        means["sets"][name] = common.mean([row["sets"][name] for row in rows])
+    return means, directions
 
 
 def versions(items, say):
@@ -756,7 +760,9 @@ def real(prepared, args, env, log, arm, seed):
 def judge(run, found):
     """The paper's claims, each beside the controls that must fail the same criterion."""
     main = found["main"]
-    sets = {name: [row["sets"][name] for row in main] for name in main[0]["sets"]}
+    sets = {}
+    for name in main[0]["sets"]:
+        sets[name] = [row["sets"][name] for row in main]
     random = {"matched random": sets["matched random"]}
     controls = {"shuffled labels": [{"shared": row["by_chance"]} for row in main]}
     if "alone" in found:

@@ -46,7 +46,7 @@ def test_attribution_by_hand():
 def test_log_p_by_hand():
     logits = torch.tensor([0.0, 1, 2, 3], requires_grad=True)
     m = cx.log_p(logits, [1, 3])
-    assert float(m) == pytest.approx(-0.313262, abs=1e-6)
+    assert m.item() == pytest.approx(-0.313262, abs=1e-6)
     m.backward()
     wanted = [-0.032059, 0.032059, -0.236883, 0.236883]
     assert logits.grad.tolist() == pytest.approx(wanted, abs=1e-6)
@@ -83,6 +83,7 @@ def test_steering_by_hand():
     states = torch.tensor([[[1.0, 1], [3, 4]]])
     assert cx.steer(states, v[0], 0.5).tolist() == [[[1, 1], [3, 6.5]]]
     assert torch.equal(cx.steer(states, v[0], 0.0), states)
+    assert torch.equal(cx.steer(states[:, :1], v[0], 0.5), states[:, :1])  # a later token
 
 
 def test_spearman_by_hand():
@@ -118,7 +119,7 @@ def test_outcomes_equal_one_run_at_a_time():
     model = toy_model()
     changes = torch.randn(len(PROMPTS), 3, 16)
     groups = [cx.WAIT, cx.MARKS[1]]
-    found = cx.outcomes(model, 1, PROMPTS, changes, groups, size=3)
+    found = cx.outcomes(model, 1, PROMPTS, changes, groups)
     assert found.shape == (len(PROMPTS), 3, 2)
     for i, prompt in enumerate(PROMPTS):
         for v in range(3):
@@ -132,7 +133,6 @@ def test_gradient_is_that_of_the_last_position_whatever_the_batch():
     g = cx.gradient(model, PROMPTS, 1, cx.WAIT)
     alone = torch.cat([cx.gradient(model, [p], 1, cx.WAIT) for p in PROMPTS])
     assert torch.allclose(g, alone, atol=1e-5)
-    assert torch.allclose(g, cx.gradient(model, PROMPTS, 1, cx.WAIT, size=3), atol=1e-5)
     model = model.double()
     v, eps = torch.randn(16).double(), 1e-3
     for prompt, row in zip(PROMPTS, g):
@@ -203,65 +203,69 @@ def test_explained():
 # --------------------------------------------------------------------------------------- the world
 
 
-def calc(x, op, b):
-    return (x + int(b) if op == "+" else x - int(b)) % 10
-
-
 def steps_of(words):
-    """The steps of an answer or of a part of it: (x, op, operand, result), @ as what it means."""
+    """The steps of an answer or of a part of it: (x, map or ?, result), @ and ? as what they mean."""
     out = []
-    text = " ".join(words)
-    for part in text.split(" ; "):
+    for part in " ".join(words).split(" ; "):
         words = part.split()
-        if "=" in words and words[0].isdigit() and "or" not in words:
-            left, result = words[: words.index("=")], words[words.index("=") + 1]
-            out.append((int(left[0]), left[-2], left[-1], int(result)))
+        if "=" in words and words[0].isdigit():
+            at = words.index("=")
+            out.append((int(words[0]), words[at - 1], int(words[at + 1])))
     return out
+
+
+def right(x, name, result):
+    """Whether a step is right; behind an unknown map any result is."""
+    return name == "?" or result == {"a": 3 * x + 1, "b": 7 * x + 4, "c": 9 * x + 9}[name] % 10
 
 
 def test_answers_are_what_their_decisions_say():
     rng, seen = np.random.default_rng(0), {}
+    marks = {cx.VOCAB[i] for i in cx.WAIT}
     for _ in range(2000):
         task = cx.draw_task(rng)
         words, decisions = cx.solve(rng, task, waits=True)
         assert len(decisions) == len(task.stages) and words[-1] == "<eos>"
-        ends = [*(d.at + 1 for d in decisions), len(words) - 3]
         value, begin = task.first, 0
-        for i, (decision, after) in enumerate(zip(decisions, ends[1:])):
-            ((x, op, b, result),) = steps_of(words[begin : decision.at + 1])[-1:]
-            wrong = b != "?" and result != calc(x, op, b)
-            slip = x != value
-            coming = task.stages[i + 1][-1] if i + 1 < len(task.stages) else ""
-            coming = {"@": "recall", "?": "unsure"}.get(coming, "")
-            noise = "restart" if slip else "check" if wrong else ""
+        for i, decision in enumerate(decisions):
+            assert words[decision.at] == ";"
+            x, name, result = steps_of(words[begin : decision.at + 1])[-1]
+            slip, wrong = x != value, not right(x, name, result)
             assert not (slip and wrong)
+            noise = "restart" if slip else "check" if wrong else ""
+            coming = task.stages[i + 1] if i + 1 < len(task.stages) else ""
+            coming = {"@": "recall", "?": "unsure"}.get(coming, "")
             cause = "mixed" if noise and coming else noise or coming or "none"
             assert decision.cause == cause
+            seen.setdefault(cause, []).append(decision.pattern)
             value = result
             begin = decision.at + 1
-            follows = words[begin]
-            if decision.pattern:
-                assert follows in cx.PATTERNS[decision.pattern]
-                episode = steps_of(words[begin + 1 : after])
-                if decision.pattern == "check":
-                    assert b == "?" or episode[0] == (x, op, b, calc(x, op, b))
-                    value = episode[0][3]
-                elif decision.pattern == "restart":
-                    value = task.first
-                    for y, op2, b2, r2 in episode[: i + 1]:
-                        assert y == value and (b2 == "?" or r2 == calc(y, op2, b2))
-                        value = r2
+            assert (words[begin] in marks) == bool(decision.pattern)
+            if not decision.pattern:
+                continue
+            assert words[begin] in cx.PATTERNS[decision.pattern]
+            rest = words[begin + 1 :]
+            if decision.pattern == "check":
+                y, same, value = steps_of(rest)[0]
+                assert (y, same) == (x, name) and right(y, same, value)
+                begin += 1 + rest.index(";") + 1
+            elif decision.pattern == "restart":
+                value = task.first
+                for y, name, result in steps_of(rest)[: i + 1]:
+                    assert y == value and right(y, name, result)
+                    value = result
+                ends = [j for j, word in enumerate(rest) if word == ";"]
+                begin += 1 + ends[i] + 1
             else:
-                assert ID_OF.get(follows) not in cx.WAIT
-            seen.setdefault(cause, []).append(decision.pattern)
+                wanted = ["@", "=", task.define] if decision.pattern == "recall" else ["?", "="]
+                assert rest[: len(wanted)] == wanted
+                begin += 1 + rest.index(";") + 1
+        assert words[-3:-1] == ["A", str(value)]
     for cause in cx.PATTERNS:
         share = np.mean([pattern == cause for pattern in seen[cause]])
         assert abs(share - 0.75) < 3 * (0.75 * 0.25 / len(seen[cause])) ** 0.5
     assert 0.02 < np.mean([pattern != "" for pattern in seen["none"]]) < 0.045
     assert not any(seen["mixed"])
-
-
-ID_OF = cx.ID
 
 
 def test_base_and_reasoner_differ_where_they_should():
@@ -298,8 +302,7 @@ def test_positions_are_balanced_and_end_at_a_step():
         words = [cx.VOCAB[i] for i in prompt]
         assert words[-1] == ";" and words[1] == "think"
         if cause == "check":
-            ((x, op, b, result),) = steps_of(words)[-1:]
-            assert result != calc(x, op, b)
+            assert not right(*steps_of(words)[-1])
 
 
 def test_swapping_a_state_for_itself_changes_nothing(monkeypatch):
@@ -322,7 +325,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {r["run"] for r in rows} == {f"toy-s3-{part}" for part in ("base", "reasoner", "sae")}
     assert (tmp_path / "crosscoder.png").stat().st_size > 10000
-    assert set(result["metrics"]["toy"][0]["texts"]) == set(cx.PATTERNS)
+    assert set(result["metrics"]["toy"][0]["texts"]) == {"prompt", "as it is", *cx.PATTERNS}
     again = cx.main([*flags, "--resume"])
     assert json.dumps(again["claims"]) == json.dumps(result["claims"])
 
@@ -361,7 +364,7 @@ def test_a_pair_that_does_not_belong_together(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--layer 9", "--layer 9, allowed: 0 to 5"),
+        ("--layer 9", "--layer 9, allowed: 0 to 3"),
         ("--k 600", "--k 600, allowed: 1 to 512"),
         ("--top 0", "--top 0, allowed"),
         ("--top 200", "--top 200, allowed: 1 to 128"),

@@ -254,6 +254,20 @@ def test_documents_never_hold_what_is_held_out():
             assert len(into) <= 3
 
 
+def test_every_toy_has_enough_pairs():
+    quads = patching.parse_quads(patching.TOY_QUADS, patching.TOY)
+    for seed in range(20):
+        world = patching.make_toy(seed)
+        for source, target in quads.values():
+            out = {"source": source[1], "target": target[1]}
+            cells = [(whose, out[name]) for whose, name in patching.CELLS]
+            rows = world.asked(source), world.asked(target)
+            with pytest.raises(ValueError) as found:
+                patching.draw_pairs(world, np.random.default_rng(0), *rows, cells, 10**6)
+            n = int(re.search(r"there are (\d+) pairs", str(found.value))[1])
+            assert n >= 1.5 * patching.Args().pairs
+
+
 def test_no_syllable_names_a_word():
     world = patching.make_toy(1)
     for words in world.words.values():

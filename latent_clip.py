@@ -697,7 +697,8 @@ def see(images):
 
 # ----------------------------------------------------------------------------------- the training
 
-EULER = 4  # steps of the generator
+EULER = 8  # steps of the generator
+TOGETHER = 72  # prompts that ReNO climbs for at a time
 
 
 class Flow(nn.Module):
@@ -707,7 +708,7 @@ class Flow(nn.Module):
     of every block; a caption is the sum of vectors, one for each word at each place.
     """
 
-    def __init__(self, width=192, layers=4, heads=4):
+    def __init__(self, width=144, layers=4, heads=4):
         super().__init__()
         self.words = nn.EmbeddingBag(len(WORDS) * TOY.context, 2 * width, mode="sum")
         self.time = nn.Linear(32, 2 * width)
@@ -865,7 +866,7 @@ def train_clip(args, env, log, arm, seed, train, latents, deviations):
 
 
 def train_flow(args, env, log, seed, train, latents, scale):
-    """The generator, on all pictures; three times as many steps, larger ones."""
+    """The generator, on all pictures; four times as many steps, larger ones."""
     words = toy_tokens(train.texts)
 
     def batch(step):
@@ -877,7 +878,7 @@ def train_flow(args, env, log, seed, train, latents, scale):
 
     torch.manual_seed(seed)
     flow = Flow()
-    flags = replace(args, steps=3 * args.steps, lr=2 * args.lr, weight_decay=0.01)
+    flags = replace(args, steps=4 * args.steps, lr=2 * args.lr, weight_decay=0.01)
     common.train(flow, batch, flags, env, log.stage("flow"))
     return flow.requires_grad_(False)
 
@@ -924,10 +925,10 @@ def zero_shot(lab, test, latents, noise):
 
 
 def climb(lab, args, texts, noise, arm, toward):
-    """ReNO of many prompts, 32 at a time: the best latents (iters, n, 4, 8, 8)."""
+    """ReNO of many prompts, a batch at a time: the best latents (iters, n, 4, 8, 8)."""
     found = []
-    for i in range(0, len(texts), 32):
-        part = slice(i, i + 32)
+    for i in range(0, len(texts), TOGETHER):
+        part = slice(i, i + TOGETHER)
         generate, reward = lab.generator(texts[part]), lab.reward(arm, toward[part])
         found.append(reno(generate, reward, noise[part], args.iters, args.noise_lr)[0])
     return torch.cat(found, 1)
@@ -980,7 +981,7 @@ def guard(lab, args, noise):
 
 
 def cost(lab, args, texts, noise, reno_found):
-    """Seconds of an evaluation of 32 prompts, and until the same share of prompts is fulfilled.
+    """Seconds of an evaluation of a batch, and until the same share of the prompts is fulfilled.
 
     The rewards take turns; the last decoding is included. `again` is the pixel reward once more.
     The share is the one that both have reached when .8 of the smaller gain is made.
@@ -1039,7 +1040,7 @@ def run_seed(args, env, log, arm, seed):
     first = found["reno"]["latent"]["share"][0]
     says = f"seed {seed}: the generator fulfils {first:.2f} of the prompts, needed: .3 to .85"
     gate(args, 0.3 <= first <= 0.85, says)
-    found["time"] = cost(lab, args, texts[:32], few[:32], found["reno"])
+    found["time"] = cost(lab, args, texts[:TOGETHER], few[:TOGETHER], found["reno"])
     found["guard"], guarded = guard(lab, args, few)
     if seed == args.seeds[0]:
         grids = {"climbed": climbed, "texts": texts[:6], "guarded": guarded}
@@ -1124,7 +1125,9 @@ def draw(path, found, grids):
     with common.figure(path, 2, 2) as (left, right, below, corner):
         share = {"ylabel": "share", "ylim": (0, 1.1)}
         title = "ReNO: prompts fulfilled, by the judge"
-        common.draw_panel(left, curves, title=title, xlabel="seconds for 32 prompts", **share)
+        common.draw_panel(
+            left, curves, title=title, xlabel=f"seconds for {TOGETHER} prompts", **share
+        )
         title = "`a warm S`, guided away from a colour"
         common.draw_panel(right, bars=bars, names=states, title=title, **share)
         for ax, name in (below, "climbed"), (corner, "guarded"):

@@ -174,6 +174,13 @@ def check_numbers(args):
                 raise ValueError(f"{name} {v}, allowed: {allowed}")
 
 
+def changed_flags(args, flags):
+    """Those of `flags` that differ from what the preset sets, as "--steps --lr"; "" for none."""
+    usual = type(args)(**args.presets[args.preset])
+    changed = sorted(flag for flag in flags if getattr(args, flag) != getattr(usual, flag))
+    return " ".join("--" + flag.replace("_", "-") for flag in changed)
+
+
 def fail(message):
     """Ends the program: one line on stderr, exit code 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)

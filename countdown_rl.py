@@ -1062,10 +1062,7 @@ def draw(path, found, folder, args):
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     toy = "steps nums num_max cap attempts guess drill n_layer n_head n_embd".split()
-    usual = Args(**Args.presets[args.preset])
-    idle = toy if args.model else ["dataset", "max_new"]
-    changed = [flag for flag in idle if getattr(args, flag) != getattr(usual, flag)]
-    changed = ", ".join("--" + flag.replace("_", "-") for flag in changed)
+    changed = common.changed_flags(args, toy if args.model else ["dataset", "max_new"])
     mode = "with --model" if args.model else "without --model"
     many = args.minibatches * env.world > args.prompts * args.group
     arms = " ".join(args.arms)

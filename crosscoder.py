@@ -821,7 +821,7 @@ def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     real = bool(args.base or args.model)
     longest = args.d_sae // 4
-    changed = [name for name in ("dataset", "texts") if getattr(args, name) != getattr(Args, name)]
+    changed = common.changed_flags(args, ["dataset", "texts"])
     return [
         (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
         (args.top > longest, f"--top {args.top}, allowed: 1 to {longest}, a fourth of --d-sae"),
@@ -831,7 +831,7 @@ def check(args, env):
             not real and args.layer >= args.n_layer,
             f"--layer {args.layer}, allowed: 0 to {args.n_layer - 1}",
         ),
-        (changed and not real, f"--{' --'.join(changed)} has no effect without --model"),
+        (changed and not real, f"{changed} has no effect without --model"),
         (env.world > 1, "crosscoder.py runs in one process: start it without torchrun"),
     ]
 

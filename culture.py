@@ -753,12 +753,9 @@ def draw(path, found, args, title):
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
-    default = Args(**Args.presets[args.preset])
     toy = set(vars(common.TrainFlags())) - set(vars(common.Flags()))
     toy |= {"resume", "skew", "n_layer", "n_embd"}
-    idle = [flag for flag in toy if args.model] or ["lists"]
-    idle = sorted(flag for flag in idle if getattr(args, flag) != getattr(default, flag))
-    idle = " ".join("--" + flag.replace("_", "-") for flag in idle)
+    idle = common.changed_flags(args, toy if args.model else ["lists"])
     without = "with" if args.model else "without"
     return [
         (idle, f"{idle}: no effect {without} --model"),

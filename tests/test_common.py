@@ -433,6 +433,12 @@ def test_micro_batches_and_weights_of_a_step(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_changed_flags():
+    args = common.parse(Args, ["--preset", "big", "--share", ".1", "--lr", "1e-3"])
+    assert common.changed_flags(args, ["share", "words", "lr", "steps"]) == "--share"
+    assert common.changed_flags(args, ["words"]) == ""
+
+
 def test_targets_that_count_nothing_are_not_in_the_mean():
     torch.manual_seed(0)
     model = GPT(GPTConfig(50, 16, 1, 2, 8))

@@ -9,11 +9,15 @@ that is missing is left out by name.
 """
 
 import argparse
+import gc
+import importlib.util
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
+import types
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +29,7 @@ import torch.nn.functional as F
 
 import common
 import data
+import grammar_mask as gm
 import model as gpt
 from model import GPT, GPTConfig
 
@@ -52,7 +57,8 @@ def row(what, ours, peers, device, same=None, rounds=15):
         if same is not None and not same(results["ours"], results[name]):
             raise AssertionError(f"{what}: {name} gives something else")
     once = {name: seconds(f, device) for name, f in contenders.items()}
-    rounds = max(min(rounds, 5), min(rounds, int(20 / sum(once.values()))))
+    affordable = int(20 / sum(once.values()))  # rounds in 20 seconds
+    rounds = min(rounds, max(5, affordable))
     times = {name: [] for name in contenders}
     for _ in range(rounds):
         for name in random.sample(list(contenders), len(contenders)):
@@ -212,7 +218,8 @@ def train(device):
     c = GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=6, n_embd=384)
     idx = torch.randint(4096, (16, 257), device=device)
     matrices = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
-    flops = 16 * 256 * (6 * matrices + 6 * c.n_layer * c.n_embd * 256)  # half the square: causal
+    # 2 FLOPs a weight forward, 4 backward; attention's 12 L C T are halved, as it is causal
+    flops = 16 * 256 * (6 * matrices + 6 * c.n_layer * c.n_embd * 256)
     rows = []
     for dtype in torch.float32, torch.bfloat16:
         peak = matmul_peak(device, dtype)
@@ -247,10 +254,10 @@ def generate(device):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     name = "smollm2-135m-instruct"
+    path = pretrained.find(name)
+    read = {"gguf_file": path.name, "dtype": torch.float32}
     model, tokenizer = pretrained.load(name, device, "fp32")
-    with tempfile.TemporaryDirectory() as folder:
-        pretrained.save(model, tokenizer, folder)
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    peer = AutoModelForCausalLM.from_pretrained(path.parent, **read).to(device)
     text = tokenizer.encode(next(data.load_text()))
     rng = random.Random(0)
     starts = rng.sample(range(len(text) - 128), 16)
@@ -264,8 +271,6 @@ def generate(device):
 
     ours = partial(gpt.generate, model, prompts, 64, 0.0)
     rows = row("generate, 16 x 64", ours, {"transformers": theirs}, device, list.__eq__, 3)
-    path = pretrained.find(name)
-    read = {"gguf_file": path.name, "dtype": torch.float32}
     load = partial(pretrained.load, name, device, "fp32")
     peers = {"transformers": partial(AutoModelForCausalLM.from_pretrained, path.parent, **read)}
     return rows + row("load from GGUF", load, peers, device, None, 2)
@@ -382,16 +387,16 @@ def lens_copy(model):
     state = {"embed.W_E": own["wte.weight"], "unembed.W_U": own["head.weight"].T}
     norms = {"ln_final": "final"}
     for i in range(c.n_layer):
-        ours, theirs = f"blocks.{i}.attn", f"blocks.{i}.attn"
-        W = own[f"{ours}.qkv.weight"].view(3, heads, -1, width)
-        b = own[f"{ours}.qkv.bias"].view(3, heads, -1)
+        attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
+        W = own[f"{attn}.qkv.weight"].view(3, heads, -1, width)
+        b = own[f"{attn}.qkv.bias"].view(3, heads, -1)
         for letter, weight, bias in zip("QKV", W, b):
-            state |= {f"{theirs}.W_{letter}": weight.mT, f"{theirs}.b_{letter}": bias}
-        state[f"{theirs}.W_O"] = own[f"{ours}.proj.weight"].T.reshape(heads, -1, width)
-        state[f"{theirs}.b_O"] = own[f"{ours}.proj.bias"]
-        for theirs, name in (("in", "up"), ("out", "down")):
-            state[f"blocks.{i}.mlp.W_{theirs}"] = own[f"blocks.{i}.mlp.{name}.weight"].T
-            state[f"blocks.{i}.mlp.b_{theirs}"] = own[f"blocks.{i}.mlp.{name}.bias"]
+            state |= {f"{attn}.W_{letter}": weight.mT, f"{attn}.b_{letter}": bias}
+        state[f"{attn}.W_O"] = own[f"{attn}.proj.weight"].T.reshape(heads, -1, width)
+        state[f"{attn}.b_O"] = own[f"{attn}.proj.bias"]
+        for way, name in (("in", "up"), ("out", "down")):
+            state[f"{mlp}.W_{way}"] = own[f"{mlp}.{name}.weight"].T
+            state[f"{mlp}.b_{way}"] = own[f"{mlp}.{name}.bias"]
         norms |= {f"blocks.{i}.ln1": f"blocks.{i}.norm1", f"blocks.{i}.ln2": f"blocks.{i}.norm2"}
     for theirs, name in norms.items():
         state |= {f"{theirs}.w": own[f"{name}.weight"], f"{theirs}.b": own[f"{name}.bias"]}
@@ -400,9 +405,737 @@ def lens_copy(model):
     return lens.eval()
 
 
+# --------------------------------------------------------------------------------------------- lzw
+
+
+def of_each(function, parts):
+    """What a function gives for each part; the Rust package gives more things beside it."""
+    results = [function(part) for part in parts]
+    return [result[0] if isinstance(result, tuple) else result for result in results]
+
+
+def lzw(device):
+    """The LZW tokenizer of zip2zip on one thread, against the paper's own package in Rust."""
+    if not installed("zip2zip_compression"):
+        return []
+    from zip2zip_compression import LZWCompressor
+
+    from lzw_tokenizer import LZW
+
+    text = "".join(data.load_text())[:200_000]
+    code = data.get_tokenizer("bpe:4096", text).encode(text)[:40_000]
+    noise = np.random.default_rng(0).integers(1, 50, 40_000).tolist()
+    V, rows = 32011, []  # as many as Phi-3.5's tokenizer has
+    for name, ids, W, M in (
+        ("code", code, 1024, 3),
+        ("code", code, 2048, 4),
+        ("noise", noise, 1024, 3),
+    ):
+        ours, rust = LZW(V, W, M, [0]), LZWCompressor(V, W, M, 0, [0])
+        parts = [ids[i : i + W] for i in range(0, len(ids), W)]
+        codes = [ours.encode(part) for part in parts]
+        for what, work in ("encode", parts), ("decode", codes):
+            mine, theirs = getattr(ours, what), getattr(rust, what)
+            peer = {"zip2zip-compression": partial(of_each, theirs, work)}
+            what = f"{what} {name}, {W} ids, M={M}"
+            rows += row(what, partial(of_each, mine, work), peer, device, list.__eq__, 9)
+    return rows
+
+
+# -------------------------------------------------------------------------------------------- grpo
+
+
+def grpo(device):
+    """The toy of countdown_rl.py: rollouts, a step of GRPO, and heads switched off."""
+    import countdown_rl as script
+
+    args = script.Args()
+    world = script.Toy(args, 0)
+    model = script.ToyGPT(args, world, 0).to(device)
+    rng = random.Random(0)
+    problems = world.train[:: len(world.train) // args.prompts][: args.prompts]
+    prompts = [world.prompt(*problem, rng) for problem in problems]
+    size = f"{len(prompts)} x {args.group} x {world.max_new}"
+    rows = []
+    if installed("transformers"):
+        peer = llama_copy(model)
+        idx = torch.tensor(prompts, device=device)
+        assert close(peer(idx).logits, model(idx))
+        options = dict(do_sample=True, top_k=0, num_return_sequences=args.group)
+        options |= dict(eos_token_id=None, pad_token_id=0, max_new_tokens=world.max_new)
+        mask = torch.ones_like(idx)
+        theirs = partial(peer.generate, idx, attention_mask=mask, **options)
+        ours = partial(gpt.generate, model, prompts, world.max_new, samples=args.group)
+        rows += row(f"rollouts, {size}", ours, {"transformers": theirs}, device, None, 5)
+        if installed("trl"):
+            theirs = trl_step(args, world, prompts, peer, device)
+            ours = partial(grpo_step, script, args, world, model, prompts, device)
+            rows += row(f"GRPO step, {size}", ours, {"trl": theirs}, device, None, 5)
+    traces = [(p, *world.written(*p, rng)) for p in world.train[::9]]
+    steps = script.find_steps(world, traces)[::4]
+    steps.sort(key=lambda step: len(step.ids))
+    heads = [[(layer, head)] for layer in range(args.n_layer) for head in range(args.n_head)]
+    neurons = [(args.n_layer - 1, 0)]
+    with torch.no_grad():
+        ours = partial(script.switch_off, model, world, steps, neurons, heads)
+        peers = {
+            "as the paper's code": partial(heads_one_by_one, script, model, world, steps, heads)
+        }
+        return rows + row(f"heads off, 32 x {len(steps)}", ours, peers, device, same_verdicts, 3)
+
+
+def llama_copy(model):
+    """A Llama-shaped GPT as transformers' Llama, with the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import pretrained
+
+    c = model.config
+    shape = {theirs: getattr(c, ours) for ours, theirs in pretrained.SIZES["llama"].items()}
+    shape |= {"hidden_act": c.act, "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie}
+    state = {}
+    for name, p in model.named_parameters():
+        names = pretrained.names_of(pretrained.NAMES["llama"], name)
+        rows = pretrained.rows_of(c, p, len(names))
+        state |= dict(zip(names, p.detach().split(rows)))
+    peer = LlamaForCausalLM(LlamaConfig(**shape, rope_theta=c.rope_base))
+    peer.load_state_dict(state)
+    return peer.to(p.device).eval()
+
+
+def grpo_step(script, args, world, model, prompts, device):
+    """Rollouts, random rewards, and an update."""
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    responses = gpt.generate(model, prompts, world.max_new, stop=world.stops, samples=args.group)
+    documents = [prompt for prompt in prompts for _ in range(args.group)]
+    batch = script.collate([script.counted(*both) for both in zip(documents, responses)])
+    batch["advantage"] = script.advantages(torch.rand(len(responses)), args.group)
+    (part,) = script.minibatches(batch, args, 0)
+    common.backward(script.Objective(model, args), part, args, common.Env(device, torch.float32))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    opt.step()
+    opt.zero_grad()
+
+
+def trl_step(args, world, prompts, peer, device):
+    """The same by TRL: a function that trains `peer` for a step."""
+    import datasets
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    words = {word.replace("\n", "<nl>"): i for word, i in world.id.items()}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<bos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<bos>"
+    )
+    options = dict(max_steps=1, learning_rate=1e-5, beta=0.0, bf16=False, report_to=[])
+    options |= dict(per_device_train_batch_size=args.group * len(prompts), disable_tqdm=True)
+    options |= dict(num_generations=args.group, max_completion_length=world.max_new)
+    options |= dict(save_strategy="no", logging_strategy="no", use_cpu=device.type == "cpu")
+    texts = datasets.Dataset.from_dict({"prompt": [world.decode(prompt) for prompt in prompts]})
+
+    def noise(completions, **_):
+        return [random.random() for _ in completions]
+
+    config = GRPOConfig(output_dir=tempfile.mkdtemp(), **options)
+    trainer = GRPOTrainer(
+        peer, reward_funcs=noise, args=config, train_dataset=texts, processing_class=tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer.train
+
+
+@torch.no_grad()
+def heads_one_by_one(script, model, world, steps, heads):
+    """As the paper's code: a set of heads and four prompts a pass, every head's output in full."""
+    c = model.config
+    found = []
+    for ((layer, head),) in heads:
+        kept = {}
+
+        def keep(z, kept=kept):
+            kept["z"] = z
+
+        def without(_, kept=kept, layer=layer, head=head):
+            proj = model.blocks[layer].attn.proj.weight.T.view(c.n_head, -1, c.n_embd)
+            each = torch.einsum("bthd,hdc->bthc", kept["z"], proj)
+            each[:, :, head] = 0
+            return each.sum(2)
+
+        said = []
+        for i in range(0, len(steps), 4):
+            idx, mask = gpt.padded([step.ids for step in steps[i : i + 4]], model.wte.weight.device)
+            with model.patch({f"blocks.{layer}.attn.z": keep, f"blocks.{layer}.attn.out": without}):
+                said += model(idx, mask=mask)[:, -1].argmax(-1).tolist()
+        kinds = [script.kind_of(token, world) for token, s in zip(said, steps) if s.valid]
+        found.append({"says_valid": kinds.count("says_valid") / len(kinds)})
+    return found
+
+
+def same_verdicts(ours, theirs):
+    """Whether as many valid steps are called valid, with each set of heads off."""
+    return all(a["says_valid"] == b["says_valid"] for a, b in zip(ours, theirs))
+
+
+# --------------------------------------------------------------------------------------------- sae
+
+
+def dense_step(sae, x):
+    """The loss of a TopK SAE (batch: of a crosscoder) as people write it, and its gradients."""
+    sae.zero_grad()
+    pre = F.linear(x - sae.b_dec, sae.W_enc, sae.b_enc)
+    if sae.batch:
+        code = pre.relu() * (pre >= pre.flatten().topk(sae.k * len(x)).values[-1])
+    else:
+        values, latents = pre.topk(sae.k)
+        code = torch.zeros_like(pre).scatter(1, latents, values.relu())
+    (x - code @ sae.W_dec - sae.b_dec).square().sum().backward()
+    return torch.cat([sae.W_enc.grad, sae.W_dec.grad])
+
+
+def sparse_step(sae, x):
+    """The same by our sparse backward."""
+    sae.zero_grad()
+    sae.silent.zero_()
+    sae(None, x, 1.0).backward()
+    return torch.cat([sae.W_enc.grad, sae.W_dec.grad])
+
+
+def lens_step(peer, batch):
+    """The same by sae-lens."""
+    peer.zero_grad()
+    loss = peer.training_forward_pass(batch).loss * len(batch.sae_in)  # a mean over rows
+    loss.backward()
+    return torch.cat([peer.W_enc.grad.T, peer.W_dec.grad])
+
+
+def lens_peer(sae, x):
+    """A TopK SAE of sae-lens with our weights, and its batch."""
+    from sae_lens.saes.sae import TrainStepInput
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    m, d = sae.W_enc.shape
+    shape = dict(d_in=d, d_sae=m, k=sae.k, decoder_init_norm=1.0)
+    shape |= dict(rescale_acts_by_decoder_norm=False, device=str(x.device))
+    peer = TopKTrainingSAE(TopKTrainingSAEConfig(**shape))
+    with torch.no_grad():
+        peer.W_enc.copy_(sae.W_enc.T)
+        peer.W_dec.copy_(sae.W_dec)
+    return peer, TrainStepInput(x, {}, torch.zeros(m, dtype=torch.bool, device=x.device), 0, False)
+
+
+def integrated_gradients(sae, sentences, w):
+    """Attribution by ten gradients a sentence, one sentence at a time, as the paper's code does."""
+    total = torch.zeros(len(sae.W_enc), device=w.device)
+    for sentence in sentences:
+        f = sae.encode(sentence)
+        rest = sentence - sae.decode(f)
+        for step in range(10):
+            part = (f * step / 10).requires_grad_()
+            logit = ((sae.decode(part) + step / 10 * rest).sum(0) * w).sum()
+            total += (torch.autograd.grad(logit, part)[0] / 10 * f).sum(0)
+    return total
+
+
+def sae(device):
+    """A TopK step (256 wide, 4096 latents, k 32, 2048 rows); attribution in closed form."""
+    from sae import SAE, attribution
+
+    torch.manual_seed(0)
+    code = SAE(256, 4096, 32).to(device)
+    x = torch.randn(2048, 256, device=device)
+    x /= x.square().sum(1).mean().sqrt()
+    peers = {"dense": partial(dense_step, code, x)}
+    if installed("sae_lens"):
+        peers["sae-lens"] = partial(lens_step, *lens_peer(code, x))
+    rows = row("sae: TopK step", partial(sparse_step, code, x), peers, device, close)
+    code.requires_grad_(False)
+    w = torch.randn(256, device=device)
+
+    def closed():
+        return attribution(code.encode(x), None, code.decoder(), w)
+
+    peers = {"integrated": partial(integrated_gradients, code, x.view(64, 32, 256), w)}
+    return rows + row("sae: attribution, 64 x 32", closed, peers, device, nearly, 5)
+
+
+def nearly(a, b):
+    """Whether two sums of thousands of terms are equal but for rounding."""
+    return torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+
+
+# -------------------------------------------------------------------------------------- crosscoder
+
+
+def released_attribution(base, ft, code, layer, idx, targets):
+    """What the released code does: every position encoded, gradients of the whole network."""
+    from crosscoder import FT, attribution, log_p
+
+    site, kept = f"blocks.{layer}.resid_post", []
+    with torch.no_grad():
+        h_base = base.capture(idx, [site])[site]
+    ft.requires_grad_(True)
+    with ft.patch({site: kept.append}):
+        logits = ft(idx)
+    kept[0].retain_grad()
+    log_p(logits[:, -1], targets).sum().backward()
+    ft.zero_grad()
+    ft.requires_grad_(False)
+    with torch.no_grad():
+        f = code.encode(torch.cat((h_base, kept[0]), 2))
+        return attribution(f, code.decoder(FT), kept[0].grad)[:, -1]
+
+
+def crosscoder(device):
+    """Attribution on 64 prompts of 128 tokens, 4 blocks of 64, 1,024 latents; a training step."""
+    from crosscoder import attribute
+    from sae import SAE
+
+    torch.manual_seed(0)
+    shape = dict(norm="rms", gated=True, act="silu", d_mlp=128)
+    models = [GPT(GPTConfig(64, 160, 4, 4, 64, **shape)).to(device).eval() for _ in range(2)]
+    for each in models:
+        each.requires_grad_(False)
+    code = SAE(64, 1024, 16, streams=2, batch=True).to(device)
+    code.threshold.fill_(0.5)
+    prompts, wait = torch.randint(64, (64, 128)).tolist(), [3, 4]
+    idx = torch.tensor(prompts, device=device)
+
+    def ours():
+        with torch.no_grad():
+            return attribute(models, code, 2, prompts, wait)[0]
+
+    peers = {"released": partial(released_attribution, *models, code, 2, idx, wait)}
+    rows = row("crosscoder: attribution", ours, peers, device, close, 9)
+    x = torch.randn(2048, 128, device=device)
+    peers = {"dense": partial(dense_step, code, x)}
+    return rows + row("crosscoder: step", partial(sparse_step, code, x), peers, device, close, 9)
+
+
+# -------------------------------------------------------------------------------------------- clip
+
+
+def open_clip_models():
+    """open_clip's module of models without the rest of the package, which wants torchvision.
+
+    None if it is not installed.
+    """
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        print("open_clip is left out: pip install --no-deps open_clip_torch ftfy wcwidth")
+        return None
+    package = types.ModuleType("open_clip")
+    package.__path__ = list(spec.submodule_search_locations)
+    names = "torchvision", "torchvision.ops", "torchvision.ops.misc"
+    stubs = {name: types.ModuleType(name) for name in names}
+    stubs["torchvision.ops.misc"].FrozenBatchNorm2d = nn.Identity
+    stubs |= {"open_clip": package, "transformers": None}  # its own towers are enough
+    before = {name: sys.modules[name] for name in stubs if name in sys.modules}
+    sys.modules.update(stubs)
+    try:
+        return importlib.import_module("open_clip.model")
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def clip_gradient(model, z, tokens):
+    """The contrastive loss of pairs by open_clip, and its gradient."""
+    model.zero_grad(set_to_none=True)
+    image, text, scale = model(z, tokens)
+    logits = scale * image @ text.T
+    labels = torch.arange(len(z), device=z.device)
+    loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    loss.backward()
+    return loss.detach()
+
+
+def clip(device):
+    """Latent-CLIP: a training step and a VAE beside the libraries', ReNO by latents and pixels."""
+    import latent_clip as lc
+
+    torch.manual_seed(0)
+    sizes = dict(side=64, patch=8, width=384, layers=4, heads=6, embed=256, vocab=49408, context=77)
+    ours = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_heads=4, text_layers=4)).to(device)
+    z, tokens = torch.randn(16, 4, 64, 64, device=device), torch.zeros(16, 77).long()
+    for line, n in zip(tokens, torch.randint(8, 22, (16,))):  # captions of some ten words
+        line[:n] = torch.randint(1, 40000, (n,))
+        line[n] = 49407
+    tokens = tokens.to(device)
+
+    def step():
+        ours.zero_grad(set_to_none=True)
+        loss = ours(tokens, z)
+        loss.backward()
+        return loss.detach()
+
+    rows = []
+    models = open_clip_models()
+    if models:
+        vision = dict(layers=4, width=384, head_width=64, patch_size=8, image_size=64)
+        text = dict(context_length=77, vocab_size=49408, width=256, heads=4, layers=4)
+        theirs = models.CLIP(256, models.CLIPVisionCfg(**vision), models.CLIPTextCfg(**text))
+        theirs.visual.conv1 = nn.Conv2d(4, 384, 8, 8, bias=False)
+        theirs.to(device).load_state_dict(ours.state_dict())
+        peer = {"open_clip": partial(clip_gradient, theirs, z, tokens)}
+        rows += row("CLIP, training step of 16 pairs", step, peer, device, close)
+    if installed("diffusers"):
+        rows += vae_rows(lc, device)
+    vae, flow = lc.VAE(lc.VAEConfig()), lc.Flow()
+    clips = {"latent": lc.new_clip("latent", 0), "pixel": lc.new_clip("pixel", 0)}
+    for model in vae, flow, *clips.values():
+        model.to(device).requires_grad_(False)
+    lab = lc.Lab(vae, 1.0, flow, clips, common.Env(device, torch.float32))
+    noise, words = torch.randn(32, 4, 8, 8, device=device), ["a red circle"] * 32
+    climbs = {}
+    for arm in clips:
+        reward = lab.reward(arm, lab.text(arm, words))
+        climbs[arm] = partial(lc.reno, lab.generator(words), reward, noise, 2)
+    peer = {"by pixels": climbs["pixel"]}
+    return rows + row("ReNO by latents, 32 prompts", climbs["latent"], peer, device, None, 9)
+
+
+def vae_rows(lc, device):
+    """Our AutoencoderKL there and back, beside diffusers' of the same weights."""
+    from diffusers import AutoencoderKL
+
+    widths = 32, 64, 128, 128
+    vae = lc.VAE(lc.VAEConfig(widths, 2, 32)).to(device).requires_grad_(False)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4}
+    kinds |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4}
+    theirs = AutoencoderKL(block_out_channels=widths, layers_per_block=2, **kinds)
+    theirs.to(device).requires_grad_(False).load_state_dict(vae.state_dict())
+    x = torch.rand(1, 3, 128, 128, device=device)
+
+    def ours():
+        return vae.decode(vae.moments(x)[0])
+
+    def peer():
+        return theirs.decode(theirs.encode(x).latent_dist.mean).sample
+
+    return row("VAE there and back, 128 pixels", ours, {"diffusers": peer}, device, close)
+
+
+# ------------------------------------------------------------------------------------------- masks
+
+JSON_LARK = r"""
+start: WS? value WS?
+value: object | array | STRING | NUMBER | "true" | "false" | "null"
+object: "{" WS? (pair ("," WS? pair)*)? "}"
+pair: STRING WS? ":" WS? value WS?
+array: "[" WS? (value WS? ("," WS? value WS?)*)? "]"
+STRING: /"([^"\\\x00-\x1f\x7f]|\\(["\\\/bfnrt]|u[0-9a-fA-F]{4}))*"/
+NUMBER: /-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?/
+WS: /[ \t\n\r]+/
+"""
+LISP = r"""
+root   ::= item (space item)*
+item   ::= atom | string | "(" (item (space item)*)? ")"
+atom   ::= [A-Za-z\u00C0-\u00FF+*/<>=!?-] [A-Za-z\u00C0-\u00FF0-9+*/<>=!?-]*
+string ::= "\"" ([^"\\] | "\\" ["\\nt])* "\""
+space  ::= [ \n]+
+"""
+LISP_LARK = r"""
+start: item (SPACE item)*
+item: ATOM | STRING | "(" (item (SPACE item)*)? ")"
+ATOM: /[A-Za-z\u00C0-\u00FF+*\/<>=!?\-][A-Za-z\u00C0-\u00FF0-9+*\/<>=!?\-]*/
+STRING: /"([^"\\]|\\["\\nt])*"/
+SPACE: /[ \n]+/
+"""
+QUERY = r"""
+root  ::= "SELECT " names " FROM " name (" WHERE " test)? ";"
+names ::= "*" | name (", " name)*
+test  ::= part ((" AND " | " OR ") part)*
+part  ::= name (" = " | " < " | " <> ") value | "(" test ")"
+value ::= [0-9]+ ("." [0-9]+)? | "'" ([^'] | "''")* "'" | name
+name  ::= [A-Za-z_] [A-Za-z0-9_]*
+"""
+QUERY_LARK = r"""
+start: "SELECT " names " FROM " NAME (" WHERE " test)? ";"
+names: "*" | NAME (", " NAME)*
+test: part ((" AND " | " OR ") part)*
+part: NAME (" = " | " < " | " <> ") value | "(" test ")"
+value: NUMBER | STRING | NAME
+NUMBER: /[0-9]+(\.[0-9]+)?/
+STRING: /'([^']|'')*'/
+NAME: /[A-Za-z_][A-Za-z0-9_]*/
+"""
+
+
+def json_text(rng):
+    """A random JSON document: nested, with escapes and other alphabets, indented or not."""
+    indent = rng.choice([None, 2])
+    return json.dumps(json_value(rng, 0), ensure_ascii=rng.random() < 0.5, indent=indent)
+
+
+def json_value(rng, depth):
+    """A random JSON value inside `depth` others."""
+    kind = rng.random()
+    if depth < 4 and kind < 0.45:
+        keys = ["".join(rng.choices("abcdefgh_ é", k=rng.randint(1, 8))) for _ in range(4)]
+        return {key: json_value(rng, depth + 1) for key in keys[: rng.randint(0, 4)]}
+    if depth < 4 and kind < 0.7:
+        return [json_value(rng, depth + 1) for _ in range(rng.randint(0, 4))]
+    words = rng.choices(["the", "quick", "brown", "fox", "你好", "\n"], k=5)
+    text = 'say "' + " ".join(words) + '"'
+    return rng.choice([None, True, False, rng.randint(-99, 9999), rng.random() * 1e3, text])
+
+
+def lisp_text(rng, depth=0):
+    """A random expression of LISP."""
+    kind = rng.random()
+    if depth < 3 and kind < 0.5:
+        return "(" + " ".join([lisp_text(rng, depth + 1) for _ in range(rng.randint(1, 4))]) + ")"
+    if kind < 0.8:
+        return rng.choice("define lambda café naïve x list->vector set! + über eq?".split())
+    return rng.choice(['"hello world"', r'"say \"hi\""', '"你好, Welt"', '"The fox"', '"Привет"'])
+
+
+def query_text(rng):
+    """A random text of QUERY."""
+    names = ", ".join(rng.sample(["id", "user_name", "created_at", "Total"], rng.randint(1, 3)))
+    return f"SELECT {names} FROM orders WHERE {query_test(rng, 0)};"
+
+
+def query_test(rng, depth):
+    """A random condition inside `depth` others."""
+    name = rng.choice(["id", "user_name", "created_at", "Total"])
+    numbers = [str(rng.randint(0, 99999)), f"{rng.random():.3f}"]
+    value = rng.choice([*numbers, "'O''Brien'", "'été à Paris'", "x1"])
+    test = f"{name} {rng.choice(['=', '<', '<>'])} {value}"
+    if depth < 3 and rng.random() < 0.5:
+        test += f" {rng.choice(['AND', 'OR'])} ({query_test(rng, depth + 1)})"
+    return test
+
+
+def unpacked(words):
+    """Bits in 32-bit words as bools."""
+    return np.unpackbits(words.view(np.uint8), bitorder="little").astype(bool)
+
+
+class WithLLGuidance:
+    """A text under llguidance's masks: mask() as it is, shown() as bools, advance(id)."""
+
+    def __init__(self, lark, tokenizer):
+        from llguidance import LLMatcher, numpy
+
+        self.matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(lark))
+        if self.matcher.is_error():
+            raise ValueError(self.matcher.get_error())
+        self.bits = numpy.allocate_token_bitmask(1, tokenizer.vocab_size)
+        self.fill, self.advance = numpy.fill_next_token_bitmask, self.matcher.consume_token
+
+    def mask(self):
+        self.fill(self.matcher, self.bits)
+
+    def shown(self):
+        self.mask()
+        return unpacked(self.bits[0])
+
+
+class WithXGrammar:
+    """The same under XGrammar's."""
+
+    def __init__(self, compiled, n_vocab):
+        import xgrammar
+
+        self.matcher = xgrammar.GrammarMatcher(compiled)
+        self.bits = xgrammar.allocate_token_bitmask(1, n_vocab)
+        self.advance = self.matcher.accept_token
+
+    def mask(self):
+        return self.matcher.fill_next_token_bitmask(self.bits)
+
+    def shown(self):
+        needed = self.mask()  # False: everything is allowed
+        found = unpacked(self.bits.numpy()[0])
+        return found if needed else np.ones_like(found)
+
+
+def mask_engines(grammar, lark, enc, vocab):
+    """{name: function that begins a text} of us and the peers, over a tiktoken encoding."""
+    engines = {"ours": partial(gm.Constraint, gm.Engine(grammar, vocab, enc.eot_token))}
+    if installed("llguidance"):
+        from llguidance.tiktoken import lltokenizer_from_encoding
+
+        engines["llguidance"] = partial(WithLLGuidance, lark, lltokenizer_from_encoding(enc))
+    if installed("xgrammar"):
+        import xgrammar
+
+        options = {"vocab_type": xgrammar.VocabType.RAW, "vocab_size": len(vocab)}
+        pieces = [piece or b"<special>" for piece in vocab]
+        info = xgrammar.TokenizerInfo(pieces, stop_token_ids=[enc.eot_token], **options)
+        compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+        rules = compiler.compile_grammar(grammar)
+        engines["xgrammar"] = partial(WithXGrammar, rules, len(vocab))
+        if grammar == gm.JSON:
+            rules = compiler.compile_builtin_json_grammar()
+            engines["xgrammar's own"] = partial(WithXGrammar, rules, len(vocab))
+    return engines
+
+
+def differing_bits(engines, streams, vocab):
+    """{peer: bits in which its masks differ from ours} along streams of ids."""
+    wrong = {name: 0 for name in engines if name not in ("ours", "xgrammar's own")}
+    real = [i for i, piece in enumerate(vocab) if piece]
+    for ids in streams:
+        ours = engines["ours"]()
+        texts = {name: engines[name]() for name in wrong}
+        for id in ids:
+            mask = ours.mask()[real]
+            for name, text in texts.items():
+                theirs = text.shown()[real]
+                if theirs.sum() == 1:  # llguidance spells what is forced in one way only
+                    forced = vocab[real[int(theirs.argmax())]]
+                    for i in np.flatnonzero(mask & ~theirs):
+                        theirs[i] = forced.startswith(vocab[real[i]])
+                wrong[name] += int((theirs != mask).sum())
+                text.advance(id)
+            ours.advance(id)
+    return wrong
+
+
+def replay(begin, streams):
+    """Milliseconds of mask + advance for every id of the streams; of this thread alone."""
+    times = []
+    for ids in streams:
+        text = begin()
+        for id in ids:
+            began = time.thread_time()
+            text.mask()
+            text.advance(id)
+            times.append(time.thread_time() - began)
+    return np.array(times) * 1e3
+
+
+def compare_masks(what, engines, warm, streams):
+    """A row for each peer: mask + advance of 1,000 ids, after the streams `warm`."""
+    times = {}
+    for name in random.sample(list(engines), len(engines)):
+        gc.collect()
+        gc.freeze()  # a full collection in between would be counted as somebody's mask
+        some = 12 if name.startswith("xgrammar") else len(streams)  # which takes long on JSON
+        replay(engines[name], warm[:some])
+        times[name] = t = replay(engines[name], streams[:some])
+        line = "  {:15s} mean {:.4f}  median {:.4f}  99 % {:.2f}  worst {:.2f} ms"
+        print(line.format(name, t.mean(), np.median(t), np.percentile(t, 99), t.max()))
+    gc.unfreeze()
+    rows = []
+    for name in [name for name in engines if name != "ours"]:
+        mean, peer = 1e3 * times["ours"].mean(), 1e3 * times[name].mean()
+        medians = np.median(times[name]) / np.median(times["ours"])
+        numbers = {"ours_ms": mean, "peer_ms": peer, "ratio": peer / mean}
+        rows.append({"what": what, "peer": name} | numbers | {"quartiles": [medians] * 2})
+    return rows
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "role": {"enum": ["student", "teacher", "parent"]},
+        "friends": {"type": "array", "items": {"type": "string"}},
+    },
+    "required": ["name", "age"],
+}
+
+
+def valid(text, schema):
+    """Whether a text is JSON that a schema allows."""
+    import jsonschema
+
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (ValueError, RecursionError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def schema_samples(device, n=100, longest=64):
+    """n objects by SmolLM2-135M under a schema, all valid; the peer is the model without masks."""
+    if not installed("jsonschema"):
+        return []
+    import pretrained
+
+    try:
+        model, tokenizer = pretrained.load("smollm2-135m-instruct", device, "fp32")
+    except (ImportError, OSError, ValueError) as error:
+        print(f"smollm2-135m-instruct is left out: {error}")
+        return []
+    vocab = gm.vocabulary(tokenizer)
+    masker = gm.Masker(gm.Engine(gm.json_schema(PERSON), vocab, tokenizer.stops), longest)
+    question = "Describe a person in JSON with name, age, role and friends."
+    prompt = tokenizer.chat([{"role": "user", "content": question}])
+    times = {}
+    for name, process in ("masks", masker), ("no masks", None):
+        options = {"stop": tokenizer.stops, "seed": 0, "process": process, "samples": n}
+        began = time.perf_counter()
+        out = gpt.generate(model, [prompt], longest, **options)
+        times[name] = 1e3 * (time.perf_counter() - began) / sum(map(len, out))
+        right = sum([valid(tokenizer.decode(ids[:-1]), PERSON) for ids in out])
+        print(f"  {name}: {right} of {n} samples are valid, {times[name]:.2f} ms a token")
+        if name == "masks" and right < n:
+            raise AssertionError(f"{n - right} samples are invalid")
+    ratio = times["no masks"] / times["masks"]
+    numbers = {"ours_ms": times["masks"], "peer_ms": times["no masks"], "ratio": ratio}
+    what = {"what": "sampling under a schema, a token", "peer": "no masks"}
+    return [what | numbers | {"quartiles": [ratio, ratio]}]
+
+
+def masks(device):
+    """Token masks on the same streams: ms for 1,000 tokens; in brackets the ratio of medians.
+
+    JSON over cl100k on unseen documents, after 20 others; two more grammars over o200k from the
+    first mask on, twelve short texts. All masks are compared, bit by bit.
+    """
+    if not installed("tiktoken"):
+        return []
+    import tiktoken
+
+    torch.set_num_threads(1)
+    rows = []
+    jobs = {
+        "masks, JSON": (gm.JSON, JSON_LARK, json_text, "cl100k_base", 20, 100),
+        "masks, Lisp, cold": (LISP, LISP_LARK, lisp_text, "o200k_base", 0, 12),
+        "masks, query, cold": (QUERY, QUERY_LARK, query_text, "o200k_base", 0, 12),
+    }
+    for what, (grammar, lark, write, name, warm, n) in jobs.items():
+        rng = random.Random(0)
+        try:
+            enc = tiktoken.get_encoding(name)
+        except Exception as error:  # no network: the libraries have exceptions of their own
+            print(f"{what} is left out: {name} can't be had ({type(error).__name__})")
+            continue
+        vocab = gm.vocabulary(enc)
+        engines = mask_engines(grammar, lark, enc, vocab)
+        streams = [enc.encode(write(rng)) for _ in range(warm + n)]
+        print(f"{what}, {len(vocab):,} ids, {sum(map(len, streams[warm:]))} tokens")
+        rows += compare_masks(what, engines, streams[:warm], streams[warm:])
+        wrong = differing_bits(engines, [ids[:60] for ids in streams[:20]], vocab)
+        print(f"  bits that differ: {wrong}")
+        if any(wrong.values()):
+            raise AssertionError(f"{what}: masks differ, {wrong}")
+    return rows + schema_samples(device)
+
+
 # -------------------------------------------------------------------------------------------- main
 
-SECTIONS = {"mask": mask, "train": train, "generate": generate, "patching": patching}
+SECTIONS = {
+    "mask": mask,
+    "train": train,
+    "generate": generate,
+    "patching": patching,
+    "masks": masks,
+    "lzw": lzw,
+    "sae": sae,
+    "crosscoder": crosscoder,
+    "grpo": grpo,
+    "clip": clip,
+}
 
 
 def main(argv=None):

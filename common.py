@@ -45,7 +45,7 @@ def default_list(*items):
 
 
 @dataclass
-class Flags:
+class Flags:  # the docstring of a class of flags is the title of its group in --help
     """the run"""
 
     presets: ClassVar[dict] = {"toy": {}}  # name: defaults that differ from those below
@@ -165,12 +165,20 @@ def check_numbers(args):
         values = value if isinstance(value, list) else [value]
         if flag in ("seeds", "arms") and len(set(values)) < len(values):
             raise ValueError(f"{name} {' '.join(map(str, values))}: each can be given once only")
-        low, high = (*args.limits.get(flag, (-math.inf,)), math.inf)[:2]
+        low, *most = args.limits.get(flag, (-math.inf,))
+        high = most[0] if most else math.inf
         for v in values:
             if isinstance(v, int | float) and not (low <= v <= high and math.isfinite(v)):
                 allowed = f"{low} and more" if high == math.inf else f"{low} to {high}"
                 allowed = "finite numbers" if low == -math.inf else allowed
                 raise ValueError(f"{name} {v}, allowed: {allowed}")
+
+
+def changed_flags(args, flags):
+    """Those of `flags` that differ from what the preset sets, as "--steps --lr"; "" for none."""
+    usual = type(args)(**args.presets[args.preset])
+    changed = sorted(flag for flag in flags if getattr(args, flag) != getattr(usual, flag))
+    return " ".join("--" + flag.replace("_", "-") for flag in changed)
 
 
 def fail(message):
@@ -186,8 +194,8 @@ def bad_input(flag=""):
         yield
     except BrokenPipeError:  # nobody's input: see `cli`
         raise
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else str(error)
+    except (ValueError, OSError, ImportError) as error:
+        message = str(error)
         fail(f"{flag}: {message}" if flag and flag not in message else message)
 
 
@@ -200,7 +208,7 @@ def cli(main):
         raise SystemExit("stopped") from None
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # for the flush at Python's own end
+        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends: to nowhere
         raise SystemExit(1) from None
 
 
@@ -241,6 +249,8 @@ def setup(args) -> Env:
     """Resolves --device and --dtype, joins torchrun's processes, sets threads. ValueError."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if getattr(args, "shard", False) and world == 1:
+        raise ValueError("--shard needs torchrun with two processes or more")
     device = find_device(args.device)
     if world > 1:
         if device.type == "cuda":
@@ -263,7 +273,7 @@ def setup(args) -> Env:
 
 
 def job_count(args, env):
-    """How many runs go side by side: one on an accelerator, under torchrun, with a real model."""
+    """--jobs; 1 where runs would share a device, the ranks, or the memory of a real model."""
     alone = env.device.type != "cpu" or env.world > 1 or getattr(args, "model", "")
     return 1 if alone else args.jobs
 
@@ -311,16 +321,10 @@ def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer)
     elif env.rank == 0:
         path.unlink(missing_ok=True)  # of an earlier run: not to be resumed by mistake
     log.rewind(state["step"])
-    worst = torch.zeros((), device=env.device)  # largest gradient since the last look; NaN stays
-    steps = tqdm(
-        range(state["step"], args.steps),
-        log.run,
-        args.steps,
-        leave=False,
-        initial=state["step"],
-        position=bar_line(args),
-        disable=env.rank > 0,
-    )
+    worst = torch.zeros((), device=env.device)  # the largest norm since `look`; a NaN stays in it
+    done = state["step"]
+    bar = {"initial": done, "position": bar_line(args), "leave": False, "disable": env.rank > 0}
+    steps = tqdm(range(done, args.steps), log.run, args.steps, **bar)
     with steps, interruptible() as signals:
         for step in steps:
             row = {}
@@ -339,10 +343,11 @@ def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer)
             state["tokens"] += parts["idx"].numel() * env.world
             due = step % args.log_every == 0
             save = state["step"] % args.save_every == 0 or state["step"] == args.steps
+            look = due or save or (signals and env.world == 1)
             stop = False
-            if due or save or signals and env.world == 1:  # only these steps wait for the device
-                shared = torch.stack((loss, loss.new_tensor(len(signals))))
-                loss, stop = all_reduce(shared, env).tolist()
+            if look:  # only these steps wait for the device
+                heard = torch.tensor(float(len(signals)), device=env.device)
+                loss, stop = all_reduce(torch.stack((loss, heard)), env).tolist()
                 check_finite(step, loss, worst.item(), path)
                 worst.zero_()
             state["seconds"] += time.perf_counter() - began  # evaluations don't count
@@ -354,7 +359,7 @@ def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer)
             if save or stop:
                 whole = state | weights_of(model, opt) | {"flags": shaping_flags(args)}
                 save_checkpoint(path, whole, env)
-            if stop and state["step"] < args.steps:
+            if stop:
                 raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on")
     if evaluate:
         log(args.steps, **evaluate(args.steps), **timing(state))
@@ -362,7 +367,7 @@ def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer)
 
 def bar_line(args):
     """The line of a process's progress bar: runs side by side have one each."""
-    worker = multiprocessing.current_process().name.rpartition("-")[2]  # of SpawnProcess-2: 2
+    worker = multiprocessing.current_process().name.rpartition("-")[2]  # SpawnProcess-1, -2, ...
     return int(worker) % args.jobs if worker.isdigit() else 0
 
 
@@ -379,6 +384,8 @@ def backward(net, parts, args, env):
     denom = parts.pop("denom", None)
     if denom is None:
         weights = parts.get("weights", torch.ones(parts["idx"].shape))
+        if "targets" in parts:
+            weights = weights * (parts["targets"] != -100)
         denom = all_reduce(weights.sum().to(env.device), env).clamp(min=1.0)
     loss = torch.zeros((), device=env.device)
     for i in range(0, n, size):
@@ -397,7 +404,7 @@ def check_finite(step, loss, norm, path):
     """Stops a run whose loss or gradient is not finite: no weights that have seen it are saved."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         kept = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        what = f"the loss of step {step} is {loss}, the largest gradient since the last look {norm}"
+        what = f"the loss of step {step} is {loss}, the largest gradient before it {norm}"
         raise SystemExit(f"error: {what}; {kept}; a smaller --lr may help")
 
 
@@ -456,7 +463,10 @@ def interruptible():
 
 
 def start_worker(lock):
-    """A worker draws its bars under the common lock, and ends with the process that started it."""
+    """A worker draws its bars under the common lock, and ends with the process that started it:
+
+    left alone after a SIGKILL, it would go on writing the checkpoint that --resume reads.
+    """
     tqdm.set_lock(lock)
     parent = multiprocessing.parent_process()
 
@@ -474,13 +484,13 @@ def side_by_side(function, tasks, jobs):
     context = multiprocessing.get_context("spawn")
     lock = (context.RLock(),)
     with ProcessPoolExecutor(min(jobs, len(tasks)), context, start_worker, lock) as pool:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # also behind nohup
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         futures = [pool.submit(function, *task) for task in tasks]
         try:
             return [future.result() for future in futures]
         except KeyboardInterrupt:
             raise SystemExit("stopped; --resume goes on from there") from None
-        finally:  # after an error or Ctrl-C: training loops save their state on this, then end
+        finally:  # after an error or Ctrl-C: on SIGTERM each training loop saves its state and ends
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -521,7 +531,8 @@ def restore(path, model, opt, args):
 
 def weights_of(model, opt, put=None):
     """Weights and optimizer state, whole even if sharded; `put`: such a state to put in place."""
-    if not hasattr(next(model.parameters()), "full_tensor"):
+    sharded_by_fsdp = hasattr(next(model.parameters()), "full_tensor")
+    if not sharded_by_fsdp:
         if put:
             model.load_state_dict(put["model"])
             opt.load_state_dict(put["optimizer"])
@@ -540,12 +551,12 @@ def save_checkpoint(path, state, env=None):
     """Writes `state` whole or not at all: to a temporary name, to disk, then renamed."""
     if env is not None and env.rank > 0:
         return
-    partial = path.with_suffix(".tmp")
-    with open(partial, "wb") as f:
+    aside = path.with_suffix(".tmp")
+    with open(aside, "wb") as f:
         torch.save(state, f)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(partial, path)
+    os.replace(aside, path)
 
 
 def load_checkpoint(path):
@@ -557,14 +568,17 @@ def load_checkpoint(path):
     except Exception as error:  # zip, pickle and torch each have their own
         unsafe = "weights_only" in str(error) or "Unsupported" in str(error)
         what = "needs unpickling, which is refused" if unsafe else "is damaged or cut short"
-        raise ValueError(f"checkpoint {path} {what}: delete it, or run without --resume") from None
+        raise ValueError(f"checkpoint {path} {what}: delete it") from None
 
 
 # ------------------------------------------------------------------------------ logs, claims, run
 
 
 class Log:
-    """The metrics of one run (an arm and a seed), one JSON object a line: `<out>/<run>.jsonl`."""
+    """The metrics of one run (an arm and a seed), one JSON object a line: `<out>/<run>.jsonl`.
+
+    What does not go through `train` calls `rewind(0)` first, or an earlier run's lines stay.
+    """
 
     def __init__(self, args, env, run):
         self.args, self.env, self.run = args, env, run
@@ -597,7 +611,7 @@ class Log:
 
 
 def read_log(path):
-    """The rows of a log; a missing file has none, a torn last line is dropped."""
+    """The rows of one of our logs; a missing file has none, a torn last line is left out."""
     if not Path(path).exists():
         return []
     lines = Path(path).read_text("utf-8").split("\n")
@@ -626,12 +640,13 @@ def holds(criterion, base, arm):
     """Whether a criterion holds on the mean and in two thirds of the seeds, and seed by seed."""
     seeds = [passes(criterion, b, a) for b, a in zip(base, arm, strict=True)]
     on_mean = passes(criterion, mean(base), mean(arm))
-    return on_mean and 3 * sum(seeds) >= 2 * len(seeds), seeds
+    enough = 3 * sum(seeds) >= 2 * len(seeds)
+    return on_mean and enough, seeds
 
 
 def mean(rows):
     """{measure: its mean over the seeds} of rows [{measure: number}], one a seed."""
-    return {key: round(float(np.mean([row[key] for row in rows])), 4) for key in rows[0]}
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
 def named(side, criterion, rows):
@@ -690,12 +705,22 @@ class Run:
         control = {}
         for name, rows in controls.items():
             control |= {f"{name}: {key}": value for key, value in mean(rows).items()}
-        empty = any(math.isnan(value) for value in control.values())  # nothing measured: no failure
+        # a control that measured nothing (nan) has not failed
+        empty = any(math.isnan(value) for value in control.values())
         self.claims.append(
-            {"id": id, "claim": says, "paper": paper, "measured": measured, "control": control}
-            | {"criterion": criterion, "holds": verdict, "held": held, "control_passes": passed}
-            | {"control_fails": not empty and not any(passed.values())}
-            | {"seeds": {"base": base, "arm": arm, **controls}}
+            {
+                "id": id,
+                "claim": says,
+                "paper": paper,
+                "measured": measured,
+                "control": control,
+                "criterion": criterion,
+                "holds": verdict,
+                "held": held,
+                "control_passes": passed,
+                "control_fails": not empty and not any(passed.values()),
+                "seeds": {"base": base, "arm": arm, **controls},
+            }
         )
 
     def finish(self, found):
@@ -725,20 +750,28 @@ def run_one(function, args, arm, seed):
 
 
 def cells(claim):
-    """A row of the table; that a control fails says something only where the claim holds."""
-    numbers = []
-    for side in "measured", "control":
-        numbers.append("\n".join(f"{k} {number(v)}" for k, v in claim[side].items()))
+    """A row of the table. That a control holds too is said only where the claim holds."""
+    seeds = claim["seeds"]
+    measured = means_and_ranges(seeds["arm"]) + means_and_ranges(seeds["base"], "base ")
+    control = [f"{name} {number(value)}" for name, value in claim["control"].items()]
     verdict = "yes" if claim["holds"] else "NO"
     verdict += f"\n{sum(claim['held'])} of {len(claim['held'])} seeds"
     if claim["holds"] and not claim["control_fails"]:
         verdict += "\ncontrol holds"
-    return [
-        f"{claim['id']} {claim['claim']}\n{claim['criterion']}",
-        claim["paper"],
-        *numbers,
-        verdict,
-    ]
+    says = f"{claim['id']} {claim['claim']}\n{claim['criterion']}"
+    return [says, claim["paper"], "\n".join(measured), "\n".join(control), verdict]
+
+
+def means_and_ranges(rows, prefix=""):
+    """["copy 0.8 [0.77, 0.81]", ...]: the mean of each measure, its least and its largest seed."""
+    lines = []
+    for name, value in mean(rows).items():
+        values = [row[name] for row in rows]
+        line = f"{prefix}{name} {number(value)}"
+        if len(values) > 1:
+            line += f" [{number(min(values))}, {number(max(values))}]"
+        lines.append(line)
+    return lines
 
 
 def number(v):
@@ -858,8 +891,9 @@ def draw_panel(ax, lines=(), bars=(), points=(), levels=(), names=(), **labels):
         ax.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
     for i, (name, y) in enumerate(dict(bars).items()):
         y = np.atleast_2d(np.asarray(y, float))
-        x = np.arange(y.shape[1]) + 0.8 * (i - (len(bars) - 1) / 2) / len(bars)
-        ax.bar(x, y.mean(0), 0.8 / len(bars), label=name)
+        width = 0.8 / len(bars)
+        x = np.arange(y.shape[1]) + width * (i - (len(bars) - 1) / 2)
+        ax.bar(x, y.mean(0), width, label=name)
         if len(y) > 1:
             ax.plot(x, y.T, "k.", ms=3)
     for name, (x, y) in dict(points).items():

@@ -109,10 +109,11 @@ def load_text(name="stdlib", split="train"):
         raise ValueError(f"unknown text source {name!r}, allowed: {allowed}")
     documents = iter(documents)
     first = list(islice(documents, 10))
-    if len(first) < 10:  # no tenth one: a few long documents are cut into a hundred pieces
+    if len(first) < 10:  # none would be held out: they are cut into a hundred pieces
         first = cut(first, 100)
+    heldout = split == "heldout"
     every = enumerate(chain(first, documents))
-    return (text for i, text in every if (i % 10 == 9) == (split == "heldout"))
+    return (text for i, text in every if (i % 10 == 9) == heldout)
 
 
 def files_of(path):
@@ -170,7 +171,7 @@ def stream(name):
 
 @contextmanager
 def explained(what, instead):
-    """Whatever goes wrong inside becomes an OSError of one line; each hub client has its own."""
+    """Whatever goes wrong inside becomes one line's OSError: hub clients raise their own kinds."""
     try:
         yield
     except Exception as error:
@@ -195,14 +196,17 @@ class Tokenizer:
 
     name: str
     encode_batch: Callable  # list of texts -> list of lists of ids
-    decode: Callable  # list of ids -> text, control tokens shown by name
+    decode: Callable  # list of ids -> text; control tokens of a checkpoint are shown by name
     n_vocab: int  # largest id + 1
     eos: int  # stands between documents
     bos: int | None = None
     opens: bool = False  # the model expects a text to open with `bos`
-    stops: list = ()  # ids that end a document or a turn; `eos` is the first
+    stops: list = ()  # ids that end a document or a turn; the first, or the only one, is `eos`
     template: str | None = None  # of chats, in jinja's language
     backend: object = None  # the `tokenizers.Tokenizer` of a checkpoint
+
+    def __post_init__(self):
+        self.stops = list(self.stops) or [self.eos]
 
     def encode(self, text, bos=False):
         """The ids of a text; with `bos` opened as the model expects it (Llama, Gemma: by bos)."""
@@ -229,7 +233,10 @@ class Tokenizer:
         return {role: self.backend.id_to_token(i) for role, i in ids.items() if i is not None}
 
     def encode_template(self, text, contents):
-        """Ids of a template's text, in which special tokens count, but not inside `contents`."""
+        """The ids of a rendered template: its own special tokens become control ids.
+
+        Those that somebody wrote into a message, one of `contents`, stay text.
+        """
         added = self.backend.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         ids = []
@@ -275,7 +282,8 @@ def render(template, **variables):
     env.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
     env.intercepted_binops = frozenset("*")
     env.binop_table["*"] = times
-    template = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", template)  # marks what to train on
+    # {% generation %} marks what to train on: nothing to render
+    template = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", template)
     template = re.sub(r"(\{%-?\s*)endgeneration\b", r"\1endif", template)
     variables |= {"add_generation_prompt": True, "tools": None, "documents": None}
     text = ""
@@ -315,7 +323,9 @@ def get_tokenizer(name, text=None) -> Tokenizer:
     if name == "byte":
         return Tokenizer(name, encode_bytes, decode_bytes, n_vocab=257, eos=256)
     if name.startswith("bpe:"):
-        if not name[4:].isdigit() or not 257 <= int(name[4:]) <= 2**20:
+        if text is None:
+            raise ValueError(f"tokenizer {name!r} is trained on a text, and there is none here")
+        if not name[4:].isdecimal() or not 257 <= int(name[4:]) <= 2**20:
             allowed = f"257 (bytes and an end) to {2**20}"
             raise ValueError(f"tokenizer {name!r}: bpe:N takes a whole number N of ids, {allowed}")
         return from_tiktoken(name, train_bpe(text, int(name[4:])))
@@ -368,11 +378,13 @@ def from_folder(name, config=None):
     own = read_json(folder / "tokenizer_config.json", {})
     config = config or {}
 
-    def ids(role):  # the tokenizer's own first, a token or a dict that holds it; then the model's
-        token, more = own.get(f"{role}_token"), config.get(f"{role}_token_id")
-        content = token["content"] if isinstance(token, dict) else token
-        found = [backend.token_to_id(content)] if content else []
-        found += more if isinstance(more, list) else [more]
+    def ids(role):  # by name in the tokenizer's own file, then by number in the model's
+        named = own.get(f"{role}_token")
+        if isinstance(named, dict):
+            named = named["content"]
+        numbered = config.get(f"{role}_token_id")
+        found = [backend.token_to_id(named)] if named else []
+        found += numbered if isinstance(numbered, list) else [numbered]
         return [i for i in dict.fromkeys(found) if i is not None]
 
     usual = [backend.token_to_id(token) for token in ("<eos>", "</s>", "<|endoftext|>")]
@@ -401,7 +413,7 @@ def from_backend(name, backend, bos, stops, template):
     backend.no_padding()
     backend.encode_special_tokens = True  # as text
     n_vocab = max(backend.get_vocab().values()) + 1  # there may be gaps
-    for i in [*stops, *([] if bos is None else [bos])]:
+    for i in stops if bos is None else [bos, *stops]:
         if type(i) is not int or not 0 <= i < n_vocab:
             raise ValueError(f"special id {i!r} of {name}, allowed: 0 to {n_vocab - 1}")
     if not stops:
@@ -492,7 +504,8 @@ def token_file(name, split, tok, folder, limit=None, quiet=False):
     if name.startswith("file:"):
         files = files_of(Path(name[5:]).expanduser())
         source = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    probe = tok.encode("The quick brown fox: def f(x): return 0x1F")  # bpe:N differs with its text
+    # two bpe:N of different texts have one name: what they make of a sentence tells them apart
+    probe = tok.encode("The quick brown fox: def f(x): return 0x1F")
     key = repr((name, source, split, limit, tok.name, tok.n_vocab, probe))
     path = Path(folder) / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.bin"
     if not path.exists():
@@ -509,8 +522,9 @@ def token_file(name, split, tok, folder, limit=None, quiet=False):
                 ids = []
                 for document in tok.encode_batch(batch):
                     ids += [tok.eos, *document]
-                ids = np.array(ids[: None if limit is None else limit - total], dtype)
-                ids.tofile(f)
+                if limit is not None:
+                    ids = ids[: limit - total]
+                np.array(ids, dtype).tofile(f)
                 total += len(ids)
                 bar.update(len(ids))
         os.replace(aside, path)

@@ -173,13 +173,12 @@ class KVCache:
         shape = config.n_layer, batch, config.n_kv_head, length, config.head_dim
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.last_key = self.k[
-            :, :, :, :1
-        ].clone()  # for smear_keys: the newest key before smearing
+        # for smear_keys: the newest key before smearing
+        self.last_key = self.k[:, :, :, :1].clone()
         self.real = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.pos = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.n = 0
-        self.padded = False
+        self.has_padding = False
         self.frozen = False
 
     def open(self, mask, size):
@@ -187,7 +186,8 @@ class KVCache:
         start, self.n = self.n, self.n + size
         if self.n > self.real.shape[1]:
             raise ValueError(f"the cache holds {self.real.shape[1]} tokens, {self.n} are needed")
-        self.padded = self.padded or mask is not None and not bool(mask.all())
+        if mask is not None and not mask.all():
+            self.has_padding = True
         self.real[:, start : self.n] = True if mask is None else mask
         pos = (self.real[:, : self.n].cumsum(1) - 1).clamp(min=0)
         self.pos[:, start : self.n] = pos[:, start:]
@@ -196,8 +196,9 @@ class KVCache:
     def append(self, layer, k, v):
         """Takes (B, H, T, D) keys and values of a layer; returns all so far, (B, H, S, D)."""
         if self.frozen:
-            before = self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
-            return torch.cat((before[0], k), 2), torch.cat((before[1], v), 2)
+            old_k = self.k[layer, :, :, : self.n]
+            old_v = self.v[layer, :, :, : self.n]
+            return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
         start = self.n - k.shape[2]
         self.k[layer, :, :, start : self.n] = k
         self.v[layer, :, :, start : self.n] = v
@@ -221,8 +222,8 @@ class KVCache:
 def visible(q_pos, k_pos, window=0, real=None):
     """Which keys a query may attend to, bool (B|1, 1, T, S), by positions (B|1, T) and (B|1, S).
 
-    `window`: at most so many positions back (0: all). `real` (B, S): padding is hidden from all but
-    itself, so that no row of the softmax is empty.
+    `window`: how many positions a query sees, itself included (0: all). `real` (B, S): padding is
+    hidden from all but itself, so that no row of the softmax is empty.
     """
     see = k_pos[:, None, :] <= q_pos[:, :, None]
     if window:
@@ -230,7 +231,7 @@ def visible(q_pos, k_pos, window=0, real=None):
     if real is not None:
         T, S = q_pos.shape[1], k_pos.shape[1]
         itself = torch.eye(S, dtype=torch.bool, device=real.device)[S - T :]
-        see = see & real[:, None, :] | itself
+        see = (see & real[:, None, :]) | itself
     return see[:, None]
 
 
@@ -241,12 +242,14 @@ class Linear(nn.Linear):
     """nn.Linear; for the few rows of a decoding step W stands on the left: faster on a CPU."""
 
     def forward(self, x):
-        n, (N, K) = x.numel() // x.shape[-1], self.weight.shape
-        if self.bias is not None or not 1 < n <= 32 or not x.is_cpu:
+        n_out, n_in = self.weight.shape
+        rows = x.numel() // n_in
+        if self.bias is not None or not 1 < rows <= 32 or not x.is_cpu:
             return super().forward(x)
-        W = self.weight.view(-1, N if N % 2048 else 2048, K)  # in blocks that stay in the cache
-        columns = x.reshape(n, K).t().expand(len(W), K, n)
-        return torch.bmm(W, columns).view(N, n).t().reshape(*x.shape[:-1], N)
+        # one product for each 2048 rows of W: as many fit into the CPU's cache
+        W = self.weight.view(-1, n_out if n_out % 2048 else 2048, n_in)
+        columns = x.reshape(rows, n_in).t().expand(len(W), n_in, rows)
+        return torch.bmm(W, columns).view(n_out, rows).t().reshape(*x.shape[:-1], n_out)
 
 
 class Attention(nn.Module):
@@ -269,13 +272,13 @@ class Attention(nn.Module):
         self.smear = nn.Parameter(torch.zeros(kv_heads, 1, 1)) if config.smear_keys else None
         self.pattern, self.z, self.out = nn.Identity(), nn.Identity(), nn.Identity()
 
-    def forward(self, x, rotary, see, real, cache):
+    def forward(self, x, rotary, see, new_real, cache):
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)
         q, k, v = qkv.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=1)  # (B, heads, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.smear is not None:
-            k = self.smeared(k, real, cache)
+            k = self.smeared(k, new_real, cache)
         if not c.learned_pos:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
@@ -283,7 +286,7 @@ class Attention(nn.Module):
         if c.attn_softcap or self.pattern._forward_hooks:
             z = self.attend(q, k, v, see)
         else:
-            if T == 1:  # the queries that share a key as rows of one product
+            if T == 1:  # one new token: the heads that share a key become rows of one product
                 q = q.reshape(B, c.n_kv_head, -1, c.head_dim)
             gqa, causal = q.shape[1] != k.shape[1], see is None and T > 1
             z = F.scaled_dot_product_attention(
@@ -293,10 +296,10 @@ class Attention(nn.Module):
         z = self.z(z.transpose(1, 2))
         return self.out(self.post_norm(self.proj(z.reshape(B, T, -1))))
 
-    def smeared(self, k, real, cache):
+    def smeared(self, k, new_real, cache):
         """Keys (B, H, T, D), each mixed with the one before it; padding counts as zero."""
-        if real is not None:
-            k = k * real
+        if new_real is not None:
+            k = k * new_real
         first = torch.zeros_like(k[:, :, :1])
         if cache is not None:
             first = cache.last_key[self.layer].clone()
@@ -355,10 +358,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.resid_pre, self.resid_post = nn.Identity(), nn.Identity()
 
-    def forward(self, x, rotary, see, real, cache):
+    def forward(self, x, rotary, see, new_real, cache):
         x = self.resid_pre(x)
         h = self.norm1(x)
-        a = self.attn(h, rotary, see, real, cache)
+        a = self.attn(h, rotary, see, new_real, cache)
         if self.parallel:
             x = x + a + self.mlp(h if self.parallel == "one_norm" else self.norm2(x))
         else:
@@ -419,7 +422,7 @@ class GPT(nn.Module):
         if cache is not None:
             q_pos = cache.open(mask, T)
             k_pos = cache.pos[:, : cache.n]
-            real = cache.real[:, : cache.n] if cache.padded else None
+            real = cache.real[:, : cache.n] if cache.has_padding else None
         elif mask is not None:
             q_pos = k_pos = (mask.cumsum(1) - 1).clamp(min=0)
         else:
@@ -427,21 +430,25 @@ class GPT(nn.Module):
         if real is None:
             q_pos, k_pos = q_pos[:1], k_pos[:1]  # the same for every row
         # by kind of layer: what it may see (None is plain causal attention), and its rotary angles
-        see, rotary, windows = {}, {}, c.windows or [0] * c.n_layer
+        windows = c.windows or [0] * c.n_layer
+        see, rotary = {}, {}
         for w in set(windows):
-            plain = real is None and (start == 0 or T == 1) and not 0 < w < start + T
+            # no mask is needed without padding, for a text from its start or for one new token,
+            # if the window cuts nothing off
+            cuts = 0 < w < start + T
+            plain = real is None and (start == 0 or T == 1) and not cuts
             see[w] = None if plain else visible(q_pos, k_pos, w, real)
             rotary[w] = None if c.learned_pos else rope(c, q_pos, local=w > 0)
-        smear = mask[:, None, :, None] if c.smear_keys and mask is not None else None
+        new_real = mask[:, None, :, None] if c.smear_keys and mask is not None else None
 
         x = self.wte(idx)
         if c.embed_scale != 1.0:
-            x = x * torch.tensor(c.embed_scale, dtype=x.dtype)
+            x = x * torch.tensor(c.embed_scale, dtype=x.dtype)  # Gemma rounds it to the dtype
         if c.learned_pos:
             x = x + self.wpe(q_pos)
         x = self.embed(x)
         for w, block in zip(windows, self.blocks):
-            x = block(x, rotary[w], see[w], smear, cache)
+            x = block(x, rotary[w], see[w], new_real, cache)
         return self.final(x)
 
     def unembed(self, h):
@@ -455,7 +462,7 @@ class GPT(nn.Module):
         """Mean cross-entropy in nats over the positions that count: sum(weights * loss) / denom.
 
         targets  (B, T) token ids; -100 counts nothing
-        weights  (B, T), default 1; positions of weight 0 never reach the unembedding
+        weights  (B, T), default 1; only positions of positive weight reach the unembedding
         denom    default sum(weights), at least 1; over all micro-batches and ranks, to accumulate
         """
         return self(idx, targets, weights, denom, **kwargs)
@@ -498,12 +505,12 @@ class GPT(nn.Module):
 
     def eager(self):
         """A context in which nothing runs compiled: for hooks, and for inputs of many shapes."""
-        if "torch._dynamo" in sys.modules:  # without it nothing has been compiled
+        if "torch._dynamo" in sys.modules:  # not imported: then nothing has been compiled
             return torch.compiler.set_stance("force_eager")
         return nullcontext()
 
     def capture(self, idx, sites, mask=None, **kwargs):
-        """Runs the model up to the unembedding; returns {site: tensor}, as patches leave it."""
+        """Runs the model up to the unembedding: {site: tensor}, as patches that are on leave it."""
         acts = {}
         with self.patch({name: partial(acts.__setitem__, name) for name in sites}):
             self.hidden(idx, mask, **kwargs)
@@ -511,7 +518,7 @@ class GPT(nn.Module):
 
 
 def call_on_output(fn, module, inputs, output):
-    """A forward hook: what `fn` returns takes the place of the output, unless it is None."""
+    """A forward hook: what `fn` returns takes the output's place; None (it only looks) does not."""
     return fn(output)
 
 
@@ -522,20 +529,17 @@ SITES = "resid_pre", "attn.pattern", "attn.z", "attn.out", "mlp.act", "mlp.out",
 
 def weighted_cross_entropy(model, h, targets, weights=None, denom=None):
     """sum(weights * cross-entropy) / denom of h (B, T, C); rows without weight are dropped."""
-    counts = targets != -100 if weights is None else (targets != -100) & (weights > 0)
-    rows = (
-        counts.flatten().nonzero().squeeze(1)
-    )  # the gather: what has no weight is never unembedded
-    h, targets = h.flatten(0, 1)[rows], targets.flatten()[rows]
-    weights = (
-        torch.ones_like(targets, dtype=torch.float32)
-        if weights is None
-        else weights.flatten()[rows].float()
-    )
-    denom = weights.sum().clamp(min=1.0) if denom is None else denom
-    return SlicedCrossEntropy.apply(
-        h, model.head.weight, targets, weights / denom, model.config, torch.is_grad_enabled()
-    )
+    if weights is None:
+        weights = torch.ones(targets.shape, device=h.device)
+    counts = (targets != -100) & (weights > 0)
+    rows = counts.flatten().nonzero().squeeze(1)  # what has no weight is never unembedded
+    h = h.flatten(0, 1)[rows]
+    targets = targets.flatten()[rows]
+    weights = weights.flatten()[rows].float()
+    if denom is None:
+        denom = weights.sum().clamp(min=1.0)
+    W, train = model.head.weight, torch.is_grad_enabled()
+    return SlicedCrossEntropy.apply(h, W, targets, weights / denom, model.config, train)
 
 
 class SlicedCrossEntropy(torch.autograd.Function):
@@ -633,7 +637,10 @@ def generate(
                     going[i] = token not in stop
             if not any(going):
                 break
-            if sum(going) < len(going) * (1 if process else 7 / 8):  # to drop rows copies the cache
+            # dropping rows copies the cache, so not for each (1.4 times as slow); but a `process`
+            # is to see only the rows that go on
+            share = 1 if process else 7 / 8
+            if sum(going) < len(going) * share:
                 rows = [i for i, more in enumerate(going) if more]
                 alive = [alive[i] for i in rows]
                 going = [True] * len(rows)
@@ -673,7 +680,7 @@ def prefill(model, prompts, cache):
 
     Returns the hidden states (B, C) that unembed to the next tokens.
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first
     longest, device = len(prompts[order[0]]), cache.k.device
     enough = 2048 if device.type == "cuda" else 128  # tokens that keep the device busy
     h, start = [], 0
@@ -682,16 +689,15 @@ def prefill(model, prompts, cache):
         shorter = end < len(order) and len(prompts[order[end]]) < 0.8 * T
         if end == len(order) or shorter and (end - start) * T >= enough:
             idx, mask = padded([prompts[i] for i in order[start:end]], device)
-            part = cache.part(
-                slice(start, end), longest - T
-            )  # padded on the left: they end together
+            part = cache.part(slice(start, end), longest - T)  # all prompts end in one column
             h.append(model.hidden(idx, mask, part)[:, -1])
             start = end
     h = torch.cat(h)
-    cache.n, cache.padded = longest, len(prompts[order[-1]]) < longest
-    if not cache.padded:
+    cache.n = longest
+    cache.has_padding = len(prompts[order[-1]]) < longest
+    if not cache.has_padding:
         return h
-    back = torch.tensor(sorted(range(len(order)), key=lambda i: order[i]), device=device)
+    back = torch.tensor(order, device=device).argsort()
     cache.keep(back)  # rows in the order of the prompts again
     return h[back]
 
@@ -712,7 +718,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     best, idx = logits.max(-1, keepdim=True)
     if not best.isfinite().all():
         bad = "no token is allowed" if (best == -torch.inf).any() else "logits are not finite"
-        raise ValueError(f"generate: {bad} in row {best.isfinite()[:, 0].int().argmin().item()}")
+        raise ValueError(f"generate: {bad}")
     if temperature == 0:
         return idx
     logits = logits / temperature
@@ -720,8 +726,9 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
         logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
-        out = p.cumsum(-1) - p >= top_p  # the mass before it is enough
-        logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
+        drop = p.cumsum(-1) - p >= top_p  # the mass before it is enough
+        drop = drop.scatter(-1, order, drop)  # back in the order of the ids
+        logits = logits.masked_fill(drop, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=rng)
 
 
@@ -760,6 +767,9 @@ def sweep(model, idx, interventions, tail=1, mask=None):
     if c.smear_keys or not 0 < tail < T:
         allowed = f"1 to {T - 1}, in a model without smeared keys"
         raise ValueError(f"a sweep over {tail} of {T} columns, allowed: {allowed}")
+    layers = set().union(*interventions)
+    if layers and not -1 <= min(layers) <= max(layers) < c.n_layer:
+        raise ValueError(f"interventions at {sorted(layers)}, allowed: -1 to {c.n_layer - 1}")
     cache = KVCache(c, B, T, idx.device, model.wte.weight.dtype)
     clean = residuals(model, idx, mask, tail, cache)
     cache.n, cache.frozen = T - tail, True

@@ -10,14 +10,13 @@
 """
 
 import importlib.util
-import json
 import math
 import mmap
 import os
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -42,12 +41,13 @@ DTYPES |= {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def columns(text):
-    """{column: {first column's entry: this column's}} of a table in a string; `-` is no entry."""
+    """A table in a string as {column: {ours: theirs}}; `-`: the family has no such thing."""
     head, *rows = (line.split() for line in text.strip().splitlines())
     return {name: {row[0]: row[i] for row in rows if row[i] != "-"} for i, name in enumerate(head)}
 
 
-# tensors; where braces name several, their rows are stacked in ours
+# tensors; where braces name several, their rows are stacked in ours. Llama calls the norm before
+# its MLP post_attention_layernorm; Gemma and OLMo 2 really have one there.
 NAMES = columns("""
 ours            llama                    gpt2             gpt_neox                   gguf
 wte             model.embed_tokens       transformer.wte  gpt_neox.embed_in          token_embd
@@ -77,9 +77,8 @@ GGUF_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3":
 NAMES |= {f"gguf_{arch}": NAMES["gguf"] for arch in GGUF_FAMILIES}
 REFUSED = "use_qk_norm", "use_bidirectional_attention", "scale_attn_by_inverse_layer_idx"
 REFUSED += ("add_cross_attention",)
-BUFFERS = re.compile(
-    r"(rotary_emb\.inv_freq|\b(attn|attention)\.(masked_)?bias)$"
-)  # in old checkpoints; not weights
+# in old checkpoints; not weights
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\b(attn|attention)\.(masked_)?bias)$")
 
 SIZES = columns("""
 ours            llama                     gpt2              gguf
@@ -105,7 +104,7 @@ ACTS = {
 
 
 def names_of(table, name):
-    """The checkpoint's tensors behind our parameter: of an attn.qkv.weight three matrices."""
+    """The checkpoint's tensors behind our parameter: of blocks.3.attn.qkv.weight q, k and v."""
     module, _, leaf = name.rpartition(".")
     layer = ""
     if name.startswith("blocks."):
@@ -117,7 +116,7 @@ def names_of(table, name):
 
 def rows_of(config, p, parts):
     """How many rows of our parameter `p` each tensor behind it fills: one, gate and up, q k v."""
-    if parts == 3:
+    if parts == 3:  # q, k, v
         return [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
     return [p.shape[0] // parts] * parts
 
@@ -193,8 +192,8 @@ def number(entries, key, kind=int, optional=False):
     if value is None and optional:
         return None
     most = 2**24 if kind is int else 1e12
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (whole or kind is float and isinstance(value, float)) or not 0 < value < most:
+    good = type(value) is int or kind is float and type(value) is float
+    if not good or not 0 < value < most:
         raise ValueError(f"{key} is {value!r}, allowed: {kind.__name__} from 0 to {most:.0e}")
     return kind(value)
 
@@ -233,7 +232,8 @@ def windows_from(hf, kind, layers):
     """GPTConfig.windows: which layers see only `sliding_window` positions; None if all see all."""
     qwen = kind.startswith("qwen")
     window = number(hf, "sliding_window", optional=True)
-    if not window or kind in ("llama", "olmo2") or qwen and not hf.get("use_sliding_window"):
+    unused = kind in ("llama", "olmo2") or qwen and not hf.get("use_sliding_window")
+    if not window or unused:  # some configs name a window that the model does not use
         return None
     if kind in ("mistral", "phi3"):
         return [window] * layers
@@ -245,7 +245,7 @@ def windows_from(hf, kind, layers):
         return [0 if i < full else window for i in range(layers)]
     pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     every = 2 if kind == "gemma2" else pattern
-    return [window if (i + 1) % every else 0 for i in range(layers)]
+    return [window if (i + 1) % every else 0 for i in range(layers)]  # every so-manyth sees all
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -270,9 +270,8 @@ def open_folder(folder):
     if index:
         names = sorted(set(index["weight_map"].values()))
         if any(Path(name).name != name for name in names):
-            raise ValueError(
-                f"the index names {', '.join(names)}, allowed: files of its own folder"
-            )
+            found = ", ".join(names)
+            raise ValueError(f"the index names {found}, allowed: files of its own folder")
         files = [folder / name for name in names]
     elif not files[0].exists():
         files = sorted(folder.glob("*.safetensors")) or files
@@ -306,6 +305,7 @@ class GGUF:
     """A GGUF file: `meta`, its metadata, and `tensors` {name: Tensor}. ValueError if it is damaged.
 
     What the header promises is checked against the file's length before anything is allocated.
+    Read by hand because `gguf.GGUFReader` takes 15 s for a large vocabulary, this 1 s.
     """
 
     def __init__(self, path):
@@ -394,7 +394,9 @@ def gguf_config(meta, tensors):
         raise ValueError(f"GGUF with {what} can't be represented: use the safetensors checkpoint")
     get = {k.removeprefix(f"{arch}."): v for k, v in meta.items() if k.startswith(f"{arch}.")}
     for key, value in get.items():
-        if key not in GGUF_KEYS and value not in (0, 1.0, "none"):  # 0 and 1: nothing is changed
+        # a scale of 1, a count of 0: they change nothing
+        harmless = isinstance(value, int | float | str) and value in (0, 1, "none")
+        if key not in GGUF_KEYS and (value is True or not harmless):
             raise ValueError(f"GGUF with {arch}.{key} = {value!r} can't be represented")
     hf = {SIZES["llama"][ours]: get.get(key) for ours, key in SIZES["gguf"].items()}
     width, heads = number(get, "embedding_length"), number(get, "attention.head_count")
@@ -426,12 +428,13 @@ def gguf_config(meta, tensors):
 LLAMA3_WORDS = r"(?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
 LLAMA3_WORDS += r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
-WORDS = {
+WORDS = {  # by pre-tokenizer
     "gpt-2": [GPT2_WORDS],
     "smollm": [r"\p{N}", GPT2_WORDS],
     "llama-bpe": [LLAMA3_WORDS],
-}  # by pre-tokenizer
-WORDS |= {"qwen2": [QWEN_WORDS], "deepseek-r1-qwen": [QWEN_WORDS]}
+    "qwen2": [QWEN_WORDS],
+    "deepseek-r1-qwen": [QWEN_WORDS],
+}
 
 
 def gguf_tokenizer(name, meta):
@@ -453,11 +456,10 @@ def gguf_tokenizer(name, meta):
         allowed = f"llama, gpt2 with {', '.join(WORDS)}"
         raise ValueError(f"tokenizer {model!r} {pre!r} is not known, allowed: {allowed}")
     # kind 3 is control, special; kind 4 the user's own, found in a text before anything else
-    control = [
-        AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, kinds) if k == 3
-    ]
-    backend.add_special_tokens(control)
-    backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds) if k == 4])
+    control = [token for token, kind in zip(tokens, kinds) if kind == 3]
+    own = [token for token, kind in zip(tokens, kinds) if kind == 4]
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
+    backend.add_tokens([AddedToken(t, normalized=False) for t in own])
     bos = get.get("bos_token_id")
     if get.get("add_bos_token", model == "llama" or pre == "llama-bpe"):
         opening = {"single": f"{tokens[bos]} $A", "special_tokens": [(tokens[bos], bos)]}
@@ -521,7 +523,7 @@ def first_token(tokenizer, word):
     raise ValueError(f"{tokenizer.name} has no token that begins {word!r}")
 
 
-# ------------------------------------------------------------------------------------ load and save
+# --------------------------------------------------------------------------------------------- load
 
 
 def load(name, device="cpu", dtype="auto"):
@@ -534,7 +536,8 @@ def load(name, device="cpu", dtype="auto"):
     Raises ValueError (unknown, damaged, not representable), OSError (can't be fetched),
     ImportError (a package is missing).
     """
-    if dtype != "auto" and not isinstance(dtype := DTYPES.get(dtype, dtype), torch.dtype):
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype {dtype!r}, allowed: auto, {', '.join(DTYPES)}")
     device, path = common.find_device(device), find(name)
     try:
@@ -634,7 +637,7 @@ def match(kind, config, tensors):
     """A GPT without weights, and {parameter: [Tensor, ...]}: every name and shape checked."""
     table = NAMES[kind]
     base = table["blocks"].partition(".")[0] + "."
-    if not any(name.startswith(base) for name in tensors):  # saved without its head, as GPT-2 is
+    if not any(name.startswith(base) for name in tensors):  # GPT-2's names have no `transformer.`
         bare, tensors = tensors, {}
         for name, tensor in bare.items():
             tensors[name if name.startswith("lm_head") else base + name] = tensor
@@ -660,42 +663,6 @@ def match(kind, config, tensors):
                 there = f"{one} has shape {tensors[one].shape}"
                 raise ValueError(f"{there}, by the config it is {expected}")
     return model, {name: [tensors[one] for one in names] for name, names in sources.items()}
-
-
-def save(model, tokenizer, folder):
-    """Writes a Llama-shaped model as a Hugging Face folder that transformers reads.
-
-    `tokenizer` is one that `load` returned, or None. Raises ValueError naming the fields of the
-    GPTConfig that the format can't express. Each file is whole or absent.
-    """
-    import_or_explain("safetensors")
-    from safetensors.torch import save_file
-
-    c, folder = model.config, Path(folder)
-    hf = {key: getattr(c, ours) for ours, key in SIZES["llama"].items()}
-    hf |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": c.act}
-    hf |= {"tie_word_embeddings": c.tie, "torch_dtype": str(model.wte.weight.dtype)[6:]}
-    hf |= {"rms_norm_eps": c.norm_eps, "rope_theta": c.rope_base, "rope_scaling": c.rope_scaling}
-    hf |= {"attention_bias": c.attn_bias, "mlp_bias": c.mlp_bias}
-    back = asdict(config_from(hf))  # what a reader will make of it
-    odd = [f"{k}={v!r}" for k, v in asdict(c).items() if k != "proj_std" and v != back[k]]
-    if odd:
-        raise ValueError(f"the model can't be saved as llama, which has no {', '.join(odd)}")
-    tensors = {}
-    for name, p in model.named_parameters():
-        names = names_of(NAMES["llama"], name)
-        for one, part in zip(names, p.detach().split(rows_of(c, p, len(names)))):
-            tensors[one] = part.contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
-    os.replace(folder / "model.tmp", folder / "model.safetensors")
-    if tokenizer is not None:
-        hf |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.stops}
-        own = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.template}
-        own |= tokenizer.special_tokens()
-        common.write_text(folder / "tokenizer.json", tokenizer.backend.to_str())
-        common.write_text(folder / "tokenizer_config.json", json.dumps(own, indent=2))
-    common.write_text(folder / "config.json", json.dumps(hf, indent=2))
 
 
 # --------------------------------------------------------------------------------------------- main

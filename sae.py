@@ -1,29 +1,32 @@
-"""Shared grammatical concepts (arXiv 2501.06346): sparse autoencoders, and features that serve many languages.
+"""Shared grammatical concepts (arXiv 2501.06346): is *plural* one feature in all languages?
 
-A sparse autoencoder (SAE) writes an activation x as x_hat = sum_j f_j D_j + b with few f_j > 0; each latent j is a
-candidate concept. The paper trains gated SAEs on the residual stream of Llama-3-8B and Aya-23, fits a linear probe for
-each grammatical value (Number=Plur, Tense=Past, ...) and language, ranks latents by their attribution to the probe, and
-calls *multilingual* those that rank high in two languages or more. Its claims: many are shared; removing these takes
-the probes to near chance in all languages; setting them steers a translation. Decoder, pooling and probe are linear in
-f, so attribution and ablation need no model at all once the pooled codes are known (`attribution`, `ablate`).
+A sparse autoencoder (SAE) writes an activation as a sum of a few directions out of many. Each
+direction, a latent, is a candidate feature. The paper reads them in a language model like this:
 
-The toy: six languages with *disjoint* vocabularies and different grammars, texts that are sentences with translations,
-and a GPT trained on them. Controls: a model that never saw a translation, an untrained one, matched random latents, a
-difference of means without any SAE. What accuracy leaves open is printed beside it: the null of sharing, AUC, re-fitted
-probes, mean ablation. A real model (`--preset gemma`) reads template sentences of six languages (grammar.csv).
+1. train an SAE on the residual stream behind one block                  `SAE`, `train_sae`
+2. fit a linear probe for a grammatical value in each language           `common.fit_probe`
+3. rank latents by their attribution to the probe, keep the top ones     `attribution`
+4. a latent at the top in two languages or more is multilingual          `shared`
+5. remove these: the probes fall to chance, in all languages             `probes_after`
+6. push along these: a translation changes its number or tense           `steer`
 
-Tags: [P] the paper, [C] the authors' code, [L] SAE libraries, [I] inferred here.
-Read on: `SparseCode` (the fast step) -> `SAE` (the zoo) -> `Buffer`, `fit` -> `attribution`, `study` -> `World`.
+The toy: six languages with disjoint vocabularies, texts that say one thing in four of them, and a
+GPT that learns to translate. Controls: a model that never saw a translation, probes of shuffled
+labels, random latents, one difference of means without any SAE. A real model (`--preset gemma`)
+reads six real languages (grammar.csv).
+
+What to look at: step 5 is less than it seems. Accuracy falls to chance since all logits have moved
+to one side of the threshold. They still rank the sentences rightly (AUC), and a probe that is
+fitted again reads the value as before: the feature is not gone.
 """
 
-import csv
-import itertools
-import math
-import re
-from dataclasses import dataclass
+import copy
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import chain, permutations, product
 from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,79 +34,60 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import legacy as common
+import common
 import data
 import pretrained
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig, generate, padded
 
 
 @dataclass
 class Args(common.TrainFlags):
     """sparse autoencoders"""
 
-    # fmt: off
     presets: ClassVar[dict] = {
-        "smoke": dict(steps=4, n_embd=16, batch_size=8, sae_steps=10, d_sae=64, rows=2048, n_probe=40, jobs=1,
-                      threads=1, warmup=2, superposition_steps=5, meanings=1),
-        "toy": dict(steps=1400, batch_size=32, lr=4e-3, weight_decay=0.01),
-        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=4096, k=32, sae_lr=1e-3, sae_steps=2400, pool="last",
-                      top=16, rows=2**17),
-        "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, arch="gated", sae_lr=5e-5, rows=2**20,
-                      sae_batch=8192, sae_steps=61000, block_size=128, pool="sum", top=327, refresh=True),
+        "smoke": dict(steps=4, batch_size=8, sae_steps=10, rows=2048, n_probe=40, jobs=1),
+        "toy": {},
+        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=2048, k=32, rows=2**15, pool="last")
+        | dict(sae_steps=1000, sae_lr=1e-3, top=8),
+        "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, k=64, top=32)
+        | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20, refresh=True),
     }
-    # fmt: on
-    limits: ClassVar[dict] = {"top": (1,), "sae_steps": (1,), "sae_batch": (1,), "n_probe": (32,)}
-    model: str = ""
-    """a pretrained model (gemma-3-270m, a Hugging Face id, a folder); empty: the toy. Paper: Llama-3-8B, Aya-23"""
-    layer: int = 0
-    """0-based block whose output is read. Paper: 16 of 32"""
-    dataset: str = "stdlib"
-    """text to train the SAE on, beside the sentences: stdlib, file:PATH, a data set id"""
-    ud: str = ""
-    """folder of Universal Dependencies, one sub-folder of .conllu files a language; empty: grammar.csv's templates"""
-    sae: str = ""
-    """an SAE to load in place of training one: the paper's .pt, dictionary_learning's ae.pt, ours"""
-    n_embd: int = 64
-    """width of the toy's GPT"""
-    block_size: int = 64
-    """tokens in a window of text. Paper: 128 [L]"""
-    arch: Literal["relu", "gated", "topk", "batchtopk", "jumprelu"] = "topk"
-    """kind of SAE. Paper: gated"""
-    d_sae: int = 64
-    """latents. Paper: 32768, 8 x the width"""
-    k: int = 10
-    """active latents a row (topk, batchtopk; target of jumprelu)"""
-    l1: float = 0.1
-    """sparsity of relu, gated, jumprelu"""
-    sae_steps: int = 700
-    """SAE steps; the first tenth, at most 1,000, warms up rate and sparsity"""
-    sae_batch: int = 1024
-    """rows in an SAE step"""
-    sae_lr: float = 3e-3
-    """Adam's. Paper's library: 5e-5"""
-    rows: int = 2**16
-    """rows in the activation buffer, harvested and shuffled at once"""
-    refresh: bool = False
-    """harvest new activations when the buffer is used up; else go over it again"""
-    pool: Literal["sum", "mean", "last"] = "mean"
-    """what a probe reads of a sentence: sum (paper, BOS included), mean (without BOS), last token"""
-    top: int = 4
-    """latents kept for each language and concept. Paper: 1 %, 327"""
-    n_probe: int = 400
-    """training sentences of a probe, half as many test sentences"""
-    meanings: int = 4
-    """meanings translated in each of the 30 directions, for steering"""
-    superposition_steps: int = 600
-    """SAE steps in the test with known features"""
+    limits: ClassVar[dict] = common.TrainFlags.limits | {
+        **dict.fromkeys(("d_sae", "k", "sae_steps", "sae_batch", "rows", "top"), (1,)),
+        **dict.fromkeys(("layer", "sae_lr", "strength"), (0,)),
+        "n_probe": (32,),
+    }
+    unused: ClassVar[set] = {"micro_batch"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "strength"}
+
+    steps: int = 800
+    batch_size: int = 32
+    lr: float = 4e-3
+    model: str = ""  # a pretrained model in place of the toy (paper: Llama-3-8B, Aya-23-8B)
+    layer: int = 0  # block whose output is read, from 0 (paper: 16 of 32)
+    dataset: str = "stdlib"  # real models: text for the SAE beside the sentences of grammar.csv
+    d_sae: int = 128  # latents (paper: 32768, 8 times the width)
+    k: int = 20  # active latents in a row (paper: a gated SAE, which has no k)
+    sae_steps: int = 700  # training steps of the SAE
+    sae_batch: int = 1024  # rows of activations in a step
+    sae_lr: float = 3e-3  # peak learning rate of the SAE, Adam's
+    rows: int = 2**16  # rows of activations that are harvested and shuffled at a time
+    refresh: bool = False  # harvest new rows when all have been used; else go over them again
+    pool: Literal["mean", "last"] = "mean"  # tokens that a probe reads (paper: their sum)
+    top: int = 4  # length of the lists; four times as many latents are removed (paper: 32, 128)
+    n_probe: int = 400  # training sentences of a probe; half as many to test it
+    strength: float = 0.8  # length of a push, in norms of the residual stream
 
 
-# -------------------------------------------------------------------------------------------- the code, sparse and fast
+# ---------------------------------------------------------------------------------- the sparse code
+
+weighted_sums = partial(F.embedding_bag, mode="sum")  # of rows of a table, one sum for each bag
 
 
 def select(pre, k, batch=False):
-    """The k largest of relu(pre) in each row of pre (B, m), or the B k largest of all: rows, latents, values (B k,).
+    """The k largest of relu(pre) in each row of pre (B, m); with `batch` the B k largest of all.
 
-    Sorted by row. Ties and negative ones may fill up the k; their value is 0.
+    Returns rows, latents and values, (B k,) each, sorted by row; too few positives leave zeros.
     """
     B, m = pre.shape
     if not 0 < k <= m:
@@ -117,1105 +101,757 @@ def select(pre, k, batch=False):
 
 
 class SparseCode(torch.autograd.Function):
-    """x (B, d) -> x_hat (B, d) through the few latents that `select` keeps; also latents and values, (B k,).
+    """x (B, d) -> x_hat (B, d) through the few latents that `select` keeps; no gradient for x.
 
-    Dense: encode, scatter, decode are 4 B d m FLOP forward and 6 back. Here only the encoder's product is dense:
-    the decoder is an `embedding_bag` over B k rows, and so are the gradients of both matrices, once the (row, latent)
-    pairs are sorted by latent. No gradient flows to x.
+    A dense step multiplies by all m latents: to encode, to decode, and four times on the way back.
+    Here only the encoder's product is dense. The decoder sums k rows for each input, and both
+    gradients are such sums, once the (row, latent) pairs are sorted by latent.
     """
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, k, batch):
         x = x - b_dec
-        rows, latents, values = select(torch.addmm(b_enc, x, W_enc.T), k, batch)
+        pre = torch.addmm(b_enc, x, W_enc.T)  # (B, m)
+        rows, latents, values = select(pre, k, batch)
         starts = torch.searchsorted(rows, torch.arange(len(x), device=x.device))
-        with torch.enable_grad():  # a small graph of its own: torch has a kernel for the gradient of the values
+        with torch.enable_grad():  # a small graph of its own: torch differentiates by the values
             leaf = values.detach().requires_grad_()
-            bag = F.embedding_bag(latents, W_dec.detach(), starts, mode="sum", per_sample_weights=leaf)
-        ctx.graph = leaf, bag
+            x_hat = weighted_sums(latents, W_dec.detach(), starts, per_sample_weights=leaf)
+        ctx.graph = leaf, x_hat
         ctx.save_for_backward(x, W_enc, rows, latents)
         ctx.mark_non_differentiable(latents, values)
-        return bag.detach() + b_dec, latents, values
+        return x_hat.detach() + b_dec, latents, values
 
     @staticmethod
-    def backward(ctx, G, *_):
-        (x, W_enc, rows, latents), (leaf, bag) = ctx.saved_tensors, ctx.graph
-        values = leaf.detach()
-        d_pre = torch.autograd.grad(bag, leaf, G)[0] * (values > 0)
+    def backward(ctx, grad, *_):
+        x, W_enc, rows, latents = ctx.saved_tensors
+        leaf, x_hat = ctx.graph
+        d_pre = torch.autograd.grad(x_hat, leaf, grad)[0] * (leaf > 0)
         latents, order = latents.sort()
+        rows, d_pre = rows[order], d_pre[order]
+        values = leaf.detach()[order]
         starts = torch.searchsorted(latents, torch.arange(len(W_enc), device=x.device))
-        rows, values, d_pre = rows[order], values[order], d_pre[order]
-        gather = lambda table, w: F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=w)
-        d_b = d_pre.new_zeros(len(W_enc)).index_add_(0, latents, d_pre)
-        return None, gather(x, d_pre), d_b, gather(G.contiguous(), values), G.sum(0) - d_b @ W_enc, None, None
-
-
-def jump(pre, theta, eps):
-    """pre * 1[pre > theta] and 1[pre > theta], with JumpReLU's rectangle of width eps as the gradient in theta."""
-    on = (pre > theta).to(pre.dtype)
-    slip = (theta - theta.detach()) / eps * ((pre - theta).abs() < eps / 2)  # is 0, has a gradient
-    return pre * on - theta.detach() * slip, on - slip
-
-
-ARCHS = "relu", "gated", "topk", "batchtopk", "jumprelu"
+        d_W_enc = weighted_sums(rows, x, starts, per_sample_weights=d_pre)
+        d_W_dec = weighted_sums(rows, grad.contiguous(), starts, per_sample_weights=values)
+        d_b_enc = d_pre.new_zeros(len(W_enc)).index_add_(0, latents, d_pre)
+        d_b_dec = grad.sum(0) - d_b_enc @ W_enc  # b_dec is added at the end, and taken from x
+        return None, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None
 
 
 class SAE(nn.Module):
-    """The zoo: `encode` x (B, d) -> f (B, m), `decode` f -> x_hat, `loss`. Rows of W_dec have norm 1.
+    """x -> f = the k largest of relu(W_enc (x - b_dec) + b_enc) -> x_hat = sum_j f_j D_j + b_dec.
 
-    The encoder reads x - b_dec and starts as the decoder's transpose. Gated [C]: a gate 1[u + b_gate > 0], a size
-    relu(exp(r_mag) u + b_mag), u = W_enc (x - b_dec); the gate learns from the auxiliary path alone.
+    d, m     width of the activations, number of latents
+    k        active latents in every row (TopK), or with `batch` in a row on average (BatchTopK):
+             then `threshold` follows the least active one, and decides outside training
+    streams  a crosscoder: activations of so many models, side by side, share one code
+    The norms of a latent's decoder rows, one for each stream, sum to 1: so latents compare by f.
+    Inside, activations are divided by `scale`, so that every stream has mean square norm 1.
     """
 
-    def __init__(self, d, m, arch="topk", k=32, l1=0.1, eps=0.03, frozen=False):
+    def __init__(self, d, m, k, streams=1, batch=False):
         super().__init__()
-        if arch not in ARCHS:
-            raise ValueError(f"arch {arch!r}, allowed: {', '.join(ARCHS)}")
         if not 0 < k <= m:
             raise ValueError(f"k {k} latents of {m}, allowed: 1 to {m}")
-        self.arch, self.k, self.l1, self.eps = arch, k, l1, eps
-        self.W_dec = nn.Parameter(F.normalize(torch.randn(m, d), dim=1), requires_grad=not frozen)
-        self.W_enc = nn.Parameter(self.W_dec.detach().clone())
-        self.b_dec = nn.Parameter(torch.zeros(d))
-        self.b_enc = nn.Parameter(torch.zeros(m))  # gated: b_gate
-        if arch == "gated":
-            self.b_mag, self.r_mag = nn.Parameter(torch.zeros(m)), nn.Parameter(torch.zeros(m))
-        if arch == "jumprelu":
-            self.theta = nn.Parameter(torch.full((m,), 0.001))
-        if arch == "batchtopk":
-            self.register_buffer("threshold", torch.tensor(-1.0))  # of inference; -1 until the first step
-        self.register_buffer("silent", torch.zeros(m, dtype=torch.long), persistent=False)  # steps since it fired
-
-    def pre(self, x):
-        """u = W_enc (x - b_dec) and u + b_enc, (..., m)."""
-        u = F.linear(x - self.b_dec, self.W_enc)
-        return u, u + self.b_enc
+        self.d, self.k, self.streams, self.batch = d, k, streams, batch
+        rows = F.normalize(torch.randn(m, d), dim=1).repeat(1, streams)
+        self.W_enc = nn.Parameter(rows.clone())
+        self.W_dec = nn.Parameter(rows / streams)
+        self.b_enc = nn.Parameter(torch.zeros(m))
+        self.b_dec = nn.Parameter(torch.zeros(streams * d))
+        self.register_buffer("scale", torch.ones(streams * d))
+        self.register_buffer("threshold", torch.tensor(-1.0))  # below 0: none yet
+        self.register_buffer("silent", torch.zeros(m, dtype=torch.long))  # so many steps by now
 
     def encode(self, x):
-        """Codes f (..., m) of raw activations x (..., d)."""
-        if x.shape[-1] != self.b_dec.shape[0]:
-            raise ValueError(f"activations of width {x.shape[-1]}, this SAE reads {self.b_dec.shape[0]}")
-        u, pre = self.pre(x)
-        if self.arch == "topk":
-            values, latents = pre.topk(self.k)
-            return torch.zeros_like(pre).scatter_(-1, latents, values.relu())
-        if self.arch == "batchtopk":
+        """Codes f (..., m) of activations x (..., streams * d)."""
+        if x.shape[-1] != len(self.scale):
+            raise ValueError(f"activations of width {x.shape[-1]}, needed: {len(self.scale)}")
+        pre = F.linear(x / self.scale - self.b_dec, self.W_enc, self.b_enc)
+        if self.batch:
             return pre * (pre > self.threshold.clamp(min=0))
-        if self.arch == "gated":
-            return (pre > 0) * (self.r_mag.exp() * u + self.b_mag).relu()
-        return pre * (pre > self.theta) if self.arch == "jumprelu" else pre.relu()
+        values, latents = pre.topk(self.k)
+        return torch.zeros_like(pre).scatter_(-1, latents, values.relu())
 
     def decode(self, f):
-        """x_hat (..., d) of codes f (..., m)."""
-        return f @ self.W_dec + self.b_dec
+        """x_hat (..., streams * d) of codes f (..., m)."""
+        return (f @ self.W_dec + self.b_dec) * self.scale
 
-    def loss(self, x, warm=1.0, dead_after=20, alpha=1 / 32):
-        """Mean over rows of the summed squared error, plus the variant's sparsity; `warm` scales that (0 to 1)."""
-        error = lambda x_hat: (x - x_hat).square().sum(1).mean()
+    def decoder(self, stream=0):
+        """The directions D (m, d) that latents write in the activations of one stream."""
+        part = slice(stream * self.d, (stream + 1) * self.d)
+        return (self.W_dec[:, part] * self.scale[part]).detach()
+
+    def norms(self):
+        """Norms (m, streams) of the decoder's rows."""
+        return self.W_dec.unflatten(1, (self.streams, self.d)).norm(dim=2)
+
+    @torch.no_grad()
+    def normalize(self, *_):
+        """Makes the norms of each latent's decoder rows sum to 1 again: after every step."""
+        self.W_dec /= self.norms().sum(1, keepdim=True).clamp(min=1e-12)
+
+    def forward(self, idx, x, denom):
+        """The loss on rows x (B, streams * d): squared error / denom + a share for dead latents.
+
+        idx  which rows they are: the training loop counts these
+        """
+        x = x / self.scale
+        weights = self.W_enc, self.b_enc, self.W_dec, self.b_dec
+        x_hat, latents, values = SparseCode.apply(x, *weights, self.k, self.batch)
         self.silent += 1
-        if self.arch in ("topk", "batchtopk"):
-            batch = self.arch == "batchtopk"
-            x_hat, latents, values = SparseCode.apply(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k, batch)
-            self.silent[latents[values > 0]] = 0
-            if batch:
-                least = torch.where(values > 0, values, torch.inf).min()
-                self.threshold.copy_(torch.where(self.threshold < 0, least, 0.99 * self.threshold + 0.01 * least))
-            return error(x_hat) + alpha * self.aux(x, x_hat, self.silent > dead_after)
-        extra = 0.0
-        if self.arch == "jumprelu":
-            f, on = jump(self.pre(x)[1], self.theta, self.eps)
-            penalty = (on.sum(1).mean() / self.k - 1).square()
-        elif self.arch == "relu":
-            f = self.encode(x)
-            penalty = f.sum(1).mean()  # rows of the decoder have norm 1
-        else:
-            u, gate = self.pre(x)
-            f, gate = (gate > 0) * (self.r_mag.exp() * u + self.b_mag).relu(), gate.relu()
-            penalty, extra = gate.sum(1).mean(), error(gate @ self.W_dec.detach() + self.b_dec.detach())
-        self.silent.mul_((f == 0).all(0))
-        return error(self.decode(f)) + self.l1 * warm * penalty + extra
+        self.silent[latents[values > 0]] = 0
+        if self.batch:
+            least = torch.where(values > 0, values, torch.inf).min()
+            slow = torch.lerp(self.threshold, least, 0.01)
+            self.threshold.copy_(torch.where(self.threshold < 0, least, slow))
+        error = (x - x_hat).square().sum() / denom
+        return error + self.dead_loss(x, x_hat, self.silent > 20) / 32
 
-    def aux(self, x, x_hat, dead):
-        """AuxK: the share of the error's variance that the largest dead latents do not explain; 0 if none is dead."""
+    def dead_loss(self, x, x_hat, dead):
+        """AuxK: the share of the error's variance that the best dead latents don't explain; or 0.
+
+        It draws latents that have long been silent to what the others do not explain.
+        """
         if not dead.any():
             return 0.0
-        error, dead = (x - x_hat).detach(), dead.nonzero().squeeze(1)
+        error = (x - x_hat).detach()
+        dead = dead.nonzero().squeeze(1)
         pre = F.linear(x - self.b_dec.detach(), self.W_enc[dead], self.b_enc[dead])
-        values, which = pre.topk(min(x.shape[1] // 2, len(dead)))
+        values, which = pre.topk(min(self.d // 2, len(dead)))
         code = torch.zeros_like(pre).scatter(1, which, values.relu())
-        wrong = (error - code @ self.W_dec[dead]).square().sum()
-        return (wrong / (error - error.mean(0)).square().sum()).nan_to_num(0.0)
-
-    @torch.no_grad()
-    def project(self):
-        """Takes out of the decoder's gradient what would only change a row's norm."""
-        if self.W_dec.grad is not None:
-            self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
-
-    @torch.no_grad()
-    def normalize(self):
-        """Decoder rows back to norm 1."""
-        self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
-
-    @torch.no_grad()
-    def fold(self, scale):
-        """From an SAE of x / scale to one of x: biases and thresholds grow; codes then come out scale times larger."""
-        for name in "b_dec", "b_enc", "b_mag", "theta", "threshold":
-            if hasattr(self, name):
-                getattr(self, name).mul_(scale)
-        return self
+        left = (error - code @ self.W_dec[dead]).square().sum()
+        return (left / (error - error.mean(0)).square().sum()).nan_to_num(0.0)
 
 
-@torch.no_grad()
-def resample(sae, opt, x, dead):
-    """The other cure for dead latents: each gets an input the SAE does badly on; its Adam moments start anew.
+# --------------------------------------------------------------------- activations, and their SAE
 
-    x (N, d) activations, dead (m,) bool. Inputs are drawn by squared error; the encoder gets 0.2 mean alive norms.
+
+def residual(model, idx, layer, mask=None):
+    """The residual stream (B, T, C) behind block `layer`, in fp32. The blocks above do not run."""
+    lower = copy.copy(model)
+    lower._modules = {**model._modules, "blocks": model.blocks[: layer + 1]}
+    site = f"blocks.{layer}.resid_post"
+    with torch.no_grad():
+        return lower.capture(idx, [site], mask)[site].float()
+
+
+def harvest(models, layer, batches, n, bos):
+    """At most n rows of residual streams, those of all `models` side by side: (n, M * C).
+
+    batches  token ids and masks of real tokens, (B, T) each
+    bos      id of the start token, whose rows are left out; -1: there is none
     """
-    if not dead.any() or dead.all():
-        return
-    error = (x - sae.decode(sae.encode(x))).square().sum(1)
-    rows = torch.multinomial(error, int(dead.sum()), replacement=True)
-    rows = F.normalize(x[rows] - sae.b_dec, dim=1)
-    norm = sae.W_enc[~dead].norm(dim=1).mean()
-    sae.W_dec[dead], sae.W_enc[dead], sae.b_enc[dead] = rows, 0.2 * norm * rows, 0.0
-    for p, moment in itertools.product((sae.W_dec, sae.W_enc, sae.b_enc), ("exp_avg", "exp_avg_sq")):
-        if moment in opt.state[p]:
-            opt.state[p][moment][dead] = 0
-
-
-# ------------------------------------------------------------------------------------------------ activations, training
-
-
-class Buffer:
-    """Activations without terabytes on disk: `fill(r)` harvests the rows (n, d) of refill r, shuffled once.
-
-    Batch `step` depends on the step alone, as refill r depends on r alone: a resumed run harvests one refill again and
-    goes on. Every row is served once; drawing is one gather.
-    """
-
-    def __init__(self, fill, batch, seed=0):
-        self.fill, self.batch, self.seed, self.refill = fill, batch, seed, None
-        self.load(0)
-        self.per = len(self.rows) // batch
-        if not self.per:
-            raise ValueError(f"the source has {len(self.rows)} rows, one batch needs {batch}")
-
-    def load(self, r):
-        self.rows = None  # make room for the new ones
-        self.rows, self.refill = self.fill(r), r
-        self.order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed * 9973 + r))
-
-    def __call__(self, step):
-        """Batch `step`, (batch, d) float32."""
-        r, i = divmod(step, self.per)
-        if r != self.refill:
-            self.load(r)
-        return self.rows[self.order[i * self.batch : (i + 1) * self.batch].to(self.rows.device)].float()
-
-
-def fit(sae, batch, steps, lr, warmup=100, env=None, log=None, resume=False, every=1000):
-    """Trains in place on batch(step) -> (B, d), normalised inside to mean square norm 1, and folds that away; -> sae.
-
-    Also a crosscoder's trainer: anything with `loss(x, warm)`, `project`, `normalize`, `fold`, `silent` and `b_dec`.
-    Adam, linear warm-up of rate and sparsity, linear decay over the last fifth. Under torchrun every rank draws rows of
-    its own and gradients are averaged. A checkpoint goes beside the log, `every` so many steps.
-    """
-    env, start = env or common.Env(torch.device("cpu"), torch.float32), 0
-    sae.to(env.device)
-    first, save = batch(0), log and log.path.with_suffix(".pt")
-    if not first.std(0).any():
-        raise ValueError("all activations are the same: nothing to explain")
-    scale = (common.all_reduce(first.square().sum(1).mean(), env) / env.world).sqrt()
-    sae.b_dec.data.copy_(common.all_reduce(first.mean(0), env) / env.world / scale)
-    opt = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.999), fused=True)
-    if resume and save and save.exists():
-        state = common.load_checkpoint(save)
-        try:
-            sae.load_state_dict(state["sae"])
-        except RuntimeError:
-            raise SystemExit(f"error: {save} is of another shape: delete it, or run without --resume") from None
-        opt.load_state_dict(state["optimizer"])
-        sae.silent.copy_(state["silent"])
-        start, scale = state["step"], state["scale"].to(env.device)
-    elif save and env.rank == 0:
-        save.unlink(missing_ok=True)  # of an earlier run: not to be resumed by mistake
-    if log:
-        log.rewind(start)
-    auxk = getattr(sae, "arch", "topk") in ("topk", "batchtopk")  # the others' dead latents are resampled
-    with common.interruptible() as stopped:
-        for step in tqdm(range(start, steps), "SAE", False, steps, mininterval=1, initial=start, disable=not log):
-            x, warm = batch(step) / scale, min(1.0, (step + 1) / max(1, warmup))
-            opt.param_groups[0]["lr"] = lr * warm * min(1.0, 5 * (steps - step) / steps)
-            loss = sae.loss(x, warm)
-            opt.zero_grad(set_to_none=True)
-            loss.backward()
-            for p in sae.parameters():
-                if p.grad is not None and env.world > 1:
-                    common.all_reduce(p.grad.div_(env.world), env)
-            sae.project()
-            opt.step()
-            sae.normalize()
-            if not auxk and env.world == 1 and step in (steps // 4, steps // 2):
-                resample(sae, opt, x, sae.silent > steps // 10)
-            if log and step % 100 == 0:
-                if not math.isfinite(loss.item()):
-                    raise SystemExit(f"error: the SAE's loss of step {step} is {loss.item()}; try a smaller --sae-lr")
-                log(step, loss=loss.item())
-            stop = common.agreed(stopped, step % 100 == 0, env)
-            if save and (stop or (step + 1) % every == 0):
-                state = {"sae": sae.state_dict(), "optimizer": opt.state_dict(), "silent": sae.silent}
-                common.save_checkpoint(save, state | {"step": step + 1, "scale": scale}, env)
-            if stop:
-                raise SystemExit(f"the SAE stopped after step {step}; --resume goes on from there")
-    return sae.fold(scale.item())
-
-
-@torch.no_grad()
-def metrics(sae, x):
-    """L0, FVU, dead share, shrinkage gamma = E|x_hat|^2 / E<x, x_hat>, and the densities (m,) on rows x (N, d)."""
-    total = (x - x.mean(0)).square().sum()
-    if not total > 0:
-        raise ValueError("all activations are the same: their variance is 0, FVU has no meaning")
-    wrong = l0 = size = dot = fires = 0.0
-    for part in x.split(4096):
-        f = sae.encode(part)
-        x_hat = sae.decode(f)
-        wrong, l0, fires = wrong + (part - x_hat).square().sum(), l0 + (f > 0).sum(), fires + (f > 0).sum(0)
-        size, dot = size + x_hat.square().sum(), dot + (part * x_hat).sum()
-    numbers = {"l0": l0 / len(x), "fvu": wrong / total, "dead": (fires == 0).float().mean(), "gamma": size / dot}
-    return {k: float(v) for k, v in numbers.items()}, fires / len(x)
-
-
-def match(A, B):
-    """|cos| (n,) of directions A (n, d) with distinct rows of B (m, d), m >= n, in the best matching; its mean is MCC.
-
-    Shortest augmenting paths (Hungarian), O(n^2 m).
-    """
-    cos = (F.normalize(A, dim=1) @ F.normalize(B, dim=1).T).abs().double().numpy()
-    n, m = cos.shape
-    if n > m:
-        raise ValueError(f"{n} directions can't be matched with {m}, allowed: at most as many")
-    u, v, partner = np.zeros(n + 1), np.zeros(m + 1), np.zeros(m + 1, int)  # column 0 and row 0 are the start
-    for i in range(1, n + 1):
-        partner[0], j, best, way, used = i, 0, np.full(m + 1, np.inf), np.zeros(m + 1, int), np.zeros(m + 1, bool)
-        while partner[j]:
-            used[j], row = True, partner[j]
-            slack = -cos[row - 1] - u[row] - v[1:]
-            better = ~used[1:] & (slack < best[1:])
-            best[1:][better], way[1:][better] = slack[better], j
-            j = int(np.where(used, np.inf, best).argmin())
-            delta = best[j]
-            u[partner[used]] += delta
-            v[used] -= delta
-            best[~used] -= delta
-        while j:
-            partner[j], j = partner[way[j]], way[j]
-    row = partner[1:] - 1
-    return cos[row, np.arange(m)][row >= 0][row[row >= 0].argsort()]
-
-
-# ------------------------------------------------------------------------------------------------------ released files
-
-KEYS = {  # ours -> the released name, ^: transposed there. gated is also the paper's layout [C], the others are [L]
-    "relu": {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "^decoder.weight", "b_dec": "bias"},
-    "topk": {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "^decoder.weight", "b_dec": "b_dec"},
-    "jumprelu": {"W_enc": "^W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "theta": "threshold"},
-    "gated": {"W_enc": "encoder.weight", "W_dec": "^decoder.weight", "b_dec": "decoder_bias", "r_mag": "r_mag",
-              "b_enc": "gate_bias", "b_mag": "mag_bias"},
-}  # fmt: skip
-KEYS["batchtopk"] = KEYS["topk"] | {"threshold": "threshold"}
-
-
-def save_sae(sae, path):
-    """Writes an SAE under the released names, with its k."""
-    ours, state = dict(sae.state_dict()), {"k": torch.tensor(sae.k)}
-    if sae.arch == "jumprelu":  # released: the encoder reads x, not x - b_dec
-        ours["b_enc"] = ours["b_enc"] - ours["W_enc"] @ ours["b_dec"]
-    for name, key in KEYS[sae.arch].items():
-        state[key.strip("^")] = ours[name].T.contiguous() if key[0] == "^" else ours[name]
-    common.save_checkpoint(path, state)
-
-
-def load_sae(path, d=None):
-    """An SAE from a released file, told by its names: the paper's, dictionary_learning's, ours; else ValueError."""
-    state = common.load_checkpoint(path)
-    arch = next((a for a in reversed(KEYS) if {key.strip("^") for key in KEYS[a].values()} <= set(state)), None)
-    if arch is None:
-        raise ValueError(f"{path}: no SAE known has the tensors {', '.join(sorted(state))[:200]}")
-    ours = {name: state[key.strip("^")] for name, key in KEYS[arch].items()}
-    ours = {name: (t.T if KEYS[arch][name][0] == "^" else t).float() for name, t in ours.items()}
-    m, width = ours["W_dec"].shape
-    if d is not None and width != d:
-        raise ValueError(f"{path} is an SAE of width {width}, the model has {d}")
-    if arch == "jumprelu":
-        ours["b_enc"] = ours["b_enc"] + ours["W_enc"] @ ours["b_dec"]
-    config = Path(path).with_name("config.json")  # dictionary_learning's TopK has a threshold, too
-    if arch == "batchtopk" and config.exists() and "AutoEncoderTopK" in config.read_text():
-        arch = "topk"
-        del ours["threshold"]
-    sae = SAE(width, m, arch, int(state.get("k", min(64, m))))
-    sae.load_state_dict(ours)
-    return sae
-
-
-# ------------------------------------------------------------------------------------- probes, attribution, ablation
-
-
-def fit_probe(X, y, C=1.0, iterations=30):
-    """L2 logistic regression by Newton steps on standardised features: w (d,), b with logit = X w + b. Float64."""
-    if len(set(y.tolist())) < 2:
-        raise ValueError("a probe needs both classes, all labels are the same")
-    X, y = X.double(), y.double()
-    mean, std = X.mean(0), X.std(0).clamp(min=1e-9)
-    Z = (X - mean) / std
-    Q = torch.linalg.qr(Z.T)[0] if Z.shape[1] > len(Z) else None  # the weights lie in the span of the rows
-    Z = F.pad(Z if Q is None else Z @ Q, (0, 1), value=1.0)
-    ridge = torch.full_like(Z[0], 1 / C)
-    ridge[-1] = 1e-6
-    w = torch.zeros_like(ridge)
-    for _ in range(iterations):
-        p = torch.sigmoid(Z @ w)
-        step = torch.linalg.solve(Z.T @ (Z * (p * (1 - p))[:, None]) + ridge.diag(), Z.T @ (y - p) - ridge * w)
-        w = w + step / max(1.0, step.norm().item() / 5)
-        if step.abs().max() < 1e-8:
+    parts, total = [], 0
+    for idx, mask in tqdm(batches, "harvest", leave=False, delay=5, disable=None):
+        keep = mask & (idx != bos)
+        x = torch.stack([residual(model, idx, layer, mask)[keep] for model in models], 1)
+        norms = x.norm(dim=2)
+        usual = norms <= 10 * norms.median(0).values  # a few huge rows would rule the loss
+        parts.append(x[usual.all(1)].flatten(1))
+        total += len(parts[-1])
+        if total >= n:
             break
-    w, b = (w[:-1] if Q is None else Q @ w[:-1]) / std, w[-1]
-    return w, b - mean @ w
+    return torch.cat(parts)[:n]
 
 
-def accuracy(logit, y):
-    """Share of logits on the right side of 0."""
-    return ((logit > 0) == (y > 0)).double().mean().item()
+def adam(sae, args):
+    """Adam, with the decoder's norms put right after every step."""
+    opt = torch.optim.Adam(sae.parameters(), lr=args.lr, fused=True)
+    opt.register_step_post_hook(sae.normalize)
+    return opt
 
 
-def auc(logit, y):
-    """Probability that a random positive scores above a random negative; ties count half."""
-    gap = logit[y > 0][:, None] - logit[y == 0][None]
-    return ((gap > 0).double() + 0.5 * (gap == 0).double()).mean().item()
+def train_sae(sae, fill, args, env, log, seed):
+    """Trains an SAE, or a crosscoder, in place on the rows of fill(0), fill(1), ..., each once.
 
-
-def attribution(codes, y, D, w, mode="contrast"):
-    """Integrated gradients of the probe's logit, in closed form: IE_j = (D_j . w) sum of f_j; > 0 supports label 1.
-
-    codes (N, m) pooled over tokens, D (m, d). Decoder, pooling and probe are linear in f, so the gradient on the path
-    from 0 to f is constant [I]. The paper sums over both classes [C], so latents that fire always rank high; contrast:
-    mean over class 1 minus mean over class 0.
+    Without --refresh on those of fill(0), again and again.
     """
-    effect = D.double() @ w
-    if mode == "paper":
-        return effect * codes.double().sum(0)
-    return effect * (codes[y > 0].double().mean(0) - codes[y == 0].double().mean(0))
+
+    @lru_cache(maxsize=1)
+    def shuffled(refill):
+        rows = fill(refill)
+        rng = torch.Generator().manual_seed(9973 * seed + refill)
+        return rows[torch.randperm(len(rows), generator=rng).to(rows.device)]
+
+    size = args.sae_batch // env.world
+    count = len(shuffled(0)) // size  # batches in a refill
+    if not count:
+        raise ValueError(f"the source has {len(shuffled(0))} rows, one batch needs {size}")
+
+    def batch(step):
+        refill, i = divmod(step, count)
+        x = shuffled(refill if args.refresh else 0)[i * size : (i + 1) * size]
+        return {"idx": torch.arange(size), "x": x}
+
+    x = shuffled(0).unflatten(1, (sae.streams, sae.d))
+    square = common.all_reduce(x.square().sum(2).mean(0), env) / env.world
+    sae.to(env.device).scale.copy_(square.sqrt().repeat_interleave(sae.d))
+    sae.b_dec.data.copy_(x.flatten(1).mean(0) / sae.scale)
+    rate = dict(lr=args.sae_lr, warmup=min(1000, args.sae_steps // 10), decay_steps=0)
+    args = replace(args, steps=args.sae_steps, **rate, compile=False, shard=False)
+    env = replace(env, dtype=torch.float32)
+    common.train(sae, batch, args, env, log.stage("sae"), make_optimizer=adam)
+    sae.requires_grad_(False)
 
 
-def ablate(X, codes, latents, D, mean=None):
-    """Pooled activations (N, d) without these latents, error term kept: X - f_S D_S. mean (m,): mean ablation."""
-    f = codes[:, latents] if mean is None else codes[:, latents] - mean[latents]
-    return X - f @ D[latents]
+@torch.no_grad()
+def unexplained(sae, x):
+    """FVU: the share of the variance of rows x (N, d) that a code does not explain."""
+    wrong = sum((part - sae.decode(sae.encode(part))).square().sum() for part in x.split(4096))
+    return (wrong / (x - x.mean(0)).square().sum()).item()
 
 
-def shared(tops):
-    """From {language: [latent, ...]}: multilingual latents (in >= 2 lists, most lists first, ties by id), counts."""
-    if len(tops) < 2:
-        raise ValueError(f"sharing needs >= 2 languages, got {len(tops)}")
-    counts = {}
-    for j in itertools.chain(*tops.values()):
-        counts[j] = counts.get(j, 0) + 1
-    return [j for j in sorted(counts, key=lambda j: (-counts[j], j)) if counts[j] >= 2], counts
+@torch.no_grad()
+def pool(model, layer, sae, sentences, how, bos):
+    """Activations X (N, d) and codes (N, m) of id lists: of the last token, or mean over all."""
+    X, codes = [], []
+    for i in range(0, len(sentences), 64):
+        idx, mask = padded(sentences[i : i + 64], sae.scale.device)
+        x = residual(model, idx, layer, mask)  # (B, T, d)
+        weight = (mask & (idx != bos)).float()
+        if how == "last":
+            weight[:, :-1] = 0  # padding is on the left
+        weight /= weight.sum(1, keepdim=True).clamp(min=1)
+        X.append((weight[:, :, None] * x).sum(1).cpu())
+        codes.append(torch.stack([w @ sae.encode(row) for w, row in zip(weight, x)]).cpu())
+    return torch.cat(X).double(), torch.cat(codes).double()
 
 
-def share_null(alive, k, L):
-    """The share of distinct top latents in two lists or more, if L languages drew k of `alive` latents at random."""
-    p = min(1.0, k / alive)
-    return 1 - L * p * (1 - p) ** (L - 1) / (1 - (1 - p) ** L)
+# --------------------------------------------------------------- steps 2 to 5: what probes can read
 
 
-def common_null(alive, k, L):
-    """The share of all list entries whose latent is in half of the L lists or more, if drawn at random."""
-    p, need = min(1.0, k / alive), max(2, -(-L // 2))
-    return sum(math.comb(L - 1, j) * p**j * (1 - p) ** (L - 1 - j) for j in range(need - 1, L))
+def class_gap(X, y):
+    """Mean of the rows of label 1 minus that of label 0."""
+    return X[y > 0].mean(0) - X[y == 0].mean(0)
 
 
-def alike(latents, weight, rng):
-    """As many other alive latents of like weight (m,), mean activation: drawn from the 20 nearest in log weight."""
-    log, chosen = weight.clamp(min=1e-12).log().numpy(), []
-    free = [j for j in weight.nonzero().squeeze(1).tolist() if j not in latents]
+def attribution(codes, y, D, w, contrast=False):
+    """Integrated gradients of a probe's logits, in closed form: IE_j = (D_j . w) sum of f_j.
+
+    codes (N, m) pooled over tokens, decoder D (m, d), probe w (d,). Decoder, pooling and probe are
+    linear in f: on the way from 0 to f the gradient is constant. IE > 0 supports label 1. The paper
+    sums over sentences of both labels, so latents that are always active rank high; `contrast`
+    takes the gap between the labels y (N,) instead.
+    """
+    return (D @ w) * (class_gap(codes, y) if contrast else codes.sum(0))
+
+
+def best(ie, n):
+    """The n latents of the highest attribution that support label 1, highest first."""
+    return [j for j in ie.argsort(descending=True)[:n].tolist() if ie[j] > 0]
+
+
+def shared(lists, chance=None):
+    """Multilingual latents, in two of the lists {language: latents} or more; and their share.
+
+    Most lists first, ties by id. The share is of all latents listed. With `chance`, such lists too,
+    only latents count that are in more of `lists` than of these.
+    """
+    if len(lists) < 2:
+        raise ValueError(f"sharing needs >= 2 languages, got {len(lists)}")
+    counts = Counter(chain(*lists.values()))
+    by_chance = Counter(chain(*chance.values())) if chance else Counter()
+    found = [j for j in counts if counts[j] >= 2 and counts[j] > by_chance[j]]
+    found.sort(key=lambda j: (-counts[j], j))
+    return found, len(found) / max(1, len(counts))
+
+
+def rank(parts, D, top, rng):
+    """Probes {language: (w, b)}, and lists {how: {language: latents}} by attribution.
+
+    paper     see `attribution`; four times as long: these are removed
+    longer    by contrast, to push along; their first part is `contrast`
+    chance    by contrast, of probes of shuffled labels; and `again`
+    """
+    probes = {}
+    lists = {how: {} for how in ("paper", "contrast", "longer", "chance", "again")}
+    for lang, splits in parts.items():
+        X, codes, y = splits["train"]
+        w, b = probes[lang] = common.fit_probe(X, y)
+        lists["paper"][lang] = best(attribution(codes, y, D, w), 4 * top)
+        lists["longer"][lang] = best(attribution(codes, y, D, w, contrast=True), 4 * top)
+        lists["contrast"][lang] = lists["longer"][lang][:top]
+        for how in "chance", "again":
+            fake = y[torch.from_numpy(rng.permutation(len(y)))]
+            w, b = common.fit_probe(X, fake)
+            lists[how][lang] = best(attribution(codes, fake, D, w, contrast=True), top)
+    return probes, lists
+
+
+def ablate(X, codes, latents, D):
+    """Pooled activations X (N, d) without some latents; what the SAE does not explain stays."""
+    return X - codes[:, latents] @ D[latents]
+
+
+def alike(latents, weight):
+    """For each latent another one, of the nearest mean activation `weight` (m,), each once."""
+    free = [j for j in range(len(weight)) if weight[j] > 0 and j not in latents]
+    chosen = []
     for j in latents[: len(free)]:
-        near = sorted(free, key=lambda i: abs(log[i] - log[j]))[:20]
-        chosen.append(near[rng.integers(len(near))])
+        chosen.append(min(free, key=lambda i: abs(weight[i] - weight[j])))
         free.remove(chosen[-1])
     return chosen
 
 
-def balance(y, n, rng):
-    """At most n row numbers, as many of label 1 as of label 0, without replacement; -1 is no label."""
-    ones, zeros = (rng.permutation(np.flatnonzero(y == c)) for c in (1, 0))
-    size = min(len(ones), len(zeros), n // 2)
-    return np.sort(np.concatenate((ones[:size], zeros[:size])))
+def read(logit, y):
+    """What logits (N,) tell of labels y: accuracy, and AUC, in which no threshold matters."""
+    gap = logit[y > 0][:, None] - logit[y == 0]  # a random positive against a random negative
+    auc = (gap > 0).double().mean() + (gap == 0).double().mean() / 2
+    return {"accuracy": ((logit > 0) == (y > 0)).double().mean().item(), "auc": auc.item()}
 
 
-def study(pooled, D, args, seed):
-    """The paper's tables on pooled[language][split] = (X (N, d), codes (N, m), {concept: 0/1 array}).
+def probes_after(removed, probe, splits, D):
+    """{name: numbers} of one language's probe, each set of latents {name: latents} removed.
 
-    For every concept: top latents of each language, the shared share beside its null and beside that of probes of
-    shuffled labels; then, under every ablation, what the fixed probe and a re-fitted one read of the test sentences.
+    Accuracy and AUC of the probe, accuracy of one fitted again, and the probe's logits by label.
     """
-    out, D = {}, D.double()
-    weight = sum(p["train"][1].mean(0) for p in pooled.values()) / len(pooled)
-    for concept in sorted({c for splits in pooled.values() for c in splits["train"][2]}):
-        rng, parts, probes = np.random.default_rng(seed), {}, {}
-        tops = {kind: {} for kind in ("contrast", "paper", "against", "shuffled")}
-        best = lambda ie: [j for j in ie.argsort(descending=True)[: args.top].tolist() if ie[j] > 0]
-        for lang, splits in pooled.items():
-            part = {}
-            for split, n in ("train", args.n_probe), ("test", args.n_probe // 2):
-                X, f, labels = splits[split]
-                y = labels.get(concept, np.full(len(X), -1))
-                rows = balance(y, n, rng)
-                part[split] = X[rows].double(), f[rows].double(), torch.from_numpy(y[rows])
-            if min(len(y) for _, _, y in part.values()) < 16:
-                continue  # the language does not show the concept
-            X, f, y = part["train"]
-            parts[lang], probes[lang], fake = part, fit_probe(X, y), y[torch.from_numpy(rng.permutation(len(y)))]
-            ie = attribution(f, y, D, probes[lang][0])
-            tops["contrast"][lang], tops["against"][lang] = best(ie), best(-ie)
-            tops["paper"][lang] = best(attribution(f, y, D, probes[lang][0], "paper"))
-            tops["shuffled"][lang] = best(attribution(f, fake, D, fit_probe(X, fake)[0]))
-        if len(parts) < 2:
-            continue
-        groups = {kind: shared(lists) for kind, lists in tops.items()}
-        multi, against, paper = (groups[kind][0][: args.top] for kind in ("contrast", "against", "paper"))
-        both, counts = list(dict.fromkeys(multi + against)), groups["contrast"][1]
-        alive = np.mean([(p["train"][1].sum(0) > 0).sum().item() for p in parts.values()])  # in one language: strict
-        L, share, most = len(parts), {}, {}
-        for kind, (several, lists) in groups.items():
-            share[kind] = len(several) / max(1, len(lists))
-            most[kind] = sum(c for c in lists.values() if c >= max(2, L / 2)) / max(1, sum(lists.values()))
-        row = {"share": share | {"null": share_null(alive, args.top, L)}, "multi": multi, "against": against}
-        row |= {"most": most | {"null": common_null(alive, args.top, L)}}
-        row |= {"tops": tops["contrast"], "ablations": {}, "logits": {}}
-        row["counts"] = [sum(c == n for c in counts.values()) for n in range(1, L + 1)]
-        mono = {lang: [j for j in tops["contrast"][lang] if counts[j] == 1] for lang in parts}
-        for lang, p in parts.items():
-            others = [l for l in parts if l != lang]
-            sets = {"clean": [], "multi": multi, "multi, paper's IE": paper, "multi, mean-ablated": multi}
-            sets |= {"multi but the first": multi[1:], "multi of both values": both, "own mono": mono[lang]}
-            if len(others) > 1:
-                sets["multi of the others"] = shared({l: tops["contrast"][l] for l in others})[0][: args.top]
-            sets |= {"others' mono": [j for l in others for j in mono[l]][: len(multi)]}
-            sets |= {"matched random": alike(multi, weight, rng), "matched random, both": alike(both, weight, rng)}
-            sets |= {"matched random, paper's": alike(paper, weight, rng), "difference of means": None}
-            (X, f, y), (w, b), target = p["train"], probes[lang], p["test"][2]
-            gap = F.normalize(X[y > 0].mean(0) - X[y == 0].mean(0), dim=0)
-            for name, latents in sets.items():
-                mean = f.mean(0) if "mean-" in name else None
-                left, test = (
-                    Z - (Z @ gap)[:, None] * gap if latents is None else ablate(Z, codes, latents, D, mean)
-                    for Z, codes, _ in p.values()
-                )
-                w2, b2 = fit_probe(left, y)
-                logit, again = test @ w + b, test @ w2 + b2
-                numbers = {"accuracy": accuracy(logit, target), "auc": auc(logit, target)}
-                numbers |= {"refit": accuracy(again, target), "says 1": (logit > 0).double().mean().item()}
-                row["ablations"].setdefault(name, {})[lang] = numbers
-                if lang == next(iter(parts)) and name in ("clean", "multi, paper's IE"):
-                    row["logits"][name] = [logit[target == c].tolist() for c in (0, 1)]
-        out[concept] = row
-    return out
+    X, codes, y = splits["train"]
+    means = F.normalize(class_gap(X, y), dim=0)
+    found = {}
+    for name, latents in removed.items():
+        left = {}
+        for split, (X, codes, y) in splits.items():
+            X = ablate(X, codes, latents, D)
+            if name == "difference of means":
+                X = X - (X @ means)[:, None] * means
+            left[split] = X, y
+        X, y = left["test"]
+        w, b = common.fit_probe(*left["train"])
+        logit = X @ probe[0] + probe[1]
+        found[name] = read(logit, y) | {"refit": read(X @ w + b, y)["accuracy"]}
+        found[name]["logits"] = [logit[y == label].tolist() for label in (0, 1)]
+    return found
 
 
-def averaged(study, name, key):
-    """The mean over languages (and concepts) of one figure of `study` under one ablation."""
-    return float(np.mean([v[key] for r in study.values() for v in r["ablations"].get(name, {}).values()]))
+def study_concept(parts, D, weight, top, rng):
+    """Steps 2 to 5 for one concept; parts {language: {split: (X, codes, y)}}.
 
-
-# --------------------------------------------------------------------------------------------------- the model's side
-
-
-class Stop(Exception):
-    """Ends a forward pass at the hooked layer: the layers above it would be computed for nothing."""
-
-
-@torch.no_grad()
-def residual(model, idx, layer, mask=None):
-    """The residual stream (B, T, C) behind block `layer`, in fp32; the model runs no further."""
-    kept = []
-
-    def stop(x):
-        kept.append(x.float())
-        raise Stop
-
-    try:
-        with model.patch({f"blocks.{layer}.resid_post": stop}):
-            model.hidden(idx, mask)
-    except Stop:
-        return kept[0]
-
-
-def batches(sentences, size, device):
-    """Right-padded batches of id lists, in order: idx (B, T), mask (B, T)."""
-    for i in range(0, len(sentences), size):
-        idx = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sentences[i : i + size]], True, -1).to(device)
-        yield idx.clamp(min=0), idx >= 0
-
-
-@torch.no_grad()
-def pool(model, layer, sae, sentences, how, device):
-    """Activations X (N, d) and codes (N, m) of sentences, pooled over tokens; the mean and last leave out BOS."""
-    X, codes = [], []
-    for idx, mask in batches(sentences, 64, device):
-        x, weight = residual(model, idx, layer, mask), mask.float()
-        if how == "last":
-            weight = F.one_hot(mask.sum(1) - 1, mask.shape[1]).float()
-        elif how == "mean":
-            weight[:, 0] = 0
-            weight /= weight.sum(1, keepdim=True)
-        X.append((weight[:, :, None] * x).sum(1).cpu())
-        codes.append(torch.stack([w @ sae.encode(row) for row, w in zip(x, weight)]).cpu())
-    return torch.cat(X), torch.cat(codes)
-
-
-def harvest(model, layer, blocks, n, max_norm_mult=10):
-    """At most n rows (N, d) of residual stream from (idx, mask) blocks: no BOS, no padding, no norms far off.
-
-    max_norm_mult: rows above so many medians go (attention sinks: a few huge rows would rule the loss).
+    D (m, d), weight (m,): directions and mean activations of the latents. Returns the numbers, and
+    two directions to push along: multilingual latents, each as much as it is more active with the
+    value than without; and random latents in their places.
     """
-    rows, total = [torch.zeros(0, model.config.n_embd)], 0
-    with tqdm(total=n, desc="harvest", unit=" rows", leave=False, delay=5, disable=None) as bar:
-        for idx, mask in blocks:
-            x = residual(model, idx, layer, mask)[:, 1:][mask[:, 1:]]
-            norm = x.norm(dim=1)
-            rows.append(x[norm <= max_norm_mult * norm.median()])
-            total += len(rows[-1])
-            bar.update(len(rows[-1]))
-            if total >= n:
-                break
-    return torch.cat(rows[-1:] if total == 0 else rows[1:])[:n]
+    probes, lists = rank(parts, D, top, rng)
+    multilingual = shared(lists["paper"])[0][: 4 * top]
+    several = shared(lists["longer"])[0]
+    sets, gaps = {}, []
+    logits = None
+    for lang, splits in parts.items():
+        others = {other: some for other, some in lists["paper"].items() if other != lang}
+        removed = {
+            "nothing": [],
+            "multilingual": multilingual,
+            "from other languages": shared(others)[0][: 4 * top] if len(others) > 1 else [],
+            "matched random": alike(multilingual, weight),
+            "difference of means": [],
+        }
+        found = probes_after(removed, probes[lang], splits, D)
+        here = {name: numbers.pop("logits") for name, numbers in found.items()}
+        logits = logits or {name: here[name] for name in ("nothing", "multilingual")}
+        for name, numbers in found.items():
+            sets.setdefault(name, []).append(numbers)
+        gaps.append(class_gap(*splits["train"][1:])[several])
+    gap = torch.stack(gaps).mean(0)
+    random = alike(several, weight)
+    directions = {"multilingual": gap @ D[several], "random": gap[: len(random)] @ D[random]}
+    row = {"shared": shared(lists["contrast"], lists["chance"])[1], "logits": logits}
+    row["by_chance"] = shared(lists["again"], lists["chance"])[1]
+    row["sets"] = {name: common.mean(rows) for name, rows in sets.items()}
+    return row, {name: direction.float() for name, direction in directions.items()}
 
 
-@torch.no_grad()
-def ce_recovered(model, layer, sae, idx, targets):
-    """Next-token loss with the stream replaced by x_hat: clean, sae, zero, and (zero - sae) / (zero - clean)."""
-    losses, x_hat = {}, lambda x: sae.decode(sae.encode(x.float())).to(x.dtype)
-    for name, fn in {"clean": lambda x: x, "sae": x_hat, "zero": torch.zeros_like}.items():
-        with model.patch({f"blocks.{layer}.resid_post": fn}):
-            losses[name] = model.loss(idx, targets).item()
-    return losses | {"recovered": (losses["zero"] - losses["sae"]) / (losses["zero"] - losses["clean"])}
+def study(model, corpus, fill, bos, args, env, log, seed):
+    """Trains an SAE on a model and measures all concepts of a corpus of id lists.
 
-
-def steering(sae, on, off, values, where="active"):
-    """A patch: latents `on` at their maximum `values` and `off` at 0, the SAE's error kept.
-
-    where  last: at the last position of every call (the paper); active: wherever a latent of `off` fires (a swap)
+    Returns the numbers, means over concepts first, and {concept: {name: direction}}.
     """
+    torch.manual_seed(seed)
+    sae = SAE(model.config.n_embd, args.d_sae, args.k)
+    train_sae(sae, fill, args, env, log, seed)
+    parts, weights = {}, []
+    for lang, splits in corpus.items():
+        for split, (sentences, labels) in splits.items():
+            X, codes = pool(model, args.layer, sae, sentences, args.pool, bos)
+            weights.append(codes.mean(0))
+            for concept, y in labels.items():
+                part = parts.setdefault(concept, {}).setdefault(lang, {})
+                part[split] = X, codes, torch.tensor(y)
+    weight = torch.stack(weights).mean(0)
+    D = sae.decoder().double().cpu()
+    concepts, directions = {}, {}
+    for concept, part in parts.items():
+        rng = np.random.default_rng(seed)
+        concepts[concept], directions[concept] = study_concept(part, D, weight, args.top, rng)
+    rows = [*concepts.values()]
+    means = {"fvu": unexplained(sae, fill(-1)), "concepts": concepts, "sets": {}}
+    for key in "shared", "by_chance":
+        means[key] = np.mean([row[key] for row in rows])
+    for name in rows[0]["sets"]:
+        means["sets"][name] = common.mean([row["sets"][name] for row in rows])
+    return means, directions
 
-    def patch(x):
-        f = sae.encode(x.float())
-        new = f.clone()
-        new[..., on], new[..., off] = values, 0.0
-        change = (new - f) @ sae.W_dec
-        if where == "active":
-            change = change * (f[..., off].amax(-1, keepdim=True) > 0)
-        else:
-            change[:, :-1] = 0
-        return x + change.to(x.dtype)
 
-    return patch
+def versions(items, say):
+    """Every item in four versions, plural or not, past or not: sentences, {concept: labels}."""
+    grid = [*product(items, (0, 1), (0, 1))]
+    labels = {"plural": [plural for _, plural, _ in grid], "past": [past for _, _, past in grid]}
+    return [say(*version) for version in grid], labels
 
 
-# ------------------------------------------------------------------------------------------------------ the toy world
+# ------------------------------------------------------------------------------------------ the toy
 
-NOUNS, VERBS, ADJS = 10, 6, 4  # lexical gender of noun i: "mf"[i % 2]
-NUMBER, TENSE = ("sg", "pl"), ("pres", "past")
-GRAMMAR = {  # order, adjective before the noun; words of a noun, an adjective, a verb; each language adds its letter
-    "A": ("SVO", True, "n{i}.{num}", "a{i}", "v{i}.{tense}.{num}"),
-    "B": ("SOV", True, "n{i} {num}", "a{i}", "v{i} {tense} AGR{num}"),
-    "C": ("VSO", False, "{num} n{i}", "a{i}.{gender}.{num}", "x.{tense}.{num} v{i}"),
-    "D": ("SVO", True, "q{num} n{i}", "a{i}", "v{i} {tense}"),
-    "E": ("SOV", False, "n{i}.{num}.{case}", "a{i}", "v{i}.{tense}.{num}.{gender}"),
-    "F": ("VOS", False, "n{i} {num}", "a{i}.{num}", "v{i}.{tense}"),
+NOUNS, VERBS = 10, 6
+NUMBERS, TENSES = ("sg", "pl"), ("pres", "past")
+LANGUAGES = {  # order of subject, verb, object; words of a noun and a verb; a dot is inside a word
+    "A": ("SVO", "n{i}.{num}", "v{i}.{tense}.{num}"),
+    "B": ("SOV", "n{i} {num}", "v{i} {tense} agr.{num}"),
+    "C": ("VSO", "{num} n{i}", "aux.{tense}.{num} v{i}"),
+    "D": ("SVO", "all.{num} n{i}", "v{i} {tense}"),
+    "E": ("SOV", "n{i}.{num}.{case}", "v{i}.{tense}.{num}"),
+    "F": ("VOS", "n{i} {num}", "v{i}.{tense}"),
 }
-LANGS = "".join(GRAMMAR)
+
+
+class Meaning(NamedTuple):
+    """What a sentence says; numbers and tense are 0 or 1."""
+
+    subject: int
+    number: int
+    verb: int
+    tense: int
+    object: int
+    object_number: int
+
+    def turned(self, concept, value):
+        """With all nouns in the plural (1) or singular (0), or the verb in the past or present."""
+        if concept == "past":
+            return self._replace(tense=value)
+        return self._replace(number=value, object_number=value)
 
 
 def render(m, lang):
-    """The words of a meaning (adj, subject, number, (noun, number) or None, verb, tense, (noun, number) or None).
-
-    The third noun hangs on the subject by the word `at`, between it and the verb in A, B, D, E: an attractor for
-    agreement.
-    """
-    (adj, s, num, pp, v, tense, obj), (order, first, noun, adjective, verb) = m, GRAMMAR[lang]
-    thing, marks = lambda i, num: noun.format(i=i, num=num, case="acc"), dict(num=num, gender="mf"[s % 2], tense=tense)
-    subject = [noun.format(i=s, num=num, case="nom")]
-    if adj is not None:
-        subject.insert(0 if first else 1, adjective.format(i=adj, **marks))
-    if pp:
-        subject += [thing(*pp), "at"] if order == "SOV" else ["at", thing(*pp)]
-    parts = {"S": " ".join(subject), "V": verb.format(i=v, **marks), "O": thing(*obj) if obj else ""}
-    return [lang + w for part in order for w in parts[part].split()]
+    """The words of a meaning in a language; "A:n3.pl" belongs to language A alone."""
+    order, noun, verb = LANGUAGES[lang]
+    number = NUMBERS[m.number]
+    parts = {
+        "S": noun.format(i=m.subject, num=number, case="nom"),
+        "V": verb.format(i=m.verb, num=number, tense=TENSES[m.tense]),
+        "O": noun.format(i=m.object, num=NUMBERS[m.object_number], case="acc"),
+    }
+    words = " ".join(parts[part] for part in order).split()
+    return [f"{lang}:{word}" for word in words]
 
 
-def parse(words, lang):
-    """The meaning of a sentence, or None if it is not one: the table as a regular expression, then a comparison."""
-    order, first, noun, adjective, verb = GRAMMAR[lang]
-    marks = {"num": r"\w+", "case": r"\w+", "gender": r"\w", "tense": r"(?P<tense>\w+)"}
-    fill = lambda text, name, **more: text.replace(".", r"\.").format(i=rf"(?P<{name}>\d+)", **marks | more) + " "
-    thing = lambda name: fill(noun, name, num=rf"(?P<{name}num>sg|pl)")
-    adj, pp = f"(?:{fill(adjective, 'a')})?", f"(?:{thing('p')}at )?" if order == "SOV" else f"(?:at {thing('p')})?"
-    subject = (adj + thing("s") if first else thing("s") + adj) + pp
-    parts = {"S": subject, "V": fill(verb, "v"), "O": f"(?:{thing('o')})?"}
-    found = re.fullmatch("".join(parts[p] for p in order), "".join(f"{w[1:]} " for w in words if w[0] == lang))
-    if not found:
-        return None
-    g = {k: v and (v if k.endswith("num") or k == "tense" else int(v)) for k, v in found.groupdict().items()}
-    pair = lambda name: None if g[name] is None else (g[name], g[name + "num"])
-    m = (g["a"], *pair("s"), pair("p"), g["v"], g["tense"], pair("o"))
-    return m if render(m, lang) == words else None
+def shows(words, concept, value):
+    """Whether words carry the value, and nowhere the opposite one."""
+    values = TENSES if concept == "past" else NUMBERS
+    marks = set(chain(*(word.split(":")[1].split(".") for word in words)))
+    return marks & {*values} == {values[value]}
 
 
-def meaning(rng, held=None):
-    """A random meaning; held True or False: of the 20 % (subject, verb) pairs kept out of training, or of the rest."""
-    thing = lambda: (int(rng.integers(NOUNS)), NUMBER[rng.integers(2)])
-    maybe = lambda p, draw: draw() if rng.random() < p else None
+def draw_meaning(rng, held):
+    """A random meaning; held: with a (subject, verb) pair of the fifth that training never sees."""
     while True:
-        s, v = int(rng.integers(NOUNS)), int(rng.integers(VERBS))
-        if held is None or ((s + v) % 5 == 0) == held:
-            break
-    adj, pp, obj = maybe(0.4, lambda: int(rng.integers(ADJS))), maybe(0.4, thing), maybe(0.5, thing)
-    return adj, s, NUMBER[rng.integers(2)], pp, v, TENSE[rng.integers(2)], obj
+        m = Meaning(*rng.integers((NOUNS, 2, VERBS, 2, NOUNS, 2)).tolist())
+        if ((m.subject + m.verb) % 5 == 0) == held:
+            return m
 
 
-def turned(m, concept, value):
-    """The meaning with every noun's number (concept plural) or its tense (past) set to the value, 0 or 1."""
-    adj, s, num, pp, v, tense, obj = m
-    if concept == "past":
-        return adj, s, num, pp, v, TENSE[value], obj
-    put = lambda thing: thing and (thing[0], NUMBER[value])
-    return adj, s, NUMBER[value], put(pp), v, tense, put(obj)
+def vocabulary():
+    """Pad, start, end, a tag for each language, then every form of every word."""
+    forms = set()
+    for lang, i, number, tense in product(LANGUAGES, range(NOUNS), (0, 1), (0, 1)):
+        forms |= {*render(Meaning(i, number, i % VERBS, tense, i, number), lang)}
+    return ["<pad>", "<bos>", "<eos>", *(f"<{lang}>" for lang in LANGUAGES), *sorted(forms)]
 
 
-class World:
-    """Vocabulary of the six languages and batches of their text; every batch depends on seed and step alone."""
-
-    def __init__(self, seed=0, translation=True):
-        self.seed, self.translation = seed, translation
-        words, grid = ["<pad>", "<bos>", "<eos>", *(f"<{l}>" for l in LANGS)], itertools.product(NUMBER, TENSE)
-        forms = [(v % ADJS, s, n, (s, n), v, t, (s, n)) for n, t in grid for s in range(NOUNS) for v in range(VERBS)]
-        self.words = words + sorted({word for lang in LANGS for m in forms for word in render(m, lang)})
-        self.id = {w: i for i, w in enumerate(self.words)}
-
-    def ids(self, m, lang):
-        return [self.id[w] for w in [f"<{lang}>", *render(m, lang)]]
-
-    def batch(self, step, n, held=False):
-        """n texts of four sentences: one meaning in four languages; without `translation`, four meanings in one.
-
-        idx and targets (n, T), -100 at padding. held: only subject-verb pairs that training never sees.
-        """
-        rng, rows = np.random.default_rng((self.seed, step, held)), []
-        for _ in range(n):
-            ms, langs = [meaning(rng, held)] * 4, rng.permutation(6)[:4]
-            if not self.translation:
-                ms, langs = [meaning(rng, held) for _ in range(4)], langs[[0] * 4]
-            text = itertools.chain(*(self.ids(m, LANGS[l]) for m, l in zip(ms, langs)))
-            rows.append(torch.tensor([self.id["<bos>"], *text, self.id["<eos>"]]))
-        full = nn.utils.rnn.pad_sequence(rows, True)
-        return {"idx": full[:, :-1], "targets": full[:, 1:].masked_fill(full[:, 1:] == 0, -100)}
-
-    def corpus(self, n, seed):
-        """{language: {split: (sentences, {concept: 0/1 array})}}: n training, n // 2 test ones of held-out pairs.
-
-        As in the paper, label 1 says that some token has the value: plural if one of the nouns is [C].
-        """
-        out = {}
-        for (l, lang), (split, size) in itertools.product(enumerate(LANGS), (("train", n), ("test", n // 2))):
-            rng = np.random.default_rng((seed, l, split == "test", 7))
-            ms = [meaning(rng, split == "test") for _ in range(size)]
-            labels = {c: np.array([m != turned(m, c, 0) for m in ms], int) for c in ("plural", "past")}
-            out.setdefault(lang, {})[split] = [[self.id["<bos>"], *self.ids(m, lang)] for m in ms], labels
-        return out
+WORDS = vocabulary()
+ID = {word: i for i, word in enumerate(WORDS)}
+PAD, BOS, EOS = range(3)
+STOP = range(EOS, EOS + 1 + len(LANGUAGES))  # the end, or the tag of the next sentence
 
 
-@torch.no_grad()
-def translate(model, world, items, patch=None):
-    """Greedy translations of items (meaning, source, target) as meanings, None where the output is no sentence."""
-    prompts = [[world.id["<bos>"], *world.ids(m, s), world.id[f"<{t}>"]] for m, s, t in items]
-    with model.patch(patch or {}):
-        out = generate(model, prompts, 14, temperature=0, stop=range(2, 9))  # <eos>, or the next sentence's language
-    return [parse([world.words[i] for i in ids[:-1]], t) for ids, (_, _, t) in zip(out, items)]
+def ids(m, lang):
+    """A sentence as ids, the language's tag before it."""
+    return [ID[word] for word in [f"<{lang}>", *render(m, lang)]]
 
 
-def steer_toy(model, layer, sae, world, items, pooled, studied, env, seed):
-    """Steers number and tense in translations, both ways: {concept: {way: {flipped, intact, n}}}.
+def texts(rng, n, translation, held=False):
+    """n texts of four sentences as idx and targets (n, T), -100 at padding.
 
-    The multilingual latents of the target value go to their maximum, those of the opposite to 0 (`steering`); controls
-    are as many matched random ones. Only what the model translates rightly unsteered counts. flipped: the share of
-    outputs that are sentences with the target value (on every noun, for number); intact: of these, all else is right.
+    One meaning in four languages; without translation, four meanings in one language.
     """
-    rng, out = np.random.default_rng((seed, 5)), {}
-    weight = sum(p["train"][1].mean(0) for p in pooled.values()) / len(pooled)
-    sentences = [s for p in world.corpus(64, seed).values() for s in p["train"][0]]
-    top = sae.encode(harvest(model, layer, batches(sentences, 64, env.device), 10**6)).amax(0)
-    for concept, row in studied.items():
-        turn = [[(turned(m, concept, v), s, t) for m, s, t in items] for v in (0, 1)]
-        right = [[i for i, n in zip(new, translate(model, world, new)) if n == i[0]] for new in turn]
-        up, down = ([j for j in row[a] if j not in row[b]] for a, b in (("multi", "against"), ("against", "multi")))
-        sets = {"multi": (up, down), "one latent": (up[:1], down[:1])}
-        sets["matched random"] = alike(up, weight, rng), alike(down, weight, rng)
-        for way in WAYS:
-            (name, where), done = way.split(", "), []  # (flipped, all else right)
-            for value, on, off in ((1, *sets[name]), (0, *sets[name][::-1])):
-                use = right[1 - value] if on and off else []
-                patch = {f"blocks.{layer}.resid_post": steering(sae, on, off, top[on], where)}
-                for (m, _, _), n in zip(use, translate(model, world, use, patch) if use else ()):
-                    done.append((n is not None and n == turned(n, concept, value), n == turned(m, concept, value)))
-            flipped, intact = (sum(x) for x in zip(*done)) if done else (0, 0)
-            numbers = {"flipped": flipped / max(1, len(done)), "intact": intact / max(1, flipped), "n": len(done)}
-            out.setdefault(concept, {})[way] = numbers
+    rows = []
+    for _ in range(n):
+        langs = rng.permutation([*LANGUAGES])[:4]
+        if translation:
+            meanings = [draw_meaning(rng, held)] * 4
+        else:
+            meanings = [draw_meaning(rng, held) for _ in range(4)]
+            langs = langs[:1].repeat(4)
+        sentences = [ids(m, lang) for m, lang in zip(meanings, langs)]
+        rows.append(torch.tensor([BOS, *chain(*sentences), EOS]))
+    full = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"idx": full[:, :-1], "targets": full[:, 1:].masked_fill(full[:, 1:] == PAD, -100)}
+
+
+def toy_corpus(n, seed):
+    """{language: {split: (sentences, {concept: labels})}}, n to train on, n // 2 held-out ones."""
+
+    def say(lang, m, plural, past):
+        return [BOS, *ids(m.turned("plural", plural).turned("past", past), lang)]
+
+    out = {lang: {} for lang in LANGUAGES}
+    for lang, splits in out.items():
+        for split, size in ("train", n // 4), ("test", n // 8):
+            rng = np.random.default_rng([seed, ID[f"<{lang}>"], size])
+            meanings = [draw_meaning(rng, held=split == "test") for _ in range(size)]
+            splits[split] = versions(meanings, partial(say, lang))
     return out
 
 
-# ----------------------------------------------------------------------------------------- sentences of real languages
+def translate(model, items, patch=None):
+    """Greedy translations, as words, of items (meaning, language, into language)."""
+    prompts = [[BOS, *ids(m, lang), ID[f"<{into}>"]] for m, lang, into in items]
+    with model.patch(patch or {}):
+        out = generate(model, prompts, 12, temperature=0, stop=STOP)
+    return [[WORDS[i] for i in row if i not in STOP] for row in out]
+
+
+def push(x, direction, strength):
+    """A patch: x (..., d) moved along a direction (d,), by `strength` times its norm."""
+    step = strength * x.float().norm(dim=-1, keepdim=True) * F.normalize(direction, dim=0)
+    return x + step.to(x.dtype)
+
+
+def steer(model, args, direction, concept, items):
+    """Pushes translations to the other value, both ways.
+
+    Only items count that have the opposite value and are translated without a mistake unpushed.
+    flipped: the share of translations that then show the value, and nowhere the opposite;
+    kept: of these, the share that is otherwise as before, word for word. NaN: a share of nothing.
+    """
+    done = []  # (flipped, kept)
+    for value, strength in (0, -args.strength), (1, args.strength):
+        turned = [(m.turned(concept, 1 - value), lang, into) for m, lang, into in items]
+        said = translate(model, turned)
+        right = [item for item, words in zip(turned, said) if words == render(item[0], item[2])]
+        if not right:
+            continue
+        patch = partial(push, direction=direction, strength=strength)
+        said = translate(model, right, {f"blocks.{args.layer}.resid_post": patch})
+        for (m, _, into), words in zip(right, said):
+            flipped = shows(words, concept, value)
+            done.append((flipped, flipped and words == render(m.turned(concept, value), into)))
+    flipped, kept = torch.tensor(done).reshape(-1, 2).float().T
+    share = kept.sum() / flipped.sum()
+    return {"n": len(done), "flipped": flipped.mean().item(), "kept": share.item()}
+
+
+def toy(args, env, log, arm, seed):
+    """One arm and seed of the toy; arms: "main", and "alone", whose texts are no translations."""
+    translation = arm == "main"
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(len(WORDS), 64, 4, 4, 64, qkv_bias=False, tie=True))
+
+    def batch(step):
+        return texts(np.random.default_rng([seed, 2, step]), args.batch_size, translation)
+
+    common.train(model, batch, args, env, log)
+    model.eval().requires_grad_(False)
+
+    def batches(refill):
+        rng = np.random.default_rng([seed, 3, refill + 1])
+        while True:
+            idx = texts(rng, 256, translation, held=refill < 0)["idx"].to(env.device)
+            yield idx, idx != PAD
+
+    def fill(refill):  # -1: held-out rows, fewer
+        n = args.rows if refill >= 0 else 2**13
+        return harvest([model], args.layer, batches(refill), n, BOS)
+
+    corpus = toy_corpus(args.n_probe, seed)
+    row, directions = study(model, corpus, fill, BOS, args, env, log, seed)
+    if translation:
+        rng = np.random.default_rng([seed, 4])
+        meanings = [draw_meaning(rng, held=True) for _ in range(4)]
+        items = [(m, *pair) for m, pair in product(meanings, permutations(LANGUAGES, 2))]
+        said = translate(model, items)
+        right = [words == render(m, into) for words, (m, _, into) in zip(said, items)]
+        row |= {"translation": np.mean(right), "steer": {"multilingual": {}, "random": {}}}
+        for concept, named in directions.items():
+            for name, direction in named.items():
+                found = steer(model, args, direction.to(env.device), concept, items)
+                row["steer"][name][concept] = found
+    return row
+
+
+# ------------------------------------------------------------------------------------ a real model
 
 
 def template_sentences():
-    """{language: {split: (sentences, {concept: 0/1 array})}} from grammar.csv; nouns and verbs of the test are unseen.
+    """{language: {split: (sentences, {concept: labels})}} from grammar.csv.
 
-    Number x tense x place. A noun is singular/plural, male and female in turn; a verb is present singular/present
-    plural/past singular/past plural, in Russian also /past feminine.
+    A noun's forms are singular/plural, a verb's present singular/present plural/past singular/past
+    plural. Nouns and verbs of the split `test` are not in the training sentences.
     """
-    with open(Path(__file__).with_name("grammar.csv"), encoding="utf-8") as f:
-        rows, out = list(csv.DictReader(f)), {}
-    for lang in list(rows[0])[1:]:
-        nouns, verbs, places = ([r[lang].split("/") for r in rows if r["kind"] == k] for k in ("noun", "verb", "place"))
-        found = {"train": [], "test": []}
-        for (i, noun), (j, verb), (place,) in itertools.product(enumerate(nouns), enumerate(verbs), places):
-            new = 3 * i >= 2 * len(nouns), 3 * j >= 2 * len(verbs)
-            for plural, past in itertools.product((0, 1), (0, 1)) if new[0] == new[1] else ():
-                form = verb[4 if past and i % 2 and not plural and len(verb) > 4 else 2 * past + plural]
-                text = f"{noun[plural]} {form} {place}."
-                found["test" if new[0] else "train"].append((text[0].upper() + text[1:], plural, past, i % 2))
-        for split, sentences in found.items():
-            texts, *labels = zip(*sentences)
-            labels = dict(zip(("plural", "past", "feminine"), map(np.array, labels)))
-            out.setdefault(lang, {})[split] = list(texts), labels
+    table = data.read_table(Path(__file__).with_name("grammar.csv"), ["kind", "split"])
+
+    def say(words, plural, past):
+        noun, verb, place = words
+        text = f"{noun[plural]} {verb[2 * past + plural]} {place[0]}."
+        return text[0].upper() + text[1:]
+
+    out = {lang: {} for lang in [*table[0]][2:]}
+    for lang, splits in out.items():
+        for split in "train", "test":
+            forms = {"noun": [], "verb": [], "place": []}
+            for row in table:
+                if row["split"] in (split, "both"):
+                    forms[row["kind"]].append(row[lang].split("/"))
+            splits[split] = versions(product(*forms.values()), say)
     return out
 
 
-def read_conllu(path):
-    """(text, {(key, value), ...}) of every sentence of a .conllu file: the features some token has [C]."""
-    out, text, seen = [], None, set()
-    for line in [*path.read_text("utf-8").splitlines(), ""]:
-        if line.startswith("# text ="):
-            text = line[8:].strip()
-        elif line and not line.startswith("#"):
-            cells = line.split("\t")
-            if len(cells) < 6:
-                raise ValueError(f"{path} is no CoNLL-U: a line of {len(cells)} columns, needed: 10")
-            if cells[0].isdigit() and cells[5] != "_":  # 1-2 is a range, 1.1 an empty node
-                pairs = (pair.split("=") for pair in cells[5].split("|"))
-                seen |= {(key, value) for key, values in pairs for value in values.split(",")}
-        elif not line and text:
-            out.append((text, seen))
-            text, seen = None, set()
-    return out
-
-
-def ud_sentences(folder, least=(128, 32)):
-    """Universal Dependencies as `template_sentences` gives its own: one sub-folder a language, *-train / *-test.conllu.
-
-    A concept is kept in a language if both splits have `least` sentences, half with it and half without [C].
-    """
-    out = {}
-    for path in sorted(p for p in Path(folder).expanduser().iterdir() if p.is_dir()):
-        read = {s: [x for f in sorted(path.glob(f"*{s}*.conllu")) for x in read_conllu(f)] for s in ("train", "test")}
-        names = {n for rows in read.values() for _, seen in rows for n in seen}
-        labels = {s: {n: np.array([n in seen for _, seen in rows], int) for n in names} for s, rows in read.items()}
-        enough = lambda y, n: min(y.sum(), len(y) - y.sum()) >= n / 2
-        names = [n for n in names if all(enough(labels[s][n], m) for s, m in zip(read, least))]
-        out[path.name] = {s: ([t for t, _ in read[s]], {"=".join(n): labels[s][n] for n in names}) for s in read}
-    if sum(bool(v["train"][1]) for v in out.values()) < 2:
-        raise ValueError(f"--ud {folder}: sharing needs >= 2 languages with a concept, in sub-folders of .conllu files")
-    return out
-
-
-def prepare(args, env):
-    """The real model's rung: (model, corpus of id lists, fill for the buffer, a held-out block of text)."""
-    model, tok = pretrained.load(args.model, env.device, "fp32" if env.dtype == torch.float32 else "bf16")
+def prepare(args, env, out):
+    """A real model, its corpus of ids, its source of rows, and the id of its start token or -1."""
+    model, tok = pretrained.load(args.model, env.device, args.dtype)
     model.eval().requires_grad_(False)
-    if not 0 <= args.layer < model.config.n_layer:
+    if args.layer >= model.config.n_layer:
         raise ValueError(f"--layer {args.layer}, allowed: 0 to {model.config.n_layer - 1}")
-    corpus = ud_sentences(args.ud) if args.ud else template_sentences()
+    bos = tok.bos if tok.opens else -1
+    corpus = template_sentences()
     for splits in corpus.values():
-        for split, (texts, labels) in splits.items():  # a treebank's split is far larger than a probe needs
-            order = np.random.default_rng(0).permutation(len(texts)) if args.ud else np.arange(len(texts))
-            rows = order[: 20 * args.n_probe]
-            ids = [tok.encode(texts[i], bos=True)[: model.config.block_size] for i in rows]
-            splits[split] = ids, {name: y[rows] for name, y in labels.items()}
+        for split, (sentences, labels) in splits.items():
+            splits[split] = [tok.encode(text, bos=True) for text in sentences], labels
     with common.rank_zero_first(env):
-        limit, folder = 2 * args.sae_steps * args.sae_batch, Path(args.out) / "tokens"
-        tokens = [data.token_file(args.dataset, s, tok, folder, limit, env.rank > 0) for s in ("train", "heldout")]
-    own = [[s for splits in corpus.values() for s in splits[split][0]] for split in ("train", "test")]
+        limit = 2 * args.sae_steps * args.sae_batch
+        read = partial(data.token_file, args.dataset, tok=tok, folder=out / "tokens", limit=limit)
+        tokens = {"train": read("train"), "test": read("heldout")}
 
-    def text(r):
-        """(idx, mask) blocks of refill r; -1: held out."""
-        rng = np.random.default_rng((abs(r), r < 0, env.rank))
+    def batches(split, refill):
+        """The sentences of all languages, then windows of text without end."""
+        own = [*chain(*(splits[split][0] for splits in corpus.values()))]
+        for i in range(0, len(own), 64):
+            yield padded(own[i : i + 64], env.device)
+        rng = np.random.default_rng([abs(refill), env.rank])
         while True:
-            idx = data.windows(tokens[r < 0], rng, 32, args.block_size)
-            idx[:, 0] = tok.eos if tok.bos is None else tok.bos
-            idx = torch.from_numpy(idx).to(env.device)
+            idx = torch.from_numpy(data.windows(tokens[split], rng, 32, 64)).to(env.device)
+            if tok.opens:
+                idx[:, 0] = bos
             yield idx, torch.ones_like(idx, dtype=torch.bool)
 
-    def fill(r):  # the corpus's sentences, in an order of the refill's, half of the rows at most, then text
-        n, mine = args.rows if r >= 0 else min(args.rows, 2**13), own[r < 0]
-        if args.ud:
-            mine = [mine[i] for i in np.random.default_rng((abs(r), r < 0, env.rank, 1)).permutation(len(mine))]
-        some = harvest(model, args.layer, batches(mine, 64, env.device), n // 2)
-        return torch.cat((some, harvest(model, args.layer, text(r), n - len(some))))
+    @lru_cache(maxsize=2)  # all seeds train on the same rows
+    def fill(refill):
+        split, n = ("train", args.rows) if refill >= 0 else ("test", 2**13)
+        return harvest([model], args.layer, batches(split, refill), n, bos)
 
-    return model, corpus, fill, next(text(-1))[0]
+    return model, corpus, fill, bos
 
 
-# ------------------------------------------------------------------------------------------------------ superposition
+def real(prepared, args, env, log, arm, seed):
+    """One seed of the SAE on a real model."""
+    return study(*prepared, args, env, log, seed)[0]
 
 
-def superposition(seed, steps, d=32, n=96, m=128, active=4):
-    """SAEs on x = sum of few of n known unit directions in d < n dimensions: does the dictionary find them?
-
-    Returns {arm: {mcc, found (share of features with |cos| > .9), fvu, l0, dead}}, with `random`: the chance level of
-    m random directions, and `frozen`: a topk SAE whose decoder never moved.
-    """
-    g = torch.Generator().manual_seed(seed + 10**6)  # not the stream that initialises the SAEs
-    A = F.normalize(torch.randn(n, d, generator=g), dim=1)
-
-    def batch(step, size=512):
-        g = torch.Generator().manual_seed(seed * 10**6 + step)
-        on = torch.rand(size, n, generator=g) < active / n
-        return (on * (0.5 + torch.rand(size, n, generator=g))) @ A + 0.01 * torch.randn(size, d, generator=g)
-
-    out, test = {}, batch(10**5, 8192)
-    for arm in [*ARCHS, "frozen", "random"]:
-        torch.manual_seed(seed)
-        frozen, l1 = arm in ("frozen", "random"), 0.1 if arm == "jumprelu" else 0.15
-        sae = SAE(d, m, "topk" if frozen else arm, active, l1, frozen=frozen)
-        if arm != "random":
-            fit(sae, batch, steps, 3e-3)
-        cos = match(A, sae.W_dec.detach())
-        out[arm] = {"mcc": float(cos.mean()), "found": float((cos > 0.9).mean()), **metrics(sae, test)[0]}
-    return out
+# ------------------------------------------------------------------------------- claims and figure
 
 
-# -------------------------------------------------------------------------------------------------------------- to run
-
-ARMS = "main", "no-translation", "untrained"  # of the toy; the last two are controls
-WAYS = [f"{name}, {where}" for name in ("multi", "one latent", "matched random") for where in ("active", "last")]
-
-
-def analyse(model, corpus, fill, args, env, seed, name):
-    """Harvest, SAE, pooled codes, tables of one model: (sae, pooled, study, metrics)."""
-    torch.manual_seed(seed)
-    if args.sae:
-        sae = load_sae(args.sae, model.config.n_embd).to(env.device)
-    else:
-        first = None if args.refresh else fill(0)
-        rows = args.sae_batch // env.world
-        buffer = Buffer(fill if args.refresh else lambda r: first, rows, seed * env.world + env.rank)
-        sae = SAE(model.config.n_embd, args.d_sae, args.arch, args.k, args.l1)
-        log, warmup = common.Log(args.out, f"{name}-s{seed}-sae", env), min(1000, args.sae_steps // 10)
-        fit(sae, buffer, args.sae_steps, args.sae_lr, warmup, env, log, args.resume)
-    numbers, pooled = metrics(sae, fill(-1).float())[0], {}
-    for lang, splits in corpus.items():
-        put = lambda x: pool(model, args.layer, sae, x, args.pool, env.device)
-        pooled[lang] = {s: (*put(x), y) for s, (x, y) in splits.items()}
-    return sae, pooled, study(pooled, sae.W_dec.detach().cpu(), args, seed), numbers
-
-
-def toy(args, seed, arm, position=0):
-    """One arm and seed of the toy, start to end; returns its numbers."""
-    env, world = common.setup(args), World(seed, arm == "main")
-    if arm == "superposition":
-        return superposition(seed, args.superposition_steps)
-    log = common.Log(args.out, f"{arm}-s{seed}")
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(len(world.words), 64, 4, 4, args.n_embd, qkv_bias=False, tie=True)).to(env.device)
-    held = {k: v.to(env.device) for k, v in world.batch(0, 256, held=True).items()}
-    evaluate = torch.no_grad()(lambda step: {"heldout_loss": model.loss(**held).item()})
-    steps = {"main": args.steps, "no-translation": args.steps // 2, "untrained": 0}[arm]
-    part = SimpleNamespace(**vars(args) | {"steps": steps})
-    common.train(model, lambda step: world.batch(step, args.batch_size), part, env, log, evaluate, position)
-    model.eval().requires_grad_(False)
-
-    def fill(r):  # refill -1 is held-out text
-        blocks = (world.batch(10**6 * (r + 2) + i, 256, held=r < 0)["idx"].to(env.device) for i in range(10**6))
-        return harvest(model, args.layer, ((idx, idx != 0) for idx in blocks), args.rows if r >= 0 else 2**15)
-
-    sae, pooled, studied, numbers = analyse(model, world.corpus(2 * args.n_probe, seed), fill, args, env, seed, arm)
-    out = {"sae": numbers, "study": studied}
-    if arm == "main":
-        rng = np.random.default_rng((seed, 3))
-        items = [(meaning(rng, True), s, t) for _ in range(args.meanings) for s, t in itertools.permutations(LANGS, 2)]
-        out["translation"] = float(np.mean([n == m for n, (m, _, _) in zip(translate(model, world, items), items)]))
-        out["ce"] = ce_recovered(model, args.layer, sae, **held)
-        out["steer"] = steer_toy(model, args.layer, sae, world, items, pooled, studied, env, seed)
-    return out
+def judge(run, found):
+    """The paper's claims, each beside the controls that must fail the same criterion."""
+    main = found["main"]
+    sets = {}
+    for name in main[0]["sets"]:
+        sets[name] = [row["sets"][name] for row in main]
+    random = {"matched random": sets["matched random"]}
+    controls = {"shuffled labels": [{"shared": row["by_chance"]} for row in main]}
+    if "alone" in found:
+        controls["no translations"] = found["alone"]
+    says = "languages share latents: of those at the top in one, so many are in two or more"
+    run.claim("C1", says, "many", "arm.shared >= .2", arm=main, controls=controls)
+    chance = "base.accuracy >= .9 and arm.accuracy <= .62"
+    says = "without the multilingual latents the probes are near chance"
+    arms = dict(base=sets["nothing"], arm=sets["multilingual"])
+    run.claim("C2", says, "near chance", chance, **arms, controls=random)
+    says = "but the feature is not gone: logits still rank, and a probe fitted again reads it"
+    stays = "arm.accuracy <= .7 and arm.auc >= .85 and arm.refit >= base.refit - .1"
+    means = {"difference of means": sets["difference of means"]}
+    run.claim("C3", says, "not asked", stays, **arms, controls=means)
+    says = "latents that are multilingual in the other languages do the same to a language"
+    arms["arm"] = sets["from other languages"]
+    run.claim("C4", says, "implied", chance, **arms, controls=random)
+    if "alone" not in found:
+        return
+    steered = {"multilingual": [], "random": []}
+    for name, rows in steered.items():
+        for row in main:
+            plural, past = row["steer"][name]["plural"], row["steer"][name]["past"]
+            kept = (plural["kept"] + past["kept"]) / 2
+            rows.append({"plural": plural["flipped"], "past": past["flipped"], "kept": kept})
+    arms = dict(arm=steered["multilingual"], controls={"random latents": steered["random"]})
+    flips = "arm.plural >= .5 and arm.past >= .5"
+    run.claim("C5", "pushed along them, translations take the value", "most", flips, **arms)
+    says = "and little else: the rest is as before, word for word"
+    run.claim("C6", says, "little else", flips + " and arm.kept >= .8", **arms)
 
 
-def real(args, env):
-    """The real model's rung, one SAE seed after the other: the same tables, and the model's loss with the SAE."""
-    out = []
-    with common.bad_input():
-        model, corpus, fill, idx = prepare(args, env)
-    for seed in args.seeds:
-        sae, _, studied, numbers = analyse(model, corpus, fill, args, env, seed, "main")
-        if env.rank == 0:
-            save_sae(sae, Path(args.out) / f"ae-s{seed}.pt")
-        ce = ce_recovered(model, args.layer, sae, idx[:8, :-1], idx[:8, 1:])
-        out.append({"sae": numbers, "study": studied, "ce": ce})
-    return out
+def draw(path, found):
+    """Three panels: shared latents; what is read after removals; one probe's logits, by label."""
+    main = found["main"]
+    share = {}
+    for arm, rows in found.items():
+        name = {"main": "trained on translations", "alone": "no translations"}[arm]
+        share[name] = [[row["shared"], row["by_chance"]] for row in rows]
+    names = [*main[0]["sets"]]
+    reads = {}
+    for name, key in ("accuracy", "accuracy"), ("AUC", "auc"), ("fitted again", "refit"):
+        reads[name] = [[row["sets"][removed][key] for removed in names] for row in main]
+    logits = {}
+    for height, (name, by_label) in enumerate(main[0]["concepts"]["plural"]["logits"].items()):
+        for label, values in enumerate(by_label):
+            heights = height + 0.3 * label + np.linspace(0, 0.2, len(values))
+            logits[f"{('singular', 'plural')[label]}, {name} removed"] = values, heights
+    left = dict(title="Latents at the top in two languages or more", ylabel="share", bars=share)
+    left |= dict(names=["probes of the value", "of shuffled labels"])
+    middle = dict(title="What is read when latents are removed", bars=reads, levels={"": 0.5})
+    middle |= dict(names=[name.replace(" ", "\n", 1) for name in names], ylim=(0, 1.5))
+    right = dict(title="The same probe before (below) and after", points=logits, yticks=[])
+    right |= dict(xlabel="logit; right of 0 the probe says plural", ylim=(-0.1, 2.5))
+    common.panels(path, [left, middle, right])
 
 
-def judge(run, results):
-    """The paper's claims, medians over seeds, each beside the control that must fail the same criterion."""
-    main, med = results["main"], lambda values: float(np.median(list(values)))
-    over = lambda kind, rows=main, key="most": med(np.mean([c[key][kind] for c in r["study"].values()]) for r in rows)
-    get = lambda name, key="accuracy": med(averaged(r["study"], name, key) for r in main)
-    clean, paper, both, random = get("clean"), "multi, paper's IE", "multi of both values", "matched random"
-
-    def claim(id, text, stated, criterion, test, names, controls, *keys):  # the first name is tested
-        sides = ({f"{n}, {k}": get(n, k) for n in side for k in keys} for side in (names, controls))
-        run.claim(id, text, stated, *sides, criterion, test(names[0]), not any(map(test, controls)))
-
-    ratio = {arm: over("contrast", results[arm]) / over("null", results[arm]) for arm in ARMS if arm in results}
-    ratio["shuffled labels"] = over("shuffled") / over("null")
-    found = {"in half of the languages": over("contrast"), "null": over("null"), "ratio": ratio.pop("main")}
-    found |= {"in two or more": over("contrast", key="share"), "null of that": over("null", key="share")}
-    run.claim("C1", "features are shared: the languages' top latents are at the top in half of them or more",
-              "many [P]", found, {f"{name}, ratio": r for name, r in ratio.items()}, "ratio >= 2", found["ratio"] >= 2,
-              max(ratio.values()) < 2)  # fmt: skip
-    claim("C2", "removing the multilingual latents takes the fixed probe to near chance", "near chance [P]",
-          "paper's IE: clean >= .9, then <= .62", lambda n: clean >= 0.9 and get(n) <= 0.62, (paper, "multi", "clean"),
-          (f"{random}, paper's", "others' mono"), "accuracy")  # fmt: skip
-    claim("C3", "the information is gone, not the threshold shifted: AUC and a re-fitted probe fall too", "-",
-          "both values: AUC <= .75, re-fit <= clean - .15",
-          lambda n: get(n, "auc") <= 0.75 and get(n, "refit") <= clean - 0.15, (both, paper), (f"{random}, both",),
-          "auc", "refit")  # fmt: skip
-    if any("multi of the others" in c["ablations"] for c in main[0]["study"].values()):  # 3 languages and more
-        claim("C4", "transfer: latents ranked in the other languages alone work in a language", "implied",
-              "accuracy <= clean - .15", lambda n: get(n) <= clean - 0.15, ("multi of the others", "clean"),
-              ("others' mono",), "accuracy")  # fmt: skip
-    if "steer" in main[0]:
-        steer = lambda way, key: med(np.mean([c[way][key] for c in r["steer"].values()]) for r in main)
-        flips = lambda name: steer(name, "flipped") >= 0.5
-        rest = lambda name: flips(name) and steer(name, "intact") >= 0.8
-        for id, key, text, stated, criterion, test in (
-            ("C5", "flipped", "steering: the translations take the value asked for", "most [P]", ">= .5", flips),
-            ("C6", "intact", "selectivity: all else in what was flipped is right", "little else [P]", ">= .8", rest),
-        ):
-            sides = ({w: steer(w, key) for w in WAYS if w.startswith(random) == c} for c in (False, True))
-            criterion = f"multi, active: {criterion}" + " of the flipped, C5 holds" * (id == "C6")
-            run.claim(id, text, stated, *sides, criterion, test("multi, active"), not test(f"{random}, active"))
-        mcc = {arm: med(r[arm]["mcc"] for r in results["superposition"]) for arm in [*ARCHS, "frozen", "random"]}
-        chance = {arm: mcc.pop(arm) for arm in ("frozen", "random")}
-        run.claim("C7", "an SAE finds known features in superposition (mean |cos| of the best matching)", "-",
-                  mcc, chance, "topk >= .9", mcc["topk"] >= 0.9, max(chance.values()) < 0.9)  # fmt: skip
+# -------------------------------------------------------------------------------------------- main
 
 
-def draw(path, results):
-    """Sharing beside its nulls, ablations beside AUC and re-fit, one probe's logits; the toy's other experiments."""
-    main, colours = results["main"], ("#ee6677", "#4477aa", "#228833", "#999999", "#ccbb44")
-    toy_run, concepts = "steer" in main[0], list(main[0]["study"])
-    mean = lambda f, rows=main: np.mean([f(r) for r in rows], 0)
-
-    def barh(ax, title, names, rows, low=0):  # rows: label -> function of a name
-        for i, (label, f) in enumerate(rows.items()):
-            at = np.arange(len(names)) + 0.8 * i / len(rows)
-            ax.barh(at, [f(n) for n in names], 0.76 / len(rows), color=colours[i], label=label)
-        ax.set(title=title, yticks=np.arange(len(names)) + 0.4 - 0.4 / len(rows), yticklabels=names, xlim=(low, 1.02))
-        ax.invert_yaxis()
-
-    with common.figure(path, 1 + toy_run, 3, (4.8, 3.6)) as axes:
-        share = lambda kind, arm="main": lambda c: mean(lambda r: r["study"][c]["most"][kind], results[arm])
-        rows = {arm: share("contrast", arm) for arm in ARMS if arm in results} | {"shuffled labels": share("shuffled")}
-        barh(axes[0], "Top latents that half of the languages share", concepts, rows | {"null": share("null")})
-        names = [n for n in main[0]["study"][concepts[0]]["ablations"] if n not in ("own mono", "multi but the first")]
-        keys = {"fixed probe, accuracy": "accuracy", "fixed probe, AUC": "auc", "re-fitted probe, accuracy": "refit"}
-        rows = {l: lambda n, k=k: mean(lambda r: averaged(r["study"], n, k)) for l, k in keys.items()}
-        barh(axes[1], "What probes read after removing latents", names, rows, 0.3)
-        axes[1].axvline(0.5, color="k", lw=0.6)
-        logits = main[0]["study"][concepts[-1]]["logits"]
-        for (i, name), label in itertools.product(enumerate(logits), (0, 1)):
-            values = logits[name][label]
-            y = i + 0.3 * label + 0.2 * np.linspace(0, 1, len(values))
-            axes[2].plot(values, y, ".", ms=3, color=colours[label], label=None if i else f"{concepts[-1]} {label}")
-        axes[2].axvline(0, color="k", lw=0.6)
-        axes[2].set(title="One language's probe: still apart?", xlabel="logit; right of 0 the probe says 1")
-        axes[2].set(yticks=[i + 0.25 for i in range(len(logits))], yticklabels=[n.replace(", ", ",\n") for n in logits])
-        axes[2].invert_yaxis()
-        if toy_run:
-            for c in concepts:
-                counts = mean(lambda r, c=c: r["study"][c]["counts"])
-                axes[3].plot(range(1, 1 + len(counts)), counts, "o-", ms=3, label=c, color=colours[concepts.index(c)])
-            axes[3].set(title="In how many languages a latent is at the top", xlabel="languages", ylabel="latents")
-            of = lambda way, key: mean(lambda r: np.mean([c[way][key] for c in r["steer"].values()]))
-            rows = {k: lambda way, k=k: of(way, k) for k in ("flipped", "intact")}
-            barh(axes[4], "Steered translations; intact: of the flipped", WAYS, rows)
-            mcc = {
-                "mean |cos| of the best matching": lambda arm: mean(lambda r: r[arm]["mcc"], results["superposition"])
-            }
-            barh(axes[5], "Known features in superposition", [*ARCHS, "frozen", "random"], mcc)
-        for ax in axes:
-            ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
-
-
-def report(results):
-    """Prints the tables of the first seed: sharing and ablations of every concept."""
-    for concept, row in results["main"][0]["study"].items():
-        print(f"\n{concept}: shared by half", ", ".join(f"{kind} {s:.2f}" for kind, s in row["most"].items()), end="")
-        print(f"; latents at the top in 1, 2, ... languages {row['counts']}")
-        print(f"{'':24s} accuracy    AUC  re-fit  says 1")
-        for name in row["ablations"]:
-            cells = (averaged({concept: row}, name, key) for key in ("accuracy", "auc", "refit", "says 1"))
-            print(f"{name:24s} " + " ".join(f"{x:7.3f}" for x in cells))
+def check(args, env):
+    """What is wrong with the flags: (whether it is, what to say)."""
+    text = args.dataset != Args.dataset and not args.model
+    longest = args.d_sae // 8
+    return [
+        (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
+        (args.top > longest, f"--top {args.top}, allowed: 1 to {longest}, an eighth of --d-sae"),
+        (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
+        (args.layer > 3 and not args.model, f"--layer {args.layer}, allowed: 0 to 3 in the toy"),
+        (text, f"--dataset {args.dataset} has no effect without --model"),
+        (env.world > 1 and not args.model, "the toy runs in one process: leave out torchrun"),
+    ]
 
 
 def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
-    args = common.parse(Args, argv)
-    with common.bad_input():
-        env = common.setup(args)
-        check(args, env)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    run, arms = common.Run(args, env, "sae", "2501.06346"), ["main"] if args.model else ARMS
-    if args.model:
-        results = {"main": real(args, env)}
-        if env.rank:
-            return None
+    run = common.Run(Args, argv, "2501.06346", check)
+    if run.args.model:
+        with common.bad_input("--model"):
+            prepared = prepare(run.args, run.env, run.out)
+        found = run.each(partial(real, prepared), ["main"])
     else:
-        tasks = [(args, seed, arm) for arm in [*ARMS, "superposition"] for seed in args.seeds]
-        jobs = common.job_count(args, env)
-        done = common.side_by_side(toy, [(*task, i % jobs) for i, task in enumerate(tasks)], jobs)
-        results = {arm: [r for r, t in zip(done, tasks) if t[2] == arm] for arm in [*ARMS, "superposition"]}
-        if (low := min(r["translation"] for r in results["main"])) < 0.9:
-            print(f"UNDERTRAINED: held-out translations exact {low:.2f}, needed .9: more --steps")
-    run.metrics = results
-    report(results)
-    judge(run, results)
-    draw(Path(args.out) / "sae.png", results)
-    logs = [f"{arm}-s{seed}{part}" for arm in arms for seed in args.seeds for part in ("", "-sae")]
-    return run.finish([common.Log(args.out, log) for log in logs])
-
-
-def check(args, env):
-    """ValueError for flags that can't be, before any long work."""
-    SAE(2, args.d_sae, args.arch, args.k)
-    common.check_limits(args, {"rows": (args.sae_batch,)})
-    if not args.model and (env.world > 1 or not 0 <= args.layer < 4):
-        raise ValueError(f"--layer {args.layer}, allowed: 0 to 3 in the toy, which runs in one process")
-    if args.sae:
-        load_sae(args.sae, None if args.model else args.n_embd)
-    if args.ud and not Path(args.ud).expanduser().is_dir():
-        raise ValueError(f"--ud {args.ud} is no folder")
+        found = run.each(toy, ["main", "alone"])
+    if found is None:
+        return None
+    judge(run, found)
+    draw(run.out / "sae.png", found)
+    return run.finish(found)
 
 
 if __name__ == "__main__":
-    main()
+    common.cli(main)

@@ -31,7 +31,7 @@ import data
 from model import GPT, GPTConfig
 
 RULES = "none", "any", "random", "offset"
-PYTHIA = dict(
+PYTHIA = dict(  # what its sizes share
     dataset="monology/pile-uncopyrighted",
     tokenizer="EleutherAI/gpt-neox-20b",
     mix=[1, 0, 0, 0],
@@ -57,12 +57,12 @@ class Args(common.TrainFlags):
         "160m": PYTHIA
         | dict(n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=3000, batch_size=512),
         "paper": PYTHIA
-        | dict(n_layer=16, n_head=8, n_embd=2048, lr=2.5e-4, steps=20000, warmup=1430)
-        | dict(decay_steps=143000, save_every=500),
+        | dict(n_layer=16, n_head=8, n_embd=2048, lr=2.5e-4, steps=20000, decay_steps=143000)
+        | dict(warmup=1430, save_every=500),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
         "samples": (4,),
-        "block_size": (65,),
+        "block_size": (65,),  # 16 shots
         "label_noise": (0, 1),
         **dict.fromkeys(("n_layer", "n_head", "n_embd"), (1,)),
     }
@@ -104,10 +104,11 @@ def repeated(x, rule="any"):
     T = x.shape[1] - 1
     what = {"any": x[:, :-1] << 20 | x[:, 1:], "offset": x[:, :-1]}[rule]
     bits = T.bit_length()
-    key = np.sort(what << bits | np.arange(T), axis=1)  # each is unique: no stable sort is needed
-    place = key & (1 << bits) - 1
+    key = np.sort((what << bits) | np.arange(T), axis=1)  # all differ: no stable sort is needed
+    place = key & ((1 << bits) - 1)
+    what = key >> bits
     again = np.zeros(key.shape, bool)
-    again[:, 1:] = key[:, 1:] >> bits == key[:, :-1] >> bits
+    again[:, 1:] = what[:, 1:] == what[:, :-1]
     mask = np.empty_like(again)
     np.put_along_axis(mask, place, again, axis=1)
     return mask
@@ -125,7 +126,11 @@ def loss_mask(arm, x, key):
 
 # --------------------------------------------------------------------------------------- the world
 
-TASKS, INPUTS, LABELS, OWN, PAIRS = 6, 44, 4, 48, 8
+TASKS = 6  # maps of the abstractive task
+INPUTS = 44  # symbols that they map: no shot repeats in a window
+LABELS = 4  # of the few-label task
+OWN = 48  # further symbols of the extractive task
+PAIRS = 8  # the most name-value pairs in a window
 SHOT = 4  # tokens of a shot: x : y ;
 
 
@@ -135,9 +140,9 @@ class World:
     def __init__(self, train, heldout, n_text, eos, seed):
         self.train, self.heldout, self.seed = train, heldout, seed
         self.bos, self.colon, self.end = n_text, n_text + 1, n_text + 2
-        sizes = [n_text + 3, INPUTS, TASKS * INPUTS, 2 * LABELS, OWN]
-        ends = np.cumsum(sizes)
-        self.inputs, outputs, labels, own = (np.arange(a, b) for a, b in zip(ends, ends[1:]))
+        ends = np.cumsum([n_text + 3, INPUTS, TASKS * INPUTS, 2 * LABELS, OWN])  # ids in this order
+        ids = np.split(np.arange(ends[-1]), ends[:-1])
+        _, self.inputs, outputs, labels, own = ids
         self.n_vocab = int(-(-ends[-1] // 64) * 64)
         rng = np.random.default_rng([seed, 2])
         self.maps = rng.permuted(outputs.reshape(TASKS, INPUTS), axis=1)  # task, input -> output
@@ -191,7 +196,8 @@ class World:
         rows = []
         for _ in range(n):
             pairs = rng.choice(self.alphabet, (PAIRS, 2), replace=False)
-            which = rng.integers(rng.integers(3, PAIRS + 1), size=length // 3 + 1)
+            n_pairs = rng.integers(3, PAIRS + 1)
+            which = rng.integers(n_pairs, size=length // 3 + 1)
             end = np.full((len(which), 1), self.end)
             rows.append(np.concatenate((pairs[which], end), 1).ravel()[:length])
         return np.stack(rows)
@@ -200,15 +206,15 @@ class World:
         """`n` windows (n, length) of one step, the same for every arm."""
         rng = np.random.default_rng([self.seed, step])
         edges = np.cumsum(args.mix) / sum(args.mix)
-        kinds = np.searchsorted(edges, (np.arange(n) + 0.5) / n)
-        text, abstractive, few_label, extractive = np.bincount(kinds, minlength=4)
-        parts = [data.windows(self.train, rng, text, length)]
-        if abstractive:
-            parts.append(self.abstractive(rng, abstractive)[:, :length])
-        if few_label:
-            parts.append(self.few_label(rng, few_label, args.label_noise)[:, :length])
-        if extractive:
-            parts.append(self.extractive(rng, extractive, length))
+        kinds = np.searchsorted(edges, (np.arange(n) + 0.5) / n)  # whose share row i falls into
+        counts = np.bincount(kinds, minlength=4)
+        parts = [data.windows(self.train, rng, counts[0], length)]
+        if counts[1]:
+            parts.append(self.abstractive(rng, counts[1])[:, :length])
+        if counts[2]:
+            parts.append(self.few_label(rng, counts[2], args.label_noise)[:, :length])
+        if counts[3]:
+            parts.append(self.extractive(rng, counts[3], length))
         return np.concatenate(parts)
 
 
@@ -216,8 +222,8 @@ def config_of(args, world):
     """The toy's model, or Pythia's block with its initialisation."""
     wiring = dict(smear_keys=True)
     if args.neox:
-        small = 2 / (args.n_layer * args.n_embd**0.5)
-        wiring = dict(parallel="two_norms", rotary_pct=0.25, proj_std=small)
+        proj_std = 2 / (args.n_layer * args.n_embd**0.5)  # of what writes to the stream
+        wiring = dict(parallel="two_norms", rotary_pct=0.25, proj_std=proj_std)
     shape = args.block_size, args.n_layer, args.n_head, args.n_embd
     return GPTConfig(world.n_vocab, *shape, **wiring)
 
@@ -242,7 +248,10 @@ def train_arm(text, args, env, log, arm, seed):
     common.train(model, batch, args, env, log, evaluate)
     with env.autocast(), model.eager():
         found = measure(model, world, args, args.samples, final=True)
-    masked = [loss_mask(arm, world.batch(step, 16, 129, args), (seed, step)) for step in range(20)]
+    masked = []
+    for step in range(20):
+        x = world.batch(step, 16, args.block_size + 1, args)
+        masked.append(loss_mask(arm, x, (seed, step)).mean())
     return found | {"share_masked": np.mean(masked)}
 
 
@@ -251,7 +260,7 @@ def train_arm(text, args, env, log, arm, seed):
 
 @torch.no_grad()
 def guesses(model, x, columns, among=None):
-    """The likeliest next tokens (n, k) at some columns of windows x (n, T), among some or all."""
+    """The likeliest next token, all or `among` some, at k `columns` of windows x (n, T): (n, k)."""
     found = []
     for part in torch.as_tensor(x).split(max(1, 2**14 // x.shape[1])):
         h = model.hidden(part.to(model.wte.weight.device))[:, columns]
@@ -283,7 +292,10 @@ def shot_curve(model, x):
 
 
 def prefix_matching(pattern):
-    """Attention (H,) from a token's second saying to what followed the first; (B, H, 2s, 2s)."""
+    """How much each head attends, where a token comes again, to what followed it the first time.
+
+    pattern (B, H, 2s, 2s), of sequences said twice; returns (H,).
+    """
     s = pattern.shape[-1] // 2
     q = torch.arange(s, 2 * s)
     return pattern[:, :, q, q - s + 1].mean((0, 2))
@@ -321,7 +333,8 @@ def token_loss_difference(loss, at, counts=None, width=4):
 
     loss (n, T); counts bool (n, T): only pairs of positions that both count.
     """
-    early, late = (np.s_[:, a - width : a + width + 1] for a in at)
+    early = np.s_[:, at[0] - width : at[0] + width + 1]
+    late = np.s_[:, at[1] - width : at[1] + width + 1]
     both = np.ones(loss[early].shape, bool) if counts is None else counts[early] & counts[late]
     return (loss[early] - loss[late])[both].mean() if both.any() else np.nan
 
@@ -338,7 +351,7 @@ def text_measures(model, world, args, n, final):
         if final:
             again.append(renormalised(model(part[:, :-1]).float(), part).cpu())
     loss = torch.cat(losses).numpy()
-    at = (50, 500) if T > 504 else (T * 12 // 128, T * 120 // 128)  # the paper's, or the toy's
+    at = (50, 500) if T > 504 else (T * 12 // 128, T * 120 // 128)  # the paper's; in short windows
     found = {
         "loss_kept": loss[kept].mean(),
         "loss_masked": loss[~kept].mean(),
@@ -529,19 +542,21 @@ def main(argv=None):
         sample = "".join(itertools.islice(data.load_text(args.dataset), 2000))
     with common.bad_input("--tokenizer"):
         tok = data.get_tokenizer(args.tokenizer, sample)
-    with common.bad_input("--dataset"), common.rank_zero_first(run.env):
-        limit = args.steps * args.batch_size * args.block_size if "/" in args.dataset else None
-        read = partial(data.token_file, folder=run.out / "tokens", quiet=run.env.rank > 0)
-        train = read(args.dataset, "train", tok, limit=limit)
-        heldout = read(args.dataset, "heldout", tok, limit=limit and 2**22)
-        for part in train, heldout:
-            data.windows(part, np.random.default_rng(0), 1, args.block_size + 1)
     if args.show:
         text = args.show
         if text == "heldout":
             text = next(data.load_text(args.dataset, "heldout"))[:4000]
         with common.bad_input():
             return show(text, tok, args.block_size)
+    with common.bad_input("--dataset"), common.rank_zero_first(run.env):
+        limit = None
+        if args.dataset != "stdlib" and not args.dataset.startswith("file:"):
+            limit = args.steps * args.batch_size * args.block_size  # of a stream, what is needed
+        read = partial(data.token_file, folder=run.out / "tokens", quiet=run.env.rank > 0)
+        train = read(args.dataset, "train", tok, limit=limit)
+        heldout = read(args.dataset, "heldout", tok, limit=limit and 2**22)
+        for part in train, heldout:
+            data.windows(part, np.random.default_rng(0), 1, args.block_size + 1)
     text = train, heldout, tok.n_vocab, tok.eos
     found = run.each(partial(train_arm, text), args.arms)
     if found is None:

@@ -219,8 +219,8 @@ def test_run_writes_the_contract(tmp_path, capsys):
     result = run.finish({"none": [{"copy": np.float32(0.5)}]})
     assert result == json.loads((tmp_path / "result.json").read_text())
     (claim,) = result["claims"]
-    assert claim["measured"] == {"copy": 0.2667, "base copy": 0.7}
-    assert claim["control"] == {"random mask: copy": 0.5333}
+    assert claim["measured"] == pytest.approx({"copy": 0.8 / 3, "base copy": 0.7}, abs=1e-6)
+    assert claim["control"] == pytest.approx({"random mask: copy": 1.6 / 3}, abs=1e-6)
     assert (claim["holds"], claim["control_fails"], claim["held"]) == (
         True,
         True,
@@ -431,6 +431,44 @@ def test_micro_batches_and_weights_of_a_step(tmp_path):
     whole, parts = (train(tmp_path, micro_batch=size)[0] for size in (0, 1))
     for a, b in zip(whole.parameters(), parts.parameters()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_changed_flags():
+    args = common.parse(Args, ["--preset", "big", "--share", ".1", "--lr", "1e-3"])
+    assert common.changed_flags(args, ["share", "words", "lr", "steps"]) == "--share"
+    assert common.changed_flags(args, ["words"]) == ""
+
+
+def test_targets_that_count_nothing_are_not_in_the_mean():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50, 16, 1, 2, 8))
+    idx = torch.randint(50, (4, 17))
+    targets = idx[:, 1:].clone()
+    targets[:, ::2] = -100
+    expected = model.loss(idx[:, :-1], targets)
+    parts = {"idx": idx[:, :-1], "targets": targets}
+    loss = common.backward(model, parts, Args(micro_batch=3), CPU)
+    torch.testing.assert_close(loss, expected.detach())
+
+
+def test_ctrl_c_in_the_last_step_ends_the_program(tmp_path, monkeypatch):
+    save = common.save_checkpoint
+
+    def interrupted(path, state, env):
+        save(path, state, env)
+        if state["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(common, "save_checkpoint", interrupted)
+    with pytest.raises(SystemExit, match="stopped after step 5"):
+        train(tmp_path, save_every=5)
+    model, log = train(tmp_path, save_every=5, resume=True)
+    assert common.read_log(log.path)[-1]["score"] == 6
+
+
+def test_shard_needs_ranks():
+    with pytest.raises(ValueError, match="--shard needs torchrun"):
+        common.setup(common.TrainFlags(shard=True))
 
 
 def square(x, y):

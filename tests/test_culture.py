@@ -1,6 +1,5 @@
-"""The gap, its vectors and its controls: hand-computed values, the one pass against the plain loop, the script."""
+"""culture.py: hand-computed values, steering against plain forward passes, the script end to end."""
 
-import csv
 import json
 import math
 import re
@@ -11,115 +10,105 @@ import pytest
 import torch
 from stand_in import tiny_llama
 
-import legacy as common
+import common
 import culture
-import pretrained
-from culture import Ask
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig
 
-# -------------------------------------------------------------------------------------------------------- by hand
+torch.set_num_threads(1)
+CPU = common.Env(torch.device("cpu"), torch.float32)
 
-
-def test_parse_answer():
-    options = ("Liam", "Alparslan")
-    for text, index in [
-        ("2. Alparslan", 1),
-        ("Answer: 1", 0),
-        ("I cannot tell", None),
-        ("Not Alparslan, but Liam", 1),
-        ("12", None),
-        ("Liams", None),
-        ("21 1", 0),
-    ]:
-        assert culture.parse_answer(text, options) == index
-
-
-def test_denominators():
-    types = [("local", "local"), ("local", "west"), ("west", "west"), (None, "local")]
-    got = culture.denominators(types)
-    assert got["consistent"] == (0.5, 0.5) and got["all"] == (0.5, 1.0)
-    assert got["valid"] == pytest.approx((4 / 7, 7 / 8))
-    assert culture.denominators([(None, None)])["consistent"] == (0, 0)
+# ------------------------------------------------------------------------------------------- by hand
 
 
 def test_differences():
     plus, minus = torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[0.0, 1], [1, 1]])
-    assert culture.difference([plus - minus]).tolist() == [1.5, 2]
-    a, b, empty = torch.tensor([[2.0, 0], [4, 0]]), torch.tensor([[0.0, 3]]), torch.zeros(0, 2)
-    assert culture.difference([a, b, empty]).tolist() == [2, 1]
-    assert culture.difference([a, b, empty], "macro").tolist() == [1.5, 1.5]
-    assert culture.pair(["q1", "q2", "q3", "q1"], ["q3", "q1"]) == ([0, 2, 3], [1, 0, 1])
+    assert culture.difference([(plus - minus)[None]]).tolist() == [[1.5, 2]]
+    a, b = torch.tensor([[[2.0, 0], [4, 0]]]), torch.tensor([[[0.0, 3]]])
+    assert culture.difference([a, b]).tolist() == [[2, 1]]  # every pair counts alike
+    two_sentences = torch.tensor([[[5.0], [7], [6], [9]]])  # questions 1, 2, 1, 2
+    assert culture.paired(two_sentences, torch.tensor([[[1.0], [2]]])).tolist() == [
+        [[4], [5], [5], [7]]
+    ]
 
 
 def test_shuffled_labels_are_balanced():
-    same = torch.ones(6, 3)
-    assert culture.shuffled(same, np.random.default_rng(0)).abs().max() == 0
-    mean = torch.stack([culture.shuffled(torch.eye(4), np.random.default_rng(i)) for i in range(400)]).mean(0)
-    assert mean.abs().max() < 0.05
-    assert culture.shuffled(torch.ones(1, 3), np.random.default_rng(0)).tolist() == [0, 0, 0]
+    same = torch.ones(2, 6, 3)
+    assert culture.shuffled([same], np.random.default_rng(0)).abs().max() == 0
+    one = torch.eye(4)[None]
+    draws = [culture.shuffled([one], np.random.default_rng(i)) for i in range(400)]
+    assert torch.stack(draws).mean(0).abs().max() < 0.05
+    assert culture.shuffled([torch.ones(1, 1, 3)], np.random.default_rng(0)).tolist() == [[0] * 3]
 
 
-def test_measure_by_hand():
+def test_masses_and_entropy_by_hand():
     p, owner = torch.tensor([0.1, 0.2, 0.3, 0.05, 0.15]), torch.tensor([0, 0, 1, 1, 2])
-    m = dict(zip(culture.MEASURES, culture.measure(p, owner, 1, theirs=2).tolist()))
-    q = (6 / 7, 1 / 7)
-    expected = dict(loc=0.35, other=0.15, junk=0.2, stereo=q[0], pairacc=0.5, theirs=0.15)
-    expected |= {"def": 0.3, "H": -sum(x * math.log2(x) for x in q)}
-    assert m == pytest.approx(expected, abs=1e-6)
-    default = dict(zip(culture.MEASURES, culture.measure(p, owner, 0).tolist()))
-    assert default["loc"] == pytest.approx(0.3) and default["def"] == pytest.approx(0.5)
-    half = culture.measure(torch.tensor([0.2, 0.3, 0.3]), torch.tensor([0, 1, 1]), 1)
-    assert half[4] == pytest.approx(1.0, abs=1e-6)  # (.5, .5) is one bit
+    assert culture.masses(p, owner, 3) == pytest.approx([0.3, 0.35, 0.15])
+    q = 6 / 7, 1 / 7
+    expected = -sum(x * math.log2(x) for x in q)
+    assert culture.entropy(p, owner, 1) == pytest.approx(expected, abs=1e-6)
+    half = torch.tensor([0.2, 0.3, 0.3])
+    assert culture.entropy(half, torch.tensor([0, 1, 1]), 1) == pytest.approx(1, abs=1e-6)
 
 
-def test_bootstrap_and_matching():
-    assert common.interval([0.35] * 8) == pytest.approx([0.35] * 3)
-    mean, low, high = common.interval([0.0, 1.0, math.nan, 1.0, 1.0])
-    assert mean == 0.75 and 0 <= low < mean < high <= 1
-    assert all(map(math.isnan, common.interval([math.nan])))
-    loc, H = torch.tensor([0.2, 0.6, 0.8]), torch.tensor([2.0, 1.0, 3.0])
-    assert culture.at_localisation(loc, H, 0.4) == pytest.approx(1.5)
-    assert culture.at_localisation(loc, H, 0.1) == 2 and math.isnan(culture.at_localisation(loc, H, 0.9))
+def test_at_localisation():
+    local, values = np.array([0.1, 0.3, 0.5, 0.4]), np.array([5.0, 4, 2, 9])
+    assert culture.at_localisation(local, values, 0.4) == pytest.approx(3)
+    assert culture.at_localisation(local, values, 0.05) == 5
+    assert np.isnan(culture.at_localisation(local, values, 0.6))
 
 
-# ------------------------------------------------------------------------------------------------------ the toy's text
+def test_pick_takes_the_smallest_strength_that_reaches():
+    strengths = np.array([1, 2, 1, 2])  # two blocks, two strengths
+    local = np.array([[0.5, 0.9, 0.6, 0.2], [0.5, 0.9, 0.6, 0.2], [0.0, 1.0, 0.0, 0.0]])
+    # The last task is judged by the first two: strength 1 reaches .5 in both blocks, .6 is better.
+    # The others are judged by one good task and the last: only (0, 2) reaches.
+    assert culture.pick(local, np.full(3, 0.5), strengths) == [1, 1, 2]
+    assert culture.pick(local, np.full(3, 2.0), strengths) == [1, 1, 1]  # never: the best of all
 
 
-@pytest.fixture(scope="module")
-def toy():
-    return culture.Toy(3, 0.7)
+def test_measures_by_hand():
+    none = np.array([[[0.6, 0.1, 0.1]], [[0.6, 0.1, 0.1]]])  # two cultures, one task, three owners
+    own = np.array([[[0.1, 0.5, 0.1]], [[0.1, 0.1, 0.5]]])
+    half = np.array([[[0.3, 0.3, 0.1]], [[0.3, 0.3, 0.2]]])
+    said = {("local", "prompt none"): none, ("local", "prompt own"): own, ("local", "own"): half}
+    rows = culture.measures(said)
+    assert rows["local prompt own"]["local_rise"] == pytest.approx(0.4)
+    assert rows["local own"]["local"] == pytest.approx(0.25)
+    assert rows["local own"]["closed"] == pytest.approx(0.15 / 0.4)
+    assert rows["local own"]["theirs_rise"] == pytest.approx(0.1)
+    assert rows["local own"]["others_rise"] == pytest.approx(0.1)
 
 
-def test_documents_are_what_they_should_be(toy):
-    ids, (lang, kind, who) = toy.documents(np.random.default_rng(0), 100_000)
-    plain = (kind == 0) & (lang > 0)
-    assert abs((who[plain] == lang[plain]).mean() - 0.3) < 0.01 and (who[(kind != 1) & (lang == 0)] == 0).all()
-    assert abs((kind == 0).mean() - 0.5) < 0.01 and abs((kind == 1).mean() - 0.35) < 0.01
-    assert not {*zip(lang[kind == 1].tolist(), who[kind == 1].tolist())} & {*toy.held} and len(toy.held) == 8
-    answers = (ids > 2) & (ids < 243)
-    owner = (ids - 3) // 6 % 5
-    assert ((owner == who[:, None]) | ~answers).all()  # one culture answers a whole document
-    for stereo, entropy in (0, 2.512), (1, 1.537):
-        rows = (kind == 1) == bool(stereo)
-        p = np.bincount((ids[rows][answers[rows]] - 3) % 6) / answers[rows].sum()
-        assert -(p * np.log2(p)).sum() == pytest.approx(entropy, abs=0.01)
-    text = " ".join(toy.words[i] for i in ids[kind == 1][0])
-    assert re.match(r"<bos> I\.(\w\w) \w+\.\1 \w\w\.\1 ;\.\1 \w+\.\1 \?\.\1 \S+ ;", text)
+def fake():
+    rng = torch.Generator().manual_seed(0)
+    diffs = {}
+    for setting in culture.SETTINGS:
+        for context in "neutral", "own":
+            for k in 1, 2, 3:
+                for task in "abc":
+                    diffs[setting, context, k, task] = torch.randn(2, 3, 5, generator=rng)
+    return diffs
 
 
-def test_truth_and_prompts(toy):
-    p = toy.truth("tr", "none", 1).view(5, 6)
-    assert p[0].sum() == pytest.approx(0.7) and p[1].sum() == pytest.approx(0.3) and p[2:].sum() == 0
-    for k, context, entropy in (1, "own", 1.537), (0, "none", 2.512):
-        q = toy.truth("en", context, k).clamp(min=1e-30)
-        assert -(q * q.log2()).sum() == pytest.approx(entropy, abs=1e-3)
-    ask = toy.ask("fr", "own", "cities", 2)
-    assert len(ask.prompts) == 3 and ask.items == [0, 0, 0] and ask.tokens.shape == (3, 30)
-    assert [toy.words[i] for i in ask.prompts[0]] == "<bos> I.fr live.fr fr.fr ;.fr cities.fr ?.fr".split()
-    assert toy.words[ask.tokens[0, 12]] == "cities:Paris(fr)" and ask.owner[12] == 2
+def test_vectors():
+    diffs = fake()
+    v = culture.vectors(diffs, "local", 2, ["a", "b"], np.random.default_rng(0))
+
+    def mean(setting, context, *cultures):
+        parts = [diffs[setting, context, k, task] for k in cultures for task in "ab"]
+        return torch.cat(parts, 1).mean(1)
+
+    torch.testing.assert_close(v["own"], mean("local", "own", 2))
+    torch.testing.assert_close(v["cross"], mean("english", "own", 2))
+    torch.testing.assert_close(v["universal"], mean("local", "own", 1, 3))
+    torch.testing.assert_close(v["wrong"], mean("local", "own", 3))
+    torch.testing.assert_close(v["minus"], -v["own"])
+    torch.testing.assert_close(v["neutral"], mean("local", "neutral", 2))
+    torch.testing.assert_close(v["cross neutral"], mean("english", "neutral", 2))
+    assert [culture.following(k, 3) for k in (1, 2, 3)] == [2, 3, 1]
 
 
-# ------------------------------------------------------------------------------------- one pass against the plain loop
+# ------------------------------------------------------------------- one pass against the plain loop
 
 
 @pytest.fixture(scope="module")
@@ -128,218 +117,207 @@ def model():
     return GPT(GPTConfig(50, 64, 3, 2, 16, norm="rms", gated=True, n_kv_head=1)).eval()
 
 
-def prompts(n=5, low=2, high=9):
+def some_prompts(n=5):
     rng = np.random.default_rng(1)
-    return [rng.integers(1, 50, rng.integers(low, high)).tolist() for _ in range(n)]
+    return [rng.integers(1, 50, rng.integers(2, 9)).tolist() for _ in range(n)]
 
 
 def plain(model, ids, layer, v):
-    with torch.no_grad(), culture.steered(model, layer, v):
+    def patch(x):
+        return torch.cat((x[:, :-1], x[:, -1:] + v), 1)
+
+    with torch.no_grad(), model.patch({f"blocks.{layer}.resid_post": patch}):
         return model(torch.tensor([ids]))[0, -1].softmax(-1)
 
 
 def test_grid_of_one_pass_equals_the_loop(model):
-    ask = Ask(prompts(), [], torch.arange(10).repeat(5, 1), None)
-    v, layers, alphas = torch.randn(2, 4, 16), [0, 2], [-1.0, 0.5, 2.0]
-    got = culture.patched(model, ask, lambda rows: culture.add(v, layers, alphas), 3).unflatten(1, (2, 2, 3))
-    for n, ids in enumerate(ask.prompts):
-        for i, layer in enumerate(layers):
-            for j in range(2):
-                for a, alpha in enumerate(alphas):
-                    expected = plain(model, ids, layer, alpha * v[j, layer + 1])[:10]
-                    torch.testing.assert_close(got[n, i, j, a], expected, atol=1e-5, rtol=1e-4)
+    prompts, tokens = some_prompts(), torch.arange(10)
+    v = torch.randn(4, 16)
+    cells = [(layer, strength) for layer in (0, 2) for strength in (-1.0, 0.5, 2.0)]
+    tries = [culture.add(v, *cell) for cell in cells]
+    got = culture.steered(model, prompts, tokens, tries, 3)
+    for n, ids in enumerate(prompts):
+        for i, (layer, strength) in enumerate(cells):
+            expected = plain(model, ids, layer, strength * v[layer + 1])[:10]
+            torch.testing.assert_close(got[n, i], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_strengths_add_up(model):
-    ask = Ask(prompts(), [], torch.arange(10).repeat(5, 1), None)
-    v = torch.randn(1, 4, 16)
-    clean = culture.run(model, ask, 8)[1]
-    got = culture.patched(model, ask, lambda rows: culture.add(v, [1], [0.0, 1.0]), 8)
+def test_strength_nothing_and_the_last_block(model):
+    prompts, tokens, v = some_prompts(), torch.arange(10), torch.randn(4, 16)
+    z, clean = culture.ask(model, prompts, tokens, 2)
+    assert z.shape == (4, 5, 16)
+    tries = [culture.add(v, 1, 0), culture.add(v, 2, 1)]
+    got = culture.steered(model, prompts, tokens, tries, 8)
     torch.testing.assert_close(got[:, 0], clean, atol=1e-6, rtol=1e-5)
-    with torch.no_grad(), culture.steered(model, 1, v[0, 2] / 2), culture.steered(model, 1, v[0, 2] / 2):
-        twice = model(torch.tensor([ask.prompts[0]]))[0, -1].softmax(-1)[:10]
-    torch.testing.assert_close(got[0, 1], twice, atol=1e-6, rtol=1e-5)
-    z = culture.run(model, ask, 8)[0]  # after the last block: norm and unembedding of the sum
-    last = culture.patched(model, ask, lambda rows: culture.add(v, [2], [1.0]), 8)[:, 0]
-    with torch.no_grad():
-        expected = model.unembed(model.final(z[3] + v[0, 3])).softmax(-1)[:, :10]
-    torch.testing.assert_close(last, expected, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():  # after the last block: norm and unembedding of the sum
+        expected = model.unembed(model.final(z[3] + v[3])).softmax(-1)[:, :10]
+    torch.testing.assert_close(got[:, 1], expected, atol=1e-6, rtol=1e-5)
 
 
-def test_patch_ends(model):
-    ask, other = (Ask(p, [], torch.arange(10).repeat(5, 1), None) for p in (prompts(), prompts(low=4)))
-    own, source = culture.run(model, ask, 8), culture.run(model, other, 8)
-    for z, row, expected in (own[0], slice(None), own[1][:, None].expand(-1, 4, -1)), (source[0], 3, source[1]):
-        got = culture.patched(model, ask, lambda rows, z=z: culture.swap(z[:, rows]), 2)[:, row]
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+# ------------------------------------------------------------------------------------------- the toy
 
 
-def test_steered_text_is_that_of_the_full_recomputation(model):
-    v, start = 30 * torch.randn(16), prompts(3)
-    with culture.steered(model, 1, v):
-        got = generate(model, start, 20, temperature=0)
-    assert all(a[0] != b[0] for a, b in zip(got, generate(model, start, 1, temperature=0)))  # from the first token on
-    for ids, out in zip(start, got):
-        for i, token in enumerate(out):
-            whole = torch.tensor([ids + out[:i]])
-
-            def put(x, ids=ids):
-                x = x.clone()
-                x[:, len(ids) - 1 :] += v
-                return x
-
-            with torch.no_grad(), model.patch({"blocks.1.resid_post": put}):
-                assert model(whole)[0, -1].argmax() == token
+@pytest.fixture(scope="module")
+def toy():
+    return culture.Toy(3, 0.7)
 
 
-# ------------------------------------------------------------------------------------------------ vectors and the grid
+def test_documents(toy):
+    """One culture answers a whole document; its answers are as stereotyped as they should be."""
+    rng, words = np.random.default_rng(0), {i: word for word, i in toy.number.items()}
+    local, ranks = [], {"own": [], "none": []}
+    order = {}
+    for tokens, _ in toy.answers.values():
+        for i, token in enumerate(tokens.tolist()):
+            order[token] = divmod(i, culture.ANSWERS)
+    for _ in range(4000):
+        ids = toy.document(rng)
+        text = " ".join(words[i] for i in ids)
+        language = re.search(r"\?\.(\w\w)", text)[1]
+        said = [order[i] for i in ids if i in order]
+        owners = {owner for owner, _ in said}
+        assert len(owners) <= 1
+        country = re.search(r"(?:live|am_from|grew_up_in)\.\w\w (\w\w)\.", text)
+        if country:
+            k, i = toy.cultures.index(country[1]), toy.languages.index(language)
+            assert owners <= {k} and (i, k) not in toy.held
+        elif language != "en" and owners:
+            local.append(owners != {0})
+        ranks["own" if country else "none"] += [rank for _, rank in said]
+    assert np.mean(local) == pytest.approx(0.3, abs=0.04)
+    for context, entropy in ("none", 2.512), ("own", 1.537):
+        p = np.bincount(ranks[context]) / len(ranks[context])
+        assert -(p * np.log2(p)).sum() == pytest.approx(entropy, abs=0.03)
+    assert len(toy.held) == 8
 
 
-def fake(K=4, tasks="abcd", n=3):
-    rng = torch.Generator().manual_seed(0)
-    contexts = [(s, c) for s in ("local", "en") for c in ("neutral", "default", "own")]
-    keys = [(s, c, k, t) for s, c in contexts for k in range(K) for t in tasks]
-    diffs = {key: torch.randn(n, 2, 5, generator=rng) for key in keys}
-    return diffs | {("local", "implicit", k, t): torch.randn(n, 2, 5, generator=rng) for k in range(K) for t in tasks}
+def test_truth_and_prompts(toy):
+    p = toy.truth(1, "none", 1).reshape(5, 6)
+    assert p.sum(1) == pytest.approx([0.7, 0.3, 0, 0, 0])
+    for k, context, entropy in (1, "own", 1.537), (0, "none", 2.512):
+        q = toy.truth(0, context, k)
+        q = q[q > 0]
+        assert -(q * np.log2(q)).sum() == pytest.approx(entropy, abs=1e-3)
+    words = {i: word for word, i in toy.number.items()}
+    prompts = toy.prompts("local", "own", 2, "cities")
+    assert len(prompts) == 3
+    text = " ".join(words[i] for i in prompts[0])
+    assert text == "<bos> I.fr live.fr fr.fr ;.fr cities.fr ?.fr"
+    tokens, owner = toy.answers["cities"]
+    assert words[tokens[12].item()] == "cities:Paris(fr)" and owner[12] == 2
 
 
-def test_vectors():
-    diffs, args = fake(), SimpleNamespace(draws=3)
-    v = culture.vectors(diffs, 2, "local", ["a", "b"], args, np.random.default_rng(0), fake())
-    pairs = lambda s, k: torch.cat([diffs[s, "own", k, t] for t in "ab"])
-    torch.testing.assert_close(v["own"], pairs("local", 2).mean(0))
-    torch.testing.assert_close(v["cross"], pairs("en", 2).mean(0))
-    torch.testing.assert_close(v["universal"], (pairs("local", 1).sum(0) + pairs("local", 3).sum(0)) / 12)
-    torch.testing.assert_close(v["centred"], v["own"] - v["universal"])  # as many pairs of each
-    torch.testing.assert_close(v["wrong"], pairs("local", 3).mean(0))
-    for i in range(3):
-        torch.testing.assert_close(v[f"random{i}"].norm(dim=-1), v["own"].norm(dim=-1))
-    for key in [key for key in diffs if key[1] == "own" and key[2] == 2]:
-        diffs[key] = diffs[key][:0]
-    with pytest.raises(ValueError, match="culture 2: nothing of a, b"):
-        culture.vectors(diffs, 2, "local", ["a", "b"], args, np.random.default_rng(0))
+def test_batch_depends_on_the_step_alone(toy):
+    args = culture.Args()
+    a, b = (toy.batch(3, args, CPU) for _ in range(2))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["idx"], toy.batch(4, args, CPU)["idx"])
+    counted = a["targets"][a["weights"] > 0]
+    words = {i: word for word, i in toy.number.items()}
+    assert all(":" in words[i] for i in counted.tolist()) and len(counted) == 6 * 32
+    halves = []
+    for rank in 0, 1:
+        halves.append(toy.batch(3, args, common.Env(CPU.device, CPU.dtype, rank, 2))["idx"])
+    assert torch.equal(torch.stack(halves, 1).flatten(0, 1), a["idx"])
 
 
-def test_folds_and_picking():
-    world = SimpleNamespace(tasks=list("abcdefgh"))
-    parts = culture.folds(world.tasks)
-    assert parts == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]]
-    g = {role: torch.zeros(1, 8, 1, 4, 8) for role in ("test", "select")}
-    g["select"][0, 2:4, 0, 3, 0] = 1  # where fold 0's cell is picked: tasks c and d
-    g["test"][0, :, 0, 1, 0] = 0.5
-    g["test"][0, :2, 0, 3, 0] = 0.25
-    picked, cells = culture.pick(g, world, ["own"], 2)
-    assert cells[0, 0].tolist() == [1, 1] and picked["clean"]["own"][0, :, 0].tolist() == [0.25] * 2 + [0] * 6
-    assert picked["paper"]["own"][0, :, 0].tolist() == [0.5] * 8  # picked on the answers it is tested on
-
-
-def test_answered_pairs(toy):
-    ask = Ask([[1]] * 2, [0, 1], torch.zeros(2, 2), torch.tensor([0, 1]))
-    z = torch.arange(8.0).view(2, 2, 2)
-    p = {"none": torch.tensor([[0.6, 0.1], [0.1, 0.6]]), "own": torch.tensor([[0.1, 0.6], [0.1, 0.6]])}
-    runs = {("en", c, 1, "t"): (ask, z * (1 + (c == "own")), p[c]) for c in p}
-    assert culture.contrasts(runs, "all")["en", "own", 1, "t"].shape == (2, 2, 2)
-    kept = culture.contrasts(runs, "answered")["en", "own", 1, "t"]
-    assert torch.equal(kept, z[:, :1].transpose(0, 1))  # the second is local without the country, too
-
-
-# ------------------------------------------------------------------------------------------------------- real models
-
-
-def test_split():
-    assert culture.split([[1, 2, 3], [1, 2, 4, 5]]) == ([1, 2], [3, 4]) and culture.split([[1, 2], [1, 2, 3]])[1] == []
+# --------------------------------------------------------------------------------------- real models
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny Llama of random weights that spells the lists."""
-    lists = json.loads(culture.LISTS.read_text("utf-8"))["answers"]
-    words = [w for cells in lists.values() for cell in cells.values() for a in cell.split("|") for w in a.split("/")]
-    lines = [f" {w} {w}\n{w}" for w in words]
-    return tiny_llama(tmp_path_factory.mktemp("llama"), lines, 4000, block_size=2048, n_layer=3, n_head=2, n_embd=16)
+    lists = culture.read_lists(culture.LISTS)["answers"]
+    cells = [cell for answers in lists.values() for cell in answers.values()]
+    words = [word for cell in cells for word in cell.replace("/", "|").split("|")]
+    lines = [f" {word} {word}\n{word}" for word in words]
+    shape = dict(block_size=2048, n_layer=3, n_head=2, n_embd=16)
+    return tiny_llama(tmp_path_factory.mktemp("llama"), lines, 4000, **shape)
 
 
-LOCAL = {"en": "Where do I live?", "fr": "Où ?", "tr": "Nerede?"}
-
-
-def rows():
-    out = []
-    for task in "abcd":
-        for country, own in ("us", "en"), ("fr", "fr"), ("tr", "tr"):
-            for lang in dict.fromkeys(("en", own)):
-                for i in range(2):
-                    base = dict(task=task, country=country, lang=lang, question=LOCAL[lang])
-                    base["hint"] = f"I live in {country}."
-                    out.append(base | dict(local=f"{country}{i}{task}", other=f"other{i}", id=str(i)))
-    return out
-
-
-def write(path, rows):
-    with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def small_lists(path):
+def small_lists(path, **changed):
     """Three cultures and four tasks of the lists, for speed."""
-    data, keep = json.loads(culture.LISTS.read_text("utf-8")), ("us", "fr", "de")
-    tasks = ("names", "cities", "teams", "shops")
-    data["answers"] = {t: {c: data["answers"][t][c] for c in keep} for t in tasks}
-    path.write_text(json.dumps(data | {"cultures": keep, "languages": ["en", "fr", "de"]}))
-    return path
-
-
-FAST = ["--pairs", "all", "--draws", "1", "--layers", "1", "--alphas", "1"]
+    lists = culture.read_lists(culture.LISTS)
+    kept, tasks = ("us", "fr", "de"), ("names", "cities", "teams", "shops")
+    answers = {t: {c: lists["answers"][t][c] for c in kept} for t in tasks}
+    lists |= dict(answers=answers, cultures=kept, languages=["en", "fr", "de"]) | changed
+    path.write_text(json.dumps(lists), "utf-8-sig")
+    return str(path)
 
 
 def test_sentences_to_complete(folder, tmp_path):
-    flags = ["--model", str(folder), "--dataset", str(small_lists(tmp_path / "lists.json")), "--out", str(tmp_path)]
-    result = culture.main([*flags, *FAST])
-    assert result == json.loads((tmp_path / "result.json").read_text()) and (tmp_path / "culture.png").exists()
-    (r,) = result["metrics"].values()
-    assert set(r["pairs"].values()) == {4 * 9} and len(r["patch"]["own"]) == 4  # tasks x (questions x sentences)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    lists = small_lists(tmp_path / "lists.json")
+    flags = ["--model", str(folder), "--lists", lists, "--out", str(tmp_path)]
+    result = culture.main([*flags, "--layers", "1", "2", "--strengths", "1"])
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert [c["id"] for c in result["claims"]] == ["C1", "C2", "C2b", "C3", "C6"]
+    assert (tmp_path / "culture.png").exists()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["layer"] for row in rows] == [1, 2]
+    (found,) = result["metrics"][folder.name]
+    assert set(found["picked"]) == {"fr, local", "fr, english", "de, local", "de, english"}
 
 
-def test_two_options(folder, tmp_path):
-    table = write(tmp_path / "items.csv", rows())
-    result = culture.main(["--model", str(folder), "--dataset", str(table), "--out", str(tmp_path), *FAST])
-    (r,) = result["metrics"].values()
-    assert set(r["spoken"]) == {f"{s} {c}" for s in ("local", "en") for c in ("none", "own", "steered")}
-    assert set(r["pairs"].values()) == {4 * 2 * 2}  # tasks x questions x orders
+class Pieces:
+    """A SentencePiece-like tokenizer: a bare space first, as Llama 2's and Mistral's has it."""
+
+    name = "pieces"
+
+    def __init__(self, words):
+        self.ids = {word: 10 + i for i, word in enumerate(words)}
+
+    def encode(self, text, bos=False):
+        out = []
+        for part in re.findall(r" |[^ ]+", text):
+            if part != " " and part not in self.ids:
+                self.ids[part] = 10 + len(self.ids)
+            out.append(3 if part == " " else self.ids[part])
+        return out
+
+    def decode(self, ids):
+        names = {i: word for word, i in self.ids.items()} | {3: " "}
+        return "".join(names[i] for i in ids)
 
 
-def test_prompt_of_two_options(folder):
-    tok = pretrained.load(str(folder))[1]
-    world = culture.Choice(tok, json.loads(culture.LISTS.read_text("utf-8")), rows())
-    row = next(r for r in rows() if r["country"] == "fr" and r["lang"] == "fr")
-    text = tok.decode(world.write("fr", "J'habite en France. ", row, 1, "12", "2"))
-    assert text.endswith("J'habite en France. Où ?\nOptions :\n1. other0\n2. fr0a\nRéponse : 2")
-    ask = world.ask("fr", "own", "a", 1)
-    assert tok.decode(ask.prompts[0]).endswith("I live in fr. Où ?\nOptions :\n- fr0a\n- other0\nRéponse :")
-    assert len(ask.prompts) == 4 and ask.owner.tolist() == [1, 0] and tok.decode([ask.tokens[0, 0]]).startswith(" f")
+def test_first_tokens():
+    answers = {"names": {"us": "Liam|Noah/Noa", "fr": "Louis|Liam", "de": "Hans|Jo"}}
+    lists = dict(answers=answers, cultures=["us", "fr", "de"], languages=["en", "fr", "de"])
+    world = culture.Real(Pieces(["x"]), lists)
+    tokens, owner = world.answers["names"]
+    said = {world.tok.decode([t]): k for t, k in zip(tokens.tolist(), owner.tolist())}
+    assert said == {"Noah": 0, "Noa": 0, "Louis": 1, "Hans": 2}  # no Liam, no bare space, no Jo
+    answers["names"]["fr"] = "Liam"
+    with pytest.raises(ValueError, match="names, fr: no answer has a first token of its own"):
+        culture.Real(Pieces(["x"]), lists)
 
 
-def test_built_in_questions():
-    made = culture.choice_rows(json.loads(culture.LISTS.read_text("utf-8")))
-    by_key = {(r["task"], r["country"], r["lang"], r["id"]): r for r in made}
-    assert by_key["cities", "ru", "ru", 1]["local"] == "Санкт-Петербург" and len(by_key) == len(made)
-    assert by_key["cities", "ru", "en", 1] == by_key["cities", "ru", "en", 1] | dict(
-        local="Saint Petersburg", other="Los Angeles", hint="I live in Russia. "
-    )
+def test_prompts_of_real_models():
+    lists = culture.read_lists(culture.LISTS)
+    texts = []
+    tok = SimpleNamespace(encode=lambda text, bos: texts.append(text))
+    world = SimpleNamespace(tok=tok, lists=lists, cultures=lists["cultures"])
+    world.languages = lists["languages"]
+    world.sentences = lambda *args: culture.Real.sentences(world, *args)
+    culture.Real.prompts(world, "english", "own", 1, "drinks")
+    assert texts[0] == "I live in Turkey. My favourite drink is"
+    culture.Real.prompts(world, "local", "own", 2, "drinks")
+    assert any(text.startswith("J'habite en France. ") for text in texts)
 
 
-# ------------------------------------------------------------------------------------------------------------- script
+def test_built_in_lists_are_whole():
+    lists = culture.read_lists(culture.LISTS)
+    assert len(lists["cultures"]) == 9 and len(lists["answers"]) == 9
+
+
+# ------------------------------------------------------------------------------------------- script
 
 
 def test_smoke_writes_what_is_promised(tmp_path):
     result = culture.main(["--preset", "smoke", "--out", str(tmp_path), "--seeds", "5"])
     assert result == json.loads((tmp_path / "result.json").read_text())
-    assert [c["id"] for c in result["claims"]] == ["C1", "C2", "C2b", "C3", "C4", "C5", "C6", "C7"]
+    assert [c["id"] for c in result["claims"]] == ["C1", "C2", "C2b", "C3", "C5", "C6"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {r["run"] for r in lines} == {"skew0.7-s5", "skew0-s5"} and lines[0]["loss"] > 0
+    assert {line["run"] for line in lines} == {"toy-s5"} and lines[0]["loss"] > 0
     assert (tmp_path / "culture.png").stat().st_size > 10000
 
 
@@ -347,36 +325,35 @@ def test_smoke_writes_what_is_promised(tmp_path):
     "flags, match",
     [
         ("--layers 9", "allowed: 0 to 1"),
-        ("--alphas nan", "finite"),
-        ("--alphas 0", "not 0"),
-        ("--draws -1", "0 to 1000"),
-        ("--skew 2", "0.1 to 1"),
-        ("--dataset FILE.csv", "needs --model"),
-        ("--model MODEL --dataset list.txt", "FILE.json or FILE.csv"),
-        ("--model MODEL --dataset EMPTY.csv", "no rows"),
-        ("--model MODEL --dataset COLUMN.csv", "no column hint"),
-        ("--model MODEL --dataset CELL.csv", "line 3: no local"),
-        ("--model MODEL --dataset HINT.csv", "a, fr, fr: a question has no hint"),
-        ("--model MODEL --dataset LANG.csv", "'xx', allowed: en"),
-        ("--model MODEL --dataset ENGLISH.csv", "a, fr, en: no questions"),
-        ("--model MODEL --dataset FEW.csv", "needed: country us and two more"),
-        ("--model MODEL --dataset IDS.csv", "fr: no question has the same id in en and fr"),
+        ("--strengths nan", "--strengths"),
+        ("--strengths 0", "--strengths"),
+        ("--skew 2", "0.1 to 0.9"),
+        ("--lists FILE.json", "--lists: no effect without --model"),
+        ("--model MODEL --skew .5", "--skew: no effect with --model"),
+        ("--model MODEL --lists LIST.json", "holds no JSON object"),
+        ("--model MODEL --lists BROKEN.json", "BROKEN.json"),
+        ("--model MODEL --lists KEY.json", "lacks hints"),
+        ("--model MODEL --lists CELL.json", "lacks answers > names > de"),
+        ("--model MODEL --lists FEW.json", "needed: three cultures"),
+        ("--model MODEL --lists /no/such.json", "/no/such.json"),
         ("--model /no/such/folder", "/no/such/folder"),
         ("--preset huge", "smoke"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, match, folder, tmp_path, capsys):
-    good = rows()
-    write(tmp_path / "COLUMN.csv", [{k: v for k, v in r.items() if k != "hint"} for r in good])
-    write(tmp_path / "CELL.csv", [good[0], good[1] | {"local": " "}])
-    write(tmp_path / "HINT.csv", [r | {"hint": r["hint"] * (r["lang"] != "fr")} for r in good])
-    write(tmp_path / "LANG.csv", [r | {"lang": "xx"} for r in good])
-    write(tmp_path / "ENGLISH.csv", [r for r in good if (r["country"], r["lang"]) != ("fr", "en")])
-    write(tmp_path / "FEW.csv", [r for r in good if r["country"] != "fr"])
-    write(tmp_path / "IDS.csv", [{k: v for k, v in r.items() if k != "id"} for r in good])
-    (tmp_path / "EMPTY.csv").write_text("task,country\n")
-    flags = re.sub(r"(\w+\.csv)", rf"{tmp_path}/\1", flags).replace("MODEL", str(folder))
+    (tmp_path / "LIST.json").write_text("[1]")
+    (tmp_path / "BROKEN.json").write_text('{"a": ')
+    small_lists(tmp_path / "KEY.json", hints=None)
+    small_lists(tmp_path / "FEW.json", cultures=["us", "fr"], languages=["en", "fr"])
+    small_lists(tmp_path / "CELL.json")
+    lists = json.loads((tmp_path / "CELL.json").read_text("utf-8-sig"))
+    del lists["answers"]["names"]["de"]
+    (tmp_path / "CELL.json").write_text(json.dumps(lists))
+    preset = [] if "--model" in flags or "--preset" in flags else ["--preset", "smoke"]
+    flags = re.sub(r"([A-Z]+\.json)", rf"{tmp_path}/\1", flags).replace("MODEL", str(folder))
     with pytest.raises(SystemExit) as stop:
-        culture.main(["--preset", "smoke", "--out", str(tmp_path / "out"), *flags.split()])
-    error = capsys.readouterr().err.split("\r")[-1].strip().splitlines()
-    assert stop.value.code == 2 and error[-1].startswith("error: ") and re.search(match, error[-1])
+        culture.main([*preset, "--out", str(tmp_path / "out"), *flags.split()])
+    errors = re.findall("error: .*", capsys.readouterr().err)
+    assert stop.value.code == 2 and len(errors) == 1
+    assert re.search(match, errors[0]), errors[0]
+    assert not (tmp_path / "out" / "result.json").exists()

@@ -56,6 +56,12 @@ def test_tokenizers_round_trip(name):
             and tok.eos not in ids
         )
     assert tok.encode_batch(["a", "bc"]) == [tok.encode("a"), tok.encode("bc")]
+    assert tok.stops == [tok.eos]
+
+
+def test_bpe_needs_a_text():
+    with pytest.raises(ValueError, match="trained on a text"):
+        data.get_tokenizer("bpe:300")
 
 
 def test_tokenizer_json(tmp_path):

@@ -1,412 +1,300 @@
-"""formal_tokenization.py: masks against the definition and peers; theorems against enumeration; the script."""
+"""formal_tokenization.py: spellings and automata by hand and by enumeration; the script."""
 
+import itertools
 import json
 import re
 from functools import partial
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-import data
 import formal_tokenization as ft
 
 torch.set_num_threads(1)
 AB = [b"a", b"b", b"ab", b"ba"]
-RANKS = {b: i for i, b in enumerate(AB)}
-DYCK1 = 'root ::= ("(" root ")")*'
-PARENS = [b"(", b")", b"((", b"))", b"()", None]
+RANKS = ft.ranks_of(AB)
 
 
-def allowed(c):
-    return {c.vocab[i] if i != c.eos else "eos" for i in np.flatnonzero(c.mask())}
-
-
-def after(c, *pieces):
-    for piece in pieces:
-        c.advance(c.vocab.index(piece))
-    return c
-
-
-# ---------------------------------------------------------------------------------------------------------- by hand
-
-
-def test_dyck_masks_by_hand():
-    c = ft.Constraint(DYCK1, PARENS, 5)
-    start = {b"(", b"((", b"()", "eos"}
-    assert allowed(c) == start
-    assert allowed(after(c, b"(")) == {b"(", b")", b"((", b"()"}
-    c.rollback()
-    assert allowed(after(c, b"((")) == set(PARENS[:5])
-    assert allowed(after(c, b"))")) == start
-    c.advance(5)
-    assert not c.mask().any()
-
-
-def test_tokens_across_terminals_duplicates_and_empty_strings():
-    c = ft.Constraint('root ::= "foo" "bar"', [b"fo", b"ob", b"ar", b"o", b"b", b"a", b"r", b"f"])
-    assert allowed(c) == {b"fo", b"f"}
-    assert after(c, b"fo", b"ob", b"ar").accepts() and not c.mask().any()
-    c = ft.Constraint('root ::= "ab"', [b"a", b"b", b"ab", b"ab", b"abb", b"", None], 6)
-    assert c.mask().tolist() == [True, False, True, True, False, False, False]
-    assert c.advance(3) is None and c.mask().tolist() == [False] * 6 + [True]
-
-
-def test_utf8_ranges():
-    show = lambda seqs: " | ".join(" ".join(f"{a:02X}-{b:02X}" if a < b else f"{a:02X}" for a, b in s) for s in seqs)
-    assert show(ft.utf8_ranges(0, ft.LAST)) == (
-        "00-7F | C2-DF 80-BF | E0 A0-BF 80-BF | E1-EC 80-BF 80-BF | ED 80-9F 80-BF | EE-EF 80-BF 80-BF | "
-        "F0 90-BF 80-BF 80-BF | F1-F3 80-BF 80-BF 80-BF | F4 80-8F 80-BF 80-BF"
-    )
-    assert show(ft.utf8_ranges(0xE9, 0x4F60)) == (
-        "C3 A9-BF | C4-DF 80-BF | E0 A0-BF 80-BF | E1-E3 80-BF 80-BF | E4 80-BC 80-BF | E4 BD 80-A0"
-    )
-
-
-def test_tokens_inside_a_character():
-    c = ft.Constraint("root ::= [é-你]", [bytes([b]) for b in range(256)] + ["你".encode()[:2], "好".encode()])
-    assert {0xE4, 0xC3, 256} <= set(np.flatnonzero(c.mask())) and not c.mask()[257] and not c.mask()[0xC2]
-    c.advance(256)
-    assert np.flatnonzero(c.mask()).tolist() == [*range(0x80, 0xA1)]
-
-
-def test_lift_by_hand():
-    table, accepting = ft.lift(ft.Engine(ft.parse_regex("(ab)*"), ft.Trie(AB)))
-    accepted = lambda n: [t for t in product(range(4), repeat=n) if ft.runs(table, accepting, t)]
-    assert [len(accepted(n)) for n in range(1, 6)] == [2 ** (n - 1) for n in range(1, 6)]
-    assert accepted(2) == [(0, 1), (2, 2)]
-    proper = [t for t in accepted(3) if tuple(ft.bpe(RANKS, b"".join(AB[i] for i in t))) == t]
-    assert proper == [(2, 2, 2)]
+# ------------------------------------------------------------------------------------- tokenizers
 
 
 def test_bpe_by_hand():
-    spelled = {"aba": "ab a", "bab": "b ab", "baa": "ba a", "bba": "b ba", "abba": "ab ba", "baba": "b ab a"}
-    for text, tokens in (spelled | {"aabb": "a ab b"}).items():
+    spelled = {
+        "aba": "ab a",
+        "bab": "b ab",
+        "baa": "ba a",
+        "bba": "b ba",
+        "abba": "ab ba",
+        "baba": "b ab a",
+    }
+    for text, tokens in (spelled | {"aabb": "a ab b", "": ""}).items():
         assert [AB[i].decode() for i in ft.bpe(RANKS, text.encode())] == tokens.split()
-    proper = lambda t: tuple(ft.bpe(RANKS, b"".join(AB[i] for i in t))) == t
-    pairs = np.array([[proper((a, b)) for b in range(4)] for a in range(4)])
+
+
+def test_proper_pairs_by_hand():
+    """T2 and T3 on two merges: h maps proper sequences one to one onto strings; pairs decide."""
+    proper = [t for n in range(6) for t in itertools.product(range(4), repeat=n) if is_proper(t)]
+    by_length = [sum(len(t) == n for t in proper) for n in range(1, 6)]
+    assert by_length == [4, 11, 32, 92, 265]
+    pairs = np.array([[is_proper((a, b)) for b in range(4)] for a in range(4)])
     follow = {"a": "a ab", "b": "b ab ba", "ab": "a b ab ba", "ba": "a ab"}
-    assert {AB[a].decode(): " ".join(AB[b].decode() for b in np.flatnonzero(pairs[a])) for a in range(4)} == follow
-    enumerated = [sum(proper(t) for t in product(range(4), repeat=n)) for n in range(1, 6)]
-    matrix = [int(np.linalg.matrix_power(pairs.astype(int), n).sum()) for n in range(5)]
-    assert enumerated == matrix == [4, 11, 32, 92, 265]
+    assert {
+        AB[a].decode(): " ".join(AB[b].decode() for b in np.flatnonzero(pairs[a])) for a in range(4)
+    } == follow
+    assert by_length == [int(np.linalg.matrix_power(pairs.astype(int), n).sum()) for n in range(5)]
+
+
+def is_proper(ids):
+    return tuple(ft.bpe(RANKS, ft.spell(AB, ids))) == tuple(ids)
+
+
+def test_detokenization_is_a_homomorphism_and_proper_spellings_are_one_to_one():
+    texts = [bytes(t) for n in range(11) for t in itertools.product(b"ab", repeat=n)]
+    proper = {tuple(ft.bpe(RANKS, text)) for text in texts}
+    assert len(proper) == len(texts) and {ft.spell(AB, ids) for ids in proper} == {*texts}
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        u, v = rng.integers(0, 4, 5), rng.integers(0, 4, 3)
+        assert ft.spell(AB, [*u, *v]) == ft.spell(AB, u) + ft.spell(AB, v)
+    assert ft.bpe(RANKS, b"ab" + b"a") != ft.bpe(RANKS, b"a") + ft.bpe(RANKS, b"ba")  # tau is none
+
+
+def test_random_merges_are_two_local():
+    """Plain BPE, on all sequences of four ids; behind a pre-tokenizer it fails, both ways."""
+    rng, wrong = np.random.default_rng(1), {ft.bpe: 0, ft.pretokenized: 0}
+    for _ in range(25):
+        vocab = ft.random_vocabulary(rng, b"a ", 3)
+        for tokenize in wrong:
+            tau = partial(tokenize, ft.ranks_of(vocab))
+            single = [tau(piece) == [i] for i, piece in enumerate(vocab)]
+            pairs = [
+                [tau(a + b) == [i, j] for j, b in enumerate(vocab)] for i, a in enumerate(vocab)
+            ]
+            for ids in itertools.product(range(len(vocab)), repeat=4):
+                by_pairs = all(single[i] for i in ids) and all(
+                    pairs[i][j] for i, j in zip(ids, ids[1:])
+                )
+                wrong[tokenize] += by_pairs != (tau(ft.spell(vocab, ids)) == [*ids])
+    assert wrong[ft.bpe] == 0 < wrong[ft.pretokenized]
 
 
 def test_counts_by_hand_and_by_enumeration():
     parens = {b"(", b")", b"((", b"))", b"()"}
-    n = lambda text, vocab: ft.counts(text, vocab)[-1]
-    assert [n(t, RANKS) for t in (b"abab", b"ababab", b"", b"ax")] == [5, 13, 1, 0]
-    assert [n(t, parens) for t in (b"(())", b"()()", b"((()))")] == [5, 4, 13]
-    for size in range(9):
-        for text in map(bytes, product(b"ab", repeat=size)):
-            cuts = product([False, True], repeat=max(0, size - 1))
-            words = ([w for w in re.split("\0", "".join(chr(c) + "\0" * cut for c, cut in zip(text, [*cut_, False])))]
-                     for cut_ in cuts)  # fmt: skip
-            spelled = sum(all(w.encode() in RANKS or not text for w in ws) for ws in words)
-            assert n(text, RANKS) == spelled
+    assert [ft.count_spellings(t, RANKS)[-1] for t in (b"abab", b"ababab", b"", b"ax")] == [
+        5,
+        13,
+        1,
+        0,
+    ]
+    assert [ft.count_spellings(t, parens)[-1] for t in (b"(())", b"()()", b"((()))")] == [5, 4, 13]
+    spelled = [ft.spell(AB, t) for n in range(8) for t in itertools.product(range(4), repeat=n)]
+    for text in (bytes(t) for n in range(8) for t in itertools.product(b"ab", repeat=n)):
+        assert ft.count_spellings(text, RANKS)[-1] == spelled.count(text)
 
 
-def test_uniform_is_uniform():
-    rng, n = np.random.default_rng(0), 4000
-    seen = {}
+def test_random_spellings_are_equally_likely():
+    rng, n, seen = np.random.default_rng(0), 4000, {}
     for _ in range(n):
-        t = tuple(ft.uniform(b"ababab", RANKS, rng))
-        assert b"".join(AB[i] for i in t) == b"ababab"
-        seen[t] = seen.get(t, 0) + 1
-    assert len(seen) == 13 and sum((k - n / 13) ** 2 / (n / 13) for k in seen.values()) < 32.9  # chi-square, p = .001
+        ids = tuple(ft.random_spelling(RANKS, b"ababab", rng))
+        assert ft.spell(AB, ids) == b"ababab"
+        seen[ids] = seen.get(ids, 0) + 1
+    assert (
+        len(seen) == 13 and sum((k - n / 13) ** 2 / (n / 13) for k in seen.values()) < 32.9
+    )  # chi-square, p = .001
 
 
-# ------------------------------------------------------------------------------------------------ against the oracles
+def test_learnt_merges():
+    assert ft.learn_bpe([b"abab", b"abc"], b"abc", 2) == [b"a", b"b", b"c", b"ab", b"abab"]
+    vocab = ft.random_vocabulary(np.random.default_rng(0), b"xy", 6)
+    assert vocab[:2] == [b"x", b"y"] and len(vocab) == len({*vocab}) <= 8
 
 
-def test_masks_equal_the_oracle():
-    rng = np.random.default_rng(1)
-    found = np.array([ft.differing_bits(rng, ft.random_grammar(rng)) for _ in range(40)]).sum(0)
-    assert found[0] == 0 and found[1] > 30 and found[2] > 700
+@pytest.mark.parametrize("name, text, ids", [
+    ("p50k_base", "()", [3419]), ("p50k_base", "(())", [7, 28955]), ("p50k_base", "((()))", [19510, 3419, 4008]),
+    ("p50k_base", "Hello World", [15496, 2159]),
+])  # fmt: skip
+def test_real_tokenizer_is_no_homomorphism(name, text, ids):
+    tiktoken = pytest.importorskip("tiktoken")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # no network: the libraries have exceptions of their own
+        pytest.skip(f"{name} can't be had: {type(error).__name__}")
+    assert encoding.encode(text) == ids
+    assert (
+        encoding.decode([19526]) + encoding.decode([254]) != encoding.decode([19526, 254]) == "你"
+    )
+    found = ft.inspect(name, "def f(x): return (x + 1)\n" * 20, "Hello World")
+    assert found["spellings"] == 352 and found["h(tau(text)) is the text"]
 
 
-def test_oracle_equals_re():
-    for pattern in "(ab)*", "a(b|ca)*c?", "(a|b){2,3}c", "[^a]*a":
-        rules = ft.parse_regex(pattern)
-        texts = [bytes(t) for n in range(5) for t in product(b"abc", repeat=n)]
-        full = {t for t in texts if re.fullmatch(pattern.encode(), t)}
-        engine = ft.Engine(rules, ft.Trie([bytes([b]) for b in range(256)]))
-        for t in texts:
-            c = engine.read(engine.start, t)
-            viable, complete = ft.recognise(rules, t)
-            assert complete == (t in full) == (c is not None and c.accepts)
-            assert viable == (c is not None) and (not any(f.startswith(t) for f in full) or viable)
+# -------------------------------------------------------------------------------------- languages
 
 
-@pytest.mark.parametrize("name", ["json", "arithmetic", "python", "dyck"])
-def test_masks_equal_one_byte_at_a_time(name):
-    """The frame walk against stepping every token from the configuration itself, along random texts."""
-    rng = np.random.default_rng(2)
-    enc = data.train_bpe('{"a": [1, -2.5e3], "b": "\\u00e9 你"} not (x + 1) ** 2 == f(a, [b]) in (()[])' * 3, 280)
-    vocab = [enc.decode_single_token_bytes(i) for i in range(279)] + [None]
-    c = ft.Constraint(ft.GRAMMARS[name], vocab, 279)
-    for _ in range(120):
-        slow = [bool(b) and c.engine.read(c.state, b) is not None for b in vocab[:-1]] + [c.accepts()]
-        assert c.mask().tolist() == slow
-        options = np.flatnonzero(c.mask()[:-1])
-        if len(options) and rng.random() > 0.02:
-            c.advance(int(rng.choice(options)))
-        else:
-            c = ft.Constraint(c.engine)
+def accepts(table, accepting, ids):
+    state = ft.path(table, ids)[-1]
+    return state >= 0 and bool(accepting[state])
 
 
-PEERS = {  # ours and xgrammar's, llguidance's
-    "arithmetic": (
-        'root ::= term ([-+] term)*\nterm ::= atom ([*/] atom)*\natom ::= [0-9]+ | "(" root ")"',
-        'start: term (/[-+]/ term)*\nterm: atom (/[*\\/]/ atom)*\natom: N | "(" start ")"\nN: /[0-9]+/',
-    ),
-    "strings": (
-        r'root ::= "\"" ([^"\\\x00-\x1F] | "\\" [nt"\\] | "\\u" [0-9a-f]{4})* "\""',
-        r'start: /"([^"\\\x00-\x1f]|\\[nt"\\]|\\u[0-9a-f]{4})*"/',
-    ),
-    "classes": (r"root ::= [\u00C0-\u024Fa-z]+ (\" \" [\u4E00-\u4F60]+)?".replace('\\"', '"'),
-                r"start: /[\u00C0-\u024Fa-z]+( [\u4E00-\u4F60]+)?/"),
-    "repeats": ('root ::= [a-z]{1,8} ("-" [0-9]{2,3}){0,3}', "start: /[a-z]{1,8}(-[0-9]{2,3}){0,3}/"),
-    "ambiguous": ('root ::= ("a" | "ab" | "b" | "aab" | "ba")+', "start: /(a|ab|b|aab|ba)+/"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["json", *PEERS])
-@pytest.mark.parametrize("style", ["bytes", "sentencepiece"])
-def test_masks_equal_the_peers(name, style):
-    bench = pytest.importorskip("bench")
-    rng = np.random.default_rng(3)
-    text = '{"abc": [1, -2.5e3], "déjà": "\\u00e9 你好 ab-12-345"} (12+3)*4/5 aab ba ' * 4
-    enc = data.train_bpe(text + "".join(data.load_text())[:20000], 600)
-    vocab = [enc.decode_single_token_bytes(i) for i in range(599)] + [None]
-    if style == "sentencepiece":  # whole pieces and single bytes, no token that ends inside a character
-        keep = lambda b: len(b) == 1 or b.decode(errors="replace").encode() == b
-        vocab = [b if b and keep(b) else None for b in vocab]
-    grammar, lark = PEERS.get(name) or (ft.JSON, bench.JSON_LARK)
-    engines = bench.mask_engines(grammar, lark, enc, ft.Trie(vocab))
-    if len(engines) == 1:
-        pytest.skip("neither llguidance nor xgrammar is installed")
-    real = [i for i, b in enumerate(vocab) if b]
-    for _ in range(6):
-        running = {k: start() for k, start in engines.items()}
-        for _ in range(20):
-            mask = running["ours"][0]()
-            ours = [i for i in real if mask[i]]
-            for k, (fill, _) in running.items():
-                found = fill(show=True) if k != "ours" else mask
-                theirs = [i for i in real if found[i]]
-                # llguidance leaves the canonical token alone where the text is forced: `ue`, not `u` after `tr`
-                forced = k == "llguidance" and len(theirs) == 1 and {theirs[0]} <= {*ours}
-                if not (forced and all(vocab[theirs[0]].startswith(vocab[i]) for i in ours)):
-                    assert theirs == ours, k
-            options = np.flatnonzero(mask[:-1])
-            if not len(options):
-                break
-            id = int(rng.choice(options))
-            for _, advance in running.values():
-                advance(id)
-
-
-# ---------------------------------------------------------------------------------------------------------- invariants
-
-
-def test_every_allowed_id_advances_and_rollback_restores():
-    c = ft.Constraint(DYCK1, PARENS, 5)
-    rng = np.random.default_rng(4)
-    for _ in range(50):
-        mask = c.mask()
-        assert mask.any() and mask[5] == c.accepts() and not mask.flags.writeable
-        for id in range(6):
-            if mask[id]:
-                c.advance(id)
-                c.rollback()
-            else:
-                with pytest.raises(ValueError, match=f"id {id}"):
-                    c.advance(id)
-            assert c.mask() is mask
-        c.advance(int(rng.choice(np.flatnonzero(mask[:5]))))
-    c.rollback(50)
-    assert allowed(c) == {b"(", b"((", b"()", "eos"}
-
-
-def test_caches_can_be_emptied_at_any_time_and_are_not_shared_by_grammars():
-    vocab = [bytes([b]) for b in range(256)] + [b'{"a', b"}}", b"]}", b'":', None]
-    text = b'{"a":{"b":[1,{"c":[]}]}}'
-    plain, small = ft.Constraint(ft.JSON, vocab, 260), ft.Constraint(ft.JSON, vocab, 260, cache_mb=0)
-    other = ft.Constraint(ft.GRAMMARS["dyck"], plain.engine.trie, 260)
-    for b in text:
-        assert (plain.mask() == small.mask()).all()
-        plain.advance(b)
-        small.advance(b)
-    assert plain.accepts() and small.accepts()
-    assert np.flatnonzero(other.mask()).tolist() == [40, 91, 260]
-
-
-def test_deep_nesting():
-    c = ft.Constraint(ft.JSON, [bytes([b]) for b in range(256)] + [b"]]", b"[" * 50])
-    for _ in range(200):
-        c.advance(257)
-    assert c.state.least == 10000 and c.mask()[256]
-    for _ in range(5000):
-        c.advance(256)
-    assert c.accepts()
-
-
-def test_explain():
-    c = ft.Constraint(ft.JSON, [bytes([b]) for b in range(256)] + [b"{]", None, b"tru"], 257)
-    assert "refused at its byte 1, b']'; expected: " in c.explain(256) and "'}'" in c.explain(256)
-    assert c.explain(258).endswith("allowed") and "needs 1 bytes" in c.explain(257)
-    with pytest.raises(ValueError, match="out of range, allowed: 0 to 258"):
-        c.advance(999)
-
-
-def test_proper_masks_have_no_dead_ends():
-    """Against the definition: ids with a proper completion of at most eight bytes."""
-    grammar, vocab = 'root ::= "a" "b" "a"* | "b"', [*AB, None]
-    c = ft.Constraint(grammar, vocab, 4, proper=True)
-    full = [tuple(ft.bpe(RANKS, t)) for t in (b"b", *(b"ab" + b"a" * n for n in range(7)))]
-    todo = [()]
-    while todo:
-        t = todo.pop()
-        for id in t:
-            c.advance(id)
-        expected = {f[len(t)] for f in full if f[: len(t)] == t and len(f) > len(t)}
-        assert set(np.flatnonzero(c.mask()[:4])) == expected and c.mask()[4] == (t in full)
-        c.rollback(len(t))
-        todo += [(*t, i) for i in expected if len(t) < 3]
-    assert ft.Constraint(grammar, vocab, 4).mask()[0] and not c.mask()[0]  # `a` alone can only go on improperly
-
-
-def test_locality_fails_for_a_pretokenizer():
-    assert ft.is_local(partial(ft.bpe, RANKS), AB, 4)[0] == 0
-    found = ft.theorems(8, 5)
-    assert found["local_violations"] == 0 < found["pretokenized_violations"]
-    assert found["lift_wrong"] == 0 < found["scrambled_lift_wrong"]
-
-
-def test_check_homomorphism():
-    rng = np.random.default_rng(0)
-    found = {k: ft.check_homomorphism(*toy[:2], rng, *toy[2:]) for k, toy in ft.toy_tokenizers(rng).items()}
-    assert [k for k, f in found.items() if not f["homomorphism"]] == ["stripped space", "replacement", "scramble"]
-    assert [k for k, f in found.items() if not f["lossless"]] == ["lower-casing"]
-    assert "spaces" in found["stripped space"]["cause"] and "replacement" in found["replacement"]["cause"]
-    assert found["scramble"]["pair"] and found["lower-casing"]["cause"] == "lower-casing"
-
-
-# ----------------------------------------------------------------------------------------------------------- bad input
+def test_lift_by_hand():
+    table, accepting = ft.automaton("(ab)*", b"ab")
+    lifted = ft.lift(table, b"ab", AB)
+    assert lifted.tolist() == [[1, -1, 0, -1], [-1, 0, -1, 1]] and accepting.tolist() == [
+        True,
+        False,
+    ]
+    for n in range(1, 6):
+        found = [t for t in itertools.product(range(4), repeat=n) if accepts(lifted, accepting, t)]
+        assert len(found) == 2 ** (n - 1)
+        assert [t for t in found if is_proper(t)] == [(2,) * n]
 
 
 @pytest.mark.parametrize(
-    "grammar, match",
-    [
-        ('root ::= "a" item', "line 1: rule item is not defined"),
-        ('root ::= "a"\nb ::= "x" b', "rule b is unproductive"),
-        ('root ::= a "x"\na ::= b? root | "y"\nb ::= "z"', "left recursion: root -> a -> root"),
-        ("root ::= [^\\x00-\\U0010FFFF]", "line 1: the class .* is empty"),
-        ('root ::= "a"\n\nb ::= [z-a]', "line 3: the range z-a"),
-        ('root ::= "\\uD800"', "line 1: 'utf-8' .* surrogates"),
-        ('start ::= "a"', "no rule root, only: start"),
-        ('root ::= "a" ?? )', "line 1"),
-        ('root ::= ("a"', "line 1: a \\( is not closed"),
-        ('root ::= "a"{3,2}', "line 1: .3,2. is reversed"),
-        ('root ::= "a" $', "line 1: can't read"),
-        ('root ::= "a"\nroot ::= "b"', "line 2: 'root' is defined twice"),
-    ],
+    "pattern, states", [("(ab)*", 2), ("a*ba*", 2), ("(a|b)*abb", 4), ("a{2}|b{3}", 5), ("a?", 2)]
 )
-def test_bad_grammars(grammar, match):
-    with pytest.raises(ValueError, match=match):
-        ft.Constraint(grammar, [bytes([b]) for b in range(256)])
+def test_automata_and_their_sizes(pattern, states):
+    table, accepting = ft.automaton(pattern, b"ab")
+    for ids in ft.sequences(2, 7):
+        assert accepts(table, accepting, ids) == bool(
+            re.fullmatch(pattern, "".join("ab"[i] for i in ids))
+        )
+    assert (
+        ft.states_needed(table, accepting)
+        == states
+        == ft.states_needed(ft.lift(table, b"ab", AB), accepting)
+    )
 
 
-def test_a_byte_that_no_token_has_is_cut_from_the_language():
-    c = ft.Constraint('root ::= "a" ("b" "x" | "a")', [b"a", b"b", b"ab", None], 3)
-    assert allowed(c) == {b"a"} and allowed(after(c, b"a")) == {b"a"}  # never `ab`, which can't go on
-    with pytest.raises(ValueError, match="byte b'x': it can spell no text"):
-        ft.Constraint('root ::= "ax"', [b"a"])
+def test_states_needed_merges_what_does_the_same():
+    table = np.array([[1, 2], [3, -1], [3, -1], [-1, -1], [4, 4]])  # 1 and 2 do the same, 4 is dead
+    assert ft.states_needed(table, np.array([False, False, False, True, False])) == 3
 
 
-def test_bad_vocabulary_and_regex():
-    with pytest.raises(ValueError, match="no token for the byte b'b', which"):
-        ft.Constraint('root ::= "ab"', [b"a", b"ab"])
-    with pytest.raises(ValueError, match="eos 7 is out of range"):
-        ft.Constraint('root ::= "a"', [b"a"], 7)
-    for pattern in r"(a)\1", "(", "a(?=b)":
-        with pytest.raises(ValueError, match="regular expression"):
-            ft.parse_regex(pattern)
+def test_proper_moves_by_hand():
+    """L = {b, ab, aba, abaa, ...}: a proper text never begins with the id of a alone."""
+    table, accepting = ft.automaton("aba*|b", b"ab")
+    lifted = ft.lift(table, b"ab", AB)
+    moves, live = ft.proper_moves(lifted, accepting, partial(ft.bpe, RANKS), AB)
+    assert moves[0, 4].tolist() == [True, True, True, False] and live[0, 4].tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert ft.dead_ends(lifted, accepting, live) == 0 < ft.dead_ends(lifted, accepting, moves)
+    for ids in ft.sequences(4, 4):
+        steps = zip(ft.path(lifted, ids), [4, *ids], ids)
+        proper = accepts(lifted, accepting, ids) and all(live[step] for step in steps)
+        assert proper == (is_proper(ids) and bool(re.fullmatch(b"aba*|b", ft.spell(AB, ids))))
 
 
-@pytest.mark.parametrize("flags", [["--grammar", "nope"], ["--arms", "word"], ["--tokenizer", "nope"],
-                                   ["--tokenizer", "byte", "--text", "{]"], ["--model", "nope"],
-                                   ["--samples", "1"], ["--merges", "999"], ["--n-embd", "30"]])  # fmt: skip
-def test_bad_flags_end_in_one_line(flags, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        ft.main([*flags, "--preset", "smoke", "--out", str(tmp_path)])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+def test_scrambled_ids_have_no_automaton_of_two_states():
+    found = ft.check_scrambled()
+    assert found["wrong"] > 1 and found["states_more"] == 0
 
 
-# -------------------------------------------------------------------------------------------------------------- script
+# --------------------------------------------------------------------------------------- the toy
 
 
-def test_toy_world():
+def test_strings_and_twins():
     rng = np.random.default_rng(0)
-    engine = ft.Engine(ft.parse_ebnf(ft.GRAMMARS["dyck"]), ft.Trie([c.encode() for c in ft.ALPHABET]))
-    valid = lambda s: (c := engine.read(engine.start, s.encode())) is not None and c.accepts
     for beyond in False, True:
         for s in ft.strings(rng, 30, beyond):
             t = ft.twin(rng, s)
-            assert valid(s) and not valid(t) and ft.depth_of(s) == ft.depth_of(t)
+            assert ft.is_balanced(s) and not ft.is_balanced(t) and len(s) == len(t)
+            assert ft.depth_of(s) == ft.depth_of(t)
             assert (len(s) <= 40 and ft.depth_of(s) <= 6) != beyond
-    for arm in ft.COLOURS:
-        code = ft.Code(arm, 0, 20)
-        for s in ft.strings(rng, 10):
-            ids = code.encode(s, rng)
-            assert code.spell(ids) == s and ids[0] == code.bos and ids[-1] == code.eos
+    assert ft.is_balanced("") and not ft.is_balanced("(") and not ft.is_balanced("([)]")
+    assert ft.depth_of("([])()") == 2
+
+
+@pytest.mark.parametrize("arm", ft.ARMS)
+def test_codes_spell_every_string(arm):
+    rng, code = np.random.default_rng(0), ft.Code(arm, 0)
+    for s in ft.strings(rng, 20):
+        ids = code.encode(s, rng)
+        assert ids[0] == code.bos and ids[-1] == code.eos and max(ids[1:-1]) < code.bos
+        if arm == "scramble":
+            back = [code.swaps[i].tolist().index(x) for i, x in enumerate(ids[1:-1])]
+            assert "".join(ft.BRACKETS[i] for i in back) == s
+        else:
+            assert ft.spell(code.vocab, ids[1:-1]).decode() == s
+    if arm == "extended":
+        assert len({tuple(code.encode("()()()()", rng)) for _ in range(20)}) > 3
+        assert len({tuple(code.encode("()()()()", rng, "bpe")) for _ in range(20)}) == 1
+
+
+def test_padding_and_probabilities():
     idx, targets = ft.padded([[4, 0, 1, 5], [4, 5]], 5)
-    assert idx.tolist() == [[4, 0, 1], [4, 5, 5]] and targets.tolist() == [[0, 1, 5], [5, -100, -100]]
-
-
-def test_real_tokenizer_styles(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    level = tokenizers.ByteLevelBPETokenizer()
-    level.train_from_iterator(["déjà vu 你好"] * 3, 300, special_tokens=["<|endoftext|>"])
-    vocab = ft.vocabulary(level._tokenizer)
-    assert vocab[0] is None and b"".join(vocab[i] for i in level.encode("déjà 你").ids) == "déjà 你".encode()
-    piece = {"<unk>": 0, "</s>": 1, "▁a": 2, "a": 3, "▁": 4} | {f"<0x{b:02X}>": 5 + b for b in range(256)}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(piece, [("▁", "a")], byte_fallback=True, unk_token="<unk>"))
-    backend.add_special_tokens(["<unk>", "</s>"])
-    assert ft.vocabulary(backend)[:6] == [None, None, b" a", b"a", b" ", b"\0"]
-    backend.save(str(tmp_path / "tokenizer.json"))
-    args = ["--tokenizer", str(tmp_path), "--text", "", "--explain", "2", "--out", str(tmp_path / "out")]
-    result = ft.main(args)
-    assert result["metrics"]["allowed"] > 10
+    assert idx.tolist() == [[4, 0, 1], [4, 5, 5]] and targets.tolist() == [
+        [0, 1, 5],
+        [5, -100, -100],
+    ]
+    code = ft.Code("char", 0)
+    torch.manual_seed(0)
+    model = ft.GPT(ft.GPTConfig(6, 82, 1, 2, 16, learned_pos=True))
+    both = ft.log_p(model, code, ["()", "([])[]"], None, "")
+    for s, p in zip(["()", "([])[]"], both):
+        ids = torch.tensor([code.encode(s, None)])
+        assert p == pytest.approx(
+            -model.loss(ids[:, :-1], ids[:, 1:]).item() * (len(s) + 1), rel=1e-5
+        )
 
 
 def test_smoke_writes_what_is_promised(tmp_path):
-    flags = ["--preset", "smoke", "--out", str(tmp_path), "--seeds", "3"]
+    flags = ["--preset", "smoke", "--out", str(tmp_path), "--seeds", "3", "4"]
     result = ft.main(flags)
     assert result == json.loads((tmp_path / "result.json").read_text())
-    assert [c["id"] for c in result["claims"]] == ["T1", "T2", "T3", "T4", "M1", "M2", "L1", "L2", "L3", "L4"]
-    for c in result["claims"]:
-        assert c["measured"] and c["control"] and isinstance(c["holds"], bool)
-        assert c["id"][0] == "L" or c["holds"] and c["control_fails"]
+    assert [c["id"] for c in result["claims"]] == ["T1", "T3", "L1", "L2", "L4"]
+    for claim in result["claims"][:2]:
+        assert claim["holds"] and claim["control_fails"] and claim["held"] == [True, True]
+    assert result["claims"][3]["holds"]  # an untrained model, too, writes what its masks allow
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {r["run"] for r in rows} == {f"{arm}-s3" for arm in ft.COLOURS} and rows[0]["loss"] > 0
+    assert {row["run"] for row in rows} == {f"{arm}-s{seed}" for arm in ft.ARMS for seed in (3, 4)}
     assert (tmp_path / "formal_tokenization.png").stat().st_size > 10000
-    before = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in rows]
-    ft.main([*flags, "--resume"])  # nothing left to do, the same lines
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in rows] == before
+    assert result["metrics"]["arms"]["scramble"][0].keys() == {"in_range", "beyond", "by_depth"}
 
 
-def test_masked_generation_is_always_complete():
-    torch.manual_seed(0)
-    vocab = [bytes([b]) for b in range(256)] + [b'{"', b"[[[[", b'":', b"]]", None]
-    model = ft.GPT(ft.GPTConfig(262, 80, 1, 2, 16))  # one id more than the vocabulary, as padded embeddings have
-    base = ft.Constraint(ft.JSON, vocab, 260)
-    rows = ft.generate(model, [[1], [2, 3], [4]] * 5, 60, stop=[260], seed=0,
-                       process=ft.masker(lambda: ft.Constraint(base.engine), 60))  # fmt: skip
-    for row in rows:
-        assert row[-1] == 260
-        json.loads(b"".join(vocab[i] for i in row[:-1]).decode())
+def test_arms_alone_are_not_judged(tmp_path):
+    result = ft.main(["--preset", "smoke", "--out", str(tmp_path), "--arms", "char"])
+    assert [c["id"] for c in result["claims"]] == ["T1", "T3"]
+
+
+@pytest.mark.parametrize("flags, match", [
+    (["--arms", "word"], "--arms word, allowed: char bpe extended scramble"),
+    (["--text", "a"], "--text goes with --tokenizer, which is missing"),
+    (["--tokenizer", "nope"], "--tokenizer: unknown tokenizer 'nope'"),
+    (["--samples", "1"], "--samples 1, allowed: 2 and more"),
+    (["--n-embd", "30"], "--n-embd 30 is no multiple of the 4 heads"),
+    (["--seeds", "0", "0"], "each can be given once only"),
+    (["--merges", "3"], "unrecognized arguments: --merges 3"),
+])  # fmt: skip
+def test_bad_flags_end_in_one_line(flags, match, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ft.main([*flags, "--preset", "smoke", "--out", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and match in err
+    )
+
+
+def test_a_tokenizer_is_measured(tmp_path, capsys):
+    """A byte-level tokenizer of our own, and one that strips the first space: no homomorphism."""
+    tokenizers = pytest.importorskip("tokenizers")
+    level = tokenizers.ByteLevelBPETokenizer()
+    level.train_from_iterator(["def f(x): return 你好"] * 3, 300, special_tokens=["<|endoftext|>"])
+    level._tokenizer.save(str(tmp_path / "tokenizer.json"))
+    piece = {"</s>": 0, "▁a": 1, "a": 2, "▁": 3} | {f"<0x{b:02X}>": 4 + b for b in range(256)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(piece, [("▁", "a")], byte_fallback=True))
+    parts = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback()]
+    parts += [tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    backend.decoder = tokenizers.decoders.Sequence(parts)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(tmp_path / "stripped.json"))
+    paths = [str(tmp_path / "tokenizer.json"), str(tmp_path / "stripped.json")]
+    rows = ft.main(["--tokenizer", *paths, "--out", str(tmp_path / "out")])["metrics"]
+    assert [row["h(tau(text)) is the text"] for row in rows] == [True, True]
+    strange = [int(row["pairs whose text is not that of h"].split()[0]) for row in rows]
+    assert strange[0] == 0 < strange[1]
+    assert "stripped.json" in capsys.readouterr().out

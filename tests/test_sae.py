@@ -1,340 +1,498 @@
-"""sae.py: the codes and their gradients against hand-computed values, the theorems, the world, a run end to end."""
+"""sae.py: codes and gradients against hand-computed values and autograd, the theorems, the toy, runs end to end."""
 
-import itertools
 import json
-import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from stand_in import tiny_llama
 
-import legacy as common
+import common
 import sae as S
+from model import GPT, GPTConfig
 
 torch.set_num_threads(1)
+CPU = common.Env(torch.device("cpu"), torch.float32)
+
+# --------------------------------------------------------------------------------- the sparse code
 
 
-def gated():
-    s = S.SAE(2, 3, "gated", 1)
-    t = torch.tensor
-    values = {"W_enc": t([[1.0, 0], [0, 1], [1, 1]]), "b_enc": t([0, -1, -1.5]), "b_mag": t([0, 0, -0.5])}
-    values |= {"r_mag": t([0, math.log(2), 0]), "b_dec": t([0.5, 0])}
-    s.load_state_dict(values | {"W_dec": t([[1.0, 0], [0, 1], [0.70711, 0.70711]])})
-    return s, t([[1.5, 2.0]])
+def pairs(pre, k, batch=False):
+    rows, latents, values = S.select(pre, k, batch)
+    return {(i, j): v for i, j, v in zip(rows.tolist(), latents.tolist(), values.tolist())}
 
 
-def test_gated_by_hand():
-    s, x = gated()
-    torch.testing.assert_close(s.encode(x), torch.tensor([[1.0, 4, 2.5]]))
-    torch.testing.assert_close(s.decode(s.encode(x)), torch.tensor([[3.2678, 5.7678]]), atol=1e-4, rtol=0)
-    s.l1 = 0.0
-    assert s.loss(x).item() == pytest.approx(17.3211 + 1.1287, abs=1e-3)
-    s.l1 = 2.0
-    assert s.loss(x).item() == pytest.approx(17.3211 + 1.1287 + 2 * 3.5, abs=1e-3)
-    x_gate = torch.tensor([2.5607, 2.0607])
-    assert (x[0] - x_gate).square().sum().item() == pytest.approx(1.1287, abs=1e-3)
-
-
-def test_gate_learns_from_the_auxiliary_path_alone_and_the_decoder_not():
-    s, x = gated()
-    s.l1 = 0.0
-    s.loss(x).backward()
-    aux = torch.autograd.functional.jacobian(
-        lambda b: ((x - (F.linear(x - s.b_dec, s.W_enc) + b).relu() @ s.W_dec - s.b_dec) ** 2).sum(), s.b_enc.detach()
-    )
-    torch.testing.assert_close(s.b_enc.grad, aux)
-    plain = (x - s.encode(x).detach() @ s.W_dec - s.b_dec.detach()).square().sum()
-    torch.testing.assert_close(s.W_dec.grad, torch.autograd.grad(plain, s.W_dec)[0])
-
-
-def test_topk_and_batchtopk_by_hand():
+def test_select_by_hand():
     pre = torch.tensor([[0.9, -0.2, 0.5, 0.7], [0.1, 0.3, 0.2, -1]])
-    rows, latents, values = S.select(pre, 2)
-    assert {(r, j) for r, j in zip(rows.tolist(), latents.tolist())} == {(0, 0), (0, 3), (1, 1), (1, 2)}
-    rows, latents, values = S.select(pre, 2, batch=True)
-    assert rows.tolist() == [0, 0, 0, 1] and sorted(values.tolist()) == pytest.approx([0.3, 0.5, 0.7, 0.9])
-    assert S.select(-pre.abs(), 2)[2].tolist() == [0] * 4
-    s = S.SAE(3, 4, "topk", 2)
-    with torch.no_grad():
-        s.b_enc.fill_(-100)
-    loss = s.loss(torch.randn(5, 3))
-    loss.backward()
-    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in s.parameters())
+    assert set(pairs(pre, 2)) == {(0, 0), (0, 3), (1, 1), (1, 2)}
+    found = pairs(pre, 2, batch=True)
+    assert set(found) == {(0, 0), (0, 2), (0, 3), (1, 1)}
+    assert sorted(found.values()) == pytest.approx([0.3, 0.5, 0.7, 0.9])
+    assert S.select(torch.tensor([[3, 2, 0.5], [1, 0.2, 0.1]]), 1, True)[1].tolist() == [0, 1]
+    assert S.select(-pre.abs(), 2)[2].tolist() == [0] * 4  # nothing positive: an empty code
     for k in 0, 5, -1:
-        with pytest.raises(ValueError, match=f"k {k} latents of 4"):
+        with pytest.raises(ValueError, match=f"k {k} latents of 4, allowed: 1 to 4"):
             S.select(pre, k)
 
 
+@pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_sparse_step_equals_dense_autograd(batch, seed):
+def test_sparse_step_equals_dense_autograd(seed, batch, streams):
     torch.manual_seed(seed)
     B, d, m, k = 37, 11, 50, 5
-    s = S.SAE(d, m, "batchtopk" if batch else "topk", k).double()
+    s = S.SAE(d, m, k, streams, batch).double()
     for p in s.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    x, target = torch.randn(B, d).double(), torch.randn(B, d).double()
+    x = torch.randn(B, streams * d).double()
+    target = torch.randn(B, streams * d).double()
     x_hat = S.SparseCode.apply(x, s.W_enc, s.b_enc, s.W_dec, s.b_dec, k, batch)[0]
     names, params = zip(*s.named_parameters())
     fast = torch.autograd.grad((x_hat - target).square().sum(), params)
     pre = F.linear(x - s.b_dec, s.W_enc, s.b_enc)
     least = pre.flatten().topk(B * k).values[-1] if batch else pre.topk(k).values[:, -1:]
-    f = pre.relu() * (pre >= least)
-    torch.testing.assert_close(x_hat, f @ s.W_dec + s.b_dec)
-    for name, a, b in zip(names, fast, torch.autograd.grad((f @ s.W_dec + s.b_dec - target).square().sum(), params)):
+    dense = (pre.relu() * (pre >= least)) @ s.W_dec + s.b_dec
+    torch.testing.assert_close(x_hat, dense)
+    slow = torch.autograd.grad((dense - target).square().sum(), params)
+    for name, a, b in zip(names, fast, slow):
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_jumprelu_by_hand():
-    pre = torch.tensor([[0.04, 0.12, 0.30]], requires_grad=True)
-    theta = torch.full((3,), 0.1, requires_grad=True)
-    f, on = S.jump(pre, theta, 0.1)
-    assert f.tolist()[0] == pytest.approx([0, 0.12, 0.30])
-    d_pre, d_theta = torch.autograd.grad(f.sum(), (pre, theta), retain_graph=True)
-    assert d_pre.tolist() == [[0, 1, 1]] and d_theta.tolist()[1:] == pytest.approx([-1, 0])
-    assert torch.autograd.grad(on.sum(), theta)[0].tolist()[1:] == pytest.approx([-10, 0])
+def test_a_latent_that_is_off_gets_no_gradient():
+    s = S.SAE(3, 4, 2)
+    with torch.no_grad():
+        s.b_enc.fill_(-100)
+    s("idx", torch.randn(5, 3), 5.0).backward()
+    assert all(torch.isfinite(p.grad).all() for p in s.parameters())
+    assert s.W_enc.grad.abs().sum() == 0 and s.b_dec.grad.abs().sum() > 0
 
 
-def test_projection_by_hand_and_norms_after_training():
-    s = S.SAE(2, 1, "relu", 1)
-    s.W_dec.data, s.W_dec.grad = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 2.0]])
-    s.project()
-    assert s.W_dec.grad[0].tolist() == pytest.approx([-0.32, 0.24])
-    x = torch.randn(64, 8) + 2
-    for arch in S.ARCHS:
-        s = S.fit(S.SAE(8, 16, arch, 3), lambda step: x, 5, 1e-2)
-        torch.testing.assert_close(s.W_dec.norm(dim=1), torch.ones(16), atol=1e-6, rtol=0)
-    frozen = S.SAE(8, 16, "topk", 3, frozen=True)
-    before = frozen.W_dec.clone()
-    torch.testing.assert_close(S.fit(frozen, lambda step: x, 5, 1e-2).W_dec, before)
+def test_encode_and_decode_by_hand():
+    s = S.SAE(2, 3, 2).requires_grad_(False)
+    s.W_enc.copy_(torch.tensor([[1.0, 0], [0, 1], [1, 1]]))
+    s.W_dec.copy_(torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8]]))
+    s.b_dec.copy_(torch.tensor([0.5, 0]))
+    x = torch.tensor([1.5, 2.0])
+    assert s.encode(x).tolist() == [0, 2, 3]  # pre-activations 1, 2, 3
+    assert s.decode(s.encode(x)).tolist() == pytest.approx([0.5 + 1.8, 2 + 2.4])
+    s.scale.fill_(2.0)  # of x twice as large: the same code, a reconstruction twice as large
+    assert s.encode(2 * x).tolist() == [0, 2, 3]
+    assert s.decode(s.encode(2 * x)).tolist() == pytest.approx([4.6, 8.8])
+    assert s.decoder().tolist()[0] == [2, 0]
+    with pytest.raises(ValueError, match="width 3, needed: 2"):
+        s.encode(torch.zeros(3))
+    with pytest.raises(ValueError, match="k 4 latents of 3"):
+        S.SAE(2, 3, 4)
 
 
-@pytest.mark.parametrize("arch", S.ARCHS)
-def test_folding_and_files(arch, tmp_path):
+@pytest.mark.parametrize("streams", [1, 2])
+def test_the_norms_of_a_latent_sum_to_one(streams):
     torch.manual_seed(0)
-    s = S.SAE(6, 20, arch, 3)
-    for p in [*s.parameters(), *s.buffers()]:
-        if p.is_floating_point():
-            p.data += 0.1 * torch.randn_like(p).abs()
-    x = torch.randn(30, 6)
-    before = s.decode(s.encode(x / 7)) * 7
-    s.fold(7.0)
-    torch.testing.assert_close(s.decode(s.encode(x)), before, atol=1e-4, rtol=1e-4)
-    S.save_sae(s, tmp_path / "ae.pt")
-    again = S.load_sae(tmp_path / "ae.pt", 6)
-    assert (again.arch, again.k) == (arch, again.k if arch not in ("topk", "batchtopk") else 3)
-    torch.testing.assert_close(again.encode(x), s.encode(x), atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="width 6, the model has 5"):
-        S.load_sae(tmp_path / "ae.pt", 5)
-    (tmp_path / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoderTopK"}}')  # which has a threshold
-    assert S.load_sae(tmp_path / "ae.pt").arch == ("topk" if arch == "batchtopk" else arch)
+    s = S.SAE(4, 12, 3, streams, batch=True)
+    x = torch.randn(64, 4 * streams)
+    opt = S.adam(s, replace(common.TrainFlags(), lr=1e-2))
+    for _ in range(5):
+        s("idx", x, 64.0).backward()
+        opt.step()
+        opt.zero_grad()
+    torch.testing.assert_close(s.norms().sum(1), torch.ones(12))
+    assert s.norms().shape == (12, streams)
+    parts = [s.decoder(i) for i in range(streams)]
+    torch.testing.assert_close(torch.cat(parts, 1), s.W_dec.detach())
 
 
-def test_released_layout_of_the_paper(tmp_path):
-    g = lambda *size: torch.randn(*size)
-    state = {"encoder.weight": g(12, 4), "decoder.weight": g(4, 12), "decoder_bias": g(4)}
-    state |= {"r_mag": g(12), "gate_bias": g(12), "mag_bias": g(12)}
-    torch.save(state, tmp_path / "llama.pt")
-    s, x = S.load_sae(tmp_path / "llama.pt", 4), g(9, 4)
-    u = (x - state["decoder_bias"]) @ state["encoder.weight"].T
-    f = ((u + state["gate_bias"]) > 0) * (state["r_mag"].exp() * u + state["mag_bias"]).relu()
-    torch.testing.assert_close(s.encode(x), f)
-    torch.testing.assert_close(s.decode(f), f @ state["decoder.weight"].T + state["decoder_bias"])
-    torch.save({"weights": g(3)}, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match="no SAE known has the tensors weights"):
-        S.load_sae(tmp_path / "odd.pt")
-
-
-def test_metrics_by_hand():
-    X = torch.tensor([[0.0, 0], [2, 0], [0, 2], [2, 2]])
-    s = S.SAE(2, 2, "relu", 1)
-    s.encode, s.decode = lambda x: x, lambda f: torch.where((f == 2).all(1, keepdim=True), torch.tensor([2.0, 1]), f)
-    assert S.metrics(s, X)[0]["fvu"] == pytest.approx(1 / 8)
-    with pytest.raises(ValueError, match="variance is 0"):
-        S.metrics(s, torch.ones(4, 2))
-    with pytest.raises(ValueError, match="all activations are the same"):
-        S.fit(s, lambda step: torch.ones(4, 2), 1, 1e-3)
-
-
-def test_dead_latents_learn_from_auxk_and_resampling():
+def test_the_threshold_of_a_batch_keeps_k_in_a_row_on_average():
     torch.manual_seed(0)
-    s, x = S.SAE(4, 6, "topk", 2), torch.randn(50, 4)
+    s, x = S.SAE(6, 20, 4, batch=True), torch.randn(50, 6)
+    s("idx", x, 50.0)
+    kept = (s.encode(x) > 0).sum()
+    assert int(kept) == 4 * 50 - 1  # the one at the threshold itself is not above it
+    s.threshold.fill_(-1.0)
+    assert (s.encode(x) >= 0).all()
+
+
+def test_dead_latents_learn_what_the_others_leave():
+    torch.manual_seed(0)
+    s, x = S.SAE(4, 6, 2), torch.randn(50, 4)
     x_hat = torch.zeros_like(x)
-    dead = torch.tensor([False] * 4 + [True] * 2)
-    assert s.aux(x, x_hat, torch.zeros(6, dtype=torch.bool)) == 0.0
-    grads = torch.autograd.grad(s.aux(x, x_hat, dead), s.W_enc)[0].abs().sum(1)
+    assert s.dead_loss(x, x_hat, torch.zeros(6, dtype=torch.bool)) == 0.0
+    loss = s.dead_loss(x, x_hat, torch.tensor([False] * 4 + [True] * 2))
+    grads = torch.autograd.grad(loss, s.W_enc)[0].abs().sum(1)
     assert (grads[:4] == 0).all() and (grads[4:] > 0).all()
-    opt = torch.optim.Adam(s.parameters())
-    s.loss(x).backward()
-    opt.step()
-    S.resample(s, opt, x, dead)
-    torch.testing.assert_close(s.W_dec[4:].norm(dim=1), torch.ones(2))
-    torch.testing.assert_close(F.normalize(s.W_enc[4:], dim=1), s.W_dec[4:])
-    assert (opt.state[s.W_enc]["exp_avg"][4:] == 0).all() and (opt.state[s.W_enc]["exp_avg"][:4] != 0).any()
+    s.silent.fill_(7)
+    s("idx", x, 50.0)
+    used = s.encode(x).gt(0).any(0)
+    assert (s.silent[used] == 0).all() and (s.silent[~used] == 8).all()
 
 
-def test_buffer_serves_every_row_once_and_depends_on_the_step_alone():
-    fill = lambda r: torch.arange(12.0)[:, None] + 100 * r
-    b = S.Buffer(fill, 4, seed=1)
-    for r in range(3):
-        rows = torch.cat([b(3 * r + i) for i in range(3)]).flatten()
-        assert sorted(rows.tolist()) == [100 * r + i for i in range(12)] and rows.tolist() != sorted(rows.tolist())
-    again, other = S.Buffer(fill, 4, seed=1), S.Buffer(fill, 4, seed=2)
-    assert torch.equal(again(7), b(7)) and torch.equal(again(1), b(1)) and not torch.equal(other(1), b(1))
-    with pytest.raises(ValueError, match="has 12 rows, one batch needs 13"):
-        S.Buffer(fill, 13)
+# ------------------------------------------------------------------- activations, and their SAE
 
 
-def test_matching_against_brute_force():
-    g = torch.Generator().manual_seed(0)
-    for n, m in (1, 3), (4, 4), (5, 7), (3, 7):
-        A, B = torch.randn(n, 3, generator=g), torch.randn(m, 3, generator=g)
-        cos = (F.normalize(A, dim=1) @ F.normalize(B, dim=1).T).abs().numpy()
-        best = max(sum(cos[i, p[i]] for i in range(n)) for p in itertools.permutations(range(m), n))
-        assert S.match(A, B).sum() == pytest.approx(best, abs=1e-5)
-        flipped = B[torch.randperm(m, generator=g)] * torch.tensor([-1.0, 1])[torch.randint(2, (m, 1), generator=g)]
-        assert S.match(A, flipped).sum() == pytest.approx(best, abs=1e-5)
-    assert S.match(A, A) == pytest.approx(1)
-    with pytest.raises(ValueError, match="7 directions can't be matched with 3"):
-        S.match(B, A)
+def toy_model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(len(S.WORDS), 64, 3, 2, 16, qkv_bias=False)).eval().requires_grad_(False)
+
+
+def test_residual_is_what_the_whole_model_has_there():
+    model = toy_model()
+    idx = torch.randint(len(S.WORDS), (3, 9))
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[1, :4] = False
+    for layer in range(3):
+        site = f"blocks.{layer}.resid_post"
+        whole = model.capture(idx, [site], mask)[site]
+        torch.testing.assert_close(S.residual(model, idx, layer, mask)[mask], whole[mask])
+    assert len(model.blocks) == 3
+
+
+def test_harvest_leaves_out_the_start_padding_and_huge_rows():
+    model = toy_model()
+    idx = torch.tensor([[1, 5, 6, 0], [1, 7, 8, 9]])
+    rows = S.harvest([model, model], 1, [(idx, idx != 0)], 100, bos=1)
+    x = S.residual(model, idx, 1, idx != 0)
+    wanted = torch.cat([x[0, 1:3], x[1, 1:]])
+    torch.testing.assert_close(rows, torch.cat([wanted, wanted], 1))
+    assert len(S.harvest([model], 1, [(idx, idx != 0)] * 3, 7, bos=1)) == 7
+    model.wte.weight[8] *= 1000
+    assert len(S.harvest([model], 0, [(idx, idx != 0)], 100, bos=1)) == 4
+    assert len(S.harvest([model], 0, [(idx, idx != 0)], 100, bos=-1)) == 6  # no start token: all
+
+
+class Identity:
+    scale = torch.ones(1)
+
+    def encode(self, x):
+        return x
+
+
+def test_pooling():
+    model = toy_model()
+    sentences = [[1, 5, 6], [1, 7, 8, 9, 10], [1, 4]]
+    for how, bos in ("mean", 1), ("mean", -1), ("last", 1):
+        X, codes = S.pool(model, 1, Identity(), sentences, how, bos)
+        torch.testing.assert_close(X, codes)
+        for row, ids in zip(X, sentences):
+            x = S.residual(model, torch.tensor([ids]), 1)[0]
+            alone = x[-1] if how == "last" else x[bos == 1 :].mean(0)
+            torch.testing.assert_close(row.float(), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_unexplained_by_hand():
+    class Code(Identity):
+        def decode(self, f):
+            last = (f == 2).all(1, keepdim=True)
+            return torch.where(last, torch.tensor([2.0, 1]), f)
+
+    X = torch.tensor([[0.0, 0], [2, 0], [0, 2], [2, 2]])
+    assert S.unexplained(Code(), X) == pytest.approx(1 / 8)
+
+
+def sae_flags(out, *more):
+    flags = ["--out", str(out), "--sae-steps", "6", "--sae-batch", "4", "--log-every", "1"]
+    return common.parse(S.Args, [*flags, *more])
+
+
+class Seen(S.SAE):
+    """An SAE that notes which rows it is trained on."""
+
+    def forward(self, idx, x, denom):
+        self.rows = getattr(self, "rows", [])
+        self.rows.append(x[:, 0].tolist())
+        return super().forward(idx, x, denom)
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_every_row_is_served_once(tmp_path, refresh):
+    args = sae_flags(tmp_path, *["--refresh"] * refresh)
+
+    def fill(refill):
+        return torch.arange(12.0)[:, None].repeat(1, 3) + 100 * refill + 1
+
+    served = []
+    for seed in 0, 0, 1:
+        s = Seen(3, 8, 2)
+        S.train_sae(s, fill, args, CPU, common.Log(args, CPU, "a"), seed)
+        served.append(s.rows)
+        first, second = sum(s.rows[:3], []), sum(s.rows[3:], [])
+        assert sorted(first) == [i + 1 for i in range(12)] and first != sorted(first)
+        assert sorted(second) == [i + 1 + 100 * refresh for i in range(12)]
+    assert served[0] == served[1] != served[2]
+    with pytest.raises(ValueError, match="has 3 rows, one batch needs 4"):
+        S.train_sae(
+            Seen(3, 8, 2), lambda r: torch.ones(3, 3), args, CPU, common.Log(args, CPU, "a"), 0
+        )
+
+
+def test_streams_are_scaled_alike(tmp_path):
+    torch.manual_seed(0)
+    rows = torch.randn(64, 6)
+    rows[:, 3:] *= 50
+    args = sae_flags(tmp_path, "--sae-lr", "0.01")
+    s = S.SAE(3, 8, 2, streams=2, batch=True)
+    S.train_sae(s, lambda refill: rows, args, CPU, common.Log(args, CPU, "a"), 0)
+    size = (rows / s.scale).unflatten(1, (2, 3)).square().sum(2).mean(0)
+    torch.testing.assert_close(size, torch.ones(2))
+    assert s.scale[:3].unique().numel() == 1
+
+
+def test_a_stopped_sae_goes_on_exactly(tmp_path):
+    rows = torch.randn(64, 5)
+
+    def run(name, steps, *more):
+        flags = ["--sae-steps", str(steps), "--decay-steps", "6", "--save-every", "2"]
+        args = sae_flags(tmp_path, *flags, *more)
+        torch.manual_seed(0)
+        s = S.SAE(5, 16, 3, batch=True)
+        S.train_sae(s, lambda refill: rows, args, CPU, common.Log(args, CPU, name), 0)
+        return s
+
+    whole = run("whole", 6)
+    path = tmp_path / "parts-sae.pt"
+    kept = []
+
+    class Stop(Exception):
+        pass
+
+    def stopping(step):
+        kept.append(step)
+
+    parts = S.SAE.forward
+
+    def forward(self, idx, x, denom):
+        stopping(len(kept))
+        if len(kept) == 6:
+            raise Stop
+        return parts(self, idx, x, denom)
+
+    S.SAE.forward = forward
+    try:
+        with pytest.raises(Stop):
+            run("parts", 6)
+    finally:
+        S.SAE.forward = parts
+    assert path.exists()
+    again = run("parts", 6, "--resume")
+    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+# ---------------------------------------------------------------------------- what probes can read
 
 
 def test_attribution_is_integrated_gradients_is_ablation():
     D, w = torch.eye(2).double(), torch.tensor([2.0, -1]).double()
     f, y = torch.tensor([[1.0, 0], [3, 2]]).double(), torch.tensor([1, 0])
-    ie = S.attribution(f.sum(0, keepdim=True), y[:1], D, w, "paper")
-    assert ie.tolist() == [8, -2] and (f.sum(0) @ w).item() == 6 and (S.ablate(f, f, [0], D).sum(0) @ w).item() == -2
-    assert S.attribution(f, y, D, w, "contrast").tolist() == [2 * (1 - 3), -1 * (0 - 2)]
+    assert S.attribution(f, y, D, w).tolist() == [8, -2]
+    total = f.sum(0, keepdim=True)
+    assert float(total @ w) == 6 and float(S.ablate(total, total, [0], D) @ w) == -2
+    assert S.attribution(f, y, D, w, contrast=True).tolist() == [2 * (1 - 3), -1 * (0 - 2)]
     torch.manual_seed(0)
-    s = S.SAE(6, 15, "topk", 4).double()
+    s = S.SAE(6, 15, 4).double().requires_grad_(False)
     x, w = torch.randn(8, 6).double(), torch.randn(6).double()
-    codes = s.encode(x).detach()
-    closed = S.attribution(codes, torch.ones(8), s.W_dec.detach(), w, "paper")
+    codes = s.encode(x)
+    closed = S.attribution(codes, torch.ones(8), s.decoder(), w)
     total = torch.zeros(15).double()
-    for step in range(10):  # integrated gradients in 10 steps, the error term scaled along
+    for step in range(10):
         f = (codes * step / 10).requires_grad_()
         total += (torch.autograd.grad((s.decode(f).sum(0) * w).sum(), f)[0] / 10 * codes).sum(0)
     torch.testing.assert_close(closed, total, atol=1e-5, rtol=1e-5)
     for j in range(15):
-        torch.testing.assert_close((x - S.ablate(x, codes, [j], s.W_dec.detach())).sum(0) @ w, closed[j])
-    assert torch.equal(S.ablate(x, codes, [], s.W_dec.detach()), x)
+        change = x - S.ablate(x, codes, [j], s.decoder())
+        torch.testing.assert_close(change.sum(0) @ w, closed[j])
+    assert torch.equal(S.ablate(x, codes, [], s.decoder()), x)
     rest = x - s.decode(codes)
-    torch.testing.assert_close(S.ablate(x, codes, list(range(15)), s.W_dec), s.b_dec + rest)
-    mean = codes.mean(0)
-    torch.testing.assert_close(S.ablate(x, codes, [1, 2], s.W_dec, mean).mean(0), x.mean(0))
+    torch.testing.assert_close(S.ablate(x, codes, list(range(15)), s.decoder()), s.b_dec + rest)
+
+
+def test_the_best_support_the_value():
+    ie = torch.tensor([0.5, -3.0, 2.0, 0.0, 1.0])
+    assert S.best(ie, 2) == [2, 4] and S.best(ie, 5) == [2, 4, 0]
 
 
 def test_sharing_by_hand():
-    multi, counts = S.shared({"En": [1, 2, 3], "Fr": [2, 3, 9], "Tr": [3, 7, 2]})
-    assert multi == [2, 3] and len(multi) / len(counts) == 0.4
-    assert [sum(c == n for c in counts.values()) / len(counts) for n in (1, 2, 3)] == pytest.approx([0.6, 0, 0.4])
+    lists = {"En": [1, 2, 3], "Fr": [2, 3, 9], "Tr": [3, 7, 2]}
+    several, share = S.shared(lists)
+    assert several == [2, 3] and share == 0.4
+    several, share = S.shared(lists, {"En": [2, 8], "Fr": [2], "Tr": [2, 3]})
+    assert several == [3] and share == 0.2  # 2 is as often in lists by chance
+    assert S.shared({"En": [], "Fr": []}) == ([], 0)
     with pytest.raises(ValueError, match=">= 2 languages, got 1"):
         S.shared({"En": [1]})
-    for M, k, L, null in (32768, 32, 23, 0.0107), (1000, 32, 23, 0.317), (400, 32, 6, 0.196), (300, 16, 6, 0.132):
-        assert S.share_null(M, k, L) == pytest.approx(null, abs=1e-3)
+
+
+def test_lists_that_are_drawn_blindly_do_not_pass_for_shared():
     rng = np.random.default_rng(0)
-    drawn = [S.shared({i: rng.choice(300, 16, replace=False).tolist() for i in range(6)}) for _ in range(300)]
-    assert np.mean([len(m) / len(c) for m, c in drawn]) == pytest.approx(0.132, abs=0.01)
-    drawn = [S.shared({i: rng.choice(20, 4, replace=False).tolist() for i in range(6)})[1].values() for _ in range(900)]
-    assert np.mean([sum(n for n in c if n >= 3) / 24 for c in drawn]) == pytest.approx(
-        S.common_null(20, 4, 6), abs=0.02
-    )
-    assert S.common_null(10, 2, 2) == pytest.approx(0.2) and S.common_null(4, 4, 6) == 1
+
+    def drawn():
+        return {i: rng.choice(20, 4, replace=False).tolist() for i in range(6)}
+
+    plain = np.mean([S.shared(drawn())[1] for _ in range(200)])
+    against = np.mean([S.shared(drawn(), drawn())[1] for _ in range(200)])
+    assert plain > 0.3 and against < 0.8 * plain
 
 
-def test_probe_auc_balance_and_matched_latents():
-    torch.manual_seed(0)
-    X = torch.randn(400, 5) * torch.tensor([1, 10, 0.1, 1, 1]) + 3
-    y = (X[:, 0] + 0.1 * torch.randn(400) > 3).long()
-    w, b = S.fit_probe(X, y)
-    logit = X.double() @ w + b
-    Z = (X - X.mean(0)) / X.std(0)
-    grad = Z.T.double() @ (y - torch.sigmoid(logit)) - w * X.std(0)
-    assert grad.abs().max() < 1e-3 and S.accuracy(logit, y) > 0.9  # stationary: C = 1
-    wide = torch.randn(40, 100) * torch.rand(100)  # more features than rows: solved in the span of the rows
-    w, b = S.fit_probe(wide, y[:40])
-    std = wide.double().std(0)
-    residue = ((wide.double() - wide.double().mean(0)) / std).T @ (y[:40] - torch.sigmoid(wide.double() @ w + b))
-    assert (residue - w * std).abs().max() < 1e-6
-    with pytest.raises(ValueError, match="both classes"):
-        S.fit_probe(X, torch.ones(400))
-    score = torch.tensor([0.0, 1, 1, 2])
-    assert S.auc(score, torch.tensor([0, 0, 1, 1])) == pytest.approx(3.5 / 4)
-    rows = S.balance(np.array([1] * 5 + [0] * 9 + [-1] * 4), 100, np.random.default_rng(0))
-    assert len(set(rows.tolist())) == 10 and set(range(5)) < set(rows.tolist()) and max(rows) < 14
+def test_matched_latents():
     weight = torch.rand(200)
     weight[50:90] = 0
-    got = S.alike([1, 2, 3], weight, np.random.default_rng(0))
-    assert len(set(got)) == 3 and not {1, 2, 3} & set(got) and (weight[got] > 0).all()
-    assert (weight[got] - weight[[1, 2, 3]]).abs().max() < 0.2
+    found = S.alike([1, 2, 3], weight)
+    assert len(set(found)) == 3 and not {1, 2, 3} & set(found) and (weight[found] > 0).all()
+    assert (weight[found] - weight[[1, 2, 3]]).abs().max() < 0.1
+    assert S.alike([0, 1], torch.tensor([1.0, 1, 0.5, 0])) == [2]  # one is free
 
 
-def test_steering_is_the_identity_where_nothing_changes():
-    torch.manual_seed(0)
-    s, x = S.SAE(6, 15, "relu", 4), torch.randn(2, 5, 6)
-    f = s.encode(x)
-    same = S.steering(s, [3], [], f[..., 3][..., None], "last")(x)
-    torch.testing.assert_close(same, x)
-    last = S.steering(s, [3], [4], torch.tensor([9.0]), "last")(x)
-    assert torch.equal(last[:, :-1], x[:, :-1]) and not torch.allclose(last[:, -1], x[:, -1])
-    swap = S.steering(s, [3], [4], torch.tensor([9.0]), "active")(x)
-    fires = f[..., 4] > 0
-    assert torch.equal(swap[~fires], x[~fires]) and fires.any()
-    want = x[fires] + (9 - f[..., 3][fires])[:, None] * s.W_dec[3] - f[..., 4][fires][:, None] * s.W_dec[4]
-    torch.testing.assert_close(swap[fires], want)
+def test_read_by_hand():
+    read = S.read(torch.tensor([-1.0, 1, 1, 2]), torch.tensor([0, 0, 1, 1]))
+    assert read == pytest.approx({"accuracy": 0.75, "auc": 3.5 / 4})
+    moved = S.read(torch.tensor([-9.0, -7, -7, -6]), torch.tensor([0, 0, 1, 1]))
+    assert moved == pytest.approx({"accuracy": 0.5, "auc": 3.5 / 4})  # a threshold away, no more
 
 
-# -------------------------------------------------------------------------------------------------------------- world
+def planted(n=200, m=12, seed=0):
+    """Two languages, codes in which latent 0 is the value, and a decoder of orthogonal directions."""
+    g = torch.Generator().manual_seed(seed)
+    D = torch.eye(m).double()
+    parts = {}
+    for lang in "A", "B":
+        parts[lang] = {}
+        for split in "train", "test":
+            y = torch.arange(n) % 2
+            codes = torch.rand(n, m, generator=g).double()
+            codes[:, 0] += 3 * y
+            parts[lang][split] = codes @ D, codes, y
+    return parts, D
 
 
-def test_languages_parse_what_they_render():
-    world, rng = S.World(0), np.random.default_rng(0)
-    number, attractor = [], []
-    for _ in range(1000):
-        m = S.meaning(rng)
-        for lang in S.LANGS:
-            words = S.render(m, lang)
-            assert S.parse(words, lang) == m and len(world.ids(m, lang)) == len(words) + 1
-            assert S.parse(words[1:], lang) != m and S.turned(S.parse(words, lang), "past", m[5] == "past") == m
-        if m[3]:
-            number.append(m[2] == "pl")
-            attractor.append(m[3][1] == "pl")
-    assert abs(np.corrcoef(number, attractor)[0, 1]) < 3 / math.sqrt(len(number))
-    assert S.parse(S.render(m, "A"), "B") is None and S.parse([], "A") is None and S.parse(["An1.sg"], "A") is None
-    prefixes = [{w for w in world.words if w[0] == lang} for lang in S.LANGS]
-    assert sum(map(len, prefixes)) == len(world.words) - 9 and len(set(world.words)) == len(world.words)
+def test_a_feature_that_is_one_latent_is_found_removed_and_gone():
+    parts, D = planted()
+    weight = parts["A"]["train"][1].mean(0)
+    row, directions = S.study_concept(parts, D, weight, 1, np.random.default_rng(0))
+    sets = row["sets"]
+    assert row["shared"] == 1 and sets["nothing"]["accuracy"] > 0.99
+    assert sets["multilingual"]["auc"] < 0.7 and sets["multilingual"]["refit"] < 0.65
+    assert sets["matched random"]["auc"] > 0.95 and sets["difference of means"]["refit"] < 0.65
+    cosine = F.cosine_similarity(directions["multilingual"], torch.eye(12)[0], dim=0)
+    assert cosine > 0.9
+    assert abs(F.cosine_similarity(directions["random"], torch.eye(12)[0], dim=0)) < 0.01
 
 
-def test_text_of_the_toy():
-    world, alone = S.World(0), S.World(0, translation=False)
-    a, b = world.batch(3, 20), world.batch(3, 20)
-    assert torch.equal(a["idx"], b["idx"]) and not torch.equal(a["idx"][:, :9], world.batch(4, 20)["idx"][:, :9])
-
-    def sentences(row):
-        words = [world.words[i] for i in row.tolist() if i and world.words[i] != "<eos>"]
-        cut = [i for i, w in enumerate(words) if w[0] == "<" and len(w) == 3] + [len(words)]
-        parts = [(words[a][1], words[a + 1 : b]) for a, b in zip(cut, cut[1:])]
-        return [S.parse(part, lang) for lang, part in parts], [lang for lang, _ in parts]
-
-    pairs = [sentences(r) for r in a["idx"]]
-    assert all(None not in ms and len(set(ms)) == 1 and len(set(langs)) == 4 for ms, langs in pairs)
-    pairs = [sentences(r) for r in alone.batch(3, 20)["idx"]]
-    assert all(None not in ms and len(set(ms)) > 1 and len(set(langs)) == 1 for ms, langs in pairs)
-    held = {(m[1], m[4]) for m in (S.meaning(np.random.default_rng(i), True) for i in range(300))}
-    train = {(m[1], m[4]) for m in (S.meaning(np.random.default_rng(i), False) for i in range(300))}
-    assert not held & train and len(held) == 12
-    sentences, labels = world.corpus(50, 0)["B"]["train"]
-    for ids, plural, past in zip(sentences, labels["plural"], labels["past"]):
-        words = [world.words[i] for i in ids]
-        assert words[:2] == ["<bos>", "<B>"] and ("Bpl" in words) == plural and ("Bpast" in words) == past
+# ------------------------------------------------------------------------------------------- toy
 
 
-def test_turning_a_meaning():
-    m = (1, 2, "sg", (3, "pl"), 4, "pres", None)
-    assert S.turned(m, "past", 1) == (1, 2, "sg", (3, "pl"), 4, "past", None)
-    assert S.turned(m, "plural", 1) == (1, 2, "pl", (3, "pl"), 4, "pres", None)
-    assert S.turned(m, "plural", 0) == (1, 2, "sg", (3, "sg"), 4, "pres", None)
+def test_sentences_by_hand():
+    m = S.Meaning(3, 1, 4, 0, 7, 0)
+    said = {lang: " ".join(word[2:] for word in S.render(m, lang)) for lang in S.LANGUAGES}
+    assert said["A"] == "n3.pl v4.pres.pl n7.sg"
+    assert said["B"] == "n3 pl n7 sg v4 pres agr.pl"
+    assert said["C"] == "aux.pres.pl v4 pl n3 sg n7"
+    assert said["E"] == "n3.pl.nom n7.sg.acc v4.pres.pl"
+    assert said["F"] == "v4.pres n7 sg n3 pl"
+    assert all(word.startswith(f"{lang}:") for lang in "AF" for word in S.render(m, lang))
+    assert m.turned("past", 1) == S.Meaning(3, 1, 4, 1, 7, 0)
+    assert m.turned("plural", 1) == S.Meaning(3, 1, 4, 0, 7, 1)
+
+
+def test_a_sentence_says_one_thing():
+    rng = np.random.default_rng(0)
+    for lang in S.LANGUAGES:
+        said = {}
+        for _ in range(300):
+            m = S.draw_meaning(rng, held=False)
+            assert said.setdefault(tuple(S.render(m, lang)), m) == m
+            words = S.render(m.turned("plural", 1), lang)
+            assert S.shows(words, "plural", 1) and not S.shows(words, "plural", 0)
+            assert S.shows(words, "past", m.tense) and not S.shows(words, "past", 1 - m.tense)
+    assert not S.shows(["A:n1.pl", "A:n2.sg"], "plural", 1) and not S.shows([], "past", 1)
+
+
+def test_vocabulary_and_held_out_pairs():
+    assert len(set(S.WORDS)) == len(S.WORDS) == 9 + sum(":" in word for word in S.WORDS)
+    rng = np.random.default_rng(0)
+    held = {S.draw_meaning(rng, True)[:3:2] for _ in range(500)}
+    rest = {S.draw_meaning(rng, False)[:3:2] for _ in range(2000)}
+    assert not held & rest and len(held) + len(rest) == S.NOUNS * S.VERBS
+
+
+def sentences_of(row):
+    words = [S.WORDS[i] for i in row if i not in (S.PAD, S.BOS, S.EOS)]
+    tags = [i for i, word in enumerate(words) if word[0] == "<"]
+    return [words[a:b] for a, b in zip(tags, [*tags[1:], len(words)])]
+
+
+def test_texts_of_the_toy():
+    one, two = (S.texts(np.random.default_rng(3), 20, True) for _ in range(2))
+    assert torch.equal(one["idx"], two["idx"])
+    shifted = one["targets"][:, :-1]
+    assert torch.equal(shifted[shifted >= 0], one["idx"][:, 1:][shifted >= 0])
+    assert (one["targets"] != S.PAD).all()
+    for row in one["idx"].tolist():
+        sentences = sentences_of(row)
+        assert len({words[0] for words in sentences}) == 4
+        lemmas = [{w[3:5].strip(".") for w in words[1:] if w[2:3] in "nv"} for words in sentences]
+        assert all(some == lemmas[0] for some in lemmas)
+    for row in S.texts(np.random.default_rng(3), 20, False)["idx"].tolist():
+        sentences = sentences_of(row)
+        assert len({words[0] for words in sentences}) == 1
+        assert len({tuple(words) for words in sentences}) > 1
+
+
+def test_corpus_is_balanced():
+    corpus = S.toy_corpus(40, 0)
+    assert set(corpus) == set(S.LANGUAGES)
+    for splits in corpus.values():
+        for split, n in ("train", 40), ("test", 20):
+            sentences, labels = splits[split]
+            assert len(sentences) == n and all(np.mean(y) == 0.5 for y in labels.values())
+            for ids, plural, past in zip(sentences, labels["plural"], labels["past"]):
+                words = [S.WORDS[i] for i in ids[2:]]
+                assert S.shows(words, "plural", plural) and S.shows(words, "past", past)
+
+
+def test_pushing_by_hand():
+    x = torch.tensor([[3.0, 4], [0, 1]])
+    assert S.push(x, torch.tensor([0.0, 2]), 1.5).tolist() == [[3, 11.5], [0, 2.5]]
+    assert torch.equal(S.push(x, torch.tensor([0.0, 2]), 0.0), x)
+
+
+class Speaker:
+    """Stands in for a model that translates without a mistake; pushed, it says the other value."""
+
+    pushed = False
+
+    def patch(self, sites):
+        import contextlib
+
+        self.pushed = bool(sites)
+        return contextlib.nullcontext()
+
+
+def test_steering_counts_what_is_flipped_and_what_is_kept(monkeypatch):
+    rng = np.random.default_rng(0)
+    items = [(S.draw_meaning(rng, True), "A", "B") for _ in range(5)]
+    spoilt = []
+
+    def translate(model, items, patch=None):
+        out = []
+        for i, (m, _, into) in enumerate(items):
+            if patch and i < 3:  # three of five are flipped, one of them with another verb
+                m = m.turned("past", 1 - m.tense)
+                m = m._replace(verb=(m.verb + 1) % S.VERBS) if i == 0 else m
+                spoilt.append(i)
+            out.append(S.render(m, into))
+        return out
+
+    monkeypatch.setattr(S, "translate", translate)
+    args = replace(S.Args(), layer=0)
+    found = S.steer(None, args, torch.ones(3), "past", items)
+    assert found["n"] == 10 and found["flipped"] == pytest.approx(0.6)
+    assert found["kept"] == pytest.approx(2 / 3)
+    monkeypatch.setattr(S, "translate", lambda model, items, patch=None: [[] for _ in items])
+    nothing = S.steer(None, args, torch.ones(3), "past", items)
+    assert nothing["n"] == 0 and np.isnan(nothing["flipped"])  # a share of nothing is no 0
+
+
+# ------------------------------------------------------------------------------------------ script
 
 
 def test_sentences_of_real_languages():
@@ -342,134 +500,60 @@ def test_sentences_of_real_languages():
     assert set(corpus) == {"en", "fr", "de", "es", "it", "ru"}
     for splits in corpus.values():
         (train, labels), (test, _) = splits["train"], splits["test"]
-        assert len(train) == len(set(train)) or len(train) - len(set(train)) < 40  # German Onkel, Schauspieler
-        assert len(train) == 8 * 4 * 16 and len(test) == 4 * 2 * 16 and not {*train} & {*test}
-        assert all(y.mean() == 0.5 for y in labels.values())
-    assert "Les reines dansaient dans la ville." in corpus["fr"]["train"][0]
-    assert "Королева пела в саду." in corpus["ru"]["train"][0]
-
-
-CONLLU = """# sent_id = 1
-# text = Cats sleep.
-1-2\tCatss\t_\t_\t_\tNumber=Dual\t_\t_\t_\t_
-1\tCats\tcat\tNOUN\t_\tNumber=Plur\t0\t_\t_\t_
-2\tsleep\tsleep\tVERB\t_\tTense=Pres|Mood=Ind,Sub\t1\t_\t_\t_
-2.1\tx\tx\tX\t_\tNumber=Sing\t_\t_\t_\t_
-3\t.\t.\tPUNCT\t_\t_\t1\t_\t_\t_
-
-"""
-
-
-def test_universal_dependencies(tmp_path):
-    for lang in "en", "tr":
-        (tmp_path / lang).mkdir()
-        for split, n in ("train", 70), ("test", 20):
-            text = CONLLU * n + CONLLU.replace("Plur", "Sing") * n
-            (tmp_path / lang / f"{lang}-ud-{split}.conllu").write_text(text)
-    seen = {("Number", "Plur"), ("Tense", "Pres"), ("Mood", "Ind"), ("Mood", "Sub")}
-    assert S.read_conllu(tmp_path / "en" / "en-ud-test.conllu")[0] == ("Cats sleep.", seen)
-    corpus = S.ud_sentences(tmp_path)
-    assert set(corpus["en"]["train"][1]) == {"Number=Plur", "Number=Sing"}
-    assert corpus["tr"]["test"][1]["Number=Plur"].sum() == 20 and len(corpus["tr"]["test"][0]) == 40
-    with pytest.raises(ValueError, match=">= 2 languages"):
-        S.ud_sentences(tmp_path / "en")
-
-
-# ------------------------------------------------------------------------------------------------------------- script
+        assert len(train) == 8 * 4 * 4 * 4 and len(test) == 4 * 2 * 4 * 4
+        assert not {*train} & {*test}
+        assert all(np.mean(y) == 0.5 for y in labels.values())
+    assert "Les voisins dansaient dans la ville." in corpus["fr"]["train"][0]
+    assert "Король пел в саду." in corpus["ru"]["train"][0]
 
 
 def test_smoke_writes_what_is_promised(tmp_path):
-    result = S.main(["--preset", "smoke", "--out", str(tmp_path), "--seeds", "3"])
-    assert result == json.loads((tmp_path / "result.json").read_text())
-    assert [c["id"] for c in result["claims"]] == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
-    for c in result["claims"]:
-        assert c["measured"] and c["control"] and isinstance(c["holds"], bool) and isinstance(c["control_fails"], bool)
+    flags = ["--preset", "smoke", "--out", str(tmp_path), "--seeds", "3"]
+    result = S.main(flags)
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert json.dumps(result) == json.dumps(written)  # as text: nan is not equal to itself
+    assert [c["id"] for c in result["claims"]] == ["C1", "C2", "C3", "C4", "C5", "C6"]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    arms = {"main-s3", "no-translation-s3", "untrained-s3"}
-    assert {r["run"] for r in rows} == arms | {f"{arm}-sae" for arm in arms}
+    assert {r["run"] for r in rows} == {"main-s3", "alone-s3", "main-s3-sae", "alone-s3-sae"}
     assert (tmp_path / "sae.png").stat().st_size > 10000
+    again = S.main([*flags, "--resume"])
+    assert json.dumps(again["claims"]) == json.dumps(result["claims"])
 
 
 def test_a_real_checkpoint(tmp_path):
-    """A random Llama in the real files, Universal Dependencies and text from folders: the whole path of --model."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    import pretrained
-    from model import GPT, GPTConfig
-
-    torch.manual_seed(0)
-    vocab = {"<|end_of_text|>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tok = Tokenizer(models.BPE(vocab, []))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    tok.add_special_tokens(["<|end_of_text|>"])
-    folder = tmp_path / "model"
-    plain = dict(norm="rms", gated=True, act="silu", qkv_bias=False, attn_bias=False, mlp_bias=False)
-    pretrained.save(GPT(GPTConfig(257, 64, 3, 2, 16, d_mlp=32, **plain)), None, folder)
-    tok.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end_of_text|>"}')
-    (tmp_path / "text.txt").write_text("Some more text.\n" * 400)
-    for lang in "en", "tr":
-        (tmp_path / "ud" / lang).mkdir(parents=True)
-        for split, n in ("train", 70), ("test", 20):
-            text = CONLLU * n + CONLLU.replace("Plur", "Sing").replace("Cats", "Cat") * n
-            (tmp_path / "ud" / lang / f"x-{split}.conllu").write_text(text)
-    flags = (
-        f"--model {folder} --layer 1 --ud {tmp_path}/ud --dataset file:{tmp_path}/text.txt --d-sae 32 --k 4 --rows 512"
-    )
-    flags = [*flags.split(), *"--sae-batch 128 --sae-steps 10 --block-size 32 --refresh --jobs 1 --threads 1".split()]
-    result = S.main([*flags, "--out", str(tmp_path / "out")])
-    assert [c["id"] for c in result["claims"]] == ["C1", "C2", "C3"]  # two languages: no third to rank for
-    assert set(result["metrics"]["main"][0]["study"]) == {"Number=Plur", "Number=Sing"}
-    assert result["metrics"]["main"][0]["ce"]["clean"] > 0
-    again = S.main([*flags, "--sae", str(tmp_path / "out" / "ae-s0.pt"), "--out", str(tmp_path / "two")])
-    one, two = (r["metrics"]["main"][0]["study"]["Number=Plur"]["ablations"]["multi"] for r in (result, again))
-    assert one["en"]["auc"] == pytest.approx(two["en"]["auc"], abs=1e-6)
+    lines = ["The kings sing in the garden.", "Les rois dansent dans la ville."] * 20
+    shape = dict(block_size=128, n_layer=3, n_head=4, n_embd=32)
+    folder = tiny_llama(tmp_path / "model", lines, 300, **shape)
+    (tmp_path / "text.txt").write_text("Some more text.\n" * 2000)
+    flags = ["--model", str(folder), "--layer", "1", "--dataset", f"file:{tmp_path}/text.txt"]
+    flags += "--d-sae 32 --k 4 --rows 1024 --sae-batch 128 --sae-steps 10 --top 2".split()
+    result = S.main([*flags, "--out", str(tmp_path / "out"), "--seeds", "0", "1"])
+    assert [c["id"] for c in result["claims"]] == ["C1", "C2", "C3", "C4"]
+    assert len(result["metrics"]["main"]) == 2
+    assert set(result["metrics"]["main"][0]["concepts"]) == {"plural", "past"}
     with pytest.raises(SystemExit):
         S.main([*flags, "--layer", "3", "--out", str(tmp_path / "three")])
-
-
-def test_a_stopped_sae_goes_on_exactly(tmp_path):
-    rows = torch.randn(4096, 8)
-    batch = S.Buffer(lambda r: rows, 64)
-
-    def run(log, resume=False, batch=batch):
-        torch.manual_seed(0)
-        return S.fit(S.SAE(8, 32, "topk", 4), batch, 240, 1e-3, log=log, resume=resume, every=70)
-
-    def broken(step):
-        if step == 205:
-            raise InterruptedError
-        return batch(step)
-
-    whole, log = common.Log(tmp_path, "whole"), common.Log(tmp_path, "halves")
-    with pytest.raises(InterruptedError):
-        run(log, batch=broken)
-    again, once = run(log, resume=True), run(whole)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), once.parameters()))
-    first, second = ([(r["step"], r["loss"]) for r in common.read_jsonl(x.path)] for x in (log, whole))
-    assert first == second and [step for step, _ in first] == [0, 100, 200]
-    with pytest.raises(SystemExit, match="of another shape"):
-        S.fit(S.SAE(8, 16, "topk", 4), batch, 240, 1e-3, log=log, resume=True)
-    S.fit(S.SAE(8, 16, "topk", 4), batch, 2, 1e-3, log=log)
-    assert not log.path.with_suffix(".pt").exists()  # an earlier run's is not left to be resumed by mistake
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--arch spline", "--arch"),
-        ("--k 0", "k 0 latents"),
-        ("--k 999", "k 999 latents of 64"),
+        ("--k 0", "--k 0, allowed: 1 and more"),
+        ("--k 999", "--k 999, allowed: 1 to 128"),
         ("--layer 4", "--layer 4, allowed: 0 to 3"),
         ("--rows 10", "--rows 10, allowed: 1024 and more"),
-        ("--top 0", "--top 0, allowed"),
-        ("--ud /nowhere", "--ud /nowhere is no folder"),
+        ("--top 0", "--top 0, allowed: 1 and more"),
+        ("--top 99", "--top 99, allowed: 1 to 16"),
+        ("--pool sum", "--pool"),
         ("--model nothing-here", "nothing-here"),
-        ("--sae /nowhere.pt", "/nowhere.pt"),
+        ("--dataset file:x", "--dataset"),
+        ("--n-embd 30", "--n-embd 30"),
+        ("--seeds 0 0", "--seeds 0 0"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         S.main([*flags.split(), "--out", str(tmp_path)])
     error = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and error.startswith("error: ") and "\n" not in error and message in error
+    assert end.value.code == 2 and error.startswith("error: ") and "\n" not in error
+    assert message in error

@@ -1,0 +1,760 @@
+r"""Exact token masks: a language model writes inside a grammar, whatever its vocabulary.
+
+A mask says which ids may come next so that the text can still become a text of the language.
+Tokens know nothing of grammars: one may close three brackets, hold half a number, or end inside
+a character. So everything here is done in bytes.
+
+    engine = Engine(json_schema(schema), vocabulary(tokenizer), tokenizer.eos_token_id)
+    text = Constraint(engine)  # one for each text; they share what the engine has found out
+    text.mask()                # (V,) bool: the ids that may come next
+    text.advance(id)           # takes one
+
+    python grammar_mask.py --schema person.json --model smollm2-135m-instruct --prompt "A person."
+
+Read on: `parse_ebnf`, `Automaton` (the states of a grammar), `Engine` (its masks), `Masker`.
+"""
+
+import argparse
+import heapq
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+
+STATES = 200_000  # that a grammar may take, some 2 kB each
+STACKS = 20_000  # that one text may be on
+
+# ------------------------------------------------------------------------------------- grammars
+# A grammar is {rule: (parsed, names)}, its language that of the rule `root`. Python's own parser of
+# regular expressions reads every rule, so that all means what it means in re.fullmatch, to which a
+# lazy quantifier is as good as a greedy one. It returns pairs of an operation and its value; the
+# i-th group of a rule of EBNF is empty, and stands for a call of names[i].
+
+JSON = r"""
+root    ::= ws value ws
+value   ::= object | array | string | number | boolean | null
+object  ::= "{" ws (pair ("," ws pair)*)? "}"
+pair    ::= string ws ":" ws value ws
+array   ::= "[" ws (value ws ("," ws value ws)*)? "]"
+string  ::= "\"" char* "\""
+char    ::= [^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})
+number  ::= integer ("." [0-9]+)? ([eE] [-+]? [0-9]+)?
+integer ::= "-"? ("0" | [1-9] [0-9]*)
+boolean ::= "true" | "false"
+null    ::= "null"
+ws      ::= [ \t\n\r]*
+"""
+TOKEN = re.compile(
+    r"(?P<space>\s+|#[^\n]*)|(?P<define>[A-Za-z_][\w-]*)\s*::=|(?P<name>[A-Za-z_][\w-]*)|"
+    r'(?P<literal>"(?:\\[^dDsSwW\n]|[^"\\\n])*")|(?P<class>\[(?:\\.|[^\]\\\n])*\])|'
+    r"(?P<repeat>[*+?]|\{\d+,?\d*\}|\{,\d+\})|(?P<mark>[()|])|(?P<odd>.)"
+)
+ENDLESS = re._constants.MAXREPEAT
+
+
+def parse_regex(pattern, names=None):
+    """The grammar of the texts that re.fullmatch(pattern, text) accepts; else ValueError."""
+    try:
+        parsed = re._parser.parse(pattern)
+    except (RecursionError, OverflowError):
+        raise ValueError("brackets are nested too deeply, or a number is too large") from None
+    except re.error as error:
+        raise ValueError(error.msg) from None
+    if parsed.state.flags != re.UNICODE:
+        raise ValueError("flags such as (?i) are not supported")
+    return {"root": (parsed, names)}
+
+
+def parse_ebnf(text):
+    """The grammar of an EBNF text: `name ::= ` names, "literals", [classes], ( ), |, * + ? {m,n}.
+
+    Literals, classes and quantifiers are written as in Python's regular expressions; # is a note.
+    A ValueError names the line.
+    """
+    bodies, rules = {}, {}
+    line, before = 1, None
+    try:
+        for match in TOKEN.finditer(text):
+            kind, word = match.lastgroup, match[0]
+            if kind == "space":
+                line += word.count("\n")
+                continue
+            if kind == "define":
+                rule = match["define"]
+                if rule in bodies:
+                    raise ValueError(f"{rule!r} is defined twice")
+                pieces, names = [], [rule]
+                bodies[rule] = line, pieces, names
+            elif kind == "odd" or not bodies or kind == before == "repeat":
+                raise ValueError(f"can't read {text[match.start() :][:12]!r}")
+            elif kind == "name":
+                pieces.append("()")
+                names.append(word)
+            elif kind == "literal":
+                parts = re.findall(r"\\.|.", word[1:-1])  # an escape, or a letter that means itself
+                parts = [part if part[0] == "\\" else re.escape(part) for part in parts]
+                pieces.append(f"(?:{''.join(parts)})")
+            else:
+                pieces.append("(?:" if word == "(" else word)
+            before = kind
+        for rule, body in bodies.items():
+            line, pieces, names = body
+            for name in names:
+                if name not in bodies:
+                    raise ValueError(f"rule {name} is not defined, allowed: {', '.join(bodies)}")
+            rules[rule] = parse_regex("".join(pieces), names)["root"]
+    except ValueError as error:
+        raise ValueError(f"grammar line {line}: {error}") from None
+    if "root" not in rules:
+        raise ValueError(f"the grammar has no rule root, only: {', '.join(rules) or 'nothing'}")
+    return rules
+
+
+# ---------------------------------------------------------------------------------- JSON schemas
+
+NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"}
+TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
+TYPES |= {"null": [type(None)], "object": [dict], "array": [list]}  # all are rules of JSON as well
+dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def json_schema(schema):
+    """The grammar, as EBNF, of the JSON texts that a schema (a dict) allows; else ValueError.
+
+    An object has all of its properties, in their order, and no others. White space is a blank, or
+    a line break with an indentation, so that a model can't go on with it for ever.
+    """
+    rules = {}
+    try:
+        root = schema_rule(schema, schema, rules)
+    except (AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"no JSON schema that can be read: {error!r}") from None
+    text = JSON.replace("ws value ws", root, 1).replace(r"[ \t\n\r]*", r'(" " | "\n" " "{0,16})?')
+    return text + "".join([f"{name} ::= {body}\n" for name, body in rules.values()])
+
+
+def schema_rule(part, schema, rules):
+    """The name of the rule for a part of the schema; rules {id of a part: [name, right side]}."""
+    if part is True or not part.keys() - NOTES:
+        return "value"
+    if id(part) not in rules:
+        rules[id(part)] = rule = [f"part{len(rules)}", ""]  # named first: it may call itself
+        rule[1] = " | ".join(schema_choices(part, schema, rules))
+        if not rule[1]:
+            raise ValueError(f"a JSON schema allows nothing: {part!r:.60}")
+    return rules[id(part)][0]
+
+
+def schema_choices(part, schema, rules):
+    """What a part of the schema allows: a list of EBNF expressions."""
+    keys = part.keys() - NOTES
+    kind = part.get("type")
+    if kind not in (None, *TYPES):
+        raise ValueError(f"the type {kind} in a JSON schema, allowed: {', '.join(TYPES)}")
+    if keys == {"$ref"}:
+        first, *path = part["$ref"].split("/")
+        if first != "#":
+            raise ValueError(f"$ref {part['$ref']} in a JSON schema: only #/... is supported")
+        target = schema
+        for key in path:
+            target = target[key.replace("~1", "/").replace("~0", "~")]
+        return [schema_rule(target, schema, rules)]
+    if keys == {"anyOf"}:
+        return [schema_rule(one, schema, rules) for one in part["anyOf"]]
+    if keys == {"type"}:
+        return [kind]
+    if keys - {"type"} in ({"enum"}, {"const"}):
+        values = part["enum"] if "enum" in keys else [part["const"]]
+        values = [value for value in values if not kind or type(value) in TYPES[kind]]
+        return [dumps(dumps(value)) for value in values]  # as JSON, and that as a literal of EBNF
+    if keys - {"type"} == {"items"} and kind in (None, "array"):
+        item = schema_rule(part["items"], schema, rules)
+        return [f'"[" ws ({item} ("," ws {item})* ws)? "]"']
+    rest = keys - {"type", "properties", "required", "additionalProperties"}
+    if rest or "properties" not in keys or kind not in (None, "object"):
+        raise ValueError(f"a JSON schema with {', '.join(sorted(keys))}: not supported together")
+    lacking = {*part.get("required", [])} - part["properties"].keys()
+    if lacking:
+        raise ValueError(f"{', '.join(lacking)} in a JSON schema: required, but not described")
+    pairs = []
+    for name, value in part["properties"].items():
+        pairs.append(f"{dumps(dumps(name) + ':')} ws {schema_rule(value, schema, rules)} ")
+    return ['"{" ws ' + '"," ws '.join(pairs) + 'ws "}"']
+
+
+# --------------------------------------------------------------------------------- the automaton
+
+END = 0  # the state at the end of every rule
+LAST = 0x10FFFF  # the largest code point
+SIZE = 5 * 64**3  # room for all code points, in whole blocks that share their first UTF-8 byte
+
+
+@cache
+def shorthand(letter):
+    r"""The marks of \d, \s, \w or their complements: re is asked about every code point."""
+    marks = np.zeros(SIZE, bool)
+    for match in re.finditer(rf"\{letter}+", "".join(map(chr, range(LAST + 1)))):
+        marks[match.start() : match.end()] = True
+    return marks
+
+
+@cache
+def class_bytes(items):
+    """A parsed class such as [^a-z] in UTF-8: [(set of bytes, [the same of what follows])]."""
+    marks = np.zeros(SIZE, bool)  # by code point
+    for op, value in items:
+        if str(op) == "LITERAL":
+            marks[value] = True
+        elif str(op) == "RANGE":
+            marks[value[0] : value[1] + 1] = True
+        elif str(op) == "CATEGORY":  # CATEGORY_DIGIT, CATEGORY_NOT_WORD, ...
+            letter = str(value).split("_")[-1][0]
+            marks |= shorthand(letter if "NOT" in str(value) else letter.lower())
+    if str(items[0][0]) == "NEGATE":
+        marks = ~marks
+    marks[0xD800:0xE000] = False  # surrogates are no characters
+    marks[LAST + 1 :] = False
+    found = []
+    for n, (head, end) in enumerate([(0, 0x80), (0xC0, 0x800), (0xE0, 0x10000), (0xF0, SIZE)]):
+        found += utf8(marks[:end], head, n)
+        marks[:end] = False
+    return found
+
+
+def utf8(marks, head, n):
+    """`class_bytes` of the marked code points that are a byte, from `head` on, and n more bytes."""
+    heads = {}  # {what is marked behind a byte: the bytes behind which it is}
+    for i, row in enumerate(marks.reshape(-1, 64**n)):
+        if row.any():
+            heads.setdefault(row.tobytes(), set()).add(head + i)
+    tails = [utf8(np.frombuffer(row, bool), 0x80, n - 1) if n else [] for row in heads]
+    return list(zip(heads.values(), tails))
+
+
+ODD = {"AT": r"an anchor (^ $ \b)", "GROUPREF": "a reference to a group"}
+ODD |= {"ASSERT": "a look-around", "ASSERT_NOT": "a look-around"}
+ODD |= {"SUBPATTERN": "a group with flags"}
+
+
+class Automaton:
+    """The rules of a grammar as states: numbers, one for all states that do the same.
+
+    moves[s] are (what, state) for each way on from s. `what` is a set of bytes, one of which is
+    read; a rule, which is called and comes back to the state; or None: nothing. least[s] are the
+    fewest bytes from s to the end of its rule, starts {rule: its first state}. Only the bytes in
+    `spelled` are read: texts with others are left out.
+    """
+
+    def __init__(self, grammar, spelled):
+        self.spelled = spelled
+        self.work = 0  # states that were asked for
+        self.moves = [()]
+        self.known = {}  # {moves: the state that has them}
+        self.kinds = set()  # the sets of bytes that are read
+        self.starts = {}
+        for rule, (parsed, names) in grammar.items():
+            try:
+                self.starts[rule] = self.build(parsed, names, END)
+            except RecursionError:
+                raise ValueError(f"rule {rule}: brackets are nested too deeply") from None
+        self.least = self.shortest()
+        for rule, start in self.starts.items():
+            if start not in self.least:
+                raise ValueError(f"rule {rule} is unproductive: no string of it can be spelled")
+        for s, moves in enumerate(self.moves):
+            self.moves[s] = [(what, t) for what, t in moves if t in self.least]
+
+    def state(self, *moves):
+        """The state with these moves; a new one if there is none."""
+        self.work += 1
+        if self.work > STATES:
+            raise ValueError(f"the grammar takes more than {STATES:,} states")
+        s = self.known.setdefault(moves, len(self.moves))
+        if s == len(self.moves):
+            self.moves.append(moves)
+        return s
+
+    def build(self, parsed, names, then):
+        """The state from which the texts of a parsed expression lead to the state `then`."""
+        for op, value in reversed(parsed):
+            op = str(op)
+            if op == "LITERAL":
+                for b in reversed(chr(value).encode()):
+                    then = self.reading([({b}, [])], then)
+            elif op == "IN":
+                then = self.reading(class_bytes(tuple(value)), then)
+            elif op in ("NOT_LITERAL", "ANY"):
+                unwanted = ord("\n") if op == "ANY" else value
+                then = self.reading(class_bytes((("NEGATE", None), ("LITERAL", unwanted))), then)
+            elif op == "BRANCH":
+                then = self.state(*[(None, self.build(one, names, then)) for one in value[1]])
+            elif op == "SUBPATTERN" and names:
+                then = self.state((names[value[0]], then))
+            elif op == "SUBPATTERN" and not value[1] and not value[2]:  # no flags of its own
+                then = self.build(value[3], names, then)
+            elif op in ("MAX_REPEAT", "MIN_REPEAT"):
+                then = self.repeated(*value, names, then)
+            else:
+                what = ODD.get(op, op.lower().replace("_", " "))
+                raise ValueError(f"{what} has no automaton here")
+        return then
+
+    def reading(self, branches, then):
+        """The state that reads one character (of `class_bytes`), then goes on to another."""
+        moves = []
+        for some, tails in branches:
+            kind = frozenset(some & self.spelled)
+            self.kinds.add(kind)
+            moves.append((kind, self.reading(tails, then) if tails else then))
+        return self.state(*moves)
+
+    def repeated(self, least, most, body, names, then):
+        """`build` of an expression that is repeated."""
+        end = (None, then)
+        if most is ENDLESS:
+            then = self.state((None, len(self.moves)), end)  # a loop, which leads to itself
+            self.moves[then] = ((None, self.build(body, names, then)), end)
+            most = least
+        for _ in range(most - least):
+            then = self.state((None, self.build(body, names, then)), end)
+        for _ in range(least):
+            before, then = then, self.build(body, names, then)
+            if then == before:  # it reads nothing
+                break
+        return then
+
+    def shortest(self):
+        """`least` of every state that has one, nearest first (Dijkstra; Knuth for grammars)."""
+        users = [[] for _ in self.moves]  # of a state: (state, bytes, a second state that it needs)
+        for s, moves in enumerate(self.moves):
+            for what, t in moves:
+                start = self.starts.get(what, END)
+                if what != frozenset():
+                    users[t].append((s, int(isinstance(what, frozenset)), start))
+                if start != END:
+                    users[start].append((s, 0, t))
+        least, heap = {}, [(0, END)]
+        while heap:
+            n, t = heapq.heappop(heap)
+            if t not in least:
+                least[t] = n
+                for s, cost, other in users[t]:
+                    if other in least:
+                        heapq.heappush(heap, (n + cost + least[other], s))
+        return least
+
+
+# ------------------------------------------------------------------------------------- the engine
+
+
+def trie_of(vocab, class_of, n_classes):
+    """The trie of the strings of a vocabulary in which bytes of a class are one.
+
+    Strings with a byte of class 0 are left out. Nodes are numbered level by level from the root, 0.
+    Returns (first, kind, node): node i has the children first[i]..first[i + 1], class kind[i] leads
+    to it; id j ends at node[j], or at 0.
+    """
+    length = np.array([len(piece or b"") for piece in vocab], int)
+    start = np.cumsum(length) - length
+    classes = np.array(class_of)[np.frombuffer(b"".join(filter(None, vocab)), np.uint8)]
+    at = np.flatnonzero(length)  # the strings that go on
+    node = np.zeros(len(vocab), int)
+    begin, end = 0, 1  # the nodes of a level
+    keys = [[-1]]  # of each node: parent * n_classes + kind; the root is no child
+    for depth in range(length.max(initial=0)):
+        kind = classes[start[at] + depth]
+        node[at[kind == 0]] = 0
+        at, kind = at[kind > 0], kind[kind > 0]
+        child = (node[at] - begin) * n_classes + kind
+        there = np.zeros((end - begin) * n_classes, bool)
+        there[child] = True
+        node[at] = end + np.cumsum(there)[child] - 1
+        keys.append(begin * n_classes + np.flatnonzero(there))
+        begin, end = end, end + len(keys[-1])
+        at = at[length[at] > depth + 1]
+    keys = np.concatenate(keys)
+    first = np.searchsorted(keys, np.arange(end + 1) * n_classes)
+    return first, keys % n_classes, node
+
+
+@dataclass(slots=True, eq=False)
+class Cell:
+    """A stack: a state over the stack to come back to. One object for each: `is` is equality."""
+
+    state: int
+    parent: "Cell"
+    least: int  # the fewest bytes to the end of the text
+    kids: dict = field(default_factory=dict)  # {state: the stack with it on top}
+
+
+@dataclass(slots=True, eq=False)
+class Config:
+    """Where a text can be: a set of stacks. It remembers what was asked of it."""
+
+    cells: tuple
+    accepts: bool  # whether the text may end here
+    least: int = 0  # the fewest bytes to its end
+    next: dict = field(default_factory=dict)  # {class of bytes: Config, or None}
+    after: dict = field(default_factory=dict)  # {id: Config, or None}
+    mask: np.ndarray = None
+    most: int = 0  # bytes that are enough to end the text, after any id of the mask
+
+
+class Engine:
+    """The masks of one grammar over one vocabulary; all texts (`Constraint`) share its memory.
+
+    grammar: EBNF, or what parse_ebnf or parse_regex returns; vocab: the bytes of every id (None:
+    special); eos: the id or ids that end a text; cache_mb: what it may remember, about.
+
+    A text is on a set of stacks of the automaton. What a token does to a stack depends on the
+    states below the top one only after the top one's rule has ended. So the trie is walked for the
+    top state alone: this tells which tokens end inside the rule, and at which nodes the rule ends,
+    from where the state below goes on. Such a walk, from a state and a set of nodes, is remembered
+    and serves at any depth of nesting. A mask is the union of what the walks down the stacks tell.
+    """
+
+    def __init__(self, grammar, vocab, eos=(), cache_mb=64):
+        self.vocab = vocab
+        self.limit = cache_mb * 2**20
+        self.eos = np.atleast_1d([] if eos is None else eos).astype(int).tolist()
+        if not all([piece is None or isinstance(piece, bytes) for piece in vocab]):
+            raise ValueError("a vocabulary holds bytes, and None for special ids")
+        if not {*self.eos} <= {*range(len(vocab))}:
+            raise ValueError(f"eos {self.eos} is out of range, allowed: 0 to {len(vocab) - 1}")
+        single = [p[0] for i, p in enumerate(vocab) if p and len(p) == 1 and i not in self.eos]
+        grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
+        self.automaton = Automaton(grammar, frozenset(single))
+        kinds = self.automaton.kinds
+        held = [tuple([b in kind for kind in kinds]) for b in range(256)]
+        classes = list(
+            dict.fromkeys([(False,) * len(kinds), *held])
+        )  # class 0: of bytes never read
+        self.class_of = [classes.index(row) for row in held]
+        self.n_classes = len(classes)
+        classes_of = {kind: {self.class_of[b] for b in kind} for kind in kinds}
+        self.reads = [{} for _ in self.automaton.moves]  # of each state {class: states}
+        for reads, moves in zip(self.reads, self.automaton.moves):
+            for what, t in moves:
+                for c in classes_of.get(what, ()):
+                    reads.setdefault(c, []).append(t)
+        self.first, self.kind, self.node = trie_of(vocab, self.class_of, self.n_classes)
+        self.node[self.eos] = 0  # the end is no text
+        self.entered = set()  # states
+        self.bottom = Cell(END, None, 0)  # below every stack
+        self.done = Config((), False)  # after the end
+        self.forget()
+        for start in self.automaton.starts.values():  # is there left recursion?
+            if start not in self.entered:
+                self.config([(start, self.bottom)])
+
+    def forget(self):
+        """Empties the memory. Texts keep the configuration that they are on: no mask changes."""
+        self.configs = {}  # {(stacks, whether the text may end): Config}
+        self.walks = {}  # {(state, id of a set of nodes): what `walk` returns}
+        self.masks = {}  # {what a mask is made of: mask}
+        self.sets = {}  # {content: set of nodes}
+        self.size = 0  # of all this in bytes, about
+        self.bottom.kids = {}
+        self.root = np.zeros(1, int)
+        self.start = self.config([(self.automaton.starts["root"], self.bottom)])
+
+    def stack(self, state, parent):
+        """The stack with a state on top of another stack."""
+        if state not in parent.kids:
+            parent.kids[state] = Cell(state, parent, parent.least + self.automaton.least[state])
+        return parent.kids[state]
+
+    def config(self, entries):
+        """The configuration after entering each of [(state, stack below)]; one for equal ones."""
+        starts = self.automaton.starts
+        cells, accepts = set(), False
+        todo = [(state, parent, 0) for state, parent in entries]
+        seen = set(entries)
+        while todo:  # what can be done without reading a byte
+            state, parent, depth = todo.pop()
+            self.entered.add(state)
+            ahead = []
+            if self.reads[state]:
+                cells.add(self.stack(state, parent))
+            if state == END and parent is self.bottom:
+                accepts = True
+            elif state == END:
+                ahead.append((parent.state, parent.parent, depth - 1))
+            for what, t in self.automaton.moves[state]:
+                if what is None:
+                    ahead.append((t, parent, depth))
+                elif what in starts and t == END:  # no need to come back to t
+                    ahead.append((starts[what], parent, depth))
+                elif what in starts:
+                    ahead.append((starts[what], self.stack(t, parent), depth + 1))
+            todo += [one for one in ahead if one[:2] not in seen]
+            seen.update([one[:2] for one in ahead])
+            if depth > len(starts):  # some rule has been called from inside itself
+                raise ValueError("left recursion: a rule calls itself before it has read a byte")
+            if len(seen) > STACKS:
+                raise ValueError(f"too ambiguous: a text is on more than {STACKS:,} stacks")
+        key = frozenset(cells), accepts
+        if key not in self.configs:
+            least = 0 if accepts else min([cell.least for cell in cells])
+            self.configs[key] = Config(tuple(cells), accepts, least)
+            self.size += 1000
+        return self.configs[key]
+
+    def step(self, config, c):
+        """The configuration after a byte of class c; None if no stack reads it."""
+        if c not in config.next:
+            entries = []
+            for cell in config.cells:
+                entries += [(t, cell.parent) for t in self.reads[cell.state].get(c, ())]
+            config.next[c] = self.config(entries) if entries else None
+        return config.next[c]
+
+    def read(self, config, text):
+        """The configuration after some bytes; None where they leave the language."""
+        for b in text:
+            config = config and self.step(config, self.class_of[b])
+        return config
+
+    def take(self, config, id):
+        """The configuration after an id, remembered; None if it is refused."""
+        if id not in config.after:
+            if not 0 <= id < len(self.vocab):
+                raise ValueError(f"id {id} is out of range, allowed: 0 to {len(self.vocab) - 1}")
+            after = self.read(config, self.vocab[id]) if self.vocab[id] else None
+            if id in self.eos:
+                after = self.done if config.accepts else None
+            config.after[id] = after
+            self.size += 100
+        return config.after[id]
+
+    def walk(self, state, nodes):
+        """From trie nodes on, while the rule of `state` lasts; remembered. Returns [(nodes that it
+        reaches, bytes from there to the rule's end)], the nodes where it ends, the most bytes."""
+        key = state, id(nodes)
+        if key in self.walks:
+            return self.walks[key]
+        start = self.config([(state, self.bottom)])
+        reached, ended = [], [nodes] * start.accepts
+        frontier = {start: [nodes]}
+        while frontier:
+            below = {}
+            for config, parts in frontier.items():
+                at = np.concatenate(parts)
+                n = self.first[at + 1] - self.first[at]
+                kids = np.repeat(self.first[at] - np.cumsum(n) + n, n) + np.arange(n.sum())
+                kinds = self.kind[kids]
+                targets = {}  # {config: which classes lead to it}
+                for c in np.flatnonzero(np.bincount(kinds)).tolist():
+                    to = self.step(config, c)
+                    targets.setdefault(to, np.zeros(self.n_classes, bool))[c] = True
+                targets.pop(None, None)
+                for to, classes in targets.items():
+                    part = kids[classes[kinds]]
+                    reached.append((part, to.least))
+                    ended += [part] * to.accepts
+                    below.setdefault(to, []).append(part)
+            frontier = below
+        if ended:
+            ended = np.unique(np.concatenate(ended))
+            ended = self.sets.setdefault(ended.tobytes(), ended)  # one object for equal ones
+        most = max([least for _, least in reached], default=0)
+        self.size += 1000 + 8 * sum([len(part) for part, _ in reached]) + 16 * len(ended)
+        self.walks[key] = reached, ended, most
+        return self.walks[key]
+
+    def mask(self, config, left=np.inf):
+        """Bool (V,), read-only: the ids after which the text can end, in at most `left` bytes."""
+        if config.mask is not None and config.most <= left:
+            return config.mask
+        if self.size > self.limit:
+            self.forget()
+        starts = []  # of the walks whose union it is
+        todo = [(cell.state, cell.parent, self.root) for cell in config.cells]
+        while todo:
+            state, parent, nodes = todo.pop()
+            starts.append((state, parent, nodes))
+            reached, ended, most = self.walk(state, nodes)
+            if reached:
+                config.most = max(config.most, most + parent.least)
+            if len(ended) and parent is not self.bottom:
+                todo.append((parent.state, parent.parent, ended))
+        key = frozenset([(state, id(nodes)) for state, _, nodes in starts]), config.accepts
+        if key not in self.masks or config.most > left:
+            marks = np.zeros(len(self.kind), bool)
+            for state, parent, nodes in starts:
+                for part, least in self.walk(state, nodes)[0]:
+                    if least + parent.least <= left:
+                        marks[part] = True
+            mask = marks[self.node]
+            mask[self.eos] = config.accepts
+            mask.flags.writeable = False
+            if config.most > left:
+                return mask
+            self.masks[key] = mask
+            self.size += mask.nbytes
+        config.mask = self.masks[key]
+        return config.mask
+
+    def explain(self, config, text):
+        """Where bytes leave the language after `config`, and what is expected there."""
+        for i in range(len(text)):
+            after = self.read(config, text[i : i + 1])
+            if after is None:
+                wanted = bytes([b for b in range(256) if self.read(config, [b])])
+                return f"refused at byte {i}, {text[i : i + 1]}; expected: one of {wanted}"
+            config = after
+        return "complete" if config.accepts else f"incomplete: it takes {config.least} bytes more"
+
+
+class Constraint:
+    """A text that grows id by id; it may end if `state.accepts`. Earlier states can be put back."""
+
+    def __init__(self, engine):
+        self.engine, self.state = engine, engine.start
+
+    def mask(self):
+        """Bool (V,), read-only: the ids that may come next."""
+        return self.engine.mask(self.state)
+
+    def advance(self, id):
+        """Takes one id; ValueError, saying why, if the mask refuses it."""
+        after = self.engine.take(self.state, id)
+        if after is None:
+            piece = self.engine.vocab[id]
+            raise ValueError(f"id {id}, {piece}: {self.engine.explain(self.state, piece or b'')}")
+        self.state = after
+
+
+# --------------------------------------------------------------------------------------- its use
+
+
+def vocabulary(tokenizer):
+    """The bytes of every id (None: it spells nothing) of a tokenizer, for Engine.
+
+    tokenizer: of pretrained.py, transformers (fast ones), tokenizers or tiktoken. ValueError if its
+    pieces are no plain strings, as those of WordPiece (##) and of BPE with </w>.
+    """
+    if hasattr(tokenizer, "_mergeable_ranks"):  # a tiktoken.Encoding
+        vocab = [None] * tokenizer.n_vocab
+        for piece, id in tokenizer._mergeable_ranks.items():
+            vocab[id] = piece
+        return vocab
+    backend = getattr(tokenizer, "backend_tokenizer", getattr(tokenizer, "backend", tokenizer))
+    spec = json.loads(backend.to_str())
+    model, decoder = spec["model"], json.dumps(spec["decoder"], ensure_ascii=False)
+    level = "ByteLevel" in decoder
+    mark = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if mark or not level and "▁" not in decoder:
+        raise ValueError(f"pieces with {mark or 'the decoder ' + decoder[:60]} are not supported")
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's stand-ins for bytes
+    hidden = [b for b in range(256) if b not in shown]
+    byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    ids = backend.get_vocab()
+    vocab = [None] * (max(ids.values()) + 1)
+    for piece, id in ids.items():
+        if level and byte_of.keys() >= {*piece}:
+            text = bytes([byte_of[c] for c in piece])
+        elif not level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            text = bytes.fromhex(piece[3:5])
+        else:
+            text = (piece if level else piece.replace("▁", " ")).encode()
+        vocab[id] = text
+    special = [token["id"] for token in spec["added_tokens"] if token["special"]]
+    for id in [*special, ids.get(model.get("unk_token")), model.get("unk_id")]:
+        if id is not None:
+            vocab[id] = None
+    return vocab
+
+
+class Masker:
+    """A `process` for model.generate: every text of the batch stays inside the engine's language.
+
+    It holds nothing of the texts, so one object serves any number of calls. With `max_new_tokens`
+    (that of `generate`) every text is complete in time: if need be, each byte is a token.
+    """
+
+    def __init__(self, engine, max_new_tokens=np.inf):
+        self.engine, self.max_new_tokens = engine, max_new_tokens
+        if not engine.eos:
+            raise ValueError("a mask needs the id that ends a text: give the engine its eos")
+        if engine.start.least + 1 > max_new_tokens:
+            least = f"the shortest text may take {engine.start.least + 1}"
+            raise ValueError(f"max_new_tokens {max_new_tokens} are too few: {least}")
+
+    def __call__(self, logits, alive, out):
+        """logits (B, V) of rows alive[i] of `out`, lists of new ids. Returns the masked logits."""
+        allowed = torch.zeros(logits.shape, dtype=torch.bool)
+        for i, row in enumerate(alive):
+            config = self.engine.start
+            for id in out[row]:
+                if config is not self.engine.done:
+                    config = self.engine.take(config, id)
+                if config is None:
+                    raise ValueError(f"row {row} has the new id {id}, which its mask had refused")
+            left = self.max_new_tokens - len(out[row]) - 2  # without the id to come and the end
+            mask = torch.tensor(self.engine.mask(config, left))[: logits.shape[1]]
+            allowed[i, : len(mask)] = mask | (config is self.engine.done)  # ended: left alone
+        return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+
+
+class LogitsProcessor:
+    """A Masker for transformers: model.generate(..., logits_processor=[LogitsProcessor(...)]).
+
+    prompt_length: the length of input_ids. Right for batches and beams: it holds nothing of them.
+    """
+
+    def __init__(self, engine, prompt_length, max_new_tokens=np.inf):
+        self.prompt_length, self.masker = prompt_length, Masker(engine, max_new_tokens)
+
+    def __call__(self, input_ids, scores):
+        """input_ids (B, T), scores (B, V). Returns the masked scores."""
+        new = input_ids[:, self.prompt_length :].tolist()
+        return self.masker(scores, range(len(new)), new)
+
+
+def main(argv=None):
+    """Lets a model write inside a grammar, or explains where a text leaves it."""
+    import common  # only the command line needs more than this file
+    import data
+    import pretrained
+    from model import generate
+
+    parser = argparse.ArgumentParser("grammar_mask.py", description=main.__doc__)
+    parser.error = common.fail
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--schema", metavar="FILE", help="a JSON schema")
+    source.add_argument("--grammar", metavar="FILE", help="EBNF with a rule root")
+    source.add_argument("--regex", metavar="PATTERN", help="as in re.fullmatch")
+    use = parser.add_mutually_exclusive_group(required=True)
+    use.add_argument("--explain", metavar="TEXT", help="where does TEXT leave the grammar?")
+    use.add_argument("--prompt", metavar="TEXT", help="what to ask --model")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="[%(default)s]")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="[%(default)s]")
+    args = parser.parse_args(argv)
+    with common.bad_input(args.schema or args.grammar or "--regex"):
+        if args.schema:
+            grammar = json_schema(json.loads(data.read_text(args.schema)))
+        elif args.grammar:
+            grammar = data.read_text(args.grammar)
+        else:
+            grammar = parse_regex(args.regex)
+        engine = Engine(grammar, [bytes([b]) for b in range(256)])
+    if args.explain is not None:
+        return print(engine.explain(engine.start, args.explain.encode()))
+    with common.bad_input():
+        model, tokenizer = pretrained.load(args.model)
+        engine = Engine(grammar, vocabulary(tokenizer), tokenizer.stops)
+        masker = Masker(engine, args.max_new_tokens)
+        prompt = tokenizer.encode(args.prompt, bos=True)
+        if tokenizer.template:
+            prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
+        options = {"stop": tokenizer.stops, "process": masker}
+        ids = generate(model, [prompt], args.max_new_tokens, 0.0, **options)[0]
+    print(data.printable(tokenizer.decode(ids[:-1])))
+
+
+if __name__ == "__main__":
+    main()

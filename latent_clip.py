@@ -866,7 +866,7 @@ def train_clip(args, env, log, arm, seed, train, latents, deviations):
 
 
 def train_flow(args, env, log, seed, train, latents, scale):
-    """The generator, on all pictures; four times as many steps, larger ones."""
+    """The generator, on all pictures; six times as many steps, larger ones."""
     words = toy_tokens(train.texts)
 
     def batch(step):
@@ -878,7 +878,7 @@ def train_flow(args, env, log, seed, train, latents, scale):
 
     torch.manual_seed(seed)
     flow = Flow()
-    flags = replace(args, steps=4 * args.steps, lr=2 * args.lr, weight_decay=0.01)
+    flags = replace(args, steps=6 * args.steps, lr=2 * args.lr, weight_decay=0.01)
     common.train(flow, batch, flags, env, log.stage("flow"))
     return flow.requires_grad_(False)
 

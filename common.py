@@ -314,13 +314,7 @@ def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer)
     net = parallelise(model.to(env.device), args, env)
     opt = make_optimizer(model, args)
     path = log.path.with_suffix(".pt")
-    state = {"step": 0, "seconds": 0.0, "tokens": 0}
-    if args.resume and path.exists():
-        with bad_input():
-            state = restore(path, model, opt, args)
-    elif env.rank == 0:
-        path.unlink(missing_ok=True)  # of an earlier run: not to be resumed by mistake
-    log.rewind(state["step"])
+    state = begin(path, log, model, opt, args, env)
     worst = torch.zeros((), device=env.device)  # the largest norm since `look`; a NaN stays in it
     done = state["step"]
     bar = {"initial": done, "position": bar_line(args), "leave": False, "disable": env.rank > 0}
@@ -357,8 +351,7 @@ def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer)
             if row:
                 log(step, **row, **timing(state))
             if save or stop:
-                whole = state | weights_of(model, opt) | {"flags": shaping_flags(args)}
-                save_checkpoint(path, whole, env)
+                save_state(path, state, model, opt, args, env)
             if stop:
                 raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on")
     if evaluate:
@@ -514,6 +507,21 @@ def check_flags(saved, args, path):
         raise ValueError(f"{path} is of another run: {'; '.join(odd)}")
 
 
+def begin(path, log, model, opt, args, env):
+    """The counts {step, seconds, tokens} to start from: under --resume those of a checkpoint.
+
+    The log is cut back to them; without --resume, the checkpoint of an earlier run goes.
+    """
+    state = {"step": 0, "seconds": 0.0, "tokens": 0}
+    if args.resume and path.exists():
+        with bad_input():
+            state = restore(path, model, opt, args)
+    elif env.rank == 0:
+        path.unlink(missing_ok=True)  # not to be resumed by mistake
+    log.rewind(state["step"])
+    return state
+
+
 def restore(path, model, opt, args):
     """Puts a checkpoint in place; returns its counts. ValueError if it is not of this run."""
     state = load_checkpoint(path)
@@ -545,6 +553,12 @@ def weights_of(model, opt, put=None):
         sharded.set_optimizer_state_dict(model, opt, put["optimizer"], options=options)
     weights, moments = sharded.get_state_dict(model, opt, options=options)
     return {"model": weights, "optimizer": moments}
+
+
+def save_state(path, state, model, opt, args, env):
+    """Writes what `begin` goes on from: counts, weights, the optimizer's state, flags."""
+    whole = state | weights_of(model, opt) | {"flags": shaping_flags(args)}
+    save_checkpoint(path, whole, env)
 
 
 def save_checkpoint(path, state, env=None):

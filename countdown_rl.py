@@ -549,8 +549,7 @@ def imitate(args, env, log, arm, seed):
 
     def batch(step):
         rows = world.batch(step)
-        denom = (rows["targets"] != -100).sum()
-        return {k: v[env.rank :: env.world] for k, v in rows.items()} | {"denom": denom}
+        return {name: value[env.rank :: env.world] for name, value in rows.items()}
 
     common.train(ToyGPT(args, world, seed), batch, args, env, log)
 
@@ -639,13 +638,7 @@ def grpo(policy, world, args, env, log, permuted=False):
     net = common.parallelise(Objective(policy, args), args, env)
     optimizer = common.optimizer(policy, args)
     path = log.path.with_suffix(".pt")
-    state = {"step": 0, "seconds": 0.0, "tokens": 0}
-    if args.resume and path.exists():
-        with common.bad_input():
-            state = common.restore(path, policy, optimizer, args)
-    elif env.rank == 0:
-        path.unlink(missing_ok=True)  # of an earlier run: not to be resumed by mistake
-    log.rewind(state["step"])
+    state = common.begin(path, log, policy, optimizer, args, env)
     bar = dict(total=args.steps, initial=state["step"], leave=False, disable=env.rank > 0)
     steps = range(state["step"], args.steps)
     with common.interruptible() as signals:
@@ -670,9 +663,7 @@ def grpo(policy, world, args, env, log, permuted=False):
             log(step, **row, **numbers, loss=loss.item(), **common.timing(state))
             stop = common.all_reduce(torch.tensor(len(signals), device=env.device), env) > 0
             if stop or state["step"] % args.save_every == 0 or state["step"] == args.steps:
-                flags = {"flags": common.shaping_flags(args)}
-                whole = state | common.weights_of(policy, optimizer) | flags
-                common.save_checkpoint(path, whole, env)
+                common.save_state(path, state, policy, optimizer, args, env)
             if stop:
                 raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on")
     log(args.steps, **measure(policy, world, args, env), **common.timing(state))
@@ -1076,18 +1067,23 @@ def check(args, env):
     ]
 
 
+def try_out(args, env):
+    """ValueError before any long work if checkpoint, problems or heads are no good."""
+    if args.model:
+        model, tok = pretrained.load(args.model, env.device)  # it goes again: arms load their own
+        Real(args, tok, 0)
+        parse_heads(args.heads, model.config)
+    else:
+        Toy(args, 0)
+        parse_heads(args.heads, args)
+
+
 def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2504.14379", check)
     args = run.args
     with common.bad_input():
-        if args.model:
-            model, tok = pretrained.load(args.model, run.env.device)
-            Real(args, tok, 0)
-            parse_heads(args.heads, model.config)
-        else:
-            Toy(args, 0)
-            parse_heads(args.heads, args)
+        try_out(args, run.env)
     found = {}
     if not args.model:
         run.each(imitate, ["imitate"])

@@ -116,6 +116,11 @@ def load_text(name="stdlib", split="train"):
     return (text for i, text in every if (i % 10 == 9) == heldout)
 
 
+def is_local(name):
+    """Whether a text source lies on this machine, whole; others are streamed."""
+    return name == "stdlib" or name.startswith("file:")
+
+
 def files_of(path):
     """The files of a folder, without hidden ones, in order; of a file, itself."""
     if not path.is_dir():
@@ -203,7 +208,7 @@ class Tokenizer:
     opens: bool = False  # the model expects a text to open with `bos`
     stops: list = ()  # ids that end a document or a turn; the first, or the only one, is `eos`
     template: str | None = None  # of chats, in jinja's language
-    backend: object = None  # the `tokenizers.Tokenizer` of a checkpoint
+    backend: object = None  # a `tokenizers.Tokenizer` or `tiktoken.Encoding`; None for bytes
 
     def __post_init__(self):
         self.stops = list(self.stops) or [self.eos]
@@ -354,7 +359,8 @@ def decode_bytes(ids):
 
 def from_tiktoken(name, enc):
     """A tiktoken Encoding as a Tokenizer."""
-    return Tokenizer(name, enc.encode_ordinary_batch, enc.decode, enc.n_vocab, enc.eot_token)
+    encode_batch = enc.encode_ordinary_batch
+    return Tokenizer(name, encode_batch, enc.decode, enc.n_vocab, enc.eot_token, backend=enc)
 
 
 def from_folder(name, config=None):
@@ -441,7 +447,6 @@ def train_bpe(text, n):
     entries finds the next pair.
     """
     import regex
-    import tiktoken
 
     counts = Counter(regex.findall(WORDS, text))
     words = [list(word.encode()) for word in counts]
@@ -484,10 +489,17 @@ def train_bpe(text, n):
         for p in changed:
             if pairs[p] > 0:
                 heapq.heappush(heap, (-pairs[p], p))
-    ranks = {token: rank for rank, token in enumerate(vocab)}
-    return tiktoken.Encoding(
-        f"bpe:{n}", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n - 1}
-    )
+    return bpe_of(vocab)
+
+
+def bpe_of(tokens):
+    """The tiktoken Encoding of `train_bpe`'s tokens (bytes), in the order of their merges."""
+    import tiktoken
+
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    end = {"<|endoftext|>": len(tokens)}
+    name = f"bpe:{len(tokens) + 1}"
+    return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=end)
 
 
 # ----------------------------------------------------------------------------------- token files

@@ -287,10 +287,10 @@ GREETINGS = "Hello, World! Grüß dich, Welt! Привет, мир! 你好，世
 
 def inspect(name, sample, text):
     """What holds for a tokenizer, on a sample text: a dictionary."""
-    import tiktoken
-
     tokenizer = data.get_tokenizer(name, sample)
-    vocab = gm.vocabulary(tokenizer if tokenizer.backend else tiktoken.get_encoding(name))
+    if tokenizer.backend is None:
+        raise ValueError(f"tokenizer {name!r} has no pieces to look at: its ids are bytes")
+    vocab = gm.vocabulary(tokenizer)
     real, rng = [i for i, piece in enumerate(vocab) if piece], np.random.default_rng(0)
     decode, greetings = tokenizer.decode, tokenizer.encode(GREETINGS)
     torn = strange = 0

@@ -634,15 +634,15 @@ class Constraint:
 def vocabulary(tokenizer):
     """The bytes of every id (None: it spells nothing) of a tokenizer, for Engine.
 
-    tokenizer: of pretrained.py, transformers (fast ones), tokenizers or tiktoken. ValueError if its
+    tokenizer: of data.py, transformers (fast ones), tokenizers or tiktoken. ValueError if its
     pieces are no plain strings, as those of WordPiece (##) and of BPE with </w>.
     """
-    if hasattr(tokenizer, "_mergeable_ranks"):  # a tiktoken.Encoding
-        vocab = [None] * tokenizer.n_vocab
-        for piece, id in tokenizer._mergeable_ranks.items():
+    backend = getattr(tokenizer, "backend_tokenizer", getattr(tokenizer, "backend", tokenizer))
+    if hasattr(backend, "_mergeable_ranks"):  # a tiktoken.Encoding
+        vocab = [None] * backend.n_vocab
+        for piece, id in backend._mergeable_ranks.items():
             vocab[id] = piece
         return vocab
-    backend = getattr(tokenizer, "backend_tokenizer", getattr(tokenizer, "backend", tokenizer))
     spec = json.loads(backend.to_str())
     model, decoder = spec["model"], json.dumps(spec["decoder"], ensure_ascii=False)
     level = "ByteLevel" in decoder

@@ -295,7 +295,7 @@ def write_codes(path, raw, tokenizer, args):
     codes = lzw.encode(to_ids(tokenizer, raw))
     head = asdict(lzw) | {"disabled": sorted(lzw.disabled), "tokenizer": args.tokenizer[0]}
     if tokenizer.name.startswith("bpe:"):  # trained on these very bytes: its tokens travel along
-        token = tokenizer.decode.__self__.decode_single_token_bytes
+        token = tokenizer.backend.decode_single_token_bytes
         head["tokens"] = [token(i).hex() for i in range(tokenizer.n_vocab - 1)]
     head["crc32"] = zlib.crc32(raw)
     common.write_text(path, json.dumps(head) + "\n" + " ".join(map(str, codes)) + "\n")
@@ -309,7 +309,11 @@ def read_codes(path):
         head = json.loads(first)
         name, crc, tokens = (head.pop(key, None) for key in ("tokenizer", "crc32", "tokens"))
         lzw, codes = LZW(**head), [int(word) for word in rest.split()]
-        tokenizer = data.get_tokenizer(name) if tokens is None else from_tokens(name, tokens)
+        if tokens is None:
+            tokenizer = data.get_tokenizer(name)
+        else:
+            enc = data.bpe_of([bytes.fromhex(token) for token in tokens])
+            tokenizer = data.from_tiktoken(name, enc)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what --encode writes ({error})") from None
     ids = lzw.decode(codes)
@@ -317,16 +321,6 @@ def read_codes(path):
     if raw is None or zlib.crc32(raw) != crc:
         raise ValueError(f"{path} is damaged, or {name} is another tokenizer than it was")
     return raw
-
-
-def from_tokens(name, tokens):
-    """The tokenizer that `data.train_bpe` had trained, from its tokens in hexadecimal."""
-    import tiktoken
-
-    ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens)}
-    end = {"<|endoftext|>": len(ranks)}
-    options = {"pat_str": data.WORDS, "mergeable_ranks": ranks, "special_tokens": end}
-    return data.from_tiktoken(name, tiktoken.Encoding(name, **options))
 
 
 def show(raw, tokenizer, args):

@@ -550,7 +550,7 @@ def main(argv=None):
             return show(text, tok, args.block_size)
     with common.bad_input("--dataset"), common.rank_zero_first(run.env):
         limit = None
-        if args.dataset != "stdlib" and not args.dataset.startswith("file:"):
+        if not data.is_local(args.dataset):
             limit = args.steps * args.batch_size * args.block_size  # of a stream, what is needed
         read = partial(data.token_file, folder=run.out / "tokens", quiet=run.env.rank > 0)
         train = read(args.dataset, "train", tok, limit=limit)

@@ -475,7 +475,7 @@ class Text:
 
     def __init__(self, args, tok, seed):
         limit = None
-        if args.dataset != "stdlib" and not args.dataset.startswith("file:"):
+        if not data.is_local(args.dataset):
             limit = args.steps * args.batch_size * (args.block_size + 1)
         self.tokens = {}
         for split in "train", "heldout":
@@ -577,9 +577,7 @@ def train_arm(args, env, log, arm, seed):
 
     def batch(step):
         windows = world.windows("train", 10**6 + step, args.batch_size)[env.rank :: env.world]
-        parts = pack(model.lzw, windows)
-        targets = (parts["targets"] >= 0).sum().float().to(env.device)
-        return parts | {"denom": common.all_reduce(targets, env)}
+        return pack(model.lzw, windows)
 
     def evaluate(step):
         return {"bpb": bits_per_byte(model, world, max(2, args.samples // 4), env)["bpb"]}

@@ -36,13 +36,7 @@ args   ::= or (", " or)*
 name   ::= [A-Za-z_\u00C0-\u024F] [A-Za-z0-9_\u00C0-\u024F]*
 string ::= "'" ([^'\\\n] | "\\" [nt'\\])* "'"
 """
-LISP = r"""
-root   ::= item (space item)*
-item   ::= atom | string | "(" (item (space item)*)? ")"
-atom   ::= [A-Za-z\u00C0-\u00FF+*/<>=!?-] [A-Za-z\u00C0-\u00FF0-9+*/<>=!?-]*
-string ::= "\"" ([^"\\] | "\\" ["\\nt])* "\""
-space  ::= [ \n]+
-"""
+LISP = bench.LISP
 
 
 def fresh(grammar, vocab, eos=(), **options):

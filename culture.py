@@ -49,12 +49,9 @@ class Args(common.TrainFlags):
         "toy": {},
         "paper": dict(model="google/gemma-2-9b", layers=list(range(21, 28)), strengths=[1.0, 2.0]),
     }
-    limits: ClassVar[dict] = common.TrainFlags.limits | {
-        "layers": (0,),
-        "strengths": (0.01, 100),
-        "skew": (0.1, 0.9),
-        **dict.fromkeys(("prompts", "n_layer", "n_embd"), (1,)),
-    }
+    limits: ClassVar[dict] = common.TrainFlags.limits | dict(
+        layers=(0,), strengths=(0.01, 100), skew=(0.1, 0.9), prompts=(1,), n_layer=(1,), n_embd=(1,)
+    )
     unused: ClassVar[set] = {"shard", "eval_every"}  # a steered run needs whole weights
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"layers", "strengths", "prompts"}
 
@@ -592,8 +589,8 @@ def draw(path, found, args, title):
         lines[f"strength {strength:g}"] = args.layers, profile[:, :, i]
     levels = {"explicit": np.mean(mean("local", [f"{main} prompt own"]))}
     items = [
-        dict(title=f"P(local), {title}: sentence in front", bars=bars, names=CONTEXTS),
-        dict(title=f"P(local), own vector after block, {main}", lines=lines, levels=levels),
+        dict(title=f"{title}: P(local answer), sentence in front", bars=bars, names=CONTEXTS),
+        dict(title="P(local answer), steered after block", lines=lines, levels=levels),
         dict(title="Closed of the gap", bars=closed, names=kinds),
     ]
     if "entropy" in found[0]:

@@ -762,8 +762,8 @@ def clip(device):
     import latent_clip as lc
 
     torch.manual_seed(0)
-    sizes = dict(side=64, patch=8, width=384, layers=4, heads=6, embed=256, vocab=49408, context=77)
-    ours = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_heads=4, text_layers=4)).to(device)
+    sizes = dict(side=64, patch=8, width=384, layers=4, head=64, embed=256, vocab=49408, context=77)
+    ours = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_layers=4)).to(device)
     z, tokens = torch.randn(16, 4, 64, 64, device=device), torch.zeros(16, 77).long()
     for line, n in zip(tokens, torch.randint(8, 22, (16,))):  # captions of some ten words
         line[:n] = torch.randint(1, 40000, (n,))

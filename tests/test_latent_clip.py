@@ -56,7 +56,7 @@ def count(model):
 
 
 def test_sizes_of_the_released_models():
-    base = {**lc.BASE, "side": 224} | dict(channels=3, embed=512, text_width=512, text_heads=8)
+    base = {**lc.BASE, "side": 224} | dict(channels=3, embed=512, text_width=512)
     with torch.device("meta"):
         b8, b4 = lc.CLIP(lc.CONFIGS["paper"]), lc.CLIP(lc.CONFIGS["b4plus"])
         b32, b16 = (lc.CLIP(lc.CLIPConfig(patch=patch, **base)) for patch in (32, 16))
@@ -73,7 +73,7 @@ def test_sizes_of_the_released_models():
 
 def tiny(channels=4, **more):
     torch.manual_seed(0)
-    small = dict(width=24, layers=2, text_width=24, embed=8)
+    small = dict(width=24, layers=2, text_width=24, embed=8, head=6)
     return lc.CLIP(lc.CLIPConfig(channels=channels, **small | more)).eval()
 
 
@@ -291,9 +291,6 @@ def test_pictures_of_every_kind(tmp_path):
     assert (seen[:, :, -1] == 255).all() and (seen[:, :, :-1] == 0).all()
     Image.fromarray(np.zeros((20, 60, 3), np.uint8)).save(tmp_path / "wide.jpg")
     assert lc.open_picture(tmp_path / "wide.jpg", 16).shape == (3, 16, 16)
-    (tmp_path / "a.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="a.png is no readable picture"):
-        lc.open_picture(tmp_path / "a.png", 4)
 
 
 # ------------------------------------------------------------------------------------------- ReNO
@@ -639,7 +636,7 @@ def test_a_prompt_with_a_generator(stand_ins, small, tmp_path, monkeypatch, caps
     [
         ("--dataset EMPTY", "has 0 pictures"),
         ("--dataset ODD", "b.txt"),
-        ("--dataset CORRUPT", "0.png is no readable picture"),
+        ("--dataset CORRUPT", "cannot identify image file.*0.png"),
         ("--dataset /no/such", "/no/such"),
         ("--dataset CORRUPT --vae /no/such.safetensors", "can't be read"),
         ("--dataset CORRUPT --tokenizer /no/such.json", "no tokenizer.json"),

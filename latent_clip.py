@@ -223,14 +223,10 @@ class CLIP(nn.Module):
 
 def clip_optimizer(clip, args):
     """AdamW as OpenCLIP sets it up: no decay of gains, biases and the logit scale."""
-    decayed, plain = [], []
+    groups = [{"params": [], "weight_decay": w} for w in (args.weight_decay, 0.0)]
     for name, p in clip.named_parameters():
         gain_or_bias = "ln_" in name or "bias" in name or p.ndim < 2
-        (plain if gain_or_bias else decayed).append(p)
-    groups = [
-        {"params": decayed, "weight_decay": args.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+        groups[gain_or_bias]["params"].append(p)
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
@@ -926,7 +922,7 @@ def draw(path, found, grids):
         for ax, pictures in zip(below, (grids["climbed"], grids["guarded"])):
             rows = [F.pad(row, (1, 1, 1, 1), value=110) for row in pictures.values()]
             tiles = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
-            ax.imshow(tiles.permute(1, 2, 0).byte())
+            ax.imshow(tiles.permute(1, 2, 0).byte().numpy())
             ax.set_yticks(range(17, 34 * len(rows), 34), list(pictures))
             ax.set_xticks([])
             ax.spines[:].set_visible(False)
@@ -991,33 +987,33 @@ def real_models(args, env):
     clip = with_weights(CLIP(config), args.model).to(env.device)
 
     def tokens(texts):  # an end of text that is written in a text is text
-        return clip_tokens(tok.encode_batch(texts), tok.n_vocab - 1, config.context).to(env.device)
+        ids = clip_tokens(tok.encode_batch(texts), tok.n_vocab - 1, config.context)
+        return ids.to(env.device)
 
     return vae, clip, tokens
 
 
 @torch.no_grad()
-def measure_real(args, env, log, arm, seed):
+def find_captions(args, env):
     """--dataset: how often a picture's caption is found among those of all."""
-    kinds = ".jpg", ".jpeg", ".png", ".webp"
-    with common.bad_input():
-        vae, clip, tokens = real_models(args, env)
-        files = sorted(f for f in Path(args.dataset).iterdir() if f.suffix.lower() in kinds)
-        if len(files) < 2:
-            raise ValueError(f"{args.dataset} has {len(files)} pictures, needed: 2 or more")
-        idx = tokens([data.read_text(f.with_suffix(".txt")).strip() for f in files])
-        latents = []
-        for path in files:
-            x = to_pixels(open_picture(path, 8 * clip.config.side))[None].to(env.device)
-            latents.append(vae.moments(x)[0])
-    z = torch.cat(latents)
+    vae, clip, tokens = real_models(args, env)
+    files = [f for f in sorted(Path(args.dataset).iterdir()) if f.suffix != ".txt"]
+    if not files:
+        raise ValueError(f"--dataset {args.dataset} has no pictures")
+    latents, texts = [], []
+    for path in files:
+        texts.append(data.read_text(path.with_suffix(".txt")).strip())
+        x = to_pixels(open_picture(path, 8 * clip.config.side))[None]
+        latents.append(vae.moments(x.to(env.device))[0])
+    z, idx = torch.cat(latents), tokens(texts)
     text = torch.cat([clip.encode_text(part) for part in idx.split(64)])
     same = (idx[:, None] == idx).all(2)  # pictures of one caption are equally right
     found = {"chance": same.float().mean().item()}
-    for name, x in ("found", z), ("found_rotated", rotated(z, seed)):
+    for name, x in ("found", z), ("channels rotated", rotated(z, 0)):
         image = torch.cat([clip.encode_image(part) for part in x.split(64)])
         best = (image @ text.T).argmax(1, keepdim=True)
         found[name] = same.gather(1, best).float().mean().item()
+    print(found)
     return found
 
 
@@ -1030,17 +1026,15 @@ def one_step(unet, noise):
     return x - SIGMA * unet(x / (SIGMA**2 + 1) ** 0.5, 999)
 
 
-def optimise_real(args, env):
+def optimise_prompt(args, env):
     """--prompt: ReNO by Latent-CLIP on a one-step SDXL, a picture for each seed."""
-    with common.bad_input():
-        from PIL import Image
+    data.import_or_explain("diffusers")
+    from diffusers import StableDiffusionXLPipeline as Pipeline
+    from PIL import Image
 
-        vae, clip, tokens = real_models(args, env)
-        data.import_or_explain("diffusers")
-        from diffusers import StableDiffusionXLPipeline as Pipeline
-
-        with data.explained(f"{args.generator!r} can't be read", "allowed: a folder, a hub id"):
-            pipe = Pipeline.from_pretrained(args.generator, torch_dtype=env.dtype).to(env.device)
+    vae, clip, tokens = real_models(args, env)
+    with data.explained(f"{args.generator!r} can't be read", "allowed: a folder, a hub id"):
+        pipe = Pipeline.from_pretrained(args.generator, torch_dtype=env.dtype).to(env.device)
     pipe.unet.requires_grad_(False)
     with torch.no_grad():
         states, _, pooled, _ = pipe.encode_prompt(args.prompt, do_classifier_free_guidance=False)
@@ -1054,6 +1048,7 @@ def optimise_real(args, env):
 
     generate = partial(one_step, unet)
     reward = partial(cosine_reward, clip, toward, args.vae_scale, None)
+    found = {}
     for seed in args.seeds:
         torch.manual_seed(seed)
         noise = torch.randn(1, 4, clip.config.side, clip.config.side).to(env.device)
@@ -1061,7 +1056,9 @@ def optimise_real(args, env):
         for name, z in ("before", latents[0]), ("after", latents[-1]):
             image = images_of(vae, z / args.vae_scale)[0].byte().permute(1, 2, 0)
             Image.fromarray(image.numpy()).save(Path(args.out) / f"{seed}-{name}.png")
-        print(f"seed {seed}: reward {rewards[0].item():.4f} -> {rewards[-1].item():.4f}")
+        found[seed] = rewards[:, 0].tolist()
+        print(f"seed {seed}: reward {found[seed][0]:.4f} -> {found[seed][-1]:.4f}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1069,33 +1066,23 @@ def optimise_real(args, env):
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
-    rules = [
+    given = [flag for flag in "vae tokenizer dataset prompt generator".split() if vars(args)[flag]]
+    complete = ["vae tokenizer dataset".split(), "vae tokenizer prompt generator".split()]
+    needed = "--vae, --tokenizer, and --dataset or --prompt and --generator"
+    return [
         (env.world > 1, "torchrun is not for this script: InfoNCE needs the whole batch"),
-        (
-            args.model and bool(args.dataset) == bool(args.prompt),
-            "--model needs --dataset or --prompt",
-        ),
-        (args.prompt and not args.generator, "--prompt needs --generator"),
-        (args.generator and not args.prompt, "--generator needs --prompt"),
-        (args.model and not (args.vae and args.tokenizer), "--model needs --vae and --tokenizer"),
+        (given and not args.model, f"--{' --'.join(given)}: only with --model"),
+        (args.model and given not in complete, f"--model goes with {needed}"),
     ]
-    for flag in "dataset", "prompt", "vae", "tokenizer":
-        rules.append((getattr(args, flag) and not args.model, f"--{flag} needs --model"))
-    return rules
 
 
 def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2503.08455", check)
-    if run.args.prompt:
-        return optimise_real(run.args, run.env)
-    if run.args.dataset:
-        rows = run.each(measure_real, ["real"])["real"]
-        says = "the caption of a picture is found among those of all pictures"
-        asked = "arm.found >= max(.1, 10 * arm.chance)"
-        turned = {"channels rotated": [row | {"found": row["found_rotated"]} for row in rows]}
-        run.claim("R1", says, "not measured", asked, arm=rows, controls=turned)
-        return run.finish({"real": rows})
+    if run.args.model:
+        with common.bad_input():
+            mode = find_captions if run.args.dataset else optimise_prompt
+            return run.finish(mode(run.args, run.env))
     found = run.each(run_seed, ["toy"])["toy"]
     judge(run, found)
     grids = common.load_checkpoint(run.out / f"toy-s{run.args.seeds[0]}.grids")

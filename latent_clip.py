@@ -1,14 +1,14 @@
 """Latent-CLIP (arXiv 2503.08455): a CLIP that reads the latents of a VAE: rewards without decoding.
 
 Latent diffusion makes a latent z and decodes it to pixels at the very end. A CLIP that judges
-pixels must decode z each time, and back-propagate through the decoder. Latent-CLIP is an ordinary
-CLIP whose ViT reads z itself. In the paper it names pictures as well as pixel CLIPs do; as a
-reward for ReNO, which climbs in the noise of a frozen generator, pictures are as good at 21 %
-less time; as a guard it halves the rate of inappropriate pictures.
+pixels must decode z each time, and back-propagate through the decoder. Latent-CLIP is a CLIP
+whose ViT reads z itself. In the paper it names pictures as well as pixel CLIPs do; as a reward
+for ReNO, which climbs in the noise of a frozen generator, pictures are as good at 21 % less
+time; as a guard it halves the rate of inappropriate pictures. The toy makes all of it from
+scratch on coloured shapes; a judge without any learnt part reads what comes out.
 
-The toy makes all of it from scratch on coloured shapes; a judge without any learnt part reads what
-comes out. Two conventions cause most bugs: the ViT reads RAW latents (a diffusion model's, divided
-by the VAE's scale), and channels come first.
+Two conventions cause most bugs: the ViT reads RAW latents (a diffusion model's, divided by the
+VAE's scale), and channels come first.
 
 Read on: `info_nce`, `CLIP`, `VAE`, `reno` (the method), `pictures` and `see` (the world and its
 judge), `run_seed` (the experiment), `judge` (the claims).
@@ -42,36 +42,35 @@ class Args(common.TrainFlags):
     presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}, "b4plus": {}, "paper": {}}
     limits: ClassVar[dict] = common.TrainFlags.limits | {"images": (8,), "samples": (8,)}
     limits |= {"batch_size": (2,), "iters": (1,), "noise_lr": (0,), "vae_scale": (1e-6,)}
-    unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}  # InfoNCE needs the whole batch
+    unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}
 
-    steps: int = 400  # of each CLIP; the VAE and the generator have their own (paper: 415,039)
+    steps: int = 400  # of each CLIP; VAE: 1.5 times, generator: 6 times (paper: 415,039)
     batch_size: int = 128  # pairs in a step (paper: 81,920)
     lr: float = 2e-3  # peak learning rate (paper: 1e-3)
     min_lr: float = 0.0  # where the cosine ends, as a share of --lr
     weight_decay: float = 0.2  # of matrices, embeddings, convolutions (OpenCLIP's)
     images: int = 24000  # pictures with captions (paper: 2.7B)
-    samples: int = 144  # prompts of ReNO; half as many of guidance, ten times as many to be named
+    samples: int = 144  # prompts of ReNO; guidance: half as many
     iters: int = 50  # evaluations of ReNO (paper: 50)
-    noise_lr: float = 0.6  # ReNO's step (paper: 5, for noise of 8 times the norm)
-    gates: bool = True  # stop if VAE, judge or generator are too bad for the claims to mean much
-    model: str = ""  # file of a released Latent-CLIP, for --dataset or --prompt; no toy then
-    vae: str = ""  # file of its VAE, with diffusers' names (paper: sdxl-vae-fp16-fix)
-    vae_scale: float = 0.13025  # what diffusion multiplies raw latents by (SD 1.x: .18215)
+    noise_lr: float = 0.6  # ReNO's step (paper: 5, with noise 8 times as long)
+    gates: bool = True  # stop if a model is too bad for the claims to mean much
+    model: str = ""  # file of a released Latent-CLIP, for --dataset or --prompt
+    vae: str = ""  # file of its VAE by diffusers (paper: sdxl-vae-fp16-fix)
+    vae_scale: float = 0.13025  # diffusion multiplies raw latents by it
     tokenizer: str = ""  # CLIP's tokenizer.json: a file, a folder or a hub id
-    dataset: str = ""  # a folder of pictures, a .txt caption beside each: find the captions
+    dataset: str = ""  # a folder of pictures, a .txt caption beside each
     prompt: str = ""  # ReNO for this prompt
-    generator: str = ""  # one-step SDXL of `diffusers` for --prompt (paper: stabilityai/sdxl-turbo)
+    generator: str = ""  # a one-step SDXL, for --prompt (paper: stabilityai/sdxl-turbo)
 
 
 # ---------------------------------------------------------------------------------------- InfoNCE
 
 
 def info_nce(image, text, scale, ids):
-    """The contrastive loss of pairs: 1/2 [CE(s I T', diagonal) + CE(s T I', diagonal)], in nats.
+    """The contrastive loss: 1/2 [CE(s I T', diagonal) + CE(s T I', diagonal)], in nats.
 
     image, text  (B, E) normalised features; `scale` multiplies their cosines
-    ids          (B,) numbers of captions: two pictures of one caption are no negatives of each
-                 other (which matters in the toy only)
+    ids          (B,) numbers of captions: two pictures of one caption are no negatives
     """
     if len(image) < 2:
         raise ValueError("InfoNCE needs at least 2 pairs")
@@ -222,7 +221,7 @@ class CLIP(nn.Module):
 
 
 def clip_optimizer(clip, args):
-    """AdamW as OpenCLIP sets it up: no decay of gains, biases and the logit scale."""
+    """OpenCLIP's AdamW: no decay of gains, biases and the logit scale."""
     groups = [{"params": [], "weight_decay": w} for w in (args.weight_decay, 0.0)]
     for name, p in clip.named_parameters():
         gain_or_bias = "ln_" in name or "bias" in name or p.ndim < 2
@@ -248,7 +247,7 @@ SD = VAEConfig((128, 256, 512, 512), 2, 32)  # of Stable Diffusion 1, 2, XL
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside an identity, or a 1x1 one if the width changes."""
+    """Two convolutions beside an identity (1x1 if the width changes)."""
 
     def __init__(self, before, after, groups):
         super().__init__()
@@ -282,7 +281,7 @@ class PixelAttention(nn.Module):
 
 
 def resample(width, down):
-    """Halves the side (padded on the right and below only) or doubles it (nearest)."""
+    """Halves the side (padded right and below only) or doubles it."""
     if down:
         parts = {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(width, width, 3, 2)}
     else:
@@ -327,7 +326,7 @@ class Half(nn.Module):
 
 
 class VAE(nn.Module):
-    """AutoencoderKL of diffusers: images (B, 3, H, W) <-> raw latents (B, 4, H/f, W/f)."""
+    """diffusers' AutoencoderKL: images (B, 3, H, W) <-> raw latents (B, 4, H/f, W/f)."""
 
     def __init__(self, config):
         super().__init__()
@@ -347,7 +346,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, idx, noise, denom=None):
-        """The training loss of images `idx`: L1 for edges, squares for colours, and KL."""
+        """The loss of images `idx`: L1 for edges, squares for colours, and KL."""
         mean, logvar = self.moments(idx)
         image = self.decode(mean + (0.5 * logvar).exp() * noise)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)  # from N(0, 1), of every element
@@ -367,11 +366,11 @@ def norm_loss(noise):
 
 
 def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum=0.9):
-    """Reward-based noise optimisation (ReNO) of a batch, exactly as each row alone would go.
+    """Reward-based noise optimisation of a batch, exactly as each row alone would go.
 
-    SGD with Nesterov momentum on reg * norm_loss - reward; gradients are clipped row by row.
+    SGD with Nesterov momentum on reg * norm_loss - reward; gradients clipped row by row.
     generate  noise (B, ...) -> latents; reward: latents -> (B,); both frozen
-    Returns the best latents (iters, B, ...) so far at every evaluation, and their rewards.
+    Returns the best latents so far at every evaluation (iters, B, ...), their rewards.
     """
     velocity = torch.zeros_like(noise)
     latents, rewards = [], []
@@ -438,7 +437,7 @@ HELD = torch.tensor([0, 11, 16, 21, 26])  # objects, of 30, that neither CLIP is
 
 
 def clip_tokens(ids, end, context):
-    """Lists of a text's ids -> (n, context): start, text, end (the two largest ids), zeros.
+    """Ids of n texts -> (n, context): start, text, end (the two largest ids), zeros.
 
     A long text is cut and keeps its end.
     """
@@ -480,7 +479,7 @@ def coverage(shape, x, y, r):
 
 @dataclass
 class Pictures:
-    """n pictures of one to three objects, each in a quarter (a cell) of its own."""
+    """n pictures of one to three objects, each in a quarter (cell) of its own."""
 
     images: torch.Tensor  # (n, 3, 32, 32) uint8
     texts: list  # captions
@@ -539,9 +538,9 @@ def caption(kind, count, objects, big, rng):
 def see(images):
     """The judge: what stands in each of the four cells of images in [0, 255], (n, 4).
 
-    Nothing in it is learnt. A pixel has the colour whose line from the background is nearest,
-    from the half on. The shape is the one whose outline, with the area and the centre of what has
-    the most frequent colour, overlaps most with all that is coloured (intersection over union).
+    Nothing in it is learnt. A pixel has the colour whose line from the background is nearest.
+    The shape is the outline, of the area and centre of what has the commonest colour, that
+    overlaps most with all that is coloured (intersection over union).
     """
     cells = images.float().unflatten(3, (2, 16)).unflatten(2, (2, 16)).permute(0, 2, 4, 3, 5, 1)
     delta = cells.reshape(-1, 16, 16, 3) - DARK
@@ -575,10 +574,10 @@ def fulfilled(images, asked):
 
 
 class Flow(nn.Module):
-    """The toy's generator of scaled latents: flow matching by a transformer on the four cells.
+    """The toy's generator of scaled latents: flow matching, a transformer on four cells.
 
-    It tells the velocity of the path x_t = (1 - t) noise + t x_1. Time and caption (a vector for
-    each word at each place) shift the input of every block.
+    It tells the velocity of the path x_t = (1 - t) noise + t x_1. Time and caption (a vector
+    for each word at each place) shift the input of every block.
     """
 
     def __init__(self, width=144, layers=4, heads=4):
@@ -686,7 +685,7 @@ def train_vae(args, env, log, seed, train):
 
 
 def train_clip(args, env, log, arm, seed, train, latents, deviations):
-    """A CLIP on pictures without a held-out object; all arms have equal batches and trunks."""
+    """A CLIP on pictures without a held-out object; equal batches for all arms."""
     rows = (~train.held_out()).nonzero()[:, 0].numpy()
     tokens = toy_tokens(train.texts)
     ids = tokens.unique(dim=0, return_inverse=True)[1]  # a number for each caption
@@ -839,8 +838,8 @@ def run_seed(args, env, log, arm, seed):
     error = ((decoded - test.images) / 255).square().mean((1, 2, 3))
     psnr, read = -10 * error.log10().mean().item(), fulfilled(decoded, test.objects).mean()
     if args.gates and (psnr < 26 or read < 0.95):
-        says = f"the VAE has {psnr:.1f} dB (26 needed), the judge reads {read:.2f} of it (.95)"
-        raise SystemExit(f"error: seed {seed}: {says}; train for longer, or --no-gates goes on")
+        says = f"VAE of {psnr:.1f} dB (26 needed), of which {read:.2f} is read (.95)"
+        raise SystemExit(f"error: seed {seed}: {says}; --no-gates goes on")
     latents, deviations = latents_of(vae, train.images, env.device)
     scale = 1 / latents[:1024].std().item()
     flow = train_flow(args, env, log, seed, train, scale * latents)
@@ -849,7 +848,7 @@ def run_seed(args, env, log, arm, seed):
         lab.clips[name] = train_clip(args, env, log, name, seed, train, latents, deviations)
 
     rng = torch.Generator().manual_seed(seed)
-    noise = torch.randn(11 * args.samples, 4, 8, 8, generator=rng).to(env.device)
+    noise = torch.randn(11 * args.samples, 4, 8, 8, generator=rng).to(z)
     few, many = noise[: args.samples], noise[args.samples :]
     found = {"vae": {"psnr": psnr, "read": read}, "named": zero_shot(lab, test, z, many)}
     asked = pictures(3 * args.samples, [seed, 2], ASKED)
@@ -859,7 +858,7 @@ def run_seed(args, env, log, arm, seed):
     first = found["reno"]["latent"]["share"][0]
     if args.gates and not 0.3 <= first <= 0.85:
         says = f"the generator fulfils {first:.2f} of the prompts, needed: .3 to .85"
-        raise SystemExit(f"error: seed {seed}: {says}; other --steps, or --no-gates goes on")
+        raise SystemExit(f"error: seed {seed}: {says}; --no-gates goes on")
     found["time"] = cost(lab, args, texts[:72], few[:72], found["reno"])
     found["guard"], guarded = guard(lab, args, few[: args.samples // 2])
     if seed == args.seeds[0]:
@@ -884,16 +883,16 @@ def judge(run, found):
     parity = "min(arm.right, base.right) >= .6 and arm.right >= base.right - .05"
     claim("T1", says, paper, parity, "named", "pixel", "latent", "shuffled")
 
-    says = "parity on generated pictures, whose latents are read as they come, never decoded"
+    says = "parity on generated pictures, whose latents are never decoded"
     paper = "generated ImageNet: 84.6, pixel 85.1"
     claim("T2", says, paper, parity, "named", "made_pixel", "made_latent", "made_rotated")
 
-    says = "ReNO by latents fulfils as many more prompts as by pixels (gain; its low end)"
+    says = "ReNO by latents fulfils as many more prompts as by pixels"
     paper = "GenEval .54 -> .62, both"
     criterion = "arm.low > 0 and arm.gain >= .8 * base.gain"
     claim("T3", says, paper, criterion, "reno", "pixel", "latent", "shuffled", "untrained")
 
-    says = "it is cheaper: seconds of an evaluation, and to the same share of prompts fulfilled"
+    says = "it is cheaper: seconds of an evaluation, and to the same share fulfilled"
     paper = "11.59 -> 9.11 s, -21 %"
     criterion = "arm.evaluation <= .6 * base.evaluation and arm.reach <= .9 * base.reach"
     claim("T4", says, paper, criterion, "time", "pixel", "latent", "again")
@@ -943,7 +942,7 @@ def with_weights(model, path):
 
         with data.explained(f"{path} can't be read", "allowed: a whole safetensors file"):
             state = load_file(path)
-    else:  # a training state, with NumPy numbers; NumPy 1 had another name for their constructor
+    else:  # a training state, with numbers of NumPy 1 or 2
         scalar = np._core.multiarray.scalar
         known = [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
         known += [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]
@@ -965,7 +964,7 @@ def with_weights(model, path):
 def open_picture(path, side):
     """The centre of a picture as uint8 (3, side, side).
 
-    Turned as its EXIF data say; transparency goes onto white; 16-bit grey is scaled to 8.
+    EXIF turns it; transparency goes onto white; 16-bit grey is scaled to 8.
     """
     from PIL import Image, ImageOps
 
@@ -1017,11 +1016,11 @@ def find_captions(args, env):
     return found
 
 
-SIGMA = 14.614641  # SDXL's noise at its noisiest step, sqrt(1 / prod(1 - beta) - 1)
+SIGMA = 14.614641  # SDXL's largest noise, sqrt(1 / prod(1 - beta) - 1)
 
 
 def one_step(unet, noise):
-    """SDXL-Turbo's single step to diffusion latents; unet(x, t) predicts the noise."""
+    """SDXL-Turbo's step to diffusion latents; unet(x, t) predicts the noise."""
     x = SIGMA * noise
     return x - SIGMA * unet(x / (SIGMA**2 + 1) ** 0.5, 999)
 
@@ -1070,7 +1069,7 @@ def check(args, env):
     complete = ["vae tokenizer dataset".split(), "vae tokenizer prompt generator".split()]
     needed = "--vae, --tokenizer, and --dataset or --prompt and --generator"
     return [
-        (env.world > 1, "torchrun is not for this script: InfoNCE needs the whole batch"),
+        (env.world > 1, "torchrun: InfoNCE needs the whole batch in one process"),
         (given and not args.model, f"--{' --'.join(given)}: only with --model"),
         (args.model and given not in complete, f"--model goes with {needed}"),
     ]

@@ -539,7 +539,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
 
 
 def test_gates_stop_a_run(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="error: seed 3: the VAE has"):
+    with pytest.raises(SystemExit, match="error: seed 3: VAE of"):
         lc.main(["--preset", "smoke", "--gates", "--out", str(tmp_path), "--seeds", "3"])
 
 

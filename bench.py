@@ -762,17 +762,17 @@ def clip(device):
     import latent_clip as lc
 
     torch.manual_seed(0)
-    sizes = dict(side=64, patch=8, width=384, layers=4, heads=6, embed=256, vocab=49408, context=77)
-    ours = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_heads=4, text_layers=4)).to(device)
+    sizes = dict(side=64, patch=8, width=384, layers=4, head=64, embed=256, vocab=49408, context=77)
+    ours = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_layers=4)).to(device)
     z, tokens = torch.randn(16, 4, 64, 64, device=device), torch.zeros(16, 77).long()
     for line, n in zip(tokens, torch.randint(8, 22, (16,))):  # captions of some ten words
         line[:n] = torch.randint(1, 40000, (n,))
         line[n] = 49407
-    tokens = tokens.to(device)
+    tokens, ids = tokens.to(device), torch.arange(16, device=device)
 
     def step():
         ours.zero_grad(set_to_none=True)
-        loss = ours(tokens, z)
+        loss = ours(tokens, z, ids)
         loss.backward()
         return loss.detach()
 
@@ -788,16 +788,15 @@ def clip(device):
         rows += row("CLIP, training step of 16 pairs", step, peer, device, close)
     if installed("diffusers"):
         rows += vae_rows(lc, device)
-    vae, flow = lc.VAE(lc.VAEConfig()), lc.Flow()
-    clips = {"latent": lc.new_clip("latent", 0), "pixel": lc.new_clip("pixel", 0)}
-    for model in vae, flow, *clips.values():
+    models = [lc.VAE(lc.VAEConfig()), lc.Flow(), lc.CLIP(lc.TOY), lc.CLIP(lc.PIXEL)]
+    for model in models:
         model.to(device).requires_grad_(False)
-    lab = lc.Lab(vae, 1.0, flow, clips, common.Env(device, torch.float32))
+    clips = {"latent": models[2], "pixel": models[3]}
+    lab = lc.Lab(models[0], 1.0, models[1], clips, device)
     noise, words = torch.randn(32, 4, 8, 8, device=device), ["a red circle"] * 32
     climbs = {}
     for arm in clips:
-        reward = lab.reward(arm, lab.text(arm, words))
-        climbs[arm] = partial(lc.reno, lab.generator(words), reward, noise, 2)
+        climbs[arm] = partial(lab.climb, arm, words, lab.text(arm, words), noise, 2, 1.2)
     peer = {"by pixels": climbs["pixel"]}
     return rows + row("ReNO by latents, 32 prompts", climbs["latent"], peer, device, None, 9)
 

@@ -74,9 +74,9 @@ def row(what, ours, peers, device, same=None, rounds=15):
     return rows
 
 
-def close(a, b):
+def close(a, b, atol=1e-4):
     """Whether two tensors are equal but for rounding."""
-    return torch.allclose(a, b, atol=1e-4, rtol=1e-3)
+    return torch.allclose(a, b, atol=atol, rtol=1e-3)
 
 
 def installed(*packages):
@@ -310,7 +310,7 @@ def patching(device):
     """Patches at every layer of 12 x 384, 2 prompts of 100 tokens, in one pass: `model.sweep`.
 
     The peer is the loop that hook libraries run, without their own overhead, on the same model; for
-    the last position also two of the libraries themselves.
+    the last position also such a library itself.
     """
     torch.manual_seed(0)
     c = GPTConfig(vocab_size=4096, block_size=128, n_layer=12, n_head=6, n_embd=384)
@@ -337,8 +337,6 @@ def patching(device):
         if what.startswith("last"):
             if installed("nnsight"):
                 peers["nnsight"] = partial(with_nnsight, model, idx, z)
-            if installed("transformer_lens"):
-                peers["transformer-lens"] = partial(with_lens, lens_copy(model), idx, z)
         rows += row(f"patch, {what}", ours, peers, device, close, 5)
     return rows
 
@@ -356,57 +354,6 @@ def with_nnsight(model, idx, z):
             h = wrapped.final.output[:, -1].save()
         out.append(h)
     return torch.stack(out, 1)
-
-
-@torch.no_grad()
-def with_lens(lens, idx, z):
-    """The same by hooks of a HookedTransformer."""
-    out = []
-
-    def keep(x, hook):
-        out.append(x[:, -1])
-
-    for j in range(-1, lens.cfg.n_layers):
-
-        def patch(x, hook, value=z[j + 1]):
-            x[:, -1] = value
-            return x
-
-        site = f"blocks.{j}.hook_resid_post" if j >= 0 else "hook_embed"
-        lens.run_with_hooks(idx, fwd_hooks=[(site, patch), ("ln_final.hook_normalized", keep)])
-    return torch.stack(out, 1)
-
-
-def lens_copy(model):
-    """A HookedTransformer of our model's shape and weights."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    c, own = model.config, model.state_dict()
-    heads, width = c.n_head, c.n_embd
-    shape = dict(n_layers=c.n_layer, d_model=width, n_ctx=c.block_size, d_head=c.head_dim)
-    shape |= dict(n_heads=heads, d_vocab=c.vocab_size, d_mlp=c.d_mlp, act_fn="gelu")
-    shape |= dict(normalization_type="LN", rotary_dim=c.head_dim)
-    device = str(model.wte.weight.device)
-    shape |= dict(positional_embedding_type="rotary", device=device)
-    state = {"embed.W_E": own["wte.weight"], "unembed.W_U": own["head.weight"].T}
-    norms = {"ln_final": "final"}
-    for i in range(c.n_layer):
-        attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
-        W = own[f"{attn}.qkv.weight"].view(3, heads, -1, width)
-        b = own[f"{attn}.qkv.bias"].view(3, heads, -1)
-        for letter, weight, bias in zip("QKV", W, b):
-            state |= {f"{attn}.W_{letter}": weight.mT, f"{attn}.b_{letter}": bias}
-        state[f"{attn}.W_O"] = own[f"{attn}.proj.weight"].T.reshape(heads, -1, width)
-        state[f"{attn}.b_O"] = own[f"{attn}.proj.bias"]
-        for way, name in (("in", "up"), ("out", "down")):
-            state[f"{mlp}.W_{way}"] = own[f"{mlp}.{name}.weight"].T
-            state[f"{mlp}.b_{way}"] = own[f"{mlp}.{name}.bias"]
-        norms |= {f"blocks.{i}.ln1": f"blocks.{i}.norm1", f"blocks.{i}.ln2": f"blocks.{i}.norm2"}
-    for theirs, name in norms.items():
-        state |= {f"{theirs}.w": own[f"{name}.weight"], f"{theirs}.b": own[f"{name}.bias"]}
-    lens = HookedTransformer(HookedTransformerConfig(**shape))
-    lens.load_state_dict(state, strict=False)
-    return lens.eval()
 
 
 # --------------------------------------------------------------------------------------------- lzw
@@ -658,16 +605,13 @@ def sae(device):
     code.requires_grad_(False)
     w = torch.randn(256, device=device)
 
+    sums = partial(close, atol=1e-3)  # of thousands of terms
+
     def closed():
         return attribution(code.encode(x), None, code.decoder(), w)
 
     peers = {"integrated": partial(integrated_gradients, code, x.view(64, 32, 256), w)}
-    return rows + row("sae: attribution, 64 x 32", closed, peers, device, nearly, 5)
-
-
-def nearly(a, b):
-    """Whether two sums of thousands of terms are equal but for rounding."""
-    return torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+    return rows + row("sae: attribution, 64 x 32", closed, peers, device, sums, 5)
 
 
 # -------------------------------------------------------------------------------------- crosscoder

@@ -171,10 +171,8 @@ def vectors(diffs, setting, k, tasks, rng):
 def pick(local, explicit, strengths):
     """For each task its cell (block and strength), chosen on all the other tasks.
 
-    The smallest strength at which some block's local share reaches that of the explicit prompt, and
-    there the best block; where none reaches it, the best cell of all.
-
-    local (tasks, cells), explicit (tasks,), strengths (cells,)
+    The smallest strength at which some block's local share (tasks, cells) reaches that of the
+    explicit prompt (tasks,), and there the best block; where none does, the best cell of all.
     """
     chosen = []
     for task in range(len(local)):
@@ -302,7 +300,8 @@ class Real:
             facts = [fact.partition("|")[0] for fact in lists["facts"]]
             self.unrelated = [tok.encode(fact, bos=True) for fact in facts]
             for key in product(SETTINGS, CONTEXTS, range(len(self.cultures)), self.tasks):
-                self.prompts(*key)  # all of them can be made
+                if not all(self.prompts(*key)):
+                    raise ValueError(f"no sentence to complete for {key}")
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"not of the form of {LISTS.name}: {error!r}") from None
 
@@ -366,9 +365,8 @@ def answer(model, world, args, setting, k, task, tries):
 def steer(model, world, args, diffs, setting, k, explicit, rng):
     """What vectors do to culture k's prompts without a country; a task's are built on all others.
 
-    explicit (tasks,) is the share of local answers that the country brings out. Returns
-    {kind of vector: masses (tasks, cultures)}, the local shares (tasks, cells) that `pick` chose
-    from, and {task: (own vector, block, strength)}
+    Returns {kind of vector: masses (tasks, cultures)}, the local shares (tasks, cells) that `pick`
+    compared with the explicit prompt's, and {task: (own vector, block, strength)}.
     """
     n = len(world.cultures)
     cells = list(product(args.layers, args.strengths))
@@ -446,8 +444,8 @@ def side_effect(model, world, own):
 def diversity(model, world, args, runs, own):
     """Entropies in bits of local answers, for each culture and task: {name: [bits]}.
 
-    explicit: with the country. steered: by the own vector, at the strength that brings out .9 of
-    explicit's local share. mixture: explicit and implicit answers, mixed until they are as local
+    explicit: with the country. steered: at the first strength that is .9 as local. mixture:
+    explicit and implicit answers, mixed until they are as local
     """
     found = {"explicit": [], "steered": [], "mixture": []}
     weights = torch.linspace(0, 1, 101)[:, None]
@@ -474,9 +472,8 @@ def diversity(model, world, args, runs, own):
 def measures(said):
     """The numbers that the claims compare: {"setting, then prompt or vector": {measure: number}}.
 
-    local, theirs, others: mass on the culture's own answers, on the next culture's, and on those of
-    all but itself and the default; *_rise: more than without a country. closed: the part of the gap
-    from implicit to explicit.
+    local, theirs, others: mass on the culture's own answers, on the next culture's, on those of all
+    but itself and the default; *_rise: more than without a country. closed: that, of the gap.
     """
     rows = {}
     for name, mass in said.items():

@@ -56,8 +56,8 @@ class Args(common.TrainFlags):
         | dict(warmup=800, weight_decay=0.01),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("max_len", "enc_layers", "enc_dim", "enc_heads", "lora_r"), (1,)),
-        **dict.fromkeys(("samples", "pretrain_steps"), (1,)),
+        **dict.fromkeys(("max_len", "enc_layers", "enc_dim", "enc_heads"), (1,)),
+        **dict.fromkeys(("lora_r", "samples", "pretrain_steps"), (1,)),
         "block_size": (32,),
         "max_codes": (0,),
     }
@@ -172,8 +172,14 @@ class Zip(nn.Module):
     def load_state_dict(self, state):
         super().load_state_dict(super().state_dict() | state)
 
-    def encode(self, rows):
-        """Vectors of rows (R, M) of base ids, -1 on the right: way in and way out, both (R, C)."""
+    def encode(self, rows, k=None):
+        """Vectors of rows (R, M) of base ids, -1 on the right: way in and way out, both (R, C).
+
+        k (R,): the rows' numbers, on which only those of `rand` depend.
+        """
+        if self.arm == "rand":
+            fixed = self.fixed[k]
+            return fixed * self.size_in * self.config.embed_scale, fixed * self.size_out
         real, ids = rows >= 0, rows.clamp(min=0)
         e, w = F.embedding(ids, self.gpt.wte.weight), F.embedding(ids, self.gpt.head.weight)
         if self.encoder is None:
@@ -194,8 +200,7 @@ class Zip(nn.Module):
         if K == 0:
             return torch.zeros(2, B, 0, self.config.n_embd, device=rows.device)
         if self.arm == "rand":
-            fixed = self.fixed[:K].expand(B, K, -1)
-            return fixed * self.size_in * self.config.embed_scale, fixed * self.size_out
+            return [v.expand(B, K, -1) for v in self.encode(rows, torch.arange(K))]
         exists = rows[..., 0] >= 0
         distinct, where = torch.unique(rows[exists], dim=0, return_inverse=True)
         if shuffle:
@@ -310,11 +315,8 @@ def install(model, decoders, installed, vectors):
     if not words:
         return
     b, k = torch.tensor(places, device=vectors.device).T
-    if model.arm == "rand":
-        made = torch.cat(model.encode_all(torch.empty(1, vectors.shape[2], 1)))[:, k]
-    else:
-        made = torch.stack(model.encode(as_tensor(words, model.lzw.max_len).to(vectors.device)))
-    vectors[:, b, k] = made.to(vectors.dtype)
+    rows = as_tensor(words, model.lzw.max_len).to(vectors.device)
+    vectors[:, b, k] = torch.stack(model.encode(rows, k)).to(vectors.dtype)
 
 
 # -------------------------------------------------------------------------------------- the theory
@@ -377,7 +379,7 @@ def theory(gpt, lzw, world, n, device):
         logp = predict(torch.tensor([ids]))[0]
         plain = -logp[torch.arange(len(ids) - 1), ids[1:]].sum().item()
         lost += abs(transported(lzw, logp, ids)[:, 0].sum().item() - plain)
-        size += world.n_bytes(ids[1:])
+        size += n_bytes(world, ids[1:])
         off.append((total_probability(lzw, predict, ids[: len(ids) // 3]) - 1).abs())
     mass, alone = torch.stack(off).amax(0).tolist()
     return {"lost": lost / size / math.log(2), "mass": mass, "mass_alone": alone}
@@ -399,7 +401,7 @@ class Synth:
 
     def __init__(self, args, seed):
         syllables = [c + v for c in "bcdfghklmnprstz" for v in "aeiou"]
-        parts = [["<end>"], syllables, [f" {s}" for s in syllables]]
+        parts = [[""], syllables, [f" {s}" for s in syllables]]
         parts += [[f" {word}" for word in words.split()] for words in (VERBS, NOUNS)]
         parts += [OTHERS.split("|"), [f" {digit}" for digit in range(10)]]
         self.text = list(itertools.chain(*parts))
@@ -447,9 +449,6 @@ class Synth:
     def decode(self, ids):
         return "".join(self.text[i] for i in ids)
 
-    def n_bytes(self, ids):
-        return len(self.decode(i for i in ids if i).encode())
-
     def names(self, ids):
         """The names in a list of ids, tuples, but for those at its ends, which may be cut."""
         kinds = ["h" if a in self.head else "t" if a in self.tail else " " for a in ids]
@@ -479,15 +478,8 @@ class Text:
     def decode(self, ids):
         return self.tok.decode([int(i) for i in ids])
 
-    def n_bytes(self, ids):
-        return len(self.decode(ids).encode())
 
-
-def make_world(args, env, seed):
-    """The toy's language, or a real text."""
-    if args.model:
-        return Text(args, load_real(args.model, env.dtype)[1], seed)
-    return Synth(args, seed)
+# ---------------------------------------------------------------------------------------- training
 
 
 @functools.cache
@@ -498,27 +490,25 @@ def load_real(name, dtype):
     return pretrained.load(name, "cpu", "bf16" if dtype == torch.bfloat16 else "fp32")
 
 
-# ---------------------------------------------------------------------------------------- training
-
-
-def base_model(args, env, world, trained=True):
-    """The real model, or the toy's: untrained, or as `train_base` has left it."""
+def start(args, env, seed, trained=True):
+    """Where all arms start, and the world: a real model, or the toy's from `train_base`."""
     if args.model:
-        return load_real(args.model, env.dtype)[0].to(env.device)
-    torch.manual_seed(world.seed)
+        gpt, tok = load_real(args.model, env.dtype)
+        return gpt.to(env.device), Text(args, tok, seed)
+    world = Synth(args, seed)
+    torch.manual_seed(seed)
     shape = dict(n_layer=3, n_head=4, n_embd=96, norm="rms", tie=True)
     shape["smear_keys"] = True  # names are copied sooner
     gpt = GPT(GPTConfig(world.n_vocab, 2 * args.block_size, **shape)).to(env.device)
     if trained:
-        saved = common.load_checkpoint(Path(args.out) / f"base-s{world.seed}.pt")
+        saved = common.load_checkpoint(Path(args.out) / f"base-s{seed}.pt")
         gpt.load_state_dict(saved["model"])
-    return gpt
+    return gpt, world
 
 
 def train_base(args, env, log, arm, seed):
     """Trains the toy's base model on plain ids, and measures it, or the real one."""
-    world = make_world(args, env, seed)
-    gpt = base_model(args, env, world, trained=False)
+    gpt, world = start(args, env, seed, trained=False)
 
     def batch(step):
         x = world.windows("train", step, args.batch_size)[env.rank :: env.world]
@@ -549,8 +539,8 @@ def build(args, base, world, arm):
 
 def train_arm(args, env, log, arm, seed):
     """Goes on from the base model in one arm, on the same windows as every arm; measures it."""
-    world = make_world(args, env, seed)
-    model = build(args, base_model(args, env, world), world, arm)
+    gpt, world = start(args, env, seed)
+    model = build(args, gpt, world, arm)
 
     def batch(step):
         windows = world.windows("train", 10**6 + step, args.batch_size)[env.rank :: env.world]
@@ -566,38 +556,42 @@ def train_arm(args, env, log, arm, seed):
         found |= measure_generation(model, world, args)
     if arm == "zip":
         control = bits_per_byte(model, world, args.samples, env, shuffle=True)
-        found |= {"bpb_shuffled": control["bpb"]} | ids_in_random_order(model.lzw, world, args)
+        found["bpb_shuffled"] = control["bpb"]
     return found
 
 
 # ---------------------------------------------------------------------------------------- measures
 
 
+def n_bytes(world, ids):
+    """How many bytes of text some base ids are."""
+    return len(world.decode(ids).encode())
+
+
 @torch.no_grad()
 def bits_per_byte(model, world, n, env, shuffle=False):
-    """Held-out windows, every byte scored: bits per byte, ids per base id, share of hypertokens."""
+    """Held-out windows, every byte scored: bits per byte, ids per base id, share of hypertokens.
+
+    mixed_ids_per_byte is a control: what LZW saves by chance, if the ids come in random order.
+    """
     windows, sums = world.windows("heldout", 0, n), Counter()
     for part in np.array_split(windows, max(1, n // 4)):
         batch = {name: value.to(env.device) for name, value in pack(model.lzw, part).items()}
         with env.autocast():
-            sums["nats"] += model(**batch, denom=1, shuffle=shuffle).item()
+            sums["nats"] += model(**batch, shuffle=shuffle).item()
         sums["ids"] += (batch["targets"] >= 0).sum().item()
         sums["rows"] += (batch["targets"] >= model.config.vocab_size).sum().item()
-    size = sum(world.n_bytes(window[1:]) for window in windows)
+    windows = windows[:, 1:]
+    for mixed in np.random.default_rng(0).permuted(windows, axis=1).tolist():
+        sums["mixed"] += len(model.lzw.encode_known(mixed, Decoder(model.lzw)))
+    size = sum(n_bytes(world, window) for window in windows)
     return {
         "bpb": sums["nats"] / size / math.log(2),
-        "ids_per_base": sums["ids"] / windows[:, 1:].size,
+        "ids_per_base": sums["ids"] / windows.size,
         "ids_per_byte": sums["ids"] / size,
         "row_share": sums["rows"] / sums["ids"],
+        "mixed_ids_per_byte": sums["mixed"] / size,
     }
-
-
-def ids_in_random_order(lzw, world, args):
-    """Ids per byte if the ids of held-out windows are shuffled: what LZW saves by chance."""
-    windows, n = world.windows("heldout", 0, args.samples), 0
-    for window in np.random.default_rng(0).permuted(windows[:, 1:], axis=1).tolist():
-        n += len(lzw.encode_known(window, Decoder(lzw)))
-    return {"ids_per_byte_shuffled": n / sum(world.n_bytes(window[1:]) for window in windows)}
 
 
 def measure_generation(model, world, args):
@@ -612,7 +606,7 @@ def measure_generation(model, world, args):
     found = {
         "gen_row_share": hyper / (len(texts) * quarter),
         "gen_ids_per_base": len(texts) * quarter / sum(map(len, written)),
-        "gen_ms_per_byte": 1e3 * seconds / sum(map(world.n_bytes, written)),
+        "gen_ms_per_byte": 1e3 * seconds / sum(n_bytes(world, ids) for ids in written),
     }
     return found if args.model else found | measure_copying(model, world, prompts, written)
 
@@ -640,7 +634,7 @@ def base_ids(text):
     return list(itertools.chain(*(word for _, word in text)))
 
 
-# ------------------------------------------------------------------------------- claims and figure
+# ------------------------------------------------------------------------- claims, figure and main
 
 
 def judge(run, found):
@@ -649,7 +643,7 @@ def judge(run, found):
     for cont, base in zip(found["cont"], found["base"]):
         plain.append(cont | {"best": min(cont["bpb"], base["bpb"])})
     shuffled = [row | {"bpb": row["bpb_shuffled"]} for row in zipped]
-    mixed = [row | {"ids_per_byte": row["ids_per_byte_shuffled"]} for row in zipped]
+    mixed = [row | {"ids_per_byte": row["mixed_ids_per_byte"]} for row in zipped]
     toy = not run.args.model
 
     says = "at little cost: bits per byte beside the better of the base model and LoRA on plain ids"
@@ -685,22 +679,6 @@ def judge(run, found):
         run.claim("C7", says, paper, copied, base=plain, arm=found["digits"], controls=controls)
 
 
-def draw(path, found, folder, seeds):
-    """Bits per byte against ids per base id, and the course of training."""
-    points, lines = {}, {}
-    for arm, rows in found.items():
-        points[arm] = [row["ids_per_base"] for row in rows], [row["bpb"] for row in rows]
-        if arm != "base":
-            logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in seeds]
-            logs = [[row for row in log if "bpb" in row] for log in logs]
-            steps = [row["step"] for row in logs[0]]
-            lines[arm] = steps, [[row["bpb"] for row in log] for log in logs]
-    axes = dict(xlabel="ids per base id", ylabel="bits per byte")
-    left = dict(title="Held-out text", points=points, **axes)
-    right = dict(title="From the base model on", lines=lines, xlabel="step", ylabel="bits per byte")
-    common.panels(path, [left, right])
-
-
 def show(run):
     """Prints what the trained model writes behind --prompt, hypertokens in colour; and its cost."""
     args, env = run.args, run.env
@@ -711,11 +689,10 @@ def show(run):
             raise ValueError(f"there is no {path} yet: train without --prompt first")
         saved = common.load_checkpoint(path)
         common.check_flags(saved["flags"], args, path)
-        world = make_world(args, env, seed)
+        base, world = start(args, env, seed)
         ids = world.windows("heldout", 3, 1)[0][: args.block_size // 2].tolist()
         if args.prompt != "heldout":
             ids = world.tok.encode(args.prompt, bos=True)
-        base = base_model(args, env, world)
         if len(ids) + n > base.config.block_size:
             raise ValueError(f"{len(ids)} ids, allowed: {base.config.block_size - n}")
     plain, zipped = (build(args, base, world, arm).eval() for arm in ("cont", "zip"))
@@ -731,9 +708,6 @@ def show(run):
         size = len(base_ids(text))
         passes = f"{n} passes for {size} base ids: {n / size:.2f} each"
         print(f"\n{passes}, {1e3 * seconds / size:.1f} ms")
-
-
-# -------------------------------------------------------------------------------------------- main
 
 
 def check(args, env):
@@ -754,16 +728,21 @@ def main(argv=None):
     run = common.Run(Args, argv, "2506.01084", check)
     args = run.args
     with common.bad_input(), common.rank_zero_first(run.env):
-        make_world(args, run.env, args.seeds[0])  # a real text is tokenized once
+        start(args, run.env, args.seeds[0], trained=False)  # a real text is tokenized once
     if args.prompt:
         return show(run)
     base = run.each(train_base, ["base"])
     found = run.each(train_arm, ["cont", "zip"] if args.model else ARMS)
     if found is None:
         return None
-    found |= base  # the last: it has no curve, so that an arm has one colour in both panels
+    found = base | found
     judge(run, found)
-    draw(run.out / "zip2zip.png", found, run.out, args.seeds)
+    points = {}
+    for arm, rows in found.items():
+        points[arm] = [row["ids_per_base"] for row in rows], [row["bpb"] for row in rows]
+    axes = dict(xlabel="ids per base id", ylabel="bits per byte")
+    panel = dict(title="Held-out text, a point a seed", points=points, **axes)
+    common.panels(run.out / "zip2zip.png", [panel])
     for name in "cont", "zip":
         speed = np.mean([row["gen_ms_per_byte"] for row in found[name]])
         print(f"{name} writes a byte in {speed:.2f} ms ({args.samples} texts at once)")

@@ -33,7 +33,8 @@ import torch.nn.functional as F
 
 import common
 import data
-from lzw_tokenizer import LZW, Decoder, digit_ids, paint
+import pretrained
+from lzw_tokenizer import LZW, Decoder, paint
 from model import GPT, GPTConfig, KVCache, padded, sample
 
 ARMS = "cont", "zip", "rand", "avg", "digits"  # what goes on from the toy's base model
@@ -469,7 +470,8 @@ class Text:
             self.windows(split, 0, 1)  # a ValueError if the text is too short
         added = tok.backend.get_added_tokens_decoder().items()
         self.special = [i for i, token in added if token.special]
-        self.digits = digit_ids(tok)
+        texts = [tok.decode([i]) for i in range(tok.n_vocab)]
+        self.digits = [i for i, text in enumerate(texts) if any(map(str.isdigit, text))]
 
     def windows(self, split, step, n):
         rng = np.random.default_rng([self.seed, split == "heldout", step])
@@ -482,19 +484,14 @@ class Text:
 # ---------------------------------------------------------------------------------------- training
 
 
-@functools.cache
-def load_real(name, dtype):
-    """(GPT, tokenizer) of a real model, once a process; weights in bf16 if products are."""
-    import pretrained
-
-    return pretrained.load(name, "cpu", "bf16" if dtype == torch.bfloat16 else "fp32")
+load_real = functools.cache(pretrained.load)  # once a process, for all arms
 
 
 def start(args, env, seed, trained=True):
     """Where all arms start, and the world: a real model, or the toy's from `train_base`."""
     if args.model:
-        gpt, tok = load_real(args.model, env.dtype)
-        return gpt.to(env.device), Text(args, tok, seed)
+        gpt, tok = load_real(args.model, env.device, env.dtype)
+        return gpt, Text(args, tok, seed)
     world = Synth(args, seed)
     torch.manual_seed(seed)
     shape = dict(n_layer=3, n_head=4, n_embd=96, norm="rms", tie=True)

@@ -1,15 +1,14 @@
 """zip2zip (arXiv 2506.01084): a language model whose vocabulary grows with the text in front of it.
 
-LZW (lzw_tokenizer.py) merges what repeats in this very sequence into new ids, *hypertokens*, of at
-most M base ids each. A small hyper-encoder makes each hypertoken's input embedding and its output
-row from the embeddings of its base ids, so that the model reads and writes ids nobody has trained.
-The base weights are frozen; LoRA and the hyper-encoder learn from the ordinary next-id loss over
-compressed ids. The paper: 15 to 40 % fewer ids, bits per byte 8 to 15 % worse.
+LZW (lzw_tokenizer.py) merges what repeats in a text into new ids of at most M base ids each,
+*hypertokens* or rows. A small hyper-encoder makes the input embedding and the output row of each
+from the embeddings of its base ids: so the model reads and writes ids that nobody has trained. The
+base weights are frozen; LoRA and the hyper-encoder learn from the loss of the next compressed id.
 
-The toy: a GPT is trained on a made-up language whose documents have names of their own. Then LoRA
-arms go on from it with the same windows: `cont` reads plain ids, `zip` compressed ones, `digits` is
-zip that never merges digits. Controls: `rand` (a row is a fixed random vector), `avg` (the mean of
-its base ids' embeddings), and zip with its rows shuffled. A real model goes on as `cont` and `zip`.
+The toy: a GPT learns a made-up language whose documents have names of their own. LoRA arms go on
+from it with the same windows: `cont` reads plain ids, `zip` compressed ones, `digits` is zip that
+never merges digits; in `rand` a row is a fixed random vector, in `avg` the mean of its base ids'
+embeddings. A real model goes on as `cont` and `zip`.
 
 Read on: `Zip` (the method), `pack`, `generate`, `transported` (the theory), `train_arm`, `judge`.
 """
@@ -113,9 +112,9 @@ def add_lora(gpt, r):
 
 
 class HyperEncoder(nn.Module):
-    """Base ids of rows to vectors: embeddings (R, M, C) and `real` (R, M) to two tensors (R, C).
+    """What rows add, way in and way out: embeddings (R, M, C), real (R, M) to two tensors (R, C).
 
-    Both are zero at first: the two last layers, one for the way in, one for the way out, start so.
+    Both are zero at first: the two last layers start so.
     """
 
     def __init__(self, C, M, args):
@@ -158,7 +157,7 @@ class Zip(nn.Module):
         self.encoder = None
         if arm in ("zip", "digits"):
             self.encoder = HyperEncoder(C, lzw.max_len, args)
-        if arm == "rand":  # the control: a fixed vector of an embedding's size for each row
+        if arm == "rand":  # a fixed vector of an embedding's size for each row
             draw = torch.Generator().manual_seed(1)
             self.register_buffer("fixed", torch.randn(lzw.max_codes, C, generator=draw))
 
@@ -643,7 +642,7 @@ def judge(run, found):
     mixed = [row | {"ids_per_byte": row["mixed_ids_per_byte"]} for row in zipped]
     toy = not run.args.model
 
-    says = "at little cost: bits per byte beside the better of the base model and LoRA on plain ids"
+    says = "little cost: bits per byte beside the better of the base model and LoRA on plain ids"
     cost, controls = "arm.bpb <= 1.2 * base.best", {"rows shuffled": shuffled}
     if toy:
         controls["mean of embeddings"] = found["avg"]
@@ -724,10 +723,10 @@ def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2506.01084", check)
     args = run.args
-    with common.bad_input(), common.rank_zero_first(run.env):
-        start(args, run.env, args.seeds[0], trained=False)  # a real text is tokenized once
     if args.prompt:
         return show(run)
+    with common.bad_input(), common.rank_zero_first(run.env):
+        start(args, run.env, args.seeds[0], trained=False)  # a real text is tokenized once
     base = run.each(train_base, ["base"])
     found = run.each(train_arm, ["cont", "zip"] if args.model else ARMS)
     if found is None:

@@ -8,6 +8,7 @@
 import csv
 import hashlib
 import heapq
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,6 @@ import signal
 import sys
 import sysconfig
 import time
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -79,9 +79,7 @@ def read_table(path, columns=()):
 
 def printable(text):
     """Text for a terminal: control characters, which could drive it, are shown as U+FFFD."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text
-    )
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 
 # ----------------------------------------------------------------------------------- text sources
@@ -140,9 +138,7 @@ def files_of(path):
 
 def stream(name):
     """Documents of a hub data set, streamed: its column `text`."""
-    import_or_explain("datasets")
-    import datasets
-
+    datasets = import_or_explain("datasets")
     path, _, config = name.partition(":")
     instead = "without a network give file:PATH, or point HF_HOME at a cache that holds it"
     with explained(f"data set {name!r} can't be read", instead):
@@ -164,9 +160,9 @@ def explained(what, instead):
 
 
 def import_or_explain(package):
-    """Raises an ImportError that says how to install an optional package."""
+    """An optional package; an ImportError says how to install one that is missing."""
     try:
-        __import__(package)
+        return importlib.import_module(package)
     except ImportError:
         raise ImportError(f"this needs the package {package}: pip install {package}") from None
 
@@ -329,9 +325,7 @@ def from_folder(name, config=None):
     Special ids and the chat template come from the files beside it; `config` is the model's, whose
     ids of special tokens count where the tokenizer's own files are silent.
     """
-    import_or_explain("tokenizers")
-    import tokenizers
-
+    tokenizers = import_or_explain("tokenizers")
     folder = Path(name) if os.path.isdir(name) else Path(name).parent
     path = folder / "tokenizer.json" if os.path.isdir(name) else Path(name)
     try:

@@ -479,7 +479,7 @@ class Text:
         return self.tok.decode([int(i) for i in ids])
 
 
-# ---------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------- training and measures
 
 
 load_real = functools.cache(pretrained.load)  # once a process, for all arms
@@ -553,9 +553,6 @@ def train_arm(args, env, log, arm, seed):
         control = bits_per_byte(model, world, args.samples, env, shuffle=True)
         found["bpb_shuffled"] = control["bpb"]
     return found
-
-
-# ---------------------------------------------------------------------------------------- measures
 
 
 def n_bytes(world, ids):

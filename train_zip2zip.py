@@ -278,7 +278,7 @@ def as_tensor(words, M):
 def generate(model, prompts, n, temperature=0.0, seed=0):
     """Continues every prompt (a list of base ids) by n codes; the rows grow with the text.
 
-    Returns a list of pairs (code, its base ids) for each prompt.
+    Returns a list of n words for each prompt: a code's base ids, two or more if it is a row.
     """
     lzw, c = model.lzw, model.config
     device, dtype = model.gpt.wte.weight.device, model.gpt.wte.weight.dtype
@@ -299,7 +299,7 @@ def generate(model, prompts, n, temperature=0.0, seed=0):
             h = model.hidden(idx, vectors[0], mask, cache)[:, -1:]
             idx = sample(model.logits(h, vectors[1], known)[:, 0], temperature, rng=rng)
             for decoder, out, code in zip(decoders, new, idx[:, 0].tolist()):
-                out.append((code, decoder.push(code)[0]))
+                out.append(decoder.push(code)[0])
             mask = None
     return new
 
@@ -405,12 +405,11 @@ class Synth:
         parts += [[f" {word}" for word in words.split()] for words in (VERBS, NOUNS)]
         parts += [OTHERS.split("|"), [f" {digit}" for digit in range(10)]]
         self.text = list(itertools.chain(*parts))
-        ends = np.cumsum([len(part) for part in parts])
-        groups = list(map(range, ends, ends[1:]))
-        self.tail, self.head, self.verbs, self.nouns = groups[:4]
-        rest, self.digits = groups[4:]
-        self.word = {self.text[i].strip() or "\n": int(i) for i in rest}
-        self.n_vocab, self.special = int(ends[-1]), [0]
+        ids = iter(range(len(self.text)))
+        groups = [list(itertools.islice(ids, len(part))) for part in parts]
+        _, self.tail, self.head, self.verbs, self.nouns, rest, self.digits = groups
+        self.word = {self.text[i].strip() or "\n": i for i in rest}
+        self.n_vocab, self.special = len(self.text), [0]
         self.length, self.seed = args.block_size, seed
 
     def sentence(self, rng, names, liked):
@@ -480,7 +479,7 @@ class Text:
         return self.tok.decode([int(i) for i in ids])
 
 
-# ---------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------- training and measures
 
 
 load_real = functools.cache(pretrained.load)  # once a process, for all arms
@@ -556,9 +555,6 @@ def train_arm(args, env, log, arm, seed):
     return found
 
 
-# ---------------------------------------------------------------------------------------- measures
-
-
 def n_bytes(world, ids):
     """How many bytes of text some base ids are."""
     return len(world.decode(ids).encode())
@@ -592,15 +588,15 @@ def bits_per_byte(model, world, n, env, shuffle=False):
 
 def measure_generation(model, world, args):
     """Free generation from held-out prompts: are hypertokens used, names and numbers copied?"""
-    quarter, V = args.block_size // 4, model.config.vocab_size
+    quarter = args.block_size // 4
     prompts = world.windows("heldout", 1, args.samples)[:, : 2 * quarter].tolist()
     began = time.perf_counter()
     texts = generate(model, prompts, quarter, temperature=0.8, seed=world.seed)
     seconds = time.perf_counter() - began
-    written = [base_ids(text) for text in texts]
-    hyper = sum(code >= V for text in texts for code, _ in text)
+    written = [list(itertools.chain(*text)) for text in texts]
+    rows = sum(len(word) > 1 for word in itertools.chain(*texts))
     found = {
-        "gen_row_share": hyper / (len(texts) * quarter),
+        "gen_row_share": rows / (len(texts) * quarter),
         "gen_ids_per_base": len(texts) * quarter / sum(map(len, written)),
         "gen_ms_per_byte": 1e3 * seconds / sum(n_bytes(world, ids) for ids in written),
     }
@@ -620,14 +616,9 @@ def measure_copying(model, world, prompts, written):
         asked.append([*prompt[:-12], w["."], w["number"], *number, w["again"]])
     right = []
     for text, number in zip(generate(model, asked, 8), numbers):
-        right += [a == b for a, b in zip(base_ids(text), number)]
+        right += [a == b for a, b in zip(itertools.chain(*text), number)]
     names = float(np.mean(copied)) if copied else 0.0
     return {"names_copied": names, "digits_copied": float(np.mean(right))}
-
-
-def base_ids(text):
-    """The base ids of what `generate` gives for a prompt."""
-    return list(itertools.chain(*(word for _, word in text)))
 
 
 # ------------------------------------------------------------------------- claims, figure and main
@@ -699,9 +690,9 @@ def show(run):
         (text,) = generate(model, [ids], n)
         seconds = time.perf_counter() - began
         print(f"\n--- {name}:")
-        for _, word in text:
+        for word in text:
             print(paint(world.decode(word), len(word)), end="")
-        size = len(base_ids(text))
+        size = sum(map(len, text))
         passes = f"{n} passes for {size} base ids: {n / size:.2f} each"
         print(f"\n{passes}, {1e3 * seconds / size:.1f} ms")
 

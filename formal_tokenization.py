@@ -1,17 +1,14 @@
 """Tokenization as an inverse homomorphism (arXiv 2412.03160): a language in characters and in ids.
 
-Every id stands for some bytes, and detokenization h writes them in a row: h(uv) = h(u) h(v), which
-makes it a string homomorphism. The id sequences that spell a language L are its inverse image
-E(L) = {t: h(t) in L}, the *extended* token language; and the inverse image of a regular language is
-regular, that of a context-free one context-free. So a model loses no expressive power by reading
-tokens, however little the ids look like the brackets that they stand for. A tokenizer tau returns
-one of the many spellings of a text, the *proper* one; tau itself is no homomorphism.
+Every id stands for some bytes, and detokenization h writes them in a row, h(uv) = h(u) h(v): a
+string homomorphism. So the id sequences that spell a language L, E(L) = {t: h(t) in L}, are regular
+where L is regular, and context-free where it is context-free: a model loses no expressive power by
+reading tokens. A tokenizer tau returns one of the many spellings of a text, the *proper* one.
 
-The paper is theory. Here its theorems are code that checks them, each beside a code for which it
-fails (T1, T3). Then one small GPT learns a bracket language in four spellings: characters; BPE;
-random tokens of the same vocabulary (extended); and a code whose ids change their meaning with the
-position (scramble), which tells as much as characters and is no inverse homomorphism. --tokenizer
-measures real tokenizers instead. What the toy can't show: what tokens do to length generalisation.
+The theorems are code here, each beside something for which it fails (T1, T3). Then one small GPT
+learns a bracket language in four spellings: characters; BPE; random tokens of the same vocabulary
+(extended); and ids that change their meaning with the position (scramble), which tell as much as
+characters and have no h. --tokenizer measures real tokenizers instead.
 
 Read on: `lift`, `proper_moves` (the theorems), `Code` (the spellings), `train_arm`, `judge`.
 """
@@ -34,24 +31,20 @@ from model import GPT, GPTConfig, generate
 
 ARMS = "char", "bpe", "extended", "scramble"
 TRIALS = 40  # random languages and vocabularies for each theorem
+SMOKE = dict(steps=6, batch_size=8, n_embd=16, warmup=2, eval_every=3, samples=8, jobs=1)
 
 
 @dataclass
 class Args(common.TrainFlags):
     """token languages"""
 
-    presets: ClassVar[dict] = {
-        "smoke": dict(steps=6, batch_size=8, n_embd=16, warmup=2, eval_every=3, samples=8, jobs=1),
-        "toy": {},
-        "paper": dict(steps=3000, lr=2e-3, samples=1000),
-    }
+    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}}
     limits: ClassVar[dict] = common.TrainFlags.limits | {"samples": (2,), "n_embd": (4,)}
 
     steps: int = 250
     batch_size: int = 64
     lr: float = 3e-3
     eval_every: int = 50
-    arms: list[str] = common.default_list(*ARMS)  # spellings to train with
     n_embd: int = 64  # width; two layers of four heads
     samples: int = 200  # strings of each kind to measure on
     tokenizer: list[str] = common.default_list()  # measure these: tiktoken names, tokenizer.json
@@ -59,7 +52,7 @@ class Args(common.TrainFlags):
 
 
 # ------------------------------------------------------------------------------------- tokenizers
-# A vocabulary is a list: the bytes of every id. Its ranks are {bytes: id}.
+# A vocabulary is a list: the bytes of every id.
 
 
 def spell(vocab, ids):
@@ -67,16 +60,11 @@ def spell(vocab, ids):
     return b"".join([vocab[i] for i in ids])
 
 
-def ranks_of(vocab):
-    """{bytes: id}."""
-    return {piece: i for i, piece in enumerate(vocab)}
-
-
-def merged(ranks, parts):
-    """The parts of a text after all merges of neighbours, the lowest rank first."""
-    parts = list(parts)
+def merged(vocab, parts):
+    """The parts of a text after all merges of neighbours, that with the lowest id first."""
+    rank, parts = {piece: i for i, piece in enumerate(vocab)}, list(parts)
     while len(parts) > 1:
-        merges = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+        merges = [rank.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
         i = merges.index(min(merges))
         if merges[i] == math.inf:
             break
@@ -84,15 +72,15 @@ def merged(ranks, parts):
     return parts
 
 
-def bpe(ranks, text):
+def bpe(vocab, text):
     """tau of plain BPE: the proper ids of some bytes."""
-    return [ranks[part] for part in merged(ranks, [bytes([b]) for b in text])]
+    return [vocab.index(part) for part in merged(vocab, [bytes([b]) for b in text])]
 
 
-def pretokenized(ranks, text):
+def pretokenized(vocab, text):
     """tau of BPE behind a regular expression that cuts a text into words, as real ones do."""
     words = re.findall(rb" +(?![^ ])| ?[^ ]+| +", text)
-    return sum([bpe(ranks, word) for word in words], [])
+    return sum([bpe(vocab, word) for word in words], [])
 
 
 def learn_bpe(texts, alphabet, merges):
@@ -100,11 +88,9 @@ def learn_bpe(texts, alphabet, merges):
     vocab = [bytes([b]) for b in alphabet]
     words = [[bytes([b]) for b in text] for text in texts]
     for _ in range(merges):
-        pairs = Counter()
-        for word in words:
-            pairs.update(zip(word, word[1:]))
+        pairs = Counter(itertools.chain(*map(itertools.pairwise, words)))
         vocab.append(b"".join(max(sorted(pairs), key=pairs.get)))
-        words = [merged(ranks_of(vocab), word) for word in words]
+        words = [merged(vocab, word) for word in words]
     return vocab
 
 
@@ -125,24 +111,25 @@ def count_spellings(text, pieces):
     return counts
 
 
-def random_spelling(ranks, text, rng):
+def random_spelling(vocab, text, rng):
     """One of the id sequences that spell a text, all equally likely: backward through counts."""
-    counts = count_spellings(text, ranks)
+    pieces = {*vocab}
+    counts = count_spellings(text, pieces)
     ids, j = [], len(text)
     while j:
         pick = rng.random() * counts[j]
         for i in range(j):
-            pick -= counts[i] if text[i:j] in ranks else 0
+            pick -= counts[i] if text[i:j] in pieces else 0
             if pick < 0:
                 break
-        ids.append(ranks[text[i:j]])
+        ids.append(vocab.index(text[i:j]))
         j = i
     return ids[::-1]
 
 
 # -------------------------------------------------------------------- T1, T3: regular languages
-# An automaton is a table (states, symbols) of states, -1 where no text goes on, and which accept.
-# It begins in state 0.
+# An automaton is a table of states (states, symbols), and which of them accept. It begins in state
+# 0; the last state, which is written -1, is dead: no text goes on from it.
 
 
 def automaton(pattern, alphabet):
@@ -157,36 +144,35 @@ def automaton(pattern, alphabet):
                 number[after] = len(order)
                 order.append(after)
         table.append([number[after] for after in row])
-    return np.array(table), np.array([config.accepts for config in order])
+    accepting = [config.accepts for config in order]
+    return np.array([*table, [-1] * len(alphabet)]), np.array([*accepting, False])
 
 
 def lift(table, alphabet, vocab):
     """The automaton over ids: the same states; from q an id leads to where its bytes lead."""
-    lifted = np.empty((len(table), len(vocab)), int)
-    for t, piece in enumerate(vocab):
+    columns = []
+    for piece in vocab:
         q = np.arange(len(table))
         for b in piece:
-            q = np.where(q < 0, -1, table[q, alphabet.index(b)])
-        lifted[:, t] = q
-    return lifted
+            q = table[q, alphabet.index(b)]
+        columns.append(q)
+    return np.stack(columns, axis=1)
 
 
 def states_needed(table, accepting):
     """The states of the smallest automaton that does the same, without a dead one."""
-    dead = len(table)
-    table = np.vstack((np.where(table < 0, dead, table), np.full(table.shape[1], dead)))
-    kind = np.append(accepting, False).astype(int)  # states that have not been told apart yet
-    for _ in range(dead):
+    kind = accepting.astype(int)  # the same number: not told apart yet
+    for _ in table:
         seen = np.column_stack((kind, kind[table]))
         kind = np.unique(seen, axis=0, return_inverse=True)[1].ravel()
-    return len({*kind[:dead]} - {kind[dead]})
+    return len({*kind} - {kind[-1]})
 
 
 def path(table, ids):
     """The states that ids lead through, from the first one on."""
     states = [0]
     for t in ids:
-        states.append(table[states[-1]][t] if states[-1] >= 0 else -1)
+        states.append(table[states[-1]][t])
     return states
 
 
@@ -218,15 +204,11 @@ def proper_moves(table, accepting, tau, vocab):
 
 def dead_ends(table, accepting, moves):
     """How many states (q, last id) can be reached where no text ends and no id may come next."""
-    start = 0, moves.shape[2]
-    todo, seen = [start], {start}
-    stuck = 0
-    while todo:
-        q, last = todo.pop()
-        ahead = {(table[q, t], t) for t in np.flatnonzero(moves[q, last])}
+    reached, stuck = [(0, moves.shape[2])], 0
+    for q, last in reached:  # grows
+        ahead = [(table[q, t], t) for t in np.flatnonzero(moves[q, last])]
+        reached += [one for one in ahead if one not in reached]
         stuck += not ahead and not accepting[q]
-        todo += ahead - seen
-        seen |= ahead
     return stuck
 
 
@@ -238,13 +220,14 @@ def random_regex(rng, letters, depth=3):
     return str(rng.choice([f"{x}{y}", f"(?:{x}|{y})", f"{x}(?:{y})*"]))
 
 
-def check_languages(rng, tokenize):
+def check_languages(seed, tokenize):
     """Errors of the automata of random languages, on all short id sequences; dead ends."""
+    rng = np.random.default_rng([seed, 6])
     found = dict.fromkeys(["wrong", "states_more", "proper_wrong", "dead_ends", "by_pairs"], 0)
     for trial in range(TRIALS):
         pattern = "[ab ]*" if trial % 2 else random_regex(rng, ["a", "b", " "])
         vocab = random_vocabulary(rng, b"ab ", 5)
-        tau = partial(tokenize, ranks_of(vocab))
+        tau = partial(tokenize, vocab)
         table, accepting = automaton(pattern, b"ab ")
         lifted = lift(table, b"ab ", vocab)
         more = states_needed(lifted, accepting) - states_needed(table, accepting)
@@ -254,12 +237,11 @@ def check_languages(rng, tokenize):
         found["dead_ends"] += dead_ends(lifted, accepting, live)
         for ids in sequences(len(vocab), 3):
             states, text = path(lifted, ids), spell(vocab, ids)
-            accepted = states[-1] >= 0 and bool(accepting[states[-1]])
             truth = re.fullmatch(pattern.encode(), text) is not None
-            found["wrong"] += accepted != truth
+            found["wrong"] += accepting[states[-1]] != truth
             steps = zip(states, [len(vocab), *ids], ids)
-            accepted = accepted and all([live[step] for step in steps])
-            found["proper_wrong"] += accepted != (truth and tau(text) == [*ids])
+            proper = accepting[states[-1]] and all([live[step] for step in steps])
+            found["proper_wrong"] += proper != (truth and tau(text) == [*ids])
     return found
 
 
@@ -269,10 +251,10 @@ def check_scrambled():
     The ids of a and b change places at three of six positions: the mean over all 20 such codes of
     the errors of the best of all automata of two states.
     """
-    binary = sequences(2, 6)
     taken, errors = [], []
     for cells in itertools.product((-1, 0, 1), repeat=4):
-        taken.append({t for t in binary if path((cells[:2], cells[2:]), t)[-1] == 0})
+        table = cells[:2], cells[2:], (-1, -1)
+        taken.append({t for t in sequences(2, 6) if path(table, t)[-1] == 0})
     for swapped in itertools.combinations(range(6), 3):
         code = {tuple([i % 2 ^ (i in swapped) for i in range(n)]) for n in (0, 2, 4, 6)}
         errors.append(min([len(code ^ found) for found in taken]))
@@ -280,7 +262,6 @@ def check_scrambled():
 
 
 # ------------------------------------------------------------------------------ real tokenizers
-
 
 GREETINGS = "Hello, World! Grüß dich, Welt! Привет, мир! 你好，世界！ こんにちは 🌍 नमस्ते"
 
@@ -291,20 +272,21 @@ def inspect(name, sample, text):
     if tokenizer.backend is None:
         raise ValueError(f"tokenizer {name!r} has no pieces to look at: its ids are bytes")
     vocab = gm.vocabulary(tokenizer)
-    real, rng = [i for i, piece in enumerate(vocab) if piece], np.random.default_rng(0)
-    decode, greetings = tokenizer.decode, tokenizer.encode(GREETINGS)
-    torn = strange = 0
-    pairs = [*zip(greetings, greetings[1:]), *rng.choice(real, (2000, 2)).tolist()]
+    real = [i for i, piece in enumerate(vocab) if piece]
+    decode, encode = tokenizer.decode, tokenizer.encode
+    ids, greetings = encode(sample), encode(GREETINGS)
+    drawn = np.random.default_rng(0).choice(real, (2000, 2)).tolist()
+    pairs = [*itertools.pairwise(greetings), *drawn]
+    torn = strange = improper = 0
     for a, b in pairs:
         torn += decode([a, b]) != decode([a]) + decode([b])
         strange += decode([a, b]) != spell(vocab, [a, b]).decode(errors="replace")
-    ids = tokenizer.encode(sample)
-    improper = 0
-    for pair in zip(ids, ids[1:]):
+    for pair in itertools.pairwise(ids):
         part = spell(vocab, pair).decode(errors="replace")
-        improper += "\ufffd" not in part and tokenizer.encode(part) != [*pair]
+        improper += "\ufffd" not in part and encode(part) != [*pair]
     some = (text or sample[:2000]).encode()
     spellings = count_spellings(some, {vocab[i] for i in real})[-1]
+    per_byte = f"2 ** {math.log2(max(1, spellings)) / len(some):.2f} a byte"
     return {
         "tokenizer": name,
         "ids": f"{len(vocab)}, of which {len(real)} spell something",
@@ -312,9 +294,7 @@ def inspect(name, sample, text):
         "pairs whose text is not that of h": f"{strange} of {len(pairs)}",
         "h(tau(text)) is the text": spell(vocab, ids) == sample.encode(),
         "neighbours in a text, improper as a pair": f"{improper} of {len(ids) - 1}",
-        "spellings": spellings
-        if text
-        else f"2 ** {math.log2(max(1, spellings)) / len(some):.2f} a byte",
+        "spellings": spellings if text else per_byte,
     }
 
 
@@ -376,26 +356,25 @@ class Code:
         self.arm, self.vocab = arm, [c.encode() for c in BRACKETS]
         if arm in ("bpe", "extended"):
             self.vocab = learn_bpe([s.encode() for s in strings(rng, 200)], BRACKETS.encode(), 48)
-        self.ranks = ranks_of(self.vocab)
         self.bos, self.eos = len(self.vocab), len(self.vocab) + 1
         self.swaps = np.stack([rng.permutation(4) for _ in range(2 * LONGEST)])  # by position
 
     def encode(self, s, rng, arm=""):
         """The ids of a string between bos and eos, as this arm spells it, or another one."""
-        ids = bpe(self.ranks, s.encode())
+        ids = bpe(self.vocab, s.encode())
         if (arm or self.arm) == "extended":
-            ids = random_spelling(self.ranks, s.encode(), rng)
+            ids = random_spelling(self.vocab, s.encode(), rng)
         elif self.arm == "scramble":
             ids = [int(swap[i]) for swap, i in zip(self.swaps, ids)]
         return [self.bos, *ids, self.eos]
 
 
 def padded(rows, eos):
-    """Inputs and targets (B, T) of lists of ids; targets behind the end are -100."""
-    longest = max(map(len, rows))
-    idx = torch.tensor([row + [eos] * (longest - len(row)) for row in rows])
-    ends = torch.tensor([[len(row)] for row in rows])
-    return idx[:, :-1], idx[:, 1:].masked_fill(torch.arange(1, longest) >= ends, -100)
+    """{idx, targets}: tensors (B, T) of lists of ids; targets behind the end are -100."""
+    n = max(map(len, rows))
+    idx = [row[:-1] + [eos] * (n - len(row)) for row in rows]
+    targets = [row[1:] + [-100] * (n - len(row)) for row in rows]
+    return {"idx": torch.tensor(idx), "targets": torch.tensor(targets)}
 
 
 def train_arm(args, env, log, arm, seed):
@@ -408,8 +387,7 @@ def train_arm(args, env, log, arm, seed):
     def batch(step):
         rng = np.random.default_rng([seed, 2, step])
         rows = [code.encode(s, rng) for s in strings(rng, args.batch_size)]
-        idx, targets = padded(rows[env.rank :: env.world], code.eos)
-        return {"idx": idx, "targets": targets}
+        return padded(rows[env.rank :: env.world], code.eos)
 
     texts = strings(np.random.default_rng([seed, 3]), args.samples)
 
@@ -420,15 +398,12 @@ def train_arm(args, env, log, arm, seed):
     return measure(model, code, texts, args.samples, seed)
 
 
-# ---------------------------------------------------------------------------------- the measures
-
-
 @torch.no_grad()
 def log_p(model, code, texts, rng, arm):
     """The log-probability of each string as an arm spells it."""
-    idx, targets = padded([code.encode(s, rng, arm) for s in texts], code.eos)
-    device = model.wte.weight.device
-    return -model.token_loss(idx.to(device), targets.to(device)).sum(1).cpu().numpy()
+    batch = padded([code.encode(s, rng, arm) for s in texts], code.eos)
+    batch = {name: x.to(model.wte.weight.device) for name, x in batch.items()}
+    return -model.token_loss(**batch).sum(1).cpu().numpy()
 
 
 def above_twin(model, code, texts, rng, arm=""):
@@ -473,59 +448,42 @@ def valid_share(model, code, n, seed, grammar=None):
 # ----------------------------------------------------------------------------- claims and figure
 
 
-def theorems(seed):
-    """{name: the measures of a theorem, or of what must fail it}."""
-    plain = check_languages(np.random.default_rng([seed, 6]), bpe)
-    words = check_languages(np.random.default_rng([seed, 6]), pretokenized)
-    return {
-        "lifted": plain,
-        "scrambled": check_scrambled(),
-        "by pairs": plain | {"dead_ends": plain["by_pairs"]},
-        "words": words,
-    }
-
-
-def judge_theorems(run, rows):
-    """The theorems, each beside what must fail the same criterion."""
-    found = {name: [row[name] for row in rows] for name in rows[0]}
+def judge(run, checks, found):
+    """The theorems and what the models show, each beside what must fail the same criterion."""
+    by_pairs = [row | {"dead_ends": row["by_pairs"]} for row in checks["lifted"]]
+    free = [row | {"valid": row["valid_free"]} for row in found["bpe"]]
+    crossed = [row | {"valid": row["valid_crossed"]} for row in found["bpe"]]
     run.claim(
         "T1",
         "regular languages: the automaton over bytes, lifted to ids, errs nowhere",
         "theorem",
         "arm.wrong == 0 and arm.states_more == 0",
-        arm=found["lifted"],
-        controls={"scrambled ids": found["scrambled"]},
+        arm=checks["lifted"],
+        controls={"scrambled ids": checks["scrambled"]},
     )
     run.claim(
         "T3",
         "plain BPE: the proper sequences of a regular language have an automaton of pairs",
         "-",
         "arm.proper_wrong == 0 and arm.dead_ends == 0",
-        arm=found["lifted"],
-        controls={"without looking ahead": found["by pairs"], "pre-tokenized": found["words"]},
+        arm=checks["lifted"],
+        controls={"without looking ahead": by_pairs, "pre-tokenized": checks["words"]},
     )
-
-
-def judge_arms(run, found):
-    """What the trained models show, each beside what must fail the same criterion."""
-    rows = found["bpe"]
     run.claim(
         "L1",
         "BPE learns the language as characters do (valid strings above their twins)",
         "power is unaffected",
         "abs(base.in_range - arm.in_range) <= .05 and min(base.in_range, arm.in_range) >= .95",
         base=found["char"],
-        arm=rows,
+        arm=found["bpe"],
         controls={"scramble": found["scramble"]},
     )
-    free = [row | {"valid": row["valid_free"]} for row in rows]
-    crossed = [row | {"valid": row["valid_crossed"]} for row in rows]
     run.claim(
         "L2",
         "under the masks of its grammar every sample is valid (share)",
         "-",
         "arm.valid == 1",
-        arm=rows,
+        arm=found["bpe"],
         controls={"no mask": free, "another grammar's": crossed},
     )
     run.claim(
@@ -533,7 +491,7 @@ def judge_arms(run, found):
         "what can be represented need not be learnt (accuracy lost on the other spelling)",
         "-",
         "arm.lost >= .1",
-        arm=rows,
+        arm=found["bpe"],
         controls={"trained on random": found["extended"]},
     )
 
@@ -543,29 +501,21 @@ def draw(path, found, folder, seeds):
     depths, steps, bars = {}, {}, {}
     for arm, rows in found.items():
         depths[arm] = range(1, 2 * DEPTH + 1), [row["by_depth"] for row in rows]
-        curves = []
-        for seed in seeds:
-            log = common.read_log(folder / f"{arm}-s{seed}.jsonl")
-            curves.append({row["step"]: row["pairs"] for row in log if "pairs" in row})
+        logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in seeds]
+        curves = [{row["step"]: row["pairs"] for row in log if "pairs" in row} for log in logs]
         steps[arm] = list(curves[0]), [list(curve.values()) for curve in curves]
         if "lost" in rows[0]:
             bars[f"trained on {arm}"] = [[r["in_range"], r["other_spelling"]] for r in rows]
     by_depth = {"title": "Valid string above its twin", "xlabel": f"depth (trained: to {DEPTH})"}
     by_step = {"title": "... in range, during training", "xlabel": "step"}
     other = {"title": "... spelled otherwise", "names": ["own spelling", "the other"]}
-    look = {"ylabel": "accuracy", "ylim": (0.4, 1.02)}
-    items = [{"lines": depths} | by_depth, {"lines": steps} | by_step, {"bars": bars} | other]
-    common.panels(path, [item | look for item in items])
-
-
-# ------------------------------------------------------------------------------------------ main
+    items = [by_depth | {"lines": depths}, by_step | {"lines": steps}, other | {"bars": bars}]
+    common.panels(path, [item | {"ylabel": "accuracy", "ylim": (0.4, 1.02)} for item in items])
 
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
-    unknown = [arm for arm in args.arms if arm not in ARMS]
     return [
-        (unknown, f"--arms {' '.join(unknown)}, allowed: {' '.join(ARMS)}"),
         (args.text and not args.tokenizer, "--text goes with --tokenizer, which is missing"),
         (args.n_embd % 4, f"--n-embd {args.n_embd} is no multiple of the 4 heads"),
         (args.batch_size % env.world, f"--batch-size {args.batch_size}: {env.world} processes"),
@@ -583,13 +533,15 @@ def main(argv=None):
         for key in rows[0]:
             print(f"{key:42s}", *[f"{row[key]!s:32}" for row in rows])
         return run.finish(rows)
-    found = run.each(train_arm, args.arms)
+    found = run.each(train_arm, ARMS)
     if found is None:
         return None
-    checks = [theorems(seed) for seed in args.seeds]
-    judge_theorems(run, checks)
-    if {*ARMS} <= {*found}:
-        judge_arms(run, found)
+    checks = {
+        "lifted": [check_languages(seed, bpe) for seed in args.seeds],
+        "words": [check_languages(seed, pretokenized) for seed in args.seeds],
+        "scrambled": [check_scrambled() for _ in args.seeds],
+    }
+    judge(run, checks, found)
     draw(run.out / "formal_tokenization.png", found, run.out, args.seeds)
     return run.finish({"theorems": checks, "arms": found})
 

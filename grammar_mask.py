@@ -1,8 +1,7 @@
 r"""Exact token masks: a language model writes inside a grammar, whatever its vocabulary.
 
 A mask says which ids may come next so that the text can still become a text of the language.
-Tokens know nothing of grammars: one may close three brackets, hold half a number, or end inside
-a character. So everything here is done in bytes.
+A token may close three brackets, or end inside a number or a character: so all is done in bytes.
 
     engine = Engine(json_schema(schema), vocabulary(tokenizer), tokenizer.eos_token_id)
     text = Constraint(engine)  # one for each text; they share what the engine has found out
@@ -71,8 +70,7 @@ def parse_regex(pattern, names=None):
 def parse_ebnf(text):
     """The grammar of an EBNF text: `name ::= ` names, "literals", [classes], ( ), |, * + ? {m,n}.
 
-    Literals, classes and quantifiers are written as in Python's regular expressions; # is a note.
-    A ValueError names the line.
+    All are written as in Python's regular expressions; # is a note. A ValueError names the line.
     """
     bodies, rules = {}, {}
     line, before = 1, None
@@ -83,11 +81,10 @@ def parse_ebnf(text):
                 line += word.count("\n")
                 continue
             if kind == "define":
-                rule = match["define"]
-                if rule in bodies:
-                    raise ValueError(f"{rule!r} is defined twice")
-                pieces, names = [], [rule]
-                bodies[rule] = line, pieces, names
+                pieces, names = [], [match["define"]]
+                if names[0] in bodies:
+                    raise ValueError(f"{names[0]!r} is defined twice")
+                bodies[names[0]] = line, pieces, names
             elif kind == "odd" or not bodies or kind == before == "repeat":
                 raise ValueError(f"can't read {text[match.start() :][:12]!r}")
             elif kind == "name":
@@ -150,10 +147,11 @@ def schema_rule(part, schema, rules):
 
 def schema_choices(part, schema, rules):
     """What a part of the schema allows: a list of EBNF expressions."""
-    keys = part.keys() - NOTES
     kind = part.get("type")
     if kind not in (None, *TYPES):
         raise ValueError(f"the type {kind} in a JSON schema, allowed: {', '.join(TYPES)}")
+    keys = part.keys() - NOTES
+    rest = keys - {"type"}  # what else it says
     if keys == {"$ref"}:
         first, *path = part["$ref"].split("/")
         if first != "#":
@@ -164,17 +162,17 @@ def schema_choices(part, schema, rules):
         return [schema_rule(target, schema, rules)]
     if keys == {"anyOf"}:
         return [schema_rule(one, schema, rules) for one in part["anyOf"]]
-    if keys == {"type"}:
+    if not rest:
         return [kind]
-    if keys - {"type"} in ({"enum"}, {"const"}):
-        values = part["enum"] if "enum" in keys else [part["const"]]
+    if rest in ({"enum"}, {"const"}):
+        values = part["enum"] if "enum" in part else [part["const"]]
         values = [value for value in values if not kind or type(value) in TYPES[kind]]
         return [dumps(dumps(value)) for value in values]  # as JSON, and that as a literal of EBNF
-    if keys - {"type"} == {"items"} and kind in (None, "array"):
+    if rest == {"items"} and kind in (None, "array"):
         item = schema_rule(part["items"], schema, rules)
         return [f'"[" ws ({item} ("," ws {item})* ws)? "]"']
-    rest = keys - {"type", "properties", "required", "additionalProperties"}
-    if rest or "properties" not in keys or kind not in (None, "object"):
+    odd = rest - {"properties", "required", "additionalProperties"}
+    if odd or "properties" not in rest or kind not in (None, "object"):
         raise ValueError(f"a JSON schema with {', '.join(sorted(keys))}: not supported together")
     lacking = {*part.get("required", [])} - part["properties"].keys()
     if lacking:
@@ -253,7 +251,6 @@ class Automaton:
         self.work = 0  # states that were asked for
         self.moves = [()]
         self.known = {}  # {moves: the state that has them}
-        self.kinds = set()  # the sets of bytes that are read
         self.starts = {}
         for rule, (parsed, names) in grammar.items():
             try:
@@ -306,9 +303,8 @@ class Automaton:
         """The state that reads one character (of `class_bytes`), then goes on to another."""
         moves = []
         for some, tails in branches:
-            kind = frozenset(some & self.spelled)
-            self.kinds.add(kind)
-            moves.append((kind, self.reading(tails, then) if tails else then))
+            after = self.reading(tails, then) if tails else then
+            moves.append((frozenset(some & self.spelled), after))
         return self.state(*moves)
 
     def repeated(self, least, most, body, names, then):
@@ -409,9 +405,8 @@ class Engine:
     grammar: EBNF, or what parse_ebnf or parse_regex returns; vocab: the bytes of every id (None:
     special); eos: the id or ids that end a text; cache_mb: what it may remember, about.
 
-    A text is on a set of stacks of the automaton. What a token does to a stack depends on the
-    states below the top one only after the top one's rule has ended. So the trie is walked for the
-    top state alone: this tells which tokens end inside the rule, and at which nodes the rule ends,
+    A text is on a set of stacks of the automaton. The trie is walked for the top state alone, while
+    its rule lasts: this tells which tokens end inside the rule, and at which nodes the rule ends,
     from where the state below goes on. Such a walk, from a state and a set of nodes, is remembered
     and serves at any depth of nesting. A mask is the union of what the walks down the stacks tell.
     """
@@ -427,19 +422,18 @@ class Engine:
         single = [p[0] for i, p in enumerate(vocab) if p and len(p) == 1 and i not in self.eos]
         grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
         self.automaton = Automaton(grammar, frozenset(single))
-        kinds = self.automaton.kinds
+        moves = [(s, *move) for s, some in enumerate(self.automaton.moves) for move in some]
+        kinds = {what for _, what, _ in moves if isinstance(what, frozenset)}
         held = [tuple([b in kind for kind in kinds]) for b in range(256)]
-        classes = list(
-            dict.fromkeys([(False,) * len(kinds), *held])
-        )  # class 0: of bytes never read
+        never = (False,) * len(kinds)  # class 0: of bytes that are never read
+        classes = list(dict.fromkeys([never, *held]))
         self.class_of = [classes.index(row) for row in held]
         self.n_classes = len(classes)
         classes_of = {kind: {self.class_of[b] for b in kind} for kind in kinds}
         self.reads = [{} for _ in self.automaton.moves]  # of each state {class: states}
-        for reads, moves in zip(self.reads, self.automaton.moves):
-            for what, t in moves:
-                for c in classes_of.get(what, ()):
-                    reads.setdefault(c, []).append(t)
+        for s, what, t in moves:
+            for c in classes_of.get(what, ()):
+                self.reads[s].setdefault(c, []).append(t)
         self.first, self.kind, self.node = trie_of(vocab, self.class_of, self.n_classes)
         self.node[self.eos] = 0  # the end is no text
         self.entered = set()  # states
@@ -644,7 +638,7 @@ def vocabulary(tokenizer):
             vocab[id] = piece
         return vocab
     spec = json.loads(backend.to_str())
-    model, decoder = spec["model"], json.dumps(spec["decoder"], ensure_ascii=False)
+    model, decoder = spec["model"], dumps(spec["decoder"])
     level = "ByteLevel" in decoder
     mark = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if mark or not level and "▁" not in decoder:
@@ -653,19 +647,18 @@ def vocabulary(tokenizer):
     hidden = [b for b in range(256) if b not in shown]
     byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
     ids = backend.get_vocab()
+    special = {token["id"] for token in spec["added_tokens"] if token["special"]}
+    special |= {ids.get(model.get("unk_token")), model.get("unk_id")}
     vocab = [None] * (max(ids.values()) + 1)
     for piece, id in ids.items():
+        if id in special:
+            continue
         if level and byte_of.keys() >= {*piece}:
-            text = bytes([byte_of[c] for c in piece])
+            vocab[id] = bytes([byte_of[c] for c in piece])
         elif not level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            text = bytes.fromhex(piece[3:5])
+            vocab[id] = bytes.fromhex(piece[3:5])
         else:
-            text = (piece if level else piece.replace("▁", " ")).encode()
-        vocab[id] = text
-    special = [token["id"] for token in spec["added_tokens"] if token["special"]]
-    for id in [*special, ids.get(model.get("unk_token")), model.get("unk_id")]:
-        if id is not None:
-            vocab[id] = None
+            vocab[id] = (piece if level else piece.replace("▁", " ")).encode()
     return vocab
 
 
@@ -680,9 +673,9 @@ class Masker:
         self.engine, self.max_new_tokens = engine, max_new_tokens
         if not engine.eos:
             raise ValueError("a mask needs the id that ends a text: give the engine its eos")
-        if engine.start.least + 1 > max_new_tokens:
-            least = f"the shortest text may take {engine.start.least + 1}"
-            raise ValueError(f"max_new_tokens {max_new_tokens} are too few: {least}")
+        least = engine.start.least + 1
+        if least > max_new_tokens:
+            raise ValueError(f"max_new_tokens {max_new_tokens}: the shortest text may take {least}")
 
     def __call__(self, logits, alive, out):
         """logits (B, V) of rows alive[i] of `out`, lists of new ids. Returns the masked logits."""

@@ -202,7 +202,7 @@ def random_grammar(rng):
 
 def test_masks_equal_the_definition():
     rng, bits, wrong_by_first_byte = np.random.default_rng(1), 0, 0
-    for _ in range(150):
+    for _ in range(120):
         trees, text = random_grammar(rng)
         words = [bytes(rng.choice(list(b"abc"), rng.integers(2, 6)).tolist()) for _ in range(8)]
         vocab = [b"a", b"b", b"c", *words, b"", None]
@@ -226,7 +226,7 @@ def test_masks_equal_the_definition():
             id = int(rng.choice(options))
             c.advance(id)
             so_far += vocab[id]
-    assert bits > 4000 and wrong_by_first_byte > 300  # the control: a mask by first byte is wrong
+    assert bits > 3200 and wrong_by_first_byte > 240  # the control: a mask by first byte is wrong
 
 
 def test_masks_within_a_number_of_bytes():
@@ -365,7 +365,7 @@ def test_thousands_of_regular_expressions_mean_what_they_mean_to_re():
     alphabet = "ab1é]{},-.\n ^$"
     every = ["".join(t) for n in range(3) for t in itertools.product(alphabet, repeat=n)]
     every += ["".join(rng.choice(list(alphabet[:9]), rng.integers(3, 7))) for _ in range(200)]
-    for _ in range(3000):
+    for _ in range(2000):
         texts = ["", *rng.choice(every, 40).tolist()]
         pattern = random_pattern(rng)
         with warnings.catch_warnings():
@@ -394,7 +394,7 @@ def test_thousands_of_regular_expressions_mean_what_they_mean_to_re():
                 text,
             )
         counts["same"] += 1
-    assert counts["same"] > 1500 and counts["no pattern"] > 200 and counts["refused"] > 100, counts
+    assert counts["same"] > 1000 and counts["no pattern"] > 130 and counts["refused"] > 65, counts
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ PEERS = {  # ours and xgrammar's, llguidance's
 def test_masks_equal_the_peers(name, style):
     rng = np.random.default_rng(3)
     text = '{"abc": [1, -2.5e3], "déjà": "\\u00e9 你好 ab-12-345"} (12+3)*4/5 aab ba ' * 4
-    enc = data.train_bpe(text + "".join(data.load_text())[:20000], 600)
+    enc = data.train_bpe(text + "".join(data.load_text())[:8000], 500)
     vocab = gm.vocabulary(enc)
     if (
         style == "sentencepiece"
@@ -498,7 +498,7 @@ def test_masks_equal_the_peers(name, style):
     engines = bench.mask_engines(grammar, lark, enc, vocab)
     if len(engines) == 1:
         pytest.skip("neither llguidance nor xgrammar is installed")
-    for _ in range(6):
+    for _ in range(4):
         c, ids = engines["ours"](), []
         while len(ids) < 20 and c.mask()[:-1].any():
             ids.append(int(rng.choice(np.flatnonzero(c.mask()[:-1]))))
@@ -558,10 +558,10 @@ def test_memory_can_be_emptied_at_any_time_and_is_not_shared_by_grammars():
 
 def test_deep_nesting():
     c = fresh(gm.JSON, [*BYTES, b"]]", b"[" * 50])
-    for _ in range(200):
+    for _ in range(80):
         c.advance(257)
-    assert c.state.least == 10000 and c.mask()[256]
-    for _ in range(5000):
+    assert c.state.least == 4000 and c.mask()[256]
+    for _ in range(2000):
         c.advance(256)
     assert c.state.accepts
 
@@ -710,13 +710,14 @@ def test_vocabularies_that_are_refused_by_name():
         ('"a"', "line 1: can't read"),
         ('root ::= "a', "line 1: can't read"),
         ('root ::= "a"{99999999999}', "or a number is too large"),
-        ('root ::= "a"{9999999}', "more than 200,000 states"),
-        ('root ::= ((("a"{999}){999}){999}){999}', "more than 200,000 states"),
-        ('root ::= ""{0,4000000000}', "more than 200,000 states"),
+        ('root ::= "a"{9999999}', "more than 10,000 states"),
+        ('root ::= ((("a"{999}){999}){999}){999}', "more than 10,000 states"),
+        ('root ::= ""{0,4000000000}', "more than 10,000 states"),
         ("root ::= " + "(" * 1000 + '"a"' + ")" * 1000, "line 1: brackets are nested"),
     ],
 )
-def test_bad_grammars_end_in_one_line(grammar, match):
+def test_bad_grammars_end_in_one_line(grammar, match, monkeypatch):
+    monkeypatch.setattr(gm, "STATES", 10_000)  # the same limit, reached sooner
     with pytest.raises(ValueError, match=match) as error:
         fresh(grammar, BYTES)
     assert "\n" not in str(error.value)
@@ -927,9 +928,7 @@ def test_masked_generation_is_always_complete_and_stateless():
 def test_maskers_say_what_is_wrong_before_the_model_runs():
     engine = gm.Engine('root ::= "abc"', [*BYTES, None], 256)
     gm.Masker(engine, 4)
-    with pytest.raises(
-        ValueError, match="max_new_tokens 3 are too few: the shortest text may take 4"
-    ):
+    with pytest.raises(ValueError, match="max_new_tokens 3: the shortest text may take 4"):
         gm.Masker(engine, 3)
     with pytest.raises(ValueError, match="needs the id that ends a text"):
         gm.Masker(gm.Engine('root ::= "abc"', BYTES))
@@ -956,7 +955,7 @@ def test_transformers_write_inside_the_grammar(options):
     ids = torch.tensor([[262, 1, 2], [3, 4, 5], [6, 7, 8]])
     engine = gm.Engine(gm.JSON, vocab, [260, 261])
     processor = gm.LogitsProcessor(engine, 3, 40)
-    for seed in range(4):
+    for seed in range(2):
         torch.manual_seed(seed)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, pad_token_id=263,
                              logits_processor=[processor], **options)  # fmt: skip

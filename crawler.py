@@ -560,8 +560,10 @@ class Endpoint:
                 break
             after = retry_after(got.headers)
             empty = EXHAUSTED.search(got.body) and "Retry-After" not in got.headers
+            if after:
+                reply.problem += f", asks to wait {after:.0f} s"
             if got.status not in RETRIED or empty or after > 300:
-                self.dead = f"the server can't go on (wait: {after:.0f} s), {reply.problem}"
+                self.dead = f"the server can't go on, {reply.problem}"
             until = time.monotonic() + max(after, self.pause * random.uniform(0, 2**reply.tries))
         self.failed += 1
         if self.failed >= 5 and not self.dead:

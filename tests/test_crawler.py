@@ -960,7 +960,7 @@ def copied(path):
         ((400, {}, {"error": "no support for assistant message prefill"}), "prefill"),
         ((429, {}, {"error": {"code": "insufficient_quota"}}), "insufficient_quota"),
         ((429, {}, b'{"error": {"type" : "billing_hard_limit_reached"}}'), "billing_hard"),
-        ((503, {"Retry-After": "4000"}, b""), "wait: 4000 s"),
+        ((503, {"Retry-After": "4000"}, b""), "asks to wait 4000 s"),
         ((302, {"Location": "http://elsewhere.example/"}, b""), "status 302"),
         ((404, {}, b"\x1b[2J" + b"x" * 900_000), "status 404"),
     ],

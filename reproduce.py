@@ -45,7 +45,6 @@ class Args(common.Flags):
     """what to run"""
 
     presets: ClassVar[dict] = {"smoke": {}, "toy": {}, "paper": {}}
-    unused: ClassVar[set] = {"wandb"}
 
     out: str = "out"  # folder for the page, and a folder for each script
     only: list[str] = common.default_list(*PAPERS)  # the scripts

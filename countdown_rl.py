@@ -8,8 +8,6 @@ heads that look back at the target carry the verdict: with three of them off the
 
 The toy: a small GPT imitates searchers, most of whom answer with their first attempt, unchecked;
 the others check each attempt. GRPO meets this mixture. The control permutes its rewards.
-
-Read on: `evaluate`, `reward`, `Objective`, `Toy`, `grpo`, `from_the_top`, `from_the_bottom`.
 """
 
 import copy
@@ -198,8 +196,7 @@ def clipped_gain(ratio, advantage, clip):
 
 
 def divergence(logp, reference):
-    """(log policy - log reference)^2 / 2: over samples of the policy, its gradient's mean is the
-    gradient of KL(policy || reference)."""
+    """(log policy - log reference)^2 / 2: its mean gradient over samples is that of the KL."""
     return (logp - reference) ** 2 / 2
 
 
@@ -467,7 +464,7 @@ def verdicts_in(text):
 
 
 def measure(model, world, args, env, samples=1, temperature=1.0):
-    """Of responses to held-out problems: the share that is right, and of attempts checked."""
+    """Shares of right responses to held-out problems, and of checked attempts."""
     problems = world.heldout[: args.problems]
     rng = random.Random("measure")
     prompts = [world.prompt(*problem, rng) for problem in problems]
@@ -550,8 +547,8 @@ def scored(model, batch, args, env):
 def minibatches(batch, args, step):
     """The batch in --minibatches random parts, the longest rows of a part first.
 
-    Rows without advantage have no gradient but the KL's. Without it they are left out (but one, if
-    there are no others); their tokens still count in the denominator.
+    Rows without advantage have no gradient but the KL's: without it they are left out.
+    Their tokens still count in the denominator.
     """
     lengths = (batch["targets"] != -100).sum(1)
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(step))
@@ -561,14 +558,14 @@ def minibatches(batch, args, step):
         denom = lengths[rows].sum()
         if not args.beta:
             useful = batch["advantage"][rows] != 0
-            rows = rows[useful] if useful.any() else rows[:1]
+            rows = rows[useful] if useful.any() else rows[:1]  # no part is empty
         rows = rows[lengths[rows].argsort(descending=True)]
         parts.append({name: value[rows] for name, value in batch.items()} | {"denom": denom})
     return parts
 
 
 def grpo(policy, world, args, env, log, permuted=False):
-    """GRPO in place: a step draws a batch of rollouts and makes --minibatches updates on it."""
+    """GRPO in place: a step is a batch of rollouts and --minibatches updates."""
     args = replace(args, steps=args.rl_steps, lr=args.rl_lr, weight_decay=0.0, compile=False)
     reference = copy.deepcopy(policy) if args.beta else None
     net = common.parallelise(Objective(policy, args), args, env)
@@ -632,7 +629,7 @@ class Trace:
 
 
 def find_traces(world, texts, rng):
-    """The Traces in [(problem, prompt, response)] that hold true verdicts of both kinds."""
+    """Of [(problem, prompt, response)] those with true verdicts of both kinds."""
     found = []
     for problem, prompt, response in texts:
         ids = prompt + response
@@ -651,10 +648,7 @@ def find_traces(world, texts, rng):
 
 
 def halves(model, world, args, rng):
-    """Traces to choose on and, of other problems, to test on: a real model's own, or a searcher's.
-
-    The shortest first, so that a batch holds little padding.
-    """
+    """Traces to choose on and, of other problems, to test on."""
     problems = rng.choices(world.train, k=5 * args.samples)
     if args.model:
         prompts = [world.prompt(*problem, rng) for problem in problems]
@@ -669,7 +663,7 @@ def halves(model, world, args, rng):
             half.append(trace)
     if min(map(len, found)) < 3:
         raise SystemExit("error: too few traces with both verdicts to take the model apart")
-    for half in found:
+    for half in found:  # so that a batch holds little padding
         half.sort(key=lambda trace: len(trace.ids))
     return found
 
@@ -691,8 +685,7 @@ def batches(model, traces, copies=1):
 
 
 def stream(model, traces):
-    """The residual stream (L + 1, 2N, C) where verdicts are due: on a right attempt, a wrong one,
-    a right one, ..."""
+    """The stream (L + 1, 2N, C) where verdicts are due: right, wrong, right, ..."""
     found = []
     for _, idx, (rows, places) in batches(model, traces):
         x = residuals(model, idx, tail=idx.shape[1])[:, rows, places]
@@ -719,16 +712,15 @@ def reads_as(model, vectors, k):
 
 
 def verdict_words(model, world, directions, k=4):
-    """Of the k tokens that each of n directions says, the share of words of success; of its
-    opposite, of failure. The smaller of the two, (n,)."""
+    """The share of words of success in the k tokens that each direction says, or of failure in
+    those of its opposite: the smaller of the two, (n,)."""
     success = torch.isin(reads_as(model, directions, k), torch.tensor(world.success))
     failure = torch.isin(reads_as(model, -directions, k), torch.tensor(world.failure))
     return torch.minimum(success.float().mean(1), failure.float().mean(1))
 
 
 def nearest_neurons(model, directions, k):
-    """GLU neurons [(layer, index)]: of each upper layer the k whose output vectors are nearest to
-    the layer's direction."""
+    """GLU neurons [(layer, index)]: k of each upper layer, along its direction."""
     found = []
     for layer in range(model.config.n_layer // 2, model.config.n_layer):
         columns = F.normalize(model.blocks[layer].mlp.down.weight.float(), dim=0)
@@ -766,8 +758,7 @@ def from_the_top(model, world, args, choose, test, rng):
 
 
 def target_attention(model, world, traces):
-    """Attention (L, H) from right results to the target's earlier occurrences, a mean over traces,
-    and what even attention would give."""
+    """Mean attention (L, H) from right results to the target, and what even attention would be."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
     total, even = 0, 0
     for some, idx, _ in batches(model, traces):
@@ -804,7 +795,7 @@ def kind_of(token, world):
 
 
 def switch_off(model, world, traces, neurons, sets):
-    """What each of K sets of heads, switched off at all positions, makes of verdicts: K rows of
+    """Of each of K sets of heads, switched off at all positions:
 
     says_valid, searches_on, unknown: shares of right attempts
     false_accepts: the share of wrong attempts that is called valid
@@ -844,7 +835,7 @@ def switch_off(model, world, traces, neurons, sets):
 
 
 def random_heads(heads, config, rng, outside):
-    """As many heads, not `outside`, from the same layers, or the nearest with one left."""
+    """As many heads, not `outside`, from the same layers or the nearest."""
     free = list(itertools.product(range(config.n_layer), range(config.n_head)))
     free = [head for head in rng.sample(free, len(free)) if head not in outside]
     drawn = []
@@ -876,7 +867,7 @@ def from_the_bottom(model, world, choose, test, neurons, rng):
 
 
 def dissect(args, env, log, arm, seed):
-    """What the paper does to the trained model: the findings, each beside its controls."""
+    """What the paper does to the trained model."""
     model, world = load_model(args, env, seed, "grpo" if args.rl_steps else "imitate")
     if env.rank > 0:
         return None
@@ -892,7 +883,7 @@ def dissect(args, env, log, arm, seed):
 
 
 def judge(run, found):
-    """The paper's claims, each beside the controls that must fail the same criterion."""
+    """The paper's claims, each beside its controls."""
     if "grpo" in found and "permuted" in found:
         before = [seed["before"] for seed in found["grpo"]]
         after = [seed["after"] for seed in found["grpo"]]
@@ -920,7 +911,7 @@ def judge(run, found):
     sides = {"base": [row["all_on"] for row in rows]}
     sides["arm"] = [row["three"] for row in rows]
     sides["controls"] = {"three random heads": [row["random"] for row in rows]}
-    says = "with three heads off that look back it searches on past its solution (shares of those)"
+    says = "with three heads off that look back it searches on past its solution"
     criterion = "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6"
     run.claim("C5", says, "3 of 576 heads: .95 search on", criterion, **sides)
     says = "without them GLU units along the direction fall silent, and nothing wrong is accepted"

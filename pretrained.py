@@ -244,9 +244,7 @@ class Tensor:
 
 def open_folder(folder):
     """(config dict, {name: Tensor}) of a folder; of its safetensors only the headers are read."""
-    import_or_explain("safetensors")
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = import_or_explain("safetensors")
     config, files = read_json(folder / "config.json"), [folder / "model.safetensors"]
     index = read_json(folder / "model.safetensors.index.json", {})
     if index:
@@ -262,7 +260,7 @@ def open_folder(folder):
     tensors = {}
     for file in files:
         try:
-            shard = safe_open(file, "pt")
+            shard = safetensors.safe_open(file, "pt")
             for name in shard.keys():  # noqa: SIM118
                 part = shard.get_slice(name)
                 kind = part.get_dtype()
@@ -270,7 +268,7 @@ def open_folder(folder):
                     raise ValueError(f"{name} has type {kind}, allowed: {', '.join(types)}")
                 read = partial(shard.get_tensor, name)
                 tensors[name] = Tensor(tuple(part.get_shape()), types[kind], read)
-        except SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{file.name} is not a whole safetensors file ({error})") from error
     return config, tensors
 
@@ -288,9 +286,7 @@ class GGUF:
     """
 
     def __init__(self, path):
-        import_or_explain("gguf")
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+        gguf = import_or_explain("gguf")
         with open(path, "rb") as f:
             self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)  # ValueError if empty
         self.at = 0
@@ -312,8 +308,8 @@ class GGUF:
         start = -(-self.at // align) * align
         self.tensors = {}
         for name, shape, kind, offset in infos:
-            kind = GGMLQuantizationType(kind)
-            block, width = GGML_QUANT_SIZES[kind]
+            kind = gguf.GGMLQuantizationType(kind)
+            block, width = gguf.GGML_QUANT_SIZES[kind]
             length = math.prod(shape) // block * width
             if shape[-1] % block or start + offset + length > len(self.data):
                 size = f"a file of {len(self.data)} bytes"
@@ -417,9 +413,7 @@ WORDS = {  # by pre-tokenizer
 
 def gguf_tokenizer(name, meta):
     """The tokenizer in GGUF metadata: byte-level BPE ("gpt2"), or SentencePiece BPE ("llama")."""
-    import_or_explain("tokenizers")
-    from tokenizers import AddedToken, processors
-
+    tokenizers = import_or_explain("tokenizers")
     get = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items()}
     tokens, kinds, model, pre = get["tokens"], get["token_type"], get.get("model"), get.get("pre")
     longest = max(map(len, tokens))
@@ -436,12 +430,13 @@ def gguf_tokenizer(name, meta):
     # kind 3 is control, special; kind 4 the user's own, found in a text before anything else
     control = [token for token, kind in zip(tokens, kinds) if kind == 3]
     own = [token for token, kind in zip(tokens, kinds) if kind == 4]
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
-    backend.add_tokens([AddedToken(t, normalized=False) for t in own])
+    added = partial(tokenizers.AddedToken, normalized=False)
+    backend.add_special_tokens([added(token, special=True) for token in control])
+    backend.add_tokens([added(token) for token in own])
     bos = get.get("bos_token_id")
     if get.get("add_bos_token", model == "llama" or pre == "llama-bpe"):
         opening = {"single": f"{tokens[bos]} $A", "special_tokens": [(tokens[bos], bos)]}
-        backend.post_processor = processors.TemplateProcessing(**opening)
+        backend.post_processor = tokenizers.processors.TemplateProcessing(**opening)
     turns = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>")
     stops = dict.fromkeys([get["eos_token_id"], *(vocab[t] for t in turns if t in vocab)])
     return from_backend(name, backend, bos, list(stops), meta.get("tokenizer.chat_template"))
@@ -576,14 +571,12 @@ def find(name):
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith(".gguf"):
         allowed = "a Hugging Face id ORG/NAME, a folder with config.json, a .gguf file"
         raise ValueError(f"no model {name!r}, allowed: {', '.join(PACKAGES)}, {allowed}")
-    import_or_explain("huggingface_hub")
-    from huggingface_hub import snapshot_download
-
-    instead = "point HF_HOME at a cache that holds it, set HF_TOKEN if it is gated, "
-    instead += "or give a local folder"
+    hub = import_or_explain("huggingface_hub")
+    instead = "give a local folder, point HF_HOME at a cache, set HF_TOKEN if it is gated"
     files = {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"]}
+    files["ignore_patterns"] = ["*/*", "consolidated*"]
     with explained(f"{name!r} is no local folder and can't be fetched", instead):
-        return Path(snapshot_download(name, ignore_patterns=["*/*", "consolidated*"], **files))
+        return Path(hub.snapshot_download(name, **files))
 
 
 def find_package(name):

@@ -10,7 +10,7 @@ from it with the same windows: `cont` reads plain ids, `zip` compressed ones, `d
 never merges digits; in `rand` a row is a fixed random vector, in `avg` the mean of its base ids'
 embeddings. A real model goes on as `cont` and `zip`.
 
-Read on: `Zip` (the method), `pack`, `generate`, `transported` (the theory), `train_arm`, `judge`.
+Read on: `Zip`, `pack`, `generate`, `transported` (theory), `train_arm`, `judge`.
 """
 
 import copy
@@ -56,10 +56,9 @@ class Args(common.TrainFlags):
         | dict(warmup=800, weight_decay=0.01),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("max_len", "enc_layers", "enc_dim", "enc_heads"), (1,)),
-        **dict.fromkeys(("lora_r", "samples", "pretrain_steps"), (1,)),
+        **dict.fromkeys("max_len max_codes enc_layers enc_dim enc_heads".split(), (1,)),
+        **dict.fromkeys("lora_r samples pretrain_steps".split(), (1,)),
         "block_size": (32,),
-        "max_codes": (0,),
     }
     unused: ClassVar[set] = {"shard"}  # every process holds the frozen base model
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"prompt", "samples"}
@@ -112,10 +111,7 @@ def add_lora(gpt, r):
 
 
 class HyperEncoder(nn.Module):
-    """What rows add, way in and way out: embeddings (R, M, C), real (R, M) to two tensors (R, C).
-
-    Both are zero at first: the two last layers start so.
-    """
+    """Embeddings (R, M, C), real (R, M) of rows to what they add on the ways in and out, (R, C)."""
 
     def __init__(self, C, M, args):
         super().__init__()
@@ -127,7 +123,7 @@ class HyperEncoder(nn.Module):
         self.layers = nn.TransformerEncoder(layer, args.enc_layers, enable_nested_tensor=False)
         self.norm = nn.RMSNorm(d)
         self.heads = nn.ModuleList(nn.Linear(d, C, bias=False) for _ in range(2))
-        for head in self.heads:
+        for head in self.heads:  # nothing is added at first
             nn.init.zeros_(head.weight)
 
     def forward(self, e, real):
@@ -278,7 +274,7 @@ def as_tensor(words, M):
 def generate(model, prompts, n, temperature=0.0, seed=0):
     """Continues every prompt (a list of base ids) by n codes; the rows grow with the text.
 
-    Returns a list of pairs (code, its base ids) for each prompt.
+    Returns a list of n words for each prompt: a code's base ids, two or more if it is a row.
     """
     lzw, c = model.lzw, model.config
     device, dtype = model.gpt.wte.weight.device, model.gpt.wte.weight.dtype
@@ -299,7 +295,7 @@ def generate(model, prompts, n, temperature=0.0, seed=0):
             h = model.hidden(idx, vectors[0], mask, cache)[:, -1:]
             idx = sample(model.logits(h, vectors[1], known)[:, 0], temperature, rng=rng)
             for decoder, out, code in zip(decoders, new, idx[:, 0].tolist()):
-                out.append((code, decoder.push(code)[0]))
+                out.append(decoder.push(code)[0])
             mask = None
     return new
 
@@ -329,8 +325,8 @@ def transported(lzw, logp, ids):
 
         p(z_t) = P(its base ids) * P(the next id doesn't extend z_t) / P(.. doesn't extend z_t-1)
 
-    "Doesn't extend": LZW would have gone on if there were such a row. Returns (n_codes - 1, 2):
-    with these two factors, and without.
+    Where it extends z_t, LZW would have gone on. Returns (n_codes - 1, 2): as here, and without the
+    two factors.
     """
     decoder, out = Decoder(lzw), []
     place = before = 0
@@ -363,11 +359,7 @@ def total_probability(lzw, predict, ids):
 
 @torch.no_grad()
 def theory(gpt, lzw, world, n, device):
-    """Theorem 2.1 on held-out windows that end with a text's end.
-
-    lost   bits per byte between the base model and the transported one
-    mass, mass_alone  how far probabilities are from adding up to 1, with the factors and without
-    """
+    """Theorem 2.1 on held-out windows: bits per byte lost, and (mass) |1 - the sum of all p|."""
 
     def predict(idx):
         return gpt(idx.to(device)).double().log_softmax(-1).cpu()
@@ -405,12 +397,11 @@ class Synth:
         parts += [[f" {word}" for word in words.split()] for words in (VERBS, NOUNS)]
         parts += [OTHERS.split("|"), [f" {digit}" for digit in range(10)]]
         self.text = list(itertools.chain(*parts))
-        ends = np.cumsum([len(part) for part in parts])
-        groups = list(map(range, ends, ends[1:]))
-        self.tail, self.head, self.verbs, self.nouns = groups[:4]
-        rest, self.digits = groups[4:]
-        self.word = {self.text[i].strip() or "\n": int(i) for i in rest}
-        self.n_vocab, self.special = int(ends[-1]), [0]
+        ids = iter(range(len(self.text)))
+        groups = [list(itertools.islice(ids, len(part))) for part in parts]
+        _, self.tail, self.head, self.verbs, self.nouns, rest, self.digits = groups
+        self.word = {self.text[i].strip() or "\n": i for i in rest}
+        self.n_vocab, self.special = len(self.text), [0]
         self.length, self.seed = args.block_size, seed
 
     def sentence(self, rng, names, liked):
@@ -480,7 +471,7 @@ class Text:
         return self.tok.decode([int(i) for i in ids])
 
 
-# ---------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------- training and measures
 
 
 load_real = functools.cache(pretrained.load)  # once a process, for all arms
@@ -556,9 +547,6 @@ def train_arm(args, env, log, arm, seed):
     return found
 
 
-# ---------------------------------------------------------------------------------------- measures
-
-
 def n_bytes(world, ids):
     """How many bytes of text some base ids are."""
     return len(world.decode(ids).encode())
@@ -592,15 +580,15 @@ def bits_per_byte(model, world, n, env, shuffle=False):
 
 def measure_generation(model, world, args):
     """Free generation from held-out prompts: are hypertokens used, names and numbers copied?"""
-    quarter, V = args.block_size // 4, model.config.vocab_size
+    quarter = args.block_size // 4
     prompts = world.windows("heldout", 1, args.samples)[:, : 2 * quarter].tolist()
     began = time.perf_counter()
     texts = generate(model, prompts, quarter, temperature=0.8, seed=world.seed)
     seconds = time.perf_counter() - began
-    written = [base_ids(text) for text in texts]
-    hyper = sum(code >= V for text in texts for code, _ in text)
+    written = [list(itertools.chain(*text)) for text in texts]
+    rows = sum(len(word) > 1 for word in itertools.chain(*texts))
     found = {
-        "gen_row_share": hyper / (len(texts) * quarter),
+        "gen_row_share": rows / (len(texts) * quarter),
         "gen_ids_per_base": len(texts) * quarter / sum(map(len, written)),
         "gen_ms_per_byte": 1e3 * seconds / sum(n_bytes(world, ids) for ids in written),
     }
@@ -620,14 +608,9 @@ def measure_copying(model, world, prompts, written):
         asked.append([*prompt[:-12], w["."], w["number"], *number, w["again"]])
     right = []
     for text, number in zip(generate(model, asked, 8), numbers):
-        right += [a == b for a, b in zip(base_ids(text), number)]
+        right += [a == b for a, b in zip(itertools.chain(*text), number)]
     names = float(np.mean(copied)) if copied else 0.0
     return {"names_copied": names, "digits_copied": float(np.mean(right))}
-
-
-def base_ids(text):
-    """The base ids of what `generate` gives for a prompt."""
-    return list(itertools.chain(*(word for _, word in text)))
 
 
 # ------------------------------------------------------------------------- claims, figure and main
@@ -642,13 +625,13 @@ def judge(run, found):
     mixed = [row | {"ids_per_byte": row["mixed_ids_per_byte"]} for row in zipped]
     toy = not run.args.model
 
-    says = "little cost: bits per byte beside the better of the base model and LoRA on plain ids"
+    says = "little cost: bits per byte beside the better of base model and LoRA on plain ids"
     cost, controls = "arm.bpb <= 1.2 * base.best", {"rows shuffled": shuffled}
     if toy:
         controls["mean of embeddings"] = found["avg"]
     run.claim("C2", says, "1.08 to 1.15 times", cost, base=plain, arm=zipped, controls=controls)
     if toy:
-        says = "it is the encoder that does it: at most half the cost that fixed random rows have"
+        says = "the encoder does it: at most half the cost that fixed random rows have"
         half = "arm.bpb - base.best <= .5 * (base.rand - base.best)"
         both = [row | {"rand": rand["bpb"]} for row, rand in zip(plain, found["rand"])]
         controls = {"rows shuffled": shuffled}
@@ -660,7 +643,7 @@ def judge(run, found):
         paper, controls = "ids .77 to .92 of base ids", {"random rows": found["rand"]}
         run.claim("C4", says, paper, written, base=plain, arm=zipped, controls=controls)
 
-    says = "fewer ids, so fewer forward passes, per byte of the same text"
+    says = "fewer ids, so fewer passes, per byte of the same text"
     fewer, controls = "arm.ids_per_byte <= .85 * base.ids_per_byte", {"ids in random order": mixed}
     run.claim("C5", says, "-15 to -40 %", fewer, base=plain, arm=zipped, controls=controls)
     if toy:
@@ -699,9 +682,9 @@ def show(run):
         (text,) = generate(model, [ids], n)
         seconds = time.perf_counter() - began
         print(f"\n--- {name}:")
-        for _, word in text:
+        for word in text:
             print(paint(world.decode(word), len(word)), end="")
-        size = len(base_ids(text))
+        size = sum(map(len, text))
         passes = f"{n} passes for {size} base ids: {n / size:.2f} each"
         print(f"\n{passes}, {1e3 * seconds / size:.1f} ms")
 
@@ -709,12 +692,11 @@ def show(run):
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     width = args.enc_dim % args.enc_heads
-    other = args.prompt not in ("", "heldout") and not args.model
-    text = args.dataset != "stdlib" and not args.model
+    text = args.dataset != "stdlib" or args.prompt not in ("", "heldout")
+    needs = "--dataset, and a --prompt other than `heldout`, need --model: the toy has its own text"
     return [
         (width, f"--enc-dim {args.enc_dim} is no multiple of --enc-heads {args.enc_heads}"),
-        (other, "--prompt: the toy can write behind `heldout` only; a text needs --model"),
-        (text, "--dataset is the text of --model: give both"),
+        (text and not args.model, needs),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
 

@@ -33,7 +33,7 @@ import sae
 from model import GPT, GPTConfig, generate, padded, sweep
 
 BASE, FT = 0, 1  # the streams of the crosscoder: the base model, and the reasoner made from it
-ALPHAS = [0.25, 0.5, 1.0]  # lengths of a push, in norms of the state
+ALPHAS = [0.5, 1.0, 1.5, 2.0]  # lengths of a push, in norms of the state (paper: the same)
 
 
 @dataclass
@@ -67,15 +67,15 @@ class Args(common.TrainFlags):
     answers: int = 64  # real models: answers that the reasoner is asked for (paper: 351 prompts)
     wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # real: as in the paper
     layer: int = 2  # block whose output is read, from 0 (paper: 7, 15, 23 of 32)
-    d_sae: int = 512  # latents (paper: 65536, 16 times the width)
-    k: int = 24  # active latents at a position, on average (paper: 100)
-    sae_steps: int = 600  # training steps of the crosscoder
-    sae_batch: int = 2048  # positions in a step (paper: 2048)
+    d_sae: int = 256  # latents (paper: 65536, 16 times the width)
+    k: int = 32  # active latents at a position, on average (paper: 100)
+    sae_steps: int = 500  # training steps of the crosscoder
+    sae_batch: int = 1024  # positions in a step (paper: 2048)
     sae_lr: float = 2e-3  # peak learning rate of the crosscoder, Adam's (paper: 1e-4)
-    rows: int = 100_000  # positions that are harvested and shuffled at a time
+    rows: int = 60_000  # positions that are harvested and shuffled at a time
     refresh: bool = False  # harvest new rows when all have been used; else go over them again
     prompts: int = 100  # positions of each cause in a split; real: in all (paper: 351)
-    top: int = 10  # length of the lists of latents (paper: 50)
+    top: int = 12  # length of the lists of latents (paper: 50)
 
 
 # -------------------------------------------------------------------------------------- the method
@@ -479,7 +479,7 @@ def study(models, code, args, prompts, caused, none, wait, seed):
         row["delta"][name] = delta[some].mean().item()
         vectors[name] = D[some]
     for name, some in vectors.items():
-        row["rise"][name] = pushed(models[FT], layer, none, some, 0.5, [wait]).mean().item()
+        row["rise"][name] = pushed(models[FT], layer, none, some, 1.0, [wait]).mean().item()
     row["off"] = lists_off(models, code, layer, caused, lists, wait)
     a, lost = against_ablation(models, code, layer, caused, wait)
     order = torch.randperm(len(a), generator=rng)

@@ -357,12 +357,12 @@ def test_a_pair_that_does_not_belong_together(tmp_path, capsys):
     "flags, message",
     [
         ("--layer 9", "--layer 9, allowed: 0 to 3"),
-        ("--k 600", "--k 600, allowed: 1 to 512"),
+        ("--k 600", "--k 600, allowed: 1 to 256"),
         ("--top 0", "--top 0, allowed"),
-        ("--top 200", "--top 200, allowed: 1 to 128"),
+        ("--top 200", "--top 200, allowed: 1 to 64"),
         ("--base x", "needs both --base and --model"),
         ("--answers 3", "--answers has no effect without --model"),
-        ("--rows 100", "--rows 100, allowed: 2048 and more"),
+        ("--rows 100", "--rows 100, allowed: 1024 and more"),
         ("--base nothing-here --model nothing-here", "nothing-here"),
     ],
 )

@@ -33,7 +33,7 @@ import sae
 from model import GPT, GPTConfig, generate, padded, sweep
 
 BASE, FT = 0, 1  # the streams of the crosscoder: the base model, and the reasoner made from it
-ALPHAS = [0.5, 1.0, 1.5, 2.0]  # lengths of a push, in norms of the state (paper: the same)
+ALONE, TOGETHER = 1.0, 2.0  # lengths of a push, in norms of the state (paper: .5 to 2)
 
 
 @dataclass
@@ -44,9 +44,6 @@ class Args(common.TrainFlags):
         "smoke": dict(steps=12, ft_steps=8, sae_steps=12, batch_size=8, d_sae=64)
         | dict(sae_batch=128, rows=1500, prompts=10, top=4, jobs=1),
         "toy": {},
-        "paper": dict(base="meta-llama/Llama-3.1-8B", dataset="HuggingFaceFW/fineweb", layer=15)
-        | dict(model="deepseek-ai/DeepSeek-R1-Distill-Llama-8B", d_sae=65536, k=100, top=50)
-        | dict(sae_steps=195000, sae_lr=1e-4, rows=2**19, refresh=True),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
         **dict.fromkeys(("ft_steps", "d_sae", "k", "sae_steps", "sae_batch"), (1,)),
@@ -63,18 +60,18 @@ class Args(common.TrainFlags):
     lr: float = 4e-3
     base: str = ""  # a pretrained base model in place of the toy (paper: Llama-3.1-8B)
     model: str = ""  # the reasoner made from it (paper: DeepSeek-R1-Distill-Llama-8B)
-    dataset: str = "stdlib"  # real models: text, half of the rows; the others: answers (paper: web)
-    answers: int = 64  # real models: answers that the reasoner is asked for (paper: 351 prompts)
-    wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # real: as in the paper
+    dataset: str = "stdlib"  # real: text, half of the rows; half are answers (paper: web)
+    answers: int = 64  # real: answers that the reasoner is asked for (paper: 500)
+    wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # real: the paper's
     layer: int = 2  # block whose output is read, from 0 (paper: 7, 15, 23 of 32)
-    d_sae: int = 256  # latents (paper: 65536, 16 times the width)
+    d_sae: int = 256  # latents (paper: 65536)
     k: int = 32  # active latents at a position, on average (paper: 100)
-    sae_steps: int = 500  # training steps of the crosscoder
+    sae_steps: int = 500  # steps of the crosscoder (paper: 195000)
     sae_batch: int = 1024  # positions in a step (paper: 2048)
-    sae_lr: float = 2e-3  # peak learning rate of the crosscoder, Adam's (paper: 1e-4)
+    sae_lr: float = 2e-3  # peak learning rate (paper: 1e-4)
     rows: int = 60_000  # positions that are harvested and shuffled at a time
-    refresh: bool = False  # harvest new rows when all have been used; else go over them again
-    prompts: int = 100  # positions of each cause in a split; real: in all (paper: 351)
+    refresh: bool = False  # harvest anew when all rows have been used; else take them again
+    prompts: int = 100  # prompts of each cause in a split; real: in all (paper: 351)
     top: int = 12  # length of the lists of latents (paper: 50)
 
 
@@ -82,9 +79,9 @@ class Args(common.TrainFlags):
 
 
 def relative_norm(norms):
-    """Of decoder norms (m, 2): 0 for a latent of the base alone, .5 shared, 1 the reasoner's alone.
+    """Whose latents are, by decoder norms (m, 2): 0 the base's, .5 shared, 1 the reasoner's.
 
-    Delta = ((|ft| - |base|) / max(|ft|, |base|) + 1) / 2, .5 where both are 0.
+    Delta = ((|ft| - |base|) / max(|ft|, |base|) + 1) / 2
     """
     base, ft = norms.unbind(1)
     return ((ft - base) / torch.maximum(ft, base).clamp(min=1e-12) + 1) / 2
@@ -109,9 +106,9 @@ def last_states(models, prompts, layer):
 
 
 def gradient(model, prompts, layer, targets):
-    """d log P(targets) / d h (N, C) for the residual h of each prompt's last token behind `layer`.
+    """d log P(targets) / d h (N, C), h the state of each prompt's last token behind `layer`.
 
-    The model runs as it is: no reconstruction is spliced in. Prompts may differ in length.
+    The model runs as it is: no reconstruction is spliced in.
     """
     size = max(1, min(64, 2**13 // max(map(len, prompts))))  # a graph holds all blocks above
     states, parts = [], []
@@ -144,47 +141,42 @@ def attribute(models, code, layer, prompts, targets):
     return attribution(f, code.decoder(FT), g), f
 
 
-def add(x, change):
-    """A patch."""
-    return x + change.to(x.dtype)
-
-
 @torch.no_grad()
 def outcomes(model, layer, prompts, changes, groups):
-    """P of groups of ids [[id, ...], ...] behind the prompts: as they are, then under V changes.
+    """P of groups of ids behind the prompts: as they are, then under V changes of the state.
 
     changes  (N, V, C): what is added to the last token's residual after block `layer`
-    Returns (N, 1 + V, len(groups)), exact: all changes go through the blocks above in one pass.
+    Returns (N, 1 + V, len(groups)): all changes go through the blocks above in one pass.
     """
     V = changes.shape[1]
     size = max(1, min(64, 2**24 // (V + 1) // model.config.vocab_size))  # for all their logits
     parts = []
     for i in range(0, len(prompts), size):
         idx, mask = padded(prompts[i : i + size], model.wte.weight.device)
-        here = changes[i : i + size, :, None]
-        patches = [{layer: partial(add, change=here[:, v])} for v in range(V)]
+        here = changes[i : i + size, :, None].to(model.wte.weight.dtype)
+        patches = [{layer: here[:, v].add} for v in range(V)]
         logits = model.unembed(sweep(model, idx, [{}, *patches], mask=mask)[:, :, 0])
         parts.append(torch.stack([log_p(logits, group) for group in groups], -1))
     return torch.cat(parts).exp().cpu()
 
 
 def pushes(h, vectors, alpha):
-    """The paper's steering: alpha |h| v / |v| for states h (N, C) and vectors (V, C): (N, V, C)."""
+    """Steering: alpha |h| v / |v| for states h (N, C) and vectors v (V, C): (N, V, C)."""
     return alpha * h.norm(dim=1)[:, None, None] * F.normalize(vectors, dim=1)
 
 
-def steer(h, vector, alpha):
+def steer(h, vector):
     """A patch for `generate`: pushes the state of the prompt's last token, and no later one."""
     if h.shape[1] == 1:  # a new token behind the cache
         return h
     h = h.clone()
-    h[:, -1] += pushes(h[:, -1].float(), vector[None], alpha)[:, 0].to(h.dtype)
+    h[:, -1] += pushes(h[:, -1], vector[None], TOGETHER)[:, 0]
     return h
 
 
 # --------------------------------------------------------------------------------------- the world
 
-PATTERNS = {  # what the reasoner does: the words it begins with, one of two; and the cause of it
+PATTERNS = {  # what the reasoner does: one of two words begins it; and the cause
     "check": ("check", "verify"),  # an error in this step
     "restart": ("again", "begin"),  # a slip: this step began from a wrong number
     "recall": ("recall", "rule"),  # the next stage is @, defined at the start
@@ -238,9 +230,8 @@ class Story:
 
     def write(self, x, i, result):
         """The words of a step; behind @ and a settled ? stands what it means."""
-        shown = [self.stages[i], self.meaning(i)]
-        if shown[0] == shown[1] or not shown[1]:
-            shown.pop()
+        stage, means = self.stages[i], self.meaning(i)
+        shown = [stage, means] if means not in ("", stage) else [stage]
         self.words += [*shown, str(x), "=", str(result), ";"]
         self.value = result
 
@@ -273,8 +264,8 @@ class Story:
 def tell(rng, reasoner):
     """A story with noise in it: some steps are wrong, and at most one is a slip.
 
-    The base's are graded: half of its steps are followed by ok or bad, so that it learns to see
-    noise. The reasoner's causes are followed by episodes, three times in four; no cause, by .03.
+    The base grades half of its steps with ok or bad, so that it learns to see noise. The
+    reasoner has an episode after three causes in four, and after no cause with .03.
     """
     s = Story(rng)
     wrong, slip = (0.12, 0.1) if reasoner else (0.3, 0.3)
@@ -307,22 +298,19 @@ def story_length(s):
 
 
 def batch_of(stories, reasoner):
-    """Stories as inputs, targets (B, T) and weights: 0 in the problem, 6 where it counts.
-
-    That is a grade, or for the reasoner the word behind a step: they are few among all words.
-    """
+    """Inputs, targets (B, T) and weights: 0 in the problem, 6 for a grade or behind a step."""
     longest = min(LONGEST + 1, max(map(story_length, stories)))
     full = torch.zeros(len(stories), longest, dtype=torch.long)
     for row, s in zip(full, stories):
         ids = [ID[word] for word in s.words[:longest]]
         row[: len(ids)] = torch.tensor(ids)
     idx, targets = full[:, :-1], full[:, 1:]
+    heavy = (targets == ID["ok"]) | (targets == ID["bad"])
     if reasoner:
         heavy = idx == ID[";"]
-    else:
-        heavy = (targets == ID["ok"]) | (targets == ID["bad"])
-    answer = (idx == ID[";"]).cumsum(1) > 0
-    return {"idx": idx, "targets": targets, "weights": (targets > 0) * answer * (1.0 + 5.0 * heavy)}
+    in_answer = (idx == ID[";"]).cumsum(1) > 0
+    weights = (targets > 0) * in_answer * (1.0 + 5.0 * heavy)
+    return {"idx": idx, "targets": targets, "weights": weights}
 
 
 def positions(rng, n):
@@ -383,7 +371,7 @@ def states_of(models, args, env, seed, n):
 
 
 def gate(model, split):
-    """G1: P(wait) after the cause that it's least likely after, and without one; right patterns."""
+    """G1: P(wait) after the worst cause, and after none; the worst share of right patterns."""
     p = {}
     for cause, prompts in split.items():
         none = torch.zeros(len(prompts), 0, 1)
@@ -396,9 +384,9 @@ def gate(model, split):
 
 
 def swapped(model, layer, split):
-    """G3: with the state before the word from another prompt, how often comes the donor's pattern?
+    """G3: with the last state from another prompt, how often does the donor's pattern come?
 
-    "other": among donors of another cause. "same": a donor of the same cause changes the pattern.
+    "other": for donors of another cause. "same": one of the same cause changes the pattern.
     """
     rng = np.random.default_rng(3)
     h = {cause: last_states([model], split[cause], layer) for cause in PATTERNS}
@@ -417,7 +405,7 @@ def swapped(model, layer, split):
 
 @torch.no_grad()
 def explained(code, x):
-    """G2: the share of the variance of rows x (N, 2 C) that is explained, of the worse stream."""
+    """G2: the share of the variance of rows x (N, 2 C) explained, in the worse stream."""
     wrong = (x - code.decode(code.encode(x))).square().sum(0).view(2, -1).sum(1)
     total = (x - x.mean(0)).square().sum(0).view(2, -1).sum(1)
     return (1 - wrong / total).min().item()
@@ -442,7 +430,7 @@ def against_ablation(models, code, layer, prompts, targets):
 
 
 def lists_off(models, code, layer, prompts, lists, wait):
-    """P2: by how much P(wait) falls, as a share, at prompts with a cause without each list."""
+    """P2: the share of P(wait) that goes without each list of latents."""
     f = code.encode(last_states(models, prompts, layer))
     D = code.decoder(FT)
     changes = torch.stack([-f[:, latents] @ D[latents] for latents in lists.values()], 1)
@@ -451,14 +439,14 @@ def lists_off(models, code, layer, prompts, lists, wait):
 
 
 def pushed(model, layer, prompts, vectors, alpha, groups):
-    """The rise of P of groups of ids when a state is pushed along each vector (V, C): (V, G)."""
+    """The rise of P of groups of ids, pushed along each vector (V, C): (V, G)."""
     h = last_states([model], prompts, layer)
     p = outcomes(model, layer, prompts, pushes(h, vectors, alpha), groups).mean(0)
     return p[1:] - p[0]
 
 
 def study(models, code, args, prompts, caused, none, wait, seed):
-    """Lists from `prompts`; then D, P1 and P2 at others with a cause, P3 at prompts without.
+    """Lists from `prompts`; D, P1 and P2 at others with a cause, P3 at others without.
 
     Returns the numbers, and the share of `prompts` at which each latent is active.
     """
@@ -479,7 +467,7 @@ def study(models, code, args, prompts, caused, none, wait, seed):
         row["delta"][name] = delta[some].mean().item()
         vectors[name] = D[some]
     for name, some in vectors.items():
-        row["rise"][name] = pushed(models[FT], layer, none, some, 1.0, [wait]).mean().item()
+        row["rise"][name] = pushed(models[FT], layer, none, some, ALONE, [wait]).mean().item()
     row["off"] = lists_off(models, code, layer, caused, lists, wait)
     a, lost = against_ablation(models, code, layer, caused, wait)
     order = torch.randperm(len(a), generator=rng)
@@ -488,38 +476,27 @@ def study(models, code, args, prompts, caused, none, wait, seed):
     return row, rate
 
 
-def patterns(models, code, layer, splits, rate, top):
-    """P4: where there is no cause, a list is pushed that was chosen for one pattern; what comes?
+def patterns(models, code, layer, discover, none, rate, top):
+    """P4: where there is no cause, a list chosen for one pattern is pushed; what comes?
 
-    A list: the latents of the highest attribution to the pattern's words, pushed together along
-    the sum of their directions. Alpha is chosen on the split `dev`, for each kind of list alike.
-    Returns {kind of list: rise of P(pattern) (4, 4), a row a list}, the vectors, their alphas.
+    A list: the latents of the highest attribution to the pattern's words, along the sum of
+    their directions. Returns {kind: rise of P(pattern) (4, 4), a row a list}, and the vectors.
     """
     D = code.decoder(FT)
     rng = torch.Generator().manual_seed(5)
     vectors = {"chosen": [], "matched": [], "random direction": []}
     for pattern, marks in zip(PATTERNS, MARKS):
-        prompts = splits["discover"][pattern]
-        a = attribute(models, code, layer, prompts, marks)[0].mean(0).cpu()
+        a = attribute(models, code, layer, discover[pattern], marks)[0].mean(0).cpu()
         latents = sae.best(a, top)
         for name, some in ("chosen", latents), ("matched", sae.alike(latents, rate)):
             weight = a[latents][: len(some), None].to(D)
             vectors[name].append((weight * F.normalize(D[some], dim=1)).sum(0))
         vectors["random direction"].append(torch.randn(D.shape[1], generator=rng).to(D))
-    matrices, alphas = {}, {}
+    matrices = {}
     for name, rows in vectors.items():
-        rise = {}
-        for split in "dev", "test":
-            prompts = splits[split]["none"]
-            found = [
-                pushed(models[FT], layer, prompts, torch.stack(rows), alpha, MARKS)
-                for alpha in ALPHAS
-            ]
-            rise[split] = torch.stack(found, 1)  # (list, alpha, pattern)
-        best = [rise["dev"][i, :, i].argmax() for i in range(4)]
-        alphas[name] = [ALPHAS[i] for i in best]
-        matrices[name] = [rise["test"][i, j].tolist() for i, j in enumerate(best)]
-    return matrices, vectors["chosen"], alphas["chosen"]
+        rise = pushed(models[FT], layer, none, torch.stack(rows), TOGETHER, MARKS)
+        matrices[name] = rise.tolist()
+    return matrices, vectors["chosen"]
 
 
 def brought_about(matrix):
@@ -528,17 +505,15 @@ def brought_about(matrix):
     return sum(row[i] >= 0.25 and row.argmax() == i for i, row in enumerate(matrix))
 
 
-def examples(model, layer, prompt, vectors, alphas):
+def examples(model, layer, prompt, vectors):
     """What follows a prompt as it is, and pushed for each pattern: {pattern: words}."""
-    texts = {"prompt": " ".join(VOCAB[i] for i in prompt)}
-    names = ["as it is", *PATTERNS]
-    for name, vector, alpha in zip(names, [vectors[0], *vectors], [0.0, *alphas]):
-        patch = partial(steer, vector=vector, alpha=alpha)
-        with model.patch({f"blocks.{layer}.resid_post": patch}):
+    texts = {"prompt": prompt}
+    vectors = [torch.zeros_like(vectors[0]), *vectors]
+    for name, vector in zip(["as it is", *PATTERNS], vectors):
+        with model.patch({f"blocks.{layer}.resid_post": partial(steer, vector=vector)}):
             room = LONGEST - len(prompt)
-            row = generate(model, [prompt], room, temperature=0, stop=[ID["<eos>"]])[0]
-        texts[name] = " ".join(VOCAB[i] for i in row)
-    return texts
+            texts[name] = generate(model, [prompt], room, temperature=0, stop=[ID["<eos>"]])[0]
+    return {name: " ".join(VOCAB[i] for i in ids) for name, ids in texts.items()}
 
 
 def toy(args, env, log, arm, seed):
@@ -550,19 +525,16 @@ def toy(args, env, log, arm, seed):
     torch.manual_seed(seed)
     code = sae.SAE(64, args.d_sae, args.k, streams=2, batch=True)
     sae.train_sae(code, lambda refill: rows, args, env, log, seed)
-    splits = {}
-    for i, name in enumerate(("discover", "dev", "test")):
-        splits[name] = positions(np.random.default_rng([seed, 4, i]), args.prompts)
-    test = splits["test"]
-    prompts, caused = with_cause(splits["discover"]), with_cause(test)
-    row, rate = study(models, code, args, prompts, caused, test["none"], WAIT, seed)
+    discover, test = (positions(np.random.default_rng([seed, i]), args.prompts) for i in (4, 5))
+    prompts, caused, none = with_cause(discover), with_cause(test), test["none"]
+    row, rate = study(models, code, args, prompts, caused, none, WAIT, seed)
     row["gate"] = {"reasoner": gate(models[FT], test), "the base model": gate(base, test)}
     row["swap"] = swapped(models[FT], layer, test)
     held = states_of(models, args, env, seed + 2**20, min(args.rows, 2**13))
     apart = torch.cat((held[:, :64].roll(1, 0), held[:, 64:]), 1)
     row["explained"] = {"same": explained(code, held), "apart": explained(code, apart)}
-    row["matrices"], chosen, alphas = patterns(models, code, layer, splits, rate, args.top)
-    row["texts"] = examples(models[FT], layer, test["none"][0], chosen, alphas)
+    row["matrices"], chosen = patterns(models, code, layer, discover, none, rate, args.top)
+    row["texts"] = examples(models[FT], layer, none[0], chosen)
     return row
 
 

@@ -79,9 +79,9 @@ def test_steering_by_hand():
     h, v = torch.tensor([[3.0, 4]]), torch.tensor([[0.0, 2]])
     assert cx.pushes(h, v, 0.5).tolist() == [[[0, 2.5]]]
     states = torch.tensor([[[1.0, 1], [3, 4]]])
-    assert cx.steer(states, v[0], 0.5).tolist() == [[[1, 1], [3, 6.5]]]
-    assert torch.equal(cx.steer(states, v[0], 0.0), states)
-    assert torch.equal(cx.steer(states[:, :1], v[0], 0.5), states[:, :1])  # a later token
+    assert cx.steer(states, v[0]).tolist() == [[[1, 1], [3, 14]]]  # twice the norm of 5
+    assert torch.equal(cx.steer(states, 0 * v[0]), states)
+    assert torch.equal(cx.steer(states[:, :1], v[0]), states[:, :1])  # a later token
 
 
 def test_spearman_by_hand():

@@ -1,7 +1,7 @@
 """Crosscoders on the state before *wait* (arXiv 2510.04128): what makes a reasoner stop?
 
-A reasoning model writes "Wait" and goes another way: it checks, starts again, recalls a rule,
-admits a doubt. Is that decided in the state *before* the word? The paper's way to ask:
+A reasoning model writes "Wait" and goes another way: it checks, starts again, recalls a
+rule, admits a doubt. Is that decided in the state *before* the word? The paper's way to ask:
 
 1. a crosscoder: one sparse code for the states of a base model and of
    the reasoner that was made from it                                  `sae.SAE`
@@ -10,12 +10,12 @@ admits a doubt. Is that decided in the state *before* the word? The paper's way 
    to first order, at the token before                                 `attribution`
 4. the latents at the top steer                                        `pushes`
 
-The toy knows the truth. A small GPT learns to take digits through maps, with errors and slips.
-Its reasoner waits after four causes, and each has words and an episode of its own. So attribution
+The toy knows the truth. A small GPT takes digits through maps, with errors and slips. Its
+reasoner waits after four causes; each has words and an episode of its own. So attribution
 is compared with exact ablation, and steering with what a cause would have brought about.
 
-What to look at: the rank correlation of attribution and ablation (P1); the matrix of pushed
-latents and what the model then does (P4). A real pair of models: --base and --model.
+What to look at: attribution beside ablation (P1), the matrix of pushed latents and what the
+model then does (P4). A real pair of models: --base and --model.
 """
 
 from dataclasses import dataclass, replace
@@ -32,8 +32,8 @@ import pretrained
 import sae
 from model import GPT, GPTConfig, generate, padded, sweep
 
-BASE, FT = 0, 1  # the streams of the crosscoder: the base model, and the reasoner made from it
-ALONE, TOGETHER = 1.0, 2.0  # lengths of a push, in norms of the state (paper: .5 to 2)
+BASE, FT = 0, 1  # the streams: the base model, and the reasoner made from it
+ALONE, TOGETHER = 1.0, 2.0  # lengths of a push, in norms of the state
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Args(common.TrainFlags):
 
 
 def relative_norm(norms):
-    """Whose latents are, by decoder norms (m, 2): 0 the base's, .5 shared, 1 the reasoner's.
+    """By decoder norms (m, 2), whose a latent is: 0 the base's, .5 shared, 1 the reasoner's.
 
     Delta = ((|ft| - |base|) / max(|ft|, |base|) + 1) / 2
     """
@@ -96,7 +96,7 @@ def log_p(logits, targets):
 
 
 def last_states(models, prompts, layer):
-    """Residual streams of each prompt's last token, all models side by side: (N, M C)."""
+    """States of each prompt's last token, all models side by side: (N, M C)."""
     parts = []
     for i in range(0, len(prompts), 64):
         idx, mask = padded(prompts[i : i + 64], models[0].wte.weight.device)
@@ -106,11 +106,11 @@ def last_states(models, prompts, layer):
 
 
 def gradient(model, prompts, layer, targets):
-    """d log P(targets) / d h (N, C), h the state of each prompt's last token behind `layer`.
+    """d log P(targets) / d h (N, C), h the state of each prompt's last token.
 
     The model runs as it is: no reconstruction is spliced in.
     """
-    size = max(1, min(64, 2**13 // max(map(len, prompts))))  # a graph holds all blocks above
+    size = max(1, min(64, 2**13 // max(map(len, prompts))))  # of a graph
     states, parts = [], []
 
     def cut(h):
@@ -135,7 +135,7 @@ def attribution(f, D, g):
 
 
 def attribute(models, code, layer, prompts, targets):
-    """Attributions and codes of prompts, (N, m) each. Only their last token is encoded."""
+    """Attributions and codes of the last tokens of prompts, (N, m) each."""
     f = code.encode(last_states(models, prompts, layer))
     g = gradient(models[FT], prompts, layer, targets)
     return attribution(f, code.decoder(FT), g), f
@@ -143,13 +143,13 @@ def attribute(models, code, layer, prompts, targets):
 
 @torch.no_grad()
 def outcomes(model, layer, prompts, changes, groups):
-    """P of groups of ids behind the prompts: as they are, then under V changes of the state.
+    """P of groups of ids behind prompts: as they are, then with V changes of the state.
 
-    changes  (N, V, C): what is added to the last token's residual after block `layer`
-    Returns (N, 1 + V, len(groups)): all changes go through the blocks above in one pass.
+    changes  (N, V, C): what is added to the last token's state after block `layer`
+    Returns (N, 1 + V, groups): all changes go through the blocks above in one pass.
     """
     V = changes.shape[1]
-    size = max(1, min(64, 2**24 // (V + 1) // model.config.vocab_size))  # for all their logits
+    size = max(1, min(64, 2**24 // (V + 1) // model.config.vocab_size))  # of logits
     parts = []
     for i in range(0, len(prompts), size):
         idx, mask = padded(prompts[i : i + size], model.wte.weight.device)
@@ -161,12 +161,12 @@ def outcomes(model, layer, prompts, changes, groups):
 
 
 def pushes(h, vectors, alpha):
-    """Steering: alpha |h| v / |v| for states h (N, C) and vectors v (V, C): (N, V, C)."""
+    """alpha |h| v / |v| for states h (N, C) and vectors v (V, C): (N, V, C)."""
     return alpha * h.norm(dim=1)[:, None, None] * F.normalize(vectors, dim=1)
 
 
 def steer(h, vector):
-    """A patch for `generate`: pushes the state of the prompt's last token, and no later one."""
+    """A patch for `generate`: pushes the prompt's last token, and no later one."""
     if h.shape[1] == 1:  # a new token behind the cache
         return h
     h = h.clone()
@@ -196,7 +196,7 @@ class Story:
     """A digit goes through three to five stages: each a map, or @, or the unknown ?.
 
     words      the problem, and then the answer, step by step
-    decisions  (index in `words` of a step's `;`, its cause, the pattern that follows or "")
+    decisions  (index of a step's `;`, its cause, the pattern that follows or "")
     """
 
     def __init__(self, rng):
@@ -210,7 +210,11 @@ class Story:
             kind = rng.random()
             plain = str(rng.choice([*MAPS]))
             self.stages.append("@" if kind < 0.15 else "?" if kind < 0.3 else plain)
-        self.words = ["<bos>", "@", "=", self.define, "|", str(self.first), ":", *self.stages, ";"]
+        self.words = ["<bos>", "@", "=", self.define, "|"]
+        self.words += [str(self.first), ":", *self.stages, ";"]
+
+    def __len__(self):
+        return len(self.words)
 
     def other(self, x):
         """A digit that is not x."""
@@ -236,7 +240,7 @@ class Story:
         self.value = result
 
     def step(self, i, noise):
-        """Stage i, with an error, with a slip, or right. Returns the decision's cause, and x."""
+        """Stage i, wrong, with a slip, or right. Returns the decision's cause, and x."""
         x = self.other(self.value) if noise == "restart" else self.value
         right = self.result(x, i)
         self.write(x, i, self.other(right) if noise == "check" else right)
@@ -292,14 +296,9 @@ def tell(rng, reasoner):
     return s
 
 
-def story_length(s):
-    """In words."""
-    return len(s.words)
-
-
 def batch_of(stories, reasoner):
-    """Inputs, targets (B, T) and weights: 0 in the problem, 6 for a grade or behind a step."""
-    longest = min(LONGEST + 1, max(map(story_length, stories)))
+    """Inputs, targets (B, T), weights: 0 in the problem, 6 for a grade or behind a step."""
+    longest = min(LONGEST + 1, max(map(len, stories)))
     full = torch.zeros(len(stories), longest, dtype=torch.long)
     for row, s in zip(full, stories):
         ids = [ID[word] for word in s.words[:longest]]
@@ -314,7 +313,7 @@ def batch_of(stories, reasoner):
 
 
 def positions(rng, n):
-    """n prompts for each cause, {cause: prompts}: they end where the reasoner decides."""
+    """{cause: n prompts}; they end where the reasoner decides."""
     split = {cause: [] for cause in CAUSES}
     while min(map(len, split.values())) < n:
         s = tell(rng, reasoner=True)
@@ -343,10 +342,10 @@ def train_model(args, env, log, seed, start=None):
         args = replace(args, steps=args.ft_steps)
 
     def batch(step):
-        """One of four batches that are drawn together, by length: so little is padding."""
+        """One of four batches drawn together, by length: so little is padding."""
         rng = np.random.default_rng([seed, reasoner, step // 4])
         stories = [tell(rng, reasoner) for _ in range(4 * args.batch_size)]
-        stories.sort(key=story_length)
+        stories.sort(key=len)
         part = rng.permutation(4)[step % 4] * args.batch_size
         return batch_of(stories[part : part + args.batch_size], reasoner)
 
@@ -371,22 +370,23 @@ def states_of(models, args, env, seed, n):
 
 
 def gate(model, split):
-    """G1: P(wait) after the worst cause, and after none; the worst share of right patterns."""
+    """G1: P(wait) after the worst cause, after none; the worst share of right patterns."""
     p = {}
     for cause, prompts in split.items():
         none = torch.zeros(len(prompts), 0, 1)
-        p[cause] = outcomes(model, 0, prompts, none, [WAIT, *MARKS])[:, 0].mean(0).tolist()
+        found = outcomes(model, 0, prompts, none, [WAIT, *MARKS])
+        p[cause] = found[:, 0].mean(0).tolist()
     return {
         "least": min(p[cause][0] for cause in PATTERNS),
         "without": p["none"][0],
-        "right": min(p[cause][1 + i] / p[cause][0] for i, cause in enumerate(PATTERNS)),
+        "right": min(p[cause][i] / p[cause][0] for i, cause in enumerate(PATTERNS, 1)),
     }
 
 
 def swapped(model, layer, split):
-    """G3: with the last state from another prompt, how often does the donor's pattern come?
+    """G3: with the last state of another prompt, how often comes the donor's pattern?
 
-    "other": for donors of another cause. "same": one of the same cause changes the pattern.
+    "other": donors of another cause. "same": one of the same cause changes the pattern.
     """
     rng = np.random.default_rng(3)
     h = {cause: last_states([model], split[cause], layer) for cause in PATTERNS}
@@ -395,7 +395,8 @@ def swapped(model, layer, split):
         for j, donor in enumerate(PATTERNS):
             donors = h[donor][rng.permutation(len(h[donor]))]
             change = (donors - h[cause])[:, None]
-            before, after = outcomes(model, layer, split[cause], change, MARKS).argmax(2).T
+            p = outcomes(model, layer, split[cause], change, MARKS)
+            before, after = p.argmax(2).T
             if cause == donor:
                 hits["same"] += (after != before).tolist()
             else:
@@ -405,7 +406,7 @@ def swapped(model, layer, split):
 
 @torch.no_grad()
 def explained(code, x):
-    """G2: the share of the variance of rows x (N, 2 C) explained, in the worse stream."""
+    """G2: the explained share of the variance of rows x (N, 2 C), in the worse stream."""
     wrong = (x - code.decode(code.encode(x))).square().sum(0).view(2, -1).sum(1)
     total = (x - x.mean(0)).square().sum(0).view(2, -1).sum(1)
     return (1 - wrong / total).min().item()
@@ -421,7 +422,7 @@ def against_ablation(models, code, layer, prompts, targets):
     """P1: attribution beside exact ablation, for each active latent of each prompt."""
     a, f = attribute(models, code, layer, prompts, targets)
     most = int((f > 0).sum(1).max())
-    active = f.topk(most).indices  # (N, V): as many as the busiest prompt has; idle ones are 0
+    active = f.topk(most).indices  # (N, V), as the busiest prompt has; idle ones are 0
     f, a = f.gather(1, active), a.gather(1, active)
     off = -f[..., None] * code.decoder(FT)[active]
     logp = outcomes(models[FT], layer, prompts, off, [targets])[..., 0].log()
@@ -433,7 +434,8 @@ def lists_off(models, code, layer, prompts, lists, wait):
     """P2: the share of P(wait) that goes without each list of latents."""
     f = code.encode(last_states(models, prompts, layer))
     D = code.decoder(FT)
-    changes = torch.stack([-f[:, latents] @ D[latents] for latents in lists.values()], 1)
+    changes = [-f[:, latents] @ D[latents] for latents in lists.values()]
+    changes = torch.stack(changes, 1)
     p = outcomes(models[FT], layer, prompts, changes, [wait])[..., 0].mean(0)
     return {name: (1 - p[1 + i] / p[0]).item() for i, name in enumerate(lists)}
 
@@ -467,12 +469,14 @@ def study(models, code, args, prompts, caused, none, wait, seed):
         row["delta"][name] = delta[some].mean().item()
         vectors[name] = D[some]
     for name, some in vectors.items():
-        row["rise"][name] = pushed(models[FT], layer, none, some, ALONE, [wait]).mean().item()
+        rise = pushed(models[FT], layer, none, some, ALONE, [wait])
+        row["rise"][name] = rise.mean().item()
     row["off"] = lists_off(models, code, layer, caused, lists, wait)
     a, lost = against_ablation(models, code, layer, caused, wait)
     order = torch.randperm(len(a), generator=rng)
     row |= {"rho": spearman(a, lost), "rho_permuted": spearman(a[order], lost)}
-    row |= {"attribution": a[order[:500]].tolist(), "ablation": lost[order[:500]].tolist()}
+    row["attribution"] = a[order[:500]].tolist()
+    row["ablation"] = lost[order[:500]].tolist()
     return row, rate
 
 
@@ -491,7 +495,8 @@ def patterns(models, code, layer, discover, none, rate, top):
         for name, some in ("chosen", latents), ("matched", sae.alike(latents, rate)):
             weight = a[latents][: len(some), None].to(D)
             vectors[name].append((weight * F.normalize(D[some], dim=1)).sum(0))
-        vectors["random direction"].append(torch.randn(D.shape[1], generator=rng).to(D))
+        random = torch.randn(D.shape[1], generator=rng).to(D)
+        vectors["random direction"].append(random)
     matrices = {}
     for name, rows in vectors.items():
         rise = pushed(models[FT], layer, none, torch.stack(rows), TOGETHER, MARKS)
@@ -512,7 +517,8 @@ def examples(model, layer, prompt, vectors):
     for name, vector in zip(["as it is", *PATTERNS], vectors):
         with model.patch({f"blocks.{layer}.resid_post": partial(steer, vector=vector)}):
             room = LONGEST - len(prompt)
-            texts[name] = generate(model, [prompt], room, temperature=0, stop=[ID["<eos>"]])[0]
+            options = dict(temperature=0, stop=[ID["<eos>"]])
+            texts[name] = generate(model, [prompt], room, **options)[0]
     return {name: " ".join(VOCAB[i] for i in ids) for name, ids in texts.items()}
 
 
@@ -525,7 +531,8 @@ def toy(args, env, log, arm, seed):
     torch.manual_seed(seed)
     code = sae.SAE(64, args.d_sae, args.k, streams=2, batch=True)
     sae.train_sae(code, lambda refill: rows, args, env, log, seed)
-    discover, test = (positions(np.random.default_rng([seed, i]), args.prompts) for i in (4, 5))
+    discover = positions(np.random.default_rng([seed, 4]), args.prompts)
+    test = positions(np.random.default_rng([seed, 5]), args.prompts)
     prompts, caused, none = with_cause(discover), with_cause(test), test["none"]
     row, rate = study(models, code, args, prompts, caused, none, WAIT, seed)
     row["gate"] = {"reasoner": gate(models[FT], test), "the base model": gate(base, test)}
@@ -542,7 +549,7 @@ def toy(args, env, log, arm, seed):
 
 
 def load_pair(args, env):
-    """The two models and their tokenizer. ValueError if they do not belong together."""
+    """Two models and their tokenizer. ValueError if they do not belong together."""
     base, tok = pretrained.load(args.base, env.device, args.dtype)
     ft, tok_ft = pretrained.load(args.model, env.device, args.dtype)
     shapes = [(m.config.n_layer, m.config.n_embd) for m in (base, ft)]
@@ -598,7 +605,7 @@ def prepare(args, env, out):
 
 
 def real(prepared, args, env, log, arm, seed):
-    """One seed of the crosscoder on a real pair: attribution, exact ablation, single pushes."""
+    """One seed of the crosscoder on a real pair."""
     models, wait, prompts, fill = prepared
     torch.manual_seed(seed)
     code = sae.SAE(models[FT].config.n_embd, args.d_sae, args.k, streams=2, batch=True)
@@ -617,7 +624,7 @@ def each(rows, key, measure):
 
 
 def judge(run, rows):
-    """The paper's claims, each beside the controls that must fail the same criterion."""
+    """The paper's claims, beside controls that must fail the same criteria."""
     delta = each(rows, "delta", "delta")
     says = "latents that promote waiting are more the reasoner's than latents in general"
     criterion = "arm.delta >= base.delta + .05"
@@ -638,7 +645,7 @@ def judge(run, rows):
 
 
 def judge_toy(run, rows):
-    """Gates, without which the question has no sense; and P4, for which patterns must be known."""
+    """Gates, without which the question has no sense; and P4, which needs known patterns."""
     gates = {name: [row["gate"][name] for row in rows] for name in rows[0]["gate"]}
     says = "the reasoner waits for its causes, and then does what the cause asks for"
     criterion = "arm.least >= .6 and arm.without <= .1 and arm.right >= .85"
@@ -661,9 +668,10 @@ def judge_toy(run, rows):
 
 
 def draw(path, rows):
-    """Attribution beside ablation, lists off, whose the latents are, the matrix of patterns."""
+    """Attribution beside ablation, lists off, whose latents they are, patterns."""
     first = rows[0]
-    points = {f"rank correlation {first['rho']:.2f}": (first["attribution"], first["ablation"])}
+    name = f"rank correlation {first['rho']:.2f}"
+    points = {name: (first["attribution"], first["ablation"])}
     left = dict(title="Latents of the first seed, at each prompt", points=points)
     panels = [left | dict(xlabel="attribution, nats", ylabel="lost by ablation, nats")]
     for key, title in ("off", "Lists off: share of P(wait) lost"), ("delta", "Whose are they?"):
@@ -698,7 +706,7 @@ def check(args, env):
 
 
 def main(argv=None):
-    """The toy, or the pair of --base and --model; returns what it writes to result.json."""
+    """The toy, or a real pair; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2510.04128", check)
     if run.args.model:
         with common.bad_input("--model"):

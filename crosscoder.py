@@ -1,21 +1,21 @@
 """Crosscoders on the state before *wait* (arXiv 2510.04128): what makes a reasoner stop?
 
-A reasoning model writes "Wait" and goes another way: it checks, starts again, recalls a
-rule, admits a doubt. Is that decided in the state *before* the word? The paper's way to ask:
+A reasoning model writes "Wait" and goes another way: it checks, starts again, recalls,
+admits a doubt. Is that decided in the state *before* the word? The paper's way to ask:
 
 1. a crosscoder: one sparse code for the states of a base model and of
-   the reasoner that was made from it                                  `sae.SAE`
-2. the decoder's norms tell in which of the two a latent lives         `relative_norm`
-3. attribution ranks latents: what log P(wait) loses without each,
-   to first order, at the token before                                 `attribution`
-4. the latents at the top steer                                        `pushes`
+   the reasoner that was made from it                           `sae.SAE`
+2. the decoder's norms tell in which of them a latent lives     `relative_norm`
+3. attribution ranks latents: what log P(wait) loses without
+   each, to first order, at the token before                    `attribution`
+4. the latents at the top steer                                 `pushes`
 
 The toy knows the truth. A small GPT takes digits through maps, with errors and slips. Its
 reasoner waits after four causes; each has words and an episode of its own. So attribution
-is compared with exact ablation, and steering with what a cause would have brought about.
+can be compared with ablation, and steering with what a cause would have brought about.
 
-What to look at: attribution beside ablation (P1), the matrix of pushed latents and what the
-model then does (P4). A real pair of models: --base and --model.
+What to look at: attribution beside ablation (P1), what pushed latents bring about (P4).
+A real pair of models: --base and --model.
 """
 
 from dataclasses import dataclass, replace
@@ -46,8 +46,7 @@ class Args(common.TrainFlags):
         "toy": {},
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("ft_steps", "d_sae", "k", "sae_steps", "sae_batch"), (1,)),
-        **dict.fromkeys(("rows", "top", "answers"), (1,)),
+        **dict.fromkeys("ft_steps d_sae k sae_steps sae_batch rows top answers".split(), (1,)),
         **dict.fromkeys(("layer", "sae_lr"), (0,)),
         "prompts": (8,),
     }
@@ -58,20 +57,20 @@ class Args(common.TrainFlags):
     ft_steps: int = 1500  # optimizer steps that make the reasoner of it
     batch_size: int = 32
     lr: float = 4e-3
-    base: str = ""  # a pretrained base model in place of the toy (paper: Llama-3.1-8B)
-    model: str = ""  # the reasoner made from it (paper: DeepSeek-R1-Distill-Llama-8B)
-    dataset: str = "stdlib"  # real: text, half of the rows; half are answers (paper: web)
-    answers: int = 64  # real: answers that the reasoner is asked for (paper: 500)
+    base: str = ""  # in place of the toy: a base model (paper: Llama-3.1-8B)
+    model: str = ""  # its reasoner (paper: DeepSeek-R1-Distill-Llama-8B)
+    dataset: str = "stdlib"  # real: text for half of the rows (paper: web)
+    answers: int = 64  # real: as many are sampled (paper: 500)
     wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # real: the paper's
-    layer: int = 2  # block whose output is read, from 0 (paper: 7, 15, 23 of 32)
+    layer: int = 2  # block that is read, from 0 (paper: 7, 15, 23 of 32)
     d_sae: int = 256  # latents (paper: 65536)
     k: int = 32  # active latents at a position, on average (paper: 100)
     sae_steps: int = 500  # steps of the crosscoder (paper: 195000)
     sae_batch: int = 1024  # positions in a step (paper: 2048)
     sae_lr: float = 2e-3  # peak learning rate (paper: 1e-4)
     rows: int = 60_000  # positions that are harvested and shuffled at a time
-    refresh: bool = False  # harvest anew when all rows have been used; else take them again
-    prompts: int = 100  # prompts of each cause in a split; real: in all (paper: 351)
+    refresh: bool = False  # harvest anew when all rows are used
+    prompts: int = 100  # of each cause in a split; real: in all (paper: 351)
     top: int = 12  # length of the lists of latents (paper: 50)
 
 
@@ -79,7 +78,7 @@ class Args(common.TrainFlags):
 
 
 def relative_norm(norms):
-    """By decoder norms (m, 2), whose a latent is: 0 the base's, .5 shared, 1 the reasoner's.
+    """Of norms (m, 2): 0 for a latent of the base, .5 shared, 1 of the reasoner.
 
     Delta = ((|ft| - |base|) / max(|ft|, |base|) + 1) / 2
     """
@@ -110,7 +109,7 @@ def gradient(model, prompts, layer, targets):
 
     The model runs as it is: no reconstruction is spliced in.
     """
-    size = max(1, min(64, 2**13 // max(map(len, prompts))))  # of a graph
+    size = max(1, min(64, 2**13 // max(map(len, prompts))))
     states, parts = [], []
 
     def cut(h):
@@ -143,7 +142,7 @@ def attribute(models, code, layer, prompts, targets):
 
 @torch.no_grad()
 def outcomes(model, layer, prompts, changes, groups):
-    """P of groups of ids behind prompts: as they are, then with V changes of the state.
+    """P of groups of ids behind prompts: as they are, then with V changes.
 
     changes  (N, V, C): what is added to the last token's state after block `layer`
     Returns (N, 1 + V, groups): all changes go through the blocks above in one pass.
@@ -166,7 +165,7 @@ def pushes(h, vectors, alpha):
 
 
 def steer(h, vector):
-    """A patch for `generate`: pushes the prompt's last token, and no later one."""
+    """A patch: pushes the prompt's last token, and no later one."""
     if h.shape[1] == 1:  # a new token behind the cache
         return h
     h = h.clone()
@@ -193,7 +192,7 @@ LONGEST = 80
 
 
 class Story:
-    """A digit goes through three to five stages: each a map, or @, or the unknown ?.
+    """A digit goes through three to five stages: maps, or @, or the unknown ?.
 
     words      the problem, and then the answer, step by step
     decisions  (index of a step's `;`, its cause, the pattern that follows or "")
@@ -233,7 +232,7 @@ class Story:
         return (factor * x + term) % 5
 
     def write(self, x, i, result):
-        """The words of a step; behind @ and a settled ? stands what it means."""
+        """The words of a step; behind @ and a settled ? their meaning."""
         stage, means = self.stages[i], self.meaning(i)
         shown = [stage, means] if means not in ("", stage) else [stage]
         self.words += [*shown, str(x), "=", str(result), ";"]
@@ -268,8 +267,8 @@ class Story:
 def tell(rng, reasoner):
     """A story with noise in it: some steps are wrong, and at most one is a slip.
 
-    The base grades half of its steps with ok or bad, so that it learns to see noise. The
-    reasoner has an episode after three causes in four, and after no cause with .03.
+    The base grades half of its steps, so that it learns to see noise. The reasoner
+    has an episode after three causes in four, and after no cause with .03.
     """
     s = Story(rng)
     wrong, slip = (0.12, 0.1) if reasoner else (0.3, 0.3)
@@ -323,11 +322,6 @@ def positions(rng, n):
     return split
 
 
-def with_cause(split):
-    """All prompts of a split that have a cause."""
-    return sum((split[cause] for cause in PATTERNS), [])
-
-
 # ---------------------------------------------------------------------------- train, and harvest
 
 
@@ -360,7 +354,8 @@ def states_of(models, args, env, seed, n):
         rng = np.random.default_rng([seed, 2])
         while True:
             for reasoner in False, True:
-                idx = batch_of([tell(rng, reasoner) for _ in range(128)], reasoner)["idx"]
+                stories = [tell(rng, reasoner) for _ in range(128)]
+                idx = batch_of(stories, reasoner)["idx"]
                 yield idx.to(env.device), idx.to(env.device) != ID["<pad>"]
 
     return sae.harvest(models, args.layer, batches(), n, ID["<bos>"])
@@ -370,7 +365,7 @@ def states_of(models, args, env, seed, n):
 
 
 def gate(model, split):
-    """G1: P(wait) after the worst cause, after none; the worst share of right patterns."""
+    """G1: P(wait) after the worst cause, after none; the worst of right patterns."""
     p = {}
     for cause, prompts in split.items():
         none = torch.zeros(len(prompts), 0, 1)
@@ -404,10 +399,10 @@ def swapped(model, layer, split):
     return {name: float(np.mean(some)) for name, some in hits.items()}
 
 
-@torch.no_grad()
 def explained(code, x):
     """G2: the explained share of the variance of rows x (N, 2 C), in the worse stream."""
-    wrong = (x - code.decode(code.encode(x))).square().sum(0).view(2, -1).sum(1)
+    error = x - code.decode(code.encode(x))
+    wrong = error.square().sum(0).view(2, -1).sum(1)
     total = (x - x.mean(0)).square().sum(0).view(2, -1).sum(1)
     return (1 - wrong / total).min().item()
 
@@ -419,7 +414,7 @@ def spearman(x, y):
 
 
 def against_ablation(models, code, layer, prompts, targets):
-    """P1: attribution beside exact ablation, for each active latent of each prompt."""
+    """P1: attribution and exact ablation, for each active latent of each prompt."""
     a, f = attribute(models, code, layer, prompts, targets)
     most = int((f > 0).sum(1).max())
     active = f.topk(most).indices  # (N, V), as the busiest prompt has; idle ones are 0
@@ -441,16 +436,16 @@ def lists_off(models, code, layer, prompts, lists, wait):
 
 
 def pushed(model, layer, prompts, vectors, alpha, groups):
-    """The rise of P of groups of ids, pushed along each vector (V, C): (V, G)."""
+    """The rise of P of groups of ids, pushed along vectors (V, C): (V, G)."""
     h = last_states([model], prompts, layer)
     p = outcomes(model, layer, prompts, pushes(h, vectors, alpha), groups).mean(0)
     return p[1:] - p[0]
 
 
 def study(models, code, args, prompts, caused, none, wait, seed):
-    """Lists from `prompts`; D, P1 and P2 at others with a cause, P3 at others without.
+    """Lists from `prompts`; D, P1, P2 at others with a cause, P3 at others without.
 
-    Returns the numbers, and the share of `prompts` at which each latent is active.
+    Returns numbers, and the share of `prompts` at which each latent is active.
     """
     layer = args.layer
     a, f = attribute(models, code, layer, prompts, wait)
@@ -474,51 +469,52 @@ def study(models, code, args, prompts, caused, none, wait, seed):
     row["off"] = lists_off(models, code, layer, caused, lists, wait)
     a, lost = against_ablation(models, code, layer, caused, wait)
     order = torch.randperm(len(a), generator=rng)
-    row |= {"rho": spearman(a, lost), "rho_permuted": spearman(a[order], lost)}
+    row["rho"] = spearman(a, lost)
+    row["rho_permuted"] = spearman(a[order], lost)
     row["attribution"] = a[order[:500]].tolist()
     row["ablation"] = lost[order[:500]].tolist()
     return row, rate
 
 
-def patterns(models, code, layer, discover, none, rate, top):
+def patterns(models, code, args, discover, none, rate):
     """P4: where there is no cause, a list chosen for one pattern is pushed; what comes?
 
-    A list: the latents of the highest attribution to the pattern's words, along the sum of
-    their directions. Returns {kind: rise of P(pattern) (4, 4), a row a list}, and the vectors.
+    A list: the latents of the highest attribution to the pattern's words, along the sum
+    of their directions. Returns {kind: rise of P(pattern), a row a list}, and the vectors.
     """
     D = code.decoder(FT)
     rng = torch.Generator().manual_seed(5)
     vectors = {"chosen": [], "matched": [], "random direction": []}
     for pattern, marks in zip(PATTERNS, MARKS):
-        a = attribute(models, code, layer, discover[pattern], marks)[0].mean(0).cpu()
-        latents = sae.best(a, top)
+        a, _ = attribute(models, code, args.layer, discover[pattern], marks)
+        a = a.mean(0).cpu()
+        latents = sae.best(a, args.top)
         for name, some in ("chosen", latents), ("matched", sae.alike(latents, rate)):
             weight = a[latents][: len(some), None].to(D)
-            vectors[name].append((weight * F.normalize(D[some], dim=1)).sum(0))
-        random = torch.randn(D.shape[1], generator=rng).to(D)
-        vectors["random direction"].append(random)
+            directions = F.normalize(D[some], dim=1)
+            vectors[name].append((weight * directions).sum(0))
+        vectors["random direction"].append(torch.randn(D[0].shape, generator=rng).to(D))
     matrices = {}
     for name, rows in vectors.items():
-        rise = pushed(models[FT], layer, none, torch.stack(rows), TOGETHER, MARKS)
+        rise = pushed(models[FT], args.layer, none, torch.stack(rows), TOGETHER, MARKS)
         matrices[name] = rise.tolist()
     return matrices, vectors["chosen"]
 
 
 def brought_about(matrix):
-    """How many lists raise their own pattern by .25 or more, and no other pattern as much."""
+    """How many lists raise their own pattern by .25 or more, and no other as much."""
     matrix = np.array(matrix)
     return sum(row[i] >= 0.25 and row.argmax() == i for i, row in enumerate(matrix))
 
 
 def examples(model, layer, prompt, vectors):
-    """What follows a prompt as it is, and pushed for each pattern: {pattern: words}."""
+    """What follows a prompt as it is, and pushed for each pattern."""
     texts = {"prompt": prompt}
-    vectors = [torch.zeros_like(vectors[0]), *vectors]
-    for name, vector in zip(["as it is", *PATTERNS], vectors):
-        with model.patch({f"blocks.{layer}.resid_post": partial(steer, vector=vector)}):
-            room = LONGEST - len(prompt)
-            options = dict(temperature=0, stop=[ID["<eos>"]])
-            texts[name] = generate(model, [prompt], room, **options)[0]
+    for name, vector in zip(["as it is", *PATTERNS], [0 * vectors[0], *vectors]):
+        patch = partial(steer, vector=vector)
+        with model.patch({f"blocks.{layer}.resid_post": patch}):
+            room, stop = LONGEST - len(prompt), [ID["<eos>"]]
+            texts[name] = generate(model, [prompt], room, temperature=0, stop=stop)[0]
     return {name: " ".join(VOCAB[i] for i in ids) for name, ids in texts.items()}
 
 
@@ -526,22 +522,24 @@ def toy(args, env, log, arm, seed):
     """Everything for one seed: base, reasoner, crosscoder, measures."""
     base = train_model(args, env, log, seed)
     models = [base, train_model(args, env, log, seed, start=base)]
-    layer = args.layer
     rows = states_of(models, args, env, seed, args.rows)
     torch.manual_seed(seed)
     code = sae.SAE(64, args.d_sae, args.k, streams=2, batch=True)
     sae.train_sae(code, lambda refill: rows, args, env, log, seed)
     discover = positions(np.random.default_rng([seed, 4]), args.prompts)
     test = positions(np.random.default_rng([seed, 5]), args.prompts)
-    prompts, caused, none = with_cause(discover), with_cause(test), test["none"]
+    prompts = sum((discover[cause] for cause in PATTERNS), [])
+    caused, none = sum((test[cause] for cause in PATTERNS), []), test["none"]
     row, rate = study(models, code, args, prompts, caused, none, WAIT, seed)
-    row["gate"] = {"reasoner": gate(models[FT], test), "the base model": gate(base, test)}
-    row["swap"] = swapped(models[FT], layer, test)
+    row["gate"] = {"reasoner": gate(models[FT], test)}
+    row["gate"]["the base model"] = gate(base, test)
+    row["swap"] = swapped(models[FT], args.layer, test)
     held = states_of(models, args, env, seed + 2**20, min(args.rows, 2**13))
     apart = torch.cat((held[:, :64].roll(1, 0), held[:, 64:]), 1)
-    row["explained"] = {"same": explained(code, held), "apart": explained(code, apart)}
-    row["matrices"], chosen = patterns(models, code, layer, discover, none, rate, args.top)
-    row["texts"] = examples(models[FT], layer, none[0], chosen)
+    row["explained"] = {"same": explained(code, held)}
+    row["explained"]["apart"] = explained(code, apart)
+    row["matrices"], chosen = patterns(models, code, args, discover, none, rate)
+    row["texts"] = examples(models[FT], args.layer, none[0], chosen)
     return row
 
 
@@ -549,7 +547,7 @@ def toy(args, env, log, arm, seed):
 
 
 def load_pair(args, env):
-    """Two models and their tokenizer. ValueError if they do not belong together."""
+    """Two models and their tokenizer. ValueError if they don't match."""
     base, tok = pretrained.load(args.base, env.device, args.dtype)
     ft, tok_ft = pretrained.load(args.model, env.device, args.dtype)
     shapes = [(m.config.n_layer, m.config.n_embd) for m in (base, ft)]
@@ -576,7 +574,7 @@ def answer(model, tok, i):
 
 
 def prepare(args, env, out):
-    """A real pair: models, wait ids, prompts up to a wait, and the source of rows."""
+    """A real pair: models, wait ids, prompts up to a wait, a source of rows."""
     models, tok = load_pair(args, env)
     wait = sorted({tok.encode(word)[0] for word in args.wait if tok.encode(word)})
     answers = [answer(models[FT], tok, i) for i in range(args.answers)]
@@ -584,7 +582,7 @@ def prepare(args, env, out):
     for row in answers:
         prompts += [row[:i] for i in range(8, len(row)) if row[i] in wait]
     if len(prompts) < 8:
-        raise ValueError(f"{len(prompts)} wait words in {len(answers)} answers, needed: 8 or more")
+        raise ValueError(f"{len(prompts)} wait words in the answers, needed: 8")
     limit = args.sae_steps * args.sae_batch
     tokens = data.token_file(args.dataset, "train", tok, out / "tokens", limit=limit)
 
@@ -605,14 +603,13 @@ def prepare(args, env, out):
 
 
 def real(prepared, args, env, log, arm, seed):
-    """One seed of the crosscoder on a real pair."""
+    """One seed on a real pair."""
     models, wait, prompts, fill = prepared
     torch.manual_seed(seed)
     code = sae.SAE(models[FT].config.n_embd, args.d_sae, args.k, streams=2, batch=True)
     sae.train_sae(code, fill, args, env, log, seed)
-    half = len(prompts) // 2
-    test = prompts[half:]
-    return study(models, code, args, prompts[:half], test, test, wait, seed)[0]
+    test = prompts[1::2]
+    return study(models, code, args, prompts[::2], test, test, wait, seed)[0]
 
 
 # ------------------------------------------------------------------------------ claims and figure
@@ -620,7 +617,10 @@ def real(prepared, args, env, log, arm, seed):
 
 def each(rows, key, measure):
     """{name: [{measure: number} of each seed]} of what a row has under `key`."""
-    return {name: [{measure: row[key][name]} for row in rows] for name in rows[0][key]}
+    found = {}
+    for name in rows[0][key]:
+        found[name] = [{measure: row[key][name]} for row in rows]
+    return found
 
 
 def judge(run, rows):
@@ -645,7 +645,7 @@ def judge(run, rows):
 
 
 def judge_toy(run, rows):
-    """Gates, without which the question has no sense; and P4, which needs known patterns."""
+    """The gates of the question; and P4, which needs known patterns."""
     gates = {name: [row["gate"][name] for row in rows] for name in rows[0]["gate"]}
     says = "the reasoner waits for its causes, and then does what the cause asks for"
     criterion = "arm.least >= .6 and arm.without <= .1 and arm.right >= .85"

@@ -68,7 +68,7 @@ class Args(common.TrainFlags):
     sae_steps: int = 500  # steps of the crosscoder (paper: 195000)
     sae_batch: int = 1024  # positions in a step (paper: 2048)
     sae_lr: float = 2e-3  # peak learning rate (paper: 1e-4)
-    rows: int = 60_000  # positions that are harvested and shuffled at a time
+    rows: int = 60_000  # positions that are harvested at a time
     refresh: bool = False  # harvest anew when all rows are used
     prompts: int = 100  # of each cause in a split; real: in all (paper: 351)
     top: int = 12  # length of the lists of latents (paper: 50)
@@ -645,7 +645,7 @@ def judge(run, rows):
 
 
 def judge_toy(run, rows):
-    """The gates of the question; and P4, which needs known patterns."""
+    """The gates; and P4, which needs known patterns."""
     gates = {name: [row["gate"][name] for row in rows] for name in rows[0]["gate"]}
     says = "the reasoner waits for its causes, and then does what the cause asks for"
     criterion = "arm.least >= .6 and arm.without <= .1 and arm.right >= .85"

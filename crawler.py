@@ -71,7 +71,8 @@ class Args(common.TrainFlags):
     batch_size: int = 32
     tune_steps: int = 800  # the toy: of safety tuning
     model: str = ""  # checkpoint (name, folder, hub id, .gguf), or a server's name for it
-    url: str = ""  # an OpenAI-like server, http://HOST:8000/v1; its key: API_KEY in the environment
+    url: str = ""  # a server's API, http://HOST:8000/v1; its key: API_KEY in the environment
+    api: Literal["chat", "anthropic"] = "chat"  # chat: OpenAI's, vLLM's, llama.cpp's, Ollama's
     system: str = ""  # system prompt
     concurrency: int = 4  # servers: calls in flight
     timeout: float = 120.0  # servers: seconds of a try, to the last byte
@@ -491,7 +492,9 @@ class Endpoint:
         import requests
 
         self.args = args
-        self.url = args.url.rstrip("/") + "/chat/completions"
+        self.claude = args.api == "anthropic"
+        path = "/messages" if self.claude else "/chat/completions"
+        self.url = args.url.rstrip("/") + path
         self.key = os.environ.get("API_KEY", "")
         self.secret = self.key if len(self.key) > 5 else ""  # shorter ones: "none", "EMPTY"
         self.session = requests.Session()
@@ -505,7 +508,9 @@ class Endpoint:
     def sign(self, request):
         """Adds the key to a request, and keeps `requests` from one that it finds in .netrc."""
         request.headers["Content-Type"] = "application/json"
-        if self.key:
+        if self.claude:
+            request.headers.update({"x-api-key": self.key, "anthropic-version": "2023-06-01"})
+        elif self.key:
             request.headers["Authorization"] = f"Bearer {self.key}"
         return request
 
@@ -601,20 +606,27 @@ class Endpoint:
             got.problem = self.told(f"{type(error).__name__}: {error}".encode())
 
     def body(self, request):
-        """The JSON of a request; its last fields make vLLM and SGLang go on with a prefill."""
+        """The JSON of a request; two fields more make vLLM and SGLang go on with a prefill."""
         turns = [{"role": "user", "content": request.user}]
-        if self.args.system:
-            turns.insert(0, {"role": "system", "content": self.args.system})
         body = {"model": self.args.model, "messages": turns, "max_tokens": request.max_tokens}
         body["temperature"] = request.temperature
+        if self.args.system and self.claude:
+            body["system"] = self.args.system
+        elif self.args.system:
+            turns.insert(0, {"role": "system", "content": self.args.system})
         if request.prefill:
             turns.append({"role": "assistant", "content": request.prefill})
+        if request.prefill and not self.claude:
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         return body
 
     def read(self, raw):
         """(text, finish) of the reply in a body; one of ODD_JSON if there is none."""
-        choice = json.loads(raw)["choices"][0]
+        found = json.loads(raw)
+        if self.claude:
+            finish = "refusal" if found.get("stop_reason") == "refusal" else "stop"
+            return clean(text_of(found["content"]), self.secret), finish
+        choice = found["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
         text = text_of(message.get("content"))
         thought = text_of(message.get("reasoning_content") or message.get("reasoning"))

@@ -1016,6 +1016,19 @@ def test_request_bodies(key):
     assert chat.sign(SimpleNamespace(headers={})).headers["Authorization"] == f"Bearer {KEY}"
     plain = endpoint("http://127.0.0.1:1").body(replace(ASKED, prefill=""))
     assert plain["messages"] == turns[:1] and "continue_final_message" not in plain
+    claude = endpoint("https://127.0.0.1/v1", api="anthropic", system="Be brief.")
+    assert claude.body(ASKED) == expected | {"system": "Be brief.", "messages": turns}
+    assert claude.url == "https://127.0.0.1/v1/messages"
+
+
+def test_anthropic_replies(tmp_path, key):
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "two"}]
+    for stop, finish in ("end_turn", "stop"), ("refusal", "refusal"):
+        body = {"content": parts, "stop_reason": stop, "usage": 3}
+        (reply,), server, target = ask(tmp_path, [(200, {}, body)], api="anthropic")
+        assert (reply.text, reply.finish) == ("two", finish)
+        assert server.headers[0]["x-api-key"] == KEY and "Authorization" not in server.headers[0]
+        target.file.close()
 
 
 def test_netrc_stays_out(tmp_path, monkeypatch, key):

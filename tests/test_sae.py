@@ -528,7 +528,7 @@ def test_a_real_checkpoint(tmp_path):
     result = S.main([*flags, "--out", str(tmp_path / "out"), "--seeds", "0", "1"])
     assert [c["id"] for c in result["claims"]] == ["C1", "C2", "C3", "C4"]
     assert len(result["metrics"]["main"]) == 2
-    assert set(result["metrics"]["main"][0]["concepts"]) == {"plural", "past"}
+    assert 0 < result["metrics"]["main"][0]["fvu"] < 2
     with pytest.raises(SystemExit):
         S.main([*flags, "--layer", "3", "--out", str(tmp_path / "three")])
 

@@ -10,10 +10,8 @@ direction, a latent, is a candidate feature. The paper reads them in a language 
 5. remove these: the probes fall to chance, in all languages             `probes_after`
 6. push along these: a translation changes its number or tense           `steer`
 
-The toy: six languages with disjoint vocabularies, texts that say one thing in four of them, and a
-GPT that learns to translate. Controls: a model that never saw a translation, probes of shuffled
-labels, random latents, one difference of means without any SAE. A real model (`--preset gemma`)
-reads six real languages (grammar.csv).
+The toy: six languages without a word in common, texts that say one thing in four of them, and a
+GPT that learns to translate. `--preset gemma` reads six real languages (grammar.csv).
 
 What to look at: step 5 is less than it seems. Accuracy falls to chance since all logits have moved
 to one side of the threshold. They still rank the sentences rightly (AUC), and a probe that is
@@ -250,10 +248,7 @@ def adam(sae, args):
 
 
 def train_sae(sae, fill, args, env, log, seed):
-    """Trains an SAE, or a crosscoder, in place on the rows of fill(0), fill(1), ..., each once.
-
-    Without --refresh on those of fill(0), again and again.
-    """
+    """Trains on the rows of fill(0), again and again; with --refresh of fill(0), fill(1), ..."""
 
     @lru_cache(maxsize=1)
     def shuffled(refill):
@@ -261,20 +256,21 @@ def train_sae(sae, fill, args, env, log, seed):
         rng = torch.Generator().manual_seed(9973 * seed + refill)
         return rows[torch.randperm(len(rows), generator=rng).to(rows.device)]
 
+    x = shuffled(0)
     size = args.sae_batch // env.world
-    count = len(shuffled(0)) // size  # batches in a refill
+    count = len(x) // size  # batches in a refill
     if not count:
-        raise ValueError(f"the source has {len(shuffled(0))} rows, one batch needs {size}")
+        raise ValueError(f"the source has {len(x)} rows, one batch needs {size}")
 
     def batch(step):
         refill, i = divmod(step, count)
         x = shuffled(refill if args.refresh else 0)[i * size : (i + 1) * size]
         return {"idx": torch.arange(size), "x": x}
 
-    x = shuffled(0).unflatten(1, (sae.streams, sae.d))
-    square = common.all_reduce(x.square().sum(2).mean(0), env) / env.world
+    square = x.square().mean(0).unflatten(0, (sae.streams, sae.d)).sum(1)
+    square = common.all_reduce(square, env) / env.world
     sae.to(env.device).scale.copy_(square.sqrt().repeat_interleave(sae.d))
-    sae.b_dec.data.copy_(x.flatten(1).mean(0) / sae.scale)
+    sae.b_dec.data.copy_(x.mean(0) / sae.scale)
     rate = dict(lr=args.sae_lr, warmup=min(1000, args.sae_steps // 10), decay_steps=0)
     args = replace(args, steps=args.sae_steps, **rate, compile=False, shard=False)
     env = replace(env, dtype=torch.float32)
@@ -756,7 +752,9 @@ def draw(path, rows):
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     longest = args.d_sae // 8
+    unread = args.dataset != Args.dataset and not args.model
     return [
+        (unread, f"--dataset {args.dataset} has no effect without --model"),
         (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
         (args.top > longest, f"--top {args.top}, allowed: 1 to {longest}, an eighth of --d-sae"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),

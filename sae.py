@@ -302,6 +302,11 @@ def pool(model, layer, sae, sentences, bos):
 # --------------------------------------------------------------- steps 2 to 5: what probes can read
 
 
+def training(rows):
+    """The first four fifths of a language's sentences: probes are fitted on them, the rest test."""
+    return rows[: len(rows) * 4 // 5]
+
+
 def class_gap(X, y):
     """Mean of the rows of label 1 minus that of label 0."""
     return X[y > 0].mean(0) - X[y == 0].mean(0)
@@ -338,8 +343,8 @@ def shared(lists, chance=None):
 def top_lists(parts, D, n, contrast=True, rng=None):
     """{language: its n latents of the highest attribution}; with `rng` of shuffled labels."""
     lists = {}
-    for lang, splits in parts.items():
-        X, codes, y = splits["train"]
+    for lang, part in parts.items():
+        X, codes, y = map(training, part)
         if rng:
             y = y[torch.from_numpy(rng.permutation(len(y)))]
         w, _ = common.fit_probe(X, y)
@@ -369,40 +374,36 @@ def read(logit, y):
     return {"accuracy": ((logit > 0) == (y > 0)).double().mean().item(), "auc": auc.item()}
 
 
-def probes_after(removed, splits, D):
+def probes_after(removed, X, codes, y, D):
     """What one language's probe and one fitted again read without each of {name: latents}."""
-    X, codes, y = splits["train"]
-    probe = common.fit_probe(X, y)
-    means = F.normalize(class_gap(X, y), dim=0)
+    n = len(training(y))
+    probe = common.fit_probe(X[:n], y[:n])
+    means = F.normalize(class_gap(X[:n], y[:n]), dim=0)
     found = {}
     for name, latents in removed.items():
-        left = {}
-        for split, (X, codes, y) in splits.items():
-            X = ablate(X, codes, latents, D)
-            if name == "difference of means":
-                X = X - (X @ means)[:, None] * means
-            left[split] = X, y
-        X, y = left["test"]
-        w, b = common.fit_probe(*left["train"])
-        logit = X @ probe[0] + probe[1]
-        numbers = read(logit, y) | {"refit": read(X @ w + b, y)["accuracy"]}
-        by_label = [logit[y == label].tolist() for label in (0, 1)]
+        left = ablate(X, codes, latents, D)
+        if name == "difference of means":
+            left = X - (X @ means)[:, None] * means
+        w, b = common.fit_probe(left[:n], y[:n])
+        logit = left[n:] @ probe[0] + probe[1]
+        numbers = read(logit, y[n:])
+        numbers["refit"] = read(left[n:] @ w + b, y[n:])["accuracy"]
+        by_label = [logit[y[n:] == label].tolist() for label in (0, 1)]
         found[name] = {"numbers": numbers, "logits": by_label}
     return found
 
 
 def remove_and_push(parts, D, n):
-    """Steps 4 to 6 for one concept; parts {language: {split: (X, codes, y)}}, decoder D (m, d).
+    """Steps 4 to 6 for one concept; parts {language: (X, codes, y)}, decoder D (m, d).
 
     Returns {what is removed: numbers} of each language, and two directions: the multilingual
     latents, as much as each is more active with the value; and as much of latents that are alike.
     """
     lists = top_lists(parts, D, n, contrast=False)
     latents = shared(lists)[0][:n]
-    trained = [splits["train"] for splits in parts.values()]
-    random = alike(latents, torch.cat([codes for _, codes, _ in trained]).mean(0))
-    rows = []
-    for lang, splits in parts.items():
+    random = alike(latents, torch.cat([codes for _, codes, _ in parts.values()]).mean(0))
+    rows, gaps = [], []
+    for lang, part in parts.items():
         others = {other: some for other, some in lists.items() if other != lang}
         removed = {
             "nothing": [],
@@ -411,8 +412,9 @@ def remove_and_push(parts, D, n):
             "matched random": random,
             "difference of means": [],
         }
-        rows.append(probes_after(removed, splits, D))
-    gap = torch.stack([class_gap(codes, y)[latents] for _, codes, y in trained]).mean(0)
+        rows.append(probes_after(removed, *part, D))
+        gaps.append(class_gap(*map(training, part[1:]))[latents])
+    gap = torch.stack(gaps).mean(0)
     return rows, {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
 
 
@@ -517,19 +519,18 @@ def texts(rng, n, translation):
 
 
 def toy_corpus(seed):
-    """{language: {split: (sentences, {concept: labels})}}: 400 to train on, 200 held-out ones."""
+    """{language: (sentences, {concept: labels})}; the last fifth says what training never sees."""
 
     def say(item, plural, past):
         m, lang = item
         return [BOS, *ids(m.turned("plural", plural).turned("past", past), lang)]
 
-    out = {}
+    corpus = {}
     for lang in LANGUAGES:
         rng = np.random.default_rng([seed, ID[f"<{lang}>"]])
-        train = [(draw_meaning(rng, held=False), lang) for _ in range(100)]
-        test = [(draw_meaning(rng, held=True), lang) for _ in range(50)]
-        out[lang] = {"train": versions(train, say), "test": versions(test, say)}
-    return out
+        items = [(draw_meaning(rng, held=i >= 100), lang) for i in range(125)]
+        corpus[lang] = versions(items, say)
+    return corpus
 
 
 def unseen(seed):
@@ -597,7 +598,7 @@ def toy(args, env, log, translation, seed):
 
 
 def template_sentences():
-    """{language: {split: (sentences, {concept: labels})}} from grammar.csv.
+    """{language: (sentences, {concept: labels})} from grammar.csv; the last fifth has other words.
 
     Forms: singular/plural; of a verb present singular/present plural/past singular/past plural.
     """
@@ -608,14 +609,17 @@ def template_sentences():
         text = f"{noun[plural]} {verb[2 * past + plural]} {place[0]}."
         return text[0].upper() + text[1:]
 
-    out = {lang: {} for lang in [*table[0]][2:]}
-    for lang, split in product(out, ("train", "test")):
-        forms = {"noun": [], "verb": [], "place": []}
-        for row in table:
-            if row["split"] in (split, "both"):
-                forms[row["kind"]].append(row[lang].split("/"))
-        out[lang][split] = versions(product(*forms.values()), say)
-    return out
+    corpus = {}
+    for lang in [*table[0]][2:]:
+        items = []
+        for split in "train", "test":
+            forms = {"noun": [], "verb": [], "place": []}
+            for row in table:
+                if row["split"] in (split, "both"):
+                    forms[row["kind"]].append(row[lang].split("/"))
+            items += product(*forms.values())
+        corpus[lang] = versions(items, say)
+    return corpus
 
 
 def prepare(args, env, out):
@@ -627,10 +631,10 @@ def prepare(args, env, out):
     bos = tok.bos if tok.opens else -1
     corpus = template_sentences()
     own = []
-    for splits in corpus.values():
-        for split, (sentences, labels) in splits.items():
-            splits[split] = [tok.encode(text, bos=True) for text in sentences], labels
-            own += splits[split][0]
+    for lang, (sentences, labels) in corpus.items():
+        rows = [tok.encode(text, bos=True) for text in sentences]
+        corpus[lang] = rows, labels
+        own += training(rows)
     with common.rank_zero_first(env):
         limit = args.sae_steps * args.sae_batch
         tokens = data.token_file(args.dataset, "train", tok=tok, folder=out / "tokens", limit=limit)
@@ -664,11 +668,10 @@ def run_seed(real, args, env, log, arm, seed):
     sae = SAE(model.config.n_embd, args.d_sae, args.k)
     train_sae(sae, fill, args, env, log, seed)
     concepts = {"plural": {}, "past": {}}
-    for lang, split in product(corpus, ("train", "test")):
-        sentences, labels = corpus[lang][split]
+    for lang, (sentences, labels) in corpus.items():
         X, codes = pool(model, args.layer, sae, sentences, bos)
         for concept, parts in concepts.items():
-            parts.setdefault(lang, {})[split] = X, codes, torch.tensor(labels[concept])
+            parts[lang] = X, codes, torch.tensor(labels[concept])
     D = sae.decoder().double().cpu()
     rows, shares = [], []
     directions = {"multilingual": {}, "random": {}}

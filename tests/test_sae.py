@@ -343,18 +343,16 @@ def test_read_by_hand():
     assert moved == pytest.approx({"accuracy": 0.5, "auc": 3.5 / 4})  # a threshold away, no more
 
 
-def planted(n=200, m=12, seed=0):
+def planted(n=300, m=12, seed=0):
     """Three languages, codes in which latent 0 is the value, and a decoder of orthogonal directions."""
     g = torch.Generator().manual_seed(seed)
     D = torch.eye(m).double()
     parts = {}
     for lang in "ABC":
-        parts[lang] = {}
-        for split in "train", "test":
-            y = torch.arange(n) % 2
-            codes = torch.rand(n, m, generator=g).double()
-            codes[:, 0] += 3 * y
-            parts[lang][split] = codes @ D, codes, y
+        y = torch.arange(n) % 2
+        codes = torch.rand(n, m, generator=g).double()
+        codes[:, 0] += 3 * y
+        parts[lang] = codes @ D, codes, y
     return parts, D
 
 
@@ -368,7 +366,7 @@ def test_a_feature_that_is_one_latent_is_found_removed_and_gone():
         assert numbers["matched random"]["auc"] > 0.95
         assert numbers["difference of means"]["refit"] < 0.65
         singular, plural = row["nothing"]["logits"]
-        assert len(singular) == len(plural) == 100 and max(singular) < min(plural)
+        assert len(singular) == len(plural) == 30 and max(singular) < min(plural)
     value = F.one_hot(torch.tensor(0), 12).double()
     assert F.cosine_similarity(directions["multilingual"], value, dim=0) > 0.9
     assert abs(F.cosine_similarity(directions["random"], value, dim=0)) < 0.01
@@ -447,13 +445,14 @@ def test_texts_of_the_toy():
 def test_corpus_is_balanced():
     corpus = S.toy_corpus(0)
     assert set(corpus) == set(S.LANGUAGES)
-    for splits in corpus.values():
-        for split, n in ("train", 400), ("test", 200):
-            sentences, labels = splits[split]
-            assert len(sentences) == n and all(np.mean(y) == 0.5 for y in labels.values())
-            for ids, plural, past in zip(sentences, labels["plural"], labels["past"]):
-                words = [S.WORDS[i] for i in ids[2:]]
-                assert S.shows(words, "plural", plural) and S.shows(words, "past", past)
+    for sentences, labels in corpus.values():
+        train = S.training(sentences)
+        assert len(sentences) == 500 and len(train) == 400
+        for y in labels.values():
+            assert np.mean(y) == np.mean(S.training(y)) == 0.5
+        for ids, plural, past in zip(sentences, labels["plural"], labels["past"]):
+            words = [S.WORDS[i] for i in ids[2:]]
+            assert S.shows(words, "plural", plural) and S.shows(words, "past", past)
 
 
 def test_pushing_by_hand():
@@ -496,13 +495,14 @@ def test_unseen_translations():
 def test_sentences_of_real_languages():
     corpus = S.template_sentences()
     assert set(corpus) == {"en", "fr", "de", "es", "it", "ru"}
-    for splits in corpus.values():
-        (train, labels), (test, _) = splits["train"], splits["test"]
+    for sentences, labels in corpus.values():
+        train, test = S.training(sentences), sentences[8 * 4 * 4 * 4 :]
         assert len(train) == 8 * 4 * 4 * 4 and len(test) == 4 * 2 * 4 * 4
         assert not {*train} & {*test}
-        assert all(np.mean(y) == 0.5 for y in labels.values())
-    assert "Les voisins dansaient dans la ville." in corpus["fr"]["train"][0]
-    assert "Король пел в саду." in corpus["ru"]["train"][0]
+        for y in labels.values():
+            assert np.mean(y) == np.mean(S.training(y)) == 0.5
+    assert "Les voisins dansaient dans la ville." in S.training(corpus["fr"][0])
+    assert "Король пел в саду." in S.training(corpus["ru"][0])
 
 
 def test_smoke_writes_what_is_promised(tmp_path):

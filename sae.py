@@ -51,10 +51,10 @@ class Args(common.TrainFlags):
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
         **dict.fromkeys(("d_sae", "k", "sae_steps", "sae_batch", "rows", "top"), (1,)),
-        **dict.fromkeys(("layer", "sae_lr", "strength"), (0,)),
+        **dict.fromkeys(("layer", "sae_lr", "strengths"), (0,)),
     }
     unused: ClassVar[set] = {"micro_batch"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "strength"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "strengths"}
 
     steps: int = 800
     batch_size: int = 32
@@ -70,7 +70,7 @@ class Args(common.TrainFlags):
     rows: int = 2**16  # rows of activations that are harvested and shuffled at a time
     refresh: bool = False  # harvest new rows when all have been used; else go over them again
     top: int = 4  # length of the lists; four times as many latents are removed (paper: 32, 128)
-    strength: float = 0.8  # length of a push, in norms of the residual stream
+    strengths: list[float] = common.default_list(0.4, 0.6, 0.8, 1.0)  # of a push, in norms of x
 
 
 # ---------------------------------------------------------------------------------- the sparse code
@@ -367,6 +367,11 @@ def alike(latents, weight):
     return chosen
 
 
+def mean_codes(parts):
+    """Mean activations (m,) of the latents over the sentences of all languages."""
+    return torch.cat([codes for _, codes, _ in parts.values()]).mean(0)
+
+
 def read(logit, y):
     """What logits (N,) tell of labels y: accuracy, and AUC, which knows no threshold."""
     gap = logit[y > 0][:, None] - logit[y == 0]  # a random positive against a random negative
@@ -393,29 +398,32 @@ def probes_after(removed, X, codes, y, D):
     return found
 
 
-def remove_and_push(parts, D, n):
-    """Steps 4 to 6 for one concept; parts {language: (X, codes, y)}, decoder D (m, d).
-
-    Returns {what is removed: numbers} of each language, and two directions: the multilingual
-    latents, as much as each is more active with the value; and as much of latents that are alike.
-    """
+def removals(parts, D, n):
+    """Step 5, parts {language: (X, codes, y)} of a concept: {removed: numbers} of each language."""
     lists = top_lists(parts, D, n, contrast=False)
     latents = shared(lists)[0][:n]
-    random = alike(latents, torch.cat([codes for _, codes, _ in parts.values()]).mean(0))
-    rows, gaps = [], []
+    rows = []
     for lang, part in parts.items():
         others = {other: some for other, some in lists.items() if other != lang}
         removed = {
             "nothing": [],
             "multilingual": latents,
             "from other languages": shared(others)[0][:n],
-            "matched random": random,
+            "matched random": alike(latents, mean_codes(parts)),
             "difference of means": [],
         }
         rows.append(probes_after(removed, *part, D))
-        gaps.append(class_gap(*map(training, part[1:]))[latents])
+    return rows
+
+
+def pushes(parts, D, n):
+    """Directions: the sum of multilingual latents times what the value adds to each; and others."""
+    latents = shared(top_lists(parts, D, n))[0]
+    gaps = [class_gap(training(codes), training(y))[latents] for _, codes, y in parts.values()]
     gap = torch.stack(gaps).mean(0)
-    return rows, {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
+    random = alike(latents, mean_codes(parts))
+    found = {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
+    return {name: direction.float() for name, direction in found.items()}
 
 
 def versions(items, say):
@@ -533,10 +541,10 @@ def toy_corpus(seed):
     return corpus
 
 
-def unseen(seed):
-    """Four meanings that training never sees, (meaning, language, into language) for all pairs."""
+def tasks(seed, held):
+    """Four meanings, to be translated from each language into each: (meaning, from, into)."""
     rng = np.random.default_rng([seed, 4])
-    meanings = [draw_meaning(rng, held=True) for _ in range(4)]
+    meanings = [draw_meaning(rng, held) for _ in range(4)]
     return [(m, *pair) for m, pair in product(meanings, permutations(LANGUAGES, 2))]
 
 
@@ -554,25 +562,39 @@ def push(x, direction, strength):
     return x + step.to(x.dtype)
 
 
-def steer(model, args, directions, items):
-    """Pushes translations to the other value, both ways, along {concept: direction}.
+def steer(model, layer, direction, strength, concept, items):
+    """Pushes translations to the other value, both ways: two shares of them.
 
-    Returns for each concept the share that then shows the value, and nowhere the opposite; "kept":
-    of these, the share that is otherwise right, word for word.
+    flipped  show the value, and nowhere the opposite
+    whole    are what they should be, word for word: nothing else has changed
     """
-    site = f"blocks.{args.layer}.resid_post"
-    shares = {}
-    flipped = kept = 0
+    flipped = whole = 0
+    for value, sign in (0, -1), (1, 1):
+        turned = [(m.turned(concept, 1 - value), lang, into) for m, lang, into in items]
+        patch = partial(push, direction=direction, strength=sign * strength)
+        said = translate(model, turned, {f"blocks.{layer}.resid_post": patch})
+        for (m, _, into), words in zip(turned, said):
+            flipped += shows(words, concept, value)
+            whole += words == render(m.turned(concept, value), into)
+    return flipped / (2 * len(items)), whole / (2 * len(items))
+
+
+def steer_concepts(model, args, directions, seed):
+    """Flips of each concept, {concept: direction}, at the strength that is best on seen meanings.
+
+    kept: of the flipped translations, the share of which nothing else has changed.
+    """
+    numbers, whole = {}, 0
     for concept, direction in directions.items():
-        before = flipped
-        for value, strength in (0, -args.strength), (1, args.strength):
-            turned = [(m.turned(concept, 1 - value), lang, into) for m, lang, into in items]
-            patch = partial(push, direction=direction, strength=strength)
-            for (m, _, into), words in zip(turned, translate(model, turned, {site: patch})):
-                flipped += shows(words, concept, value)
-                kept += words == render(m.turned(concept, value), into)
-        shares[concept] = (flipped - before) / (2 * len(items))
-    return shares | {"kept": kept / max(1, flipped)}
+        trials = []
+        for strength in args.strengths:
+            trial = steer(model, args.layer, direction, strength, concept, tasks(seed, False))
+            trials.append((trial[1], strength))
+        best_one = max(trials)[1]
+        found = steer(model, args.layer, direction, best_one, concept, tasks(seed, True))
+        numbers[concept] = found[0]
+        whole += found[1]
+    return numbers | {"kept": whole / max(1e-9, sum(numbers.values()))}
 
 
 def toy(args, env, log, translation, seed):
@@ -673,13 +695,10 @@ def run_seed(real, args, env, log, arm, seed):
         for concept, parts in concepts.items():
             parts[lang] = X, codes, torch.tensor(labels[concept])
     D = sae.decoder().double().cpu()
-    rows, shares = [], []
-    directions = {"multilingual": {}, "random": {}}
+    rows, shares, directions = [], [], {}
     for concept, parts in concepts.items():
-        found, along = remove_and_push(parts, D, 4 * args.top)
-        rows += found
-        for name, direction in along.items():
-            directions[name][concept] = direction.float().to(env.device)
+        rows += removals(parts, D, 4 * args.top)
+        directions[concept] = pushes(parts, D, 4 * args.top)
         rng = np.random.default_rng(seed)
         chance = top_lists(parts, D, args.top, rng=rng)
         value, fake = top_lists(parts, D, args.top), top_lists(parts, D, args.top, rng=rng)
@@ -689,12 +708,13 @@ def run_seed(real, args, env, log, arm, seed):
     for name in rows[0]:
         row["sets"][name] = common.mean([found[name]["numbers"] for found in rows])
     if not real and arm == "main":
-        items = unseen(seed)
+        items = tasks(seed, held=True)
         said = translate(model, items)
         right = [words == render(m, into) for words, (m, _, into) in zip(said, items)]
         row["translation"] = np.mean(right)
-        for name, some in directions.items():
-            row[f"steer {name}"] = steer(model, args, some, items)
+        for name in "multilingual", "random":
+            some = {concept: found[name].to(env.device) for concept, found in directions.items()}
+            row[f"steer {name}"] = steer_concepts(model, args, some, seed)
     return row
 
 

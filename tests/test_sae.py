@@ -358,8 +358,8 @@ def planted(n=300, m=12, seed=0):
 
 def test_a_feature_that_is_one_latent_is_found_removed_and_gone():
     parts, D = planted()
-    rows, directions = S.remove_and_push(parts, D, 1)
-    for row in rows:
+    directions = S.pushes(parts, D, 1)
+    for row in S.removals(parts, D, 1):
         numbers = {name: found["numbers"] for name, found in row.items()}
         assert numbers["nothing"]["accuracy"] > 0.99
         assert numbers["multilingual"]["auc"] < 0.7 and numbers["multilingual"]["refit"] < 0.65
@@ -367,7 +367,7 @@ def test_a_feature_that_is_one_latent_is_found_removed_and_gone():
         assert numbers["difference of means"]["refit"] < 0.65
         singular, plural = row["nothing"]["logits"]
         assert len(singular) == len(plural) == 30 and max(singular) < min(plural)
-    value = F.one_hot(torch.tensor(0), 12).double()
+    value = F.one_hot(torch.tensor(0), 12).float()
     assert F.cosine_similarity(directions["multilingual"], value, dim=0) > 0.9
     assert abs(F.cosine_similarity(directions["random"], value, dim=0)) < 0.01
 
@@ -476,17 +476,32 @@ def test_steering_counts_what_is_flipped_and_what_is_kept(monkeypatch):
         return out
 
     monkeypatch.setattr(S, "translate", translate)
-    args = replace(S.Args(), layer=2)
-    found = S.steer(None, args, {"past": torch.ones(3)}, items)
-    assert found == pytest.approx({"past": 0.6, "kept": 2 / 3})
+    found = S.steer(None, 2, torch.ones(3), 1.0, "past", items)
+    assert found == pytest.approx((0.6, 0.4))
     monkeypatch.setattr(S, "translate", lambda model, items, patch: [[] for _ in items])
-    assert S.steer(None, args, {"past": torch.ones(3)}, items) == {"past": 0, "kept": 0}
+    assert S.steer(None, 2, torch.ones(3), 1.0, "past", items) == (0, 0)
 
 
-def test_unseen_translations():
-    items = S.unseen(0)
-    assert len(items) == 4 * 30 and all(a != b for _, a, b in items)
-    assert all((m.subject + m.verb) % 5 == 0 for m, _, _ in items)
+def test_the_strength_is_chosen_on_seen_meanings(monkeypatch):
+    shares = {0.5: (0.5, 0.4), 1.0: (0.9, 0.6), 2.0: (1.0, 0.1)}
+    asked = []
+
+    def steer(model, layer, direction, strength, concept, items):
+        asked.append((strength, (items[0][0].subject + items[0][0].verb) % 5 == 0))
+        return shares[strength]
+
+    monkeypatch.setattr(S, "steer", steer)
+    args = replace(S.Args(), strengths=[*shares])
+    found = S.steer_concepts(None, args, {"past": torch.ones(3)}, 0)
+    assert found == pytest.approx({"past": 0.9, "kept": 0.6 / 0.9})
+    assert asked == [(0.5, False), (1.0, False), (2.0, False), (1.0, True)]
+
+
+def test_translation_tasks():
+    for held in False, True:
+        items = S.tasks(0, held)
+        assert len(items) == 4 * 30 and all(a != b for _, a, b in items)
+        assert all(((m.subject + m.verb) % 5 == 0) == held for m, _, _ in items)
 
 
 # ------------------------------------------------------------------------------------------ script

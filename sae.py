@@ -42,7 +42,7 @@ class Args(common.TrainFlags):
     """sparse autoencoders"""
 
     presets: ClassVar[dict] = {
-        "smoke": dict(steps=4, batch_size=8, sae_steps=10, rows=2048, jobs=1),
+        "smoke": dict(steps=4, batch_size=8, saes=1, sae_steps=10, rows=2048, jobs=1),
         "toy": {},
         "gemma": dict(model="gemma-3-270m", layer=10, d_sae=2048, k=32, rows=2**15)
         | dict(sae_steps=1000, sae_lr=1e-3, top=8),
@@ -50,27 +50,27 @@ class Args(common.TrainFlags):
         | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20, refresh=True),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("d_sae", "k", "sae_steps", "sae_batch", "rows", "top"), (1,)),
-        **dict.fromkeys(("layer", "sae_lr", "strengths"), (0,)),
+        **dict.fromkeys(("d_sae", "k", "saes", "sae_steps", "sae_batch", "rows", "top"), (1,)),
+        **dict.fromkeys(("layer", "sae_lr"), (0,)),
     }
     unused: ClassVar[set] = {"micro_batch"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "strengths"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top"}
 
-    steps: int = 800
+    steps: int = 900
     batch_size: int = 32
     lr: float = 4e-3
     model: str = ""  # a pretrained model in place of the toy (paper: Llama-3-8B, Aya-23-8B)
     layer: int = 0  # block whose output is read, from 0 (paper: 16 of 32)
     dataset: str = "stdlib"  # real models: text for the SAE beside the sentences of grammar.csv
-    d_sae: int = 128  # latents (paper: 32768, 8 times the width)
+    d_sae: int = 96  # latents (paper: 32768, 8 times the width)
     k: int = 20  # active latents in a row (paper: a gated SAE, which has no k)
-    sae_steps: int = 700  # training steps of the SAE
+    saes: int = 3  # SAEs that are trained on a model: what is read is the mean, the last one steers
+    sae_steps: int = 700  # training steps of an SAE
     sae_batch: int = 1024  # rows of activations in a step
     sae_lr: float = 3e-3  # peak learning rate of the SAE, Adam's
     rows: int = 2**16  # rows of activations that are harvested and shuffled at a time
     refresh: bool = False  # harvest new rows when all have been used; else go over them again
     top: int = 4  # length of the lists; four times as many latents are removed (paper: 32, 128)
-    strengths: list[float] = common.default_list(0.4, 0.6, 0.8, 1.0)  # of a push, in norms of x
 
 
 # ---------------------------------------------------------------------------------- the sparse code
@@ -435,7 +435,7 @@ def versions(items, say):
 
 # ------------------------------------------------------------------------------------------ the toy
 
-NOUNS, VERBS = 10, 6
+NOUNS, VERBS = 8, 5
 NUMBERS, TENSES = ("sg", "pl"), ("pres", "past")
 LANGUAGES = {  # order of subject, verb, object; words of a noun and a verb; a dot is inside a word
     "A": ("SVO", "n{i}.{num}", "v{i}.{tense}.{num}"),
@@ -500,6 +500,7 @@ WORDS = [*dict.fromkeys(WORDS)]  # each once
 ID = {word: i for i, word in enumerate(WORDS)}
 PAD, BOS, EOS = range(3)
 STOP = range(EOS, EOS + 1 + len(LANGUAGES))  # the end, or the tag of the next sentence
+STRENGTHS = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4]  # of a push, in norms of the residual stream
 
 
 def ids(m, lang):
@@ -580,20 +581,18 @@ def steer(model, layer, direction, strength, concept, items):
 
 
 def steer_concepts(model, args, directions, seed):
-    """Flips of each concept, {concept: direction}, at the strength that is best on seen meanings.
+    """Flips of each concept, {concept: direction}, by the gentlest push that does on seen ones.
 
     kept: of the flipped translations, the share of which nothing else has changed.
     """
     numbers, whole = {}, 0
     for concept, direction in directions.items():
-        trials = []
-        for strength in args.strengths:
-            trial = steer(model, args.layer, direction, strength, concept, tasks(seed, False))
-            trials.append((trial[1], strength))
-        best_one = max(trials)[1]
-        found = steer(model, args.layer, direction, best_one, concept, tasks(seed, True))
-        numbers[concept] = found[0]
-        whole += found[1]
+        for strength in STRENGTHS:
+            pushed = model, args.layer, direction, strength, concept
+            if steer(*pushed, tasks(seed, held=False))[0] >= 2 / 3:
+                break
+        numbers[concept], right = steer(*pushed, tasks(seed, held=True))
+        whole += right
     return numbers | {"kept": whole / max(1e-9, sum(numbers.values()))}
 
 
@@ -678,17 +677,8 @@ def prepare(args, env, out):
 # ----------------------------------------------------------------------- one seed, claims, figure
 
 
-def run_seed(real, args, env, log, arm, seed):
-    """Trains an SAE on a real model or the toy; arms: "main", and "alone", without translations."""
-    model, corpus, batches, bos = real or toy(args, env, log, arm == "main", seed)
-
-    @lru_cache(maxsize=1)
-    def fill(refill):
-        return harvest([model], args.layer, batches(refill), args.rows, bos)
-
-    torch.manual_seed(seed)
-    sae = SAE(model.config.n_embd, args.d_sae, args.k)
-    train_sae(sae, fill, args, env, log, seed)
+def study(sae, model, corpus, bos, args, seed):
+    """Steps 2 to 6 with one SAE: numbers of each language and concept, shares, directions."""
     concepts = {"plural": {}, "past": {}}
     for lang, (sentences, labels) in corpus.items():
         X, codes = pool(model, args.layer, sae, sentences, bos)
@@ -703,6 +693,26 @@ def run_seed(real, args, env, log, arm, seed):
         chance = top_lists(parts, D, args.top, rng=rng)
         value, fake = top_lists(parts, D, args.top), top_lists(parts, D, args.top, rng=rng)
         shares.append({"shared": shared(value, chance)[1], "by_chance": shared(fake, chance)[1]})
+    return rows, shares, directions
+
+
+def run_seed(real, args, env, log, arm, seed):
+    """SAEs of a real model or the toy, means over them; arms: "main", "alone" (no translations)."""
+    model, corpus, batches, bos = real or toy(args, env, log, arm == "main", seed)
+
+    @lru_cache(maxsize=1)
+    def fill(refill):
+        return harvest([model], args.layer, batches(refill), args.rows, bos)
+
+    rows, shares = [], []
+    for i in range(args.saes):
+        torch.manual_seed(1000 * seed + i)
+        sae = SAE(model.config.n_embd, args.d_sae, args.k)
+        train_sae(sae, fill, args, env, log.stage(str(i)), seed)
+        found = study(sae, model, corpus, bos, args, seed)
+        rows += found[0]
+        shares += found[1]
+        directions = found[2]
     row = common.mean(shares) | {"fvu": unexplained(sae, fill(0)[: 2**13]), "sets": {}}
     row["logits"] = {name: rows[0][name]["logits"] for name in ("nothing", "multilingual")}
     for name in rows[0]:

@@ -482,8 +482,8 @@ def test_steering_counts_what_is_flipped_and_what_is_kept(monkeypatch):
     assert S.steer(None, 2, torch.ones(3), 1.0, "past", items) == (0, 0)
 
 
-def test_the_strength_is_chosen_on_seen_meanings(monkeypatch):
-    shares = {0.5: (0.5, 0.4), 1.0: (0.9, 0.6), 2.0: (1.0, 0.1)}
+def test_the_gentlest_push_that_does_is_used(monkeypatch):
+    shares = {0.5: (0.5, 0.4), 0.6: (0.7, 0.6), 0.7: (1.0, 0.1)}
     asked = []
 
     def steer(model, layer, direction, strength, concept, items):
@@ -491,10 +491,13 @@ def test_the_strength_is_chosen_on_seen_meanings(monkeypatch):
         return shares[strength]
 
     monkeypatch.setattr(S, "steer", steer)
-    args = replace(S.Args(), strengths=[*shares])
-    found = S.steer_concepts(None, args, {"past": torch.ones(3)}, 0)
-    assert found == pytest.approx({"past": 0.9, "kept": 0.6 / 0.9})
-    assert asked == [(0.5, False), (1.0, False), (2.0, False), (1.0, True)]
+    monkeypatch.setattr(S, "STRENGTHS", [*shares])
+    found = S.steer_concepts(None, S.Args(), {"past": torch.ones(3)}, 0)
+    assert found == pytest.approx({"past": 0.7, "kept": 0.6 / 0.7})
+    assert asked == [(0.5, False), (0.6, False), (0.6, True)]
+    shares.update({strength: (0.0, 0.0) for strength in shares})  # none does: the strongest
+    assert S.steer_concepts(None, S.Args(), {"past": torch.ones(3)}, 0) == {"past": 0, "kept": 0}
+    assert asked[-2:] == [(0.7, False), (0.7, True)]
 
 
 def test_translation_tasks():
@@ -527,7 +530,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
     assert json.dumps(result) == json.dumps(written)  # as text: nan is not equal to itself
     assert [c["id"] for c in result["claims"]] == ["C1", "C2", "C3", "C4", "C5", "C6"]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {r["run"] for r in rows} == {"main-s3", "alone-s3", "main-s3-sae", "alone-s3-sae"}
+    assert {r["run"] for r in rows} == {"main-s3", "alone-s3", "main-s3-0-sae", "alone-s3-0-sae"}
     assert (tmp_path / "sae.png").stat().st_size > 10000
     again = S.main([*flags, "--resume"])
     assert json.dumps(again["claims"]) == json.dumps(result["claims"])
@@ -552,11 +555,11 @@ def test_a_real_checkpoint(tmp_path):
     "flags, message",
     [
         ("--k 0", "--k 0, allowed: 1 and more"),
-        ("--k 999", "--k 999, allowed: 1 to 128"),
+        ("--k 999", "--k 999, allowed: 1 to 96"),
         ("--layer 4", "--layer 4, allowed: 0 to 3"),
         ("--rows 10", "--rows 10, allowed: 1024 and more"),
         ("--top 0", "--top 0, allowed: 1 and more"),
-        ("--top 99", "--top 99, allowed: 1 to 16"),
+        ("--top 99", "--top 99, allowed: 1 to 12"),
         ("--pool sum", "--pool"),
         ("--model nothing-here", "nothing-here"),
         ("--dataset file:x", "--dataset"),

@@ -367,11 +367,6 @@ def alike(latents, weight):
     return chosen
 
 
-def mean_codes(parts):
-    """Mean activations (m,) of the latents over the sentences of all languages."""
-    return torch.cat([codes for _, codes, _ in parts.values()]).mean(0)
-
-
 def read(logit, y):
     """What logits (N,) tell of labels y: accuracy, and AUC, which knows no threshold."""
     gap = logit[y > 0][:, None] - logit[y == 0]  # a random positive against a random negative
@@ -398,7 +393,7 @@ def probes_after(removed, X, codes, y, D):
     return found
 
 
-def removals(parts, D, n):
+def removals(parts, weight, D, n):
     """Step 5, parts {language: (X, codes, y)} of a concept: {removed: numbers} of each language."""
     lists = top_lists(parts, D, n, contrast=False)
     latents = shared(lists)[0][:n]
@@ -409,19 +404,19 @@ def removals(parts, D, n):
             "nothing": [],
             "multilingual": latents,
             "from other languages": shared(others)[0][:n],
-            "matched random": alike(latents, mean_codes(parts)),
+            "matched random": alike(latents, weight),
             "difference of means": [],
         }
         rows.append(probes_after(removed, *part, D))
     return rows
 
 
-def pushes(parts, D, n):
+def pushes(parts, weight, D, n):
     """Directions: the sum of multilingual latents times what the value adds to each; and others."""
     latents = shared(top_lists(parts, D, n))[0]
     gaps = [class_gap(training(codes), training(y))[latents] for _, codes, y in parts.values()]
     gap = torch.stack(gaps).mean(0)
-    random = alike(latents, mean_codes(parts))
+    random = alike(latents, weight)
     found = {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
     return {name: direction.float() for name, direction in found.items()}
 
@@ -679,16 +674,18 @@ def prepare(args, env, out):
 
 def study(sae, model, corpus, bos, args, seed):
     """Steps 2 to 6 with one SAE: numbers of each language and concept, shares, directions."""
-    concepts = {"plural": {}, "past": {}}
+    concepts, weights = {"plural": {}, "past": {}}, []
     for lang, (sentences, labels) in corpus.items():
         X, codes = pool(model, args.layer, sae, sentences, bos)
+        weights.append(codes.mean(0))
         for concept, parts in concepts.items():
             parts[lang] = X, codes, torch.tensor(labels[concept])
+    weight = torch.stack(weights).mean(0)  # mean activations of the latents
     D = sae.decoder().double().cpu()
     rows, shares, directions = [], [], {}
     for concept, parts in concepts.items():
-        rows += removals(parts, D, 4 * args.top)
-        directions[concept] = pushes(parts, D, 4 * args.top)
+        rows += removals(parts, weight, D, 4 * args.top)
+        directions[concept] = pushes(parts, weight, D, 4 * args.top)
         rng = np.random.default_rng(seed)
         chance = top_lists(parts, D, args.top, rng=rng)
         value, fake = top_lists(parts, D, args.top), top_lists(parts, D, args.top, rng=rng)
@@ -714,7 +711,8 @@ def run_seed(real, args, env, log, arm, seed):
         shares += found[1]
         directions = found[2]
     row = common.mean(shares) | {"fvu": unexplained(sae, fill(0)[: 2**13]), "sets": {}}
-    row["logits"] = {name: rows[0][name]["logits"] for name in ("nothing", "multilingual")}
+    shown = "nothing", "multilingual", "difference of means"
+    row["logits"] = {name: rows[0][name]["logits"] for name in shown}
     for name in rows[0]:
         row["sets"][name] = common.mean([found[name]["numbers"] for found in rows])
     if not real and arm == "main":
@@ -759,24 +757,17 @@ def judge(run, main, alone):
         run.claim("C6", says, "little else", flips + " and arm.kept >= .8", **arms)
 
 
-def draw(path, rows):
-    """What is read after removals; and one probe's logits before and after, by label."""
-    names = [*rows[0]["sets"]]
-    reads = {"accuracy": [], "AUC": [], "fitted again": []}
-    for row in rows:
-        for title, key in zip(reads, ("accuracy", "auc", "refit")):
-            reads[title].append([numbers[key] for numbers in row["sets"].values()])
-    logits = {}
-    for height, (removed, by_label) in enumerate(rows[0]["logits"].items()):
+def draw(path, logits):
+    """What one probe says of each sentence, by label: before, and after two removals."""
+    points = {}
+    for height, (removed, by_label) in enumerate(logits.items()):
         for label, name in enumerate(["singular", "plural"]):
             x = by_label[label]
             y = height + 0.3 * label + np.linspace(0, 0.2, len(x))
-            logits[f"{name}, {removed} removed"] = x, y
-    left = dict(title="What is read when latents are removed", bars=reads, levels={"": 0.5})
-    left |= dict(names=[name.replace(" ", "\n", 1) for name in names], ylim=(0, 1.5))
-    right = dict(title="The same probe before (below) and after", points=logits, yticks=[])
-    right |= dict(xlabel="logit; right of 0 the probe says plural", ylim=(-0.1, 2.5))
-    common.panels(path, [left, right])
+            points[f"{name}, {removed} removed"] = x, y
+    panel = dict(title="The same probe before (below) and after", points=points, yticks=[])
+    panel |= dict(xlabel="logit; right of 0 the probe says plural", ylim=(-0.1, 4.2))
+    common.panels(path, [panel])
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -792,7 +783,6 @@ def check(args, env):
         (args.top > longest, f"--top {args.top}, allowed: 1 to {longest}, an eighth of --d-sae"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
         (args.layer > 3 and not args.model, f"--layer {args.layer}, allowed: 0 to 3 in the toy"),
-        (env.world > 1 and not args.model, "the toy runs in one process: leave out torchrun"),
     ]
 
 
@@ -807,7 +797,7 @@ def main(argv=None):
     if found is None:
         return None
     judge(run, found["main"], found.get("alone"))
-    draw(run.out / "sae.png", found["main"])
+    draw(run.out / "sae.png", found["main"][0]["logits"])
     return run.finish(found)
 
 

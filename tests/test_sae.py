@@ -358,8 +358,9 @@ def planted(n=300, m=12, seed=0):
 
 def test_a_feature_that_is_one_latent_is_found_removed_and_gone():
     parts, D = planted()
-    directions = S.pushes(parts, D, 1)
-    for row in S.removals(parts, D, 1):
+    weight = parts["A"][1].mean(0)
+    directions = S.pushes(parts, weight, D, 1)
+    for row in S.removals(parts, weight, D, 1):
         numbers = {name: found["numbers"] for name, found in row.items()}
         assert numbers["nothing"]["accuracy"] > 0.99
         assert numbers["multilingual"]["auc"] < 0.7 and numbers["multilingual"]["refit"] < 0.65

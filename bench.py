@@ -74,9 +74,9 @@ def row(what, ours, peers, device, same=None, rounds=15):
     return rows
 
 
-def close(a, b):
+def close(a, b, atol=1e-4):
     """Whether two tensors are equal but for rounding."""
-    return torch.allclose(a, b, atol=1e-4, rtol=1e-3)
+    return torch.allclose(a, b, atol=atol, rtol=1e-3)
 
 
 def installed(*packages):
@@ -310,7 +310,7 @@ def patching(device):
     """Patches at every layer of 12 x 384, 2 prompts of 100 tokens, in one pass: `model.sweep`.
 
     The peer is the loop that hook libraries run, without their own overhead, on the same model; for
-    the last position also two of the libraries themselves.
+    the last position also such a library itself.
     """
     torch.manual_seed(0)
     c = GPTConfig(vocab_size=4096, block_size=128, n_layer=12, n_head=6, n_embd=384)
@@ -337,8 +337,6 @@ def patching(device):
         if what.startswith("last"):
             if installed("nnsight"):
                 peers["nnsight"] = partial(with_nnsight, model, idx, z)
-            if installed("transformer_lens"):
-                peers["transformer-lens"] = partial(with_lens, lens_copy(model), idx, z)
         rows += row(f"patch, {what}", ours, peers, device, close, 5)
     return rows
 
@@ -356,57 +354,6 @@ def with_nnsight(model, idx, z):
             h = wrapped.final.output[:, -1].save()
         out.append(h)
     return torch.stack(out, 1)
-
-
-@torch.no_grad()
-def with_lens(lens, idx, z):
-    """The same by hooks of a HookedTransformer."""
-    out = []
-
-    def keep(x, hook):
-        out.append(x[:, -1])
-
-    for j in range(-1, lens.cfg.n_layers):
-
-        def patch(x, hook, value=z[j + 1]):
-            x[:, -1] = value
-            return x
-
-        site = f"blocks.{j}.hook_resid_post" if j >= 0 else "hook_embed"
-        lens.run_with_hooks(idx, fwd_hooks=[(site, patch), ("ln_final.hook_normalized", keep)])
-    return torch.stack(out, 1)
-
-
-def lens_copy(model):
-    """A HookedTransformer of our model's shape and weights."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    c, own = model.config, model.state_dict()
-    heads, width = c.n_head, c.n_embd
-    shape = dict(n_layers=c.n_layer, d_model=width, n_ctx=c.block_size, d_head=c.head_dim)
-    shape |= dict(n_heads=heads, d_vocab=c.vocab_size, d_mlp=c.d_mlp, act_fn="gelu")
-    shape |= dict(normalization_type="LN", rotary_dim=c.head_dim)
-    device = str(model.wte.weight.device)
-    shape |= dict(positional_embedding_type="rotary", device=device)
-    state = {"embed.W_E": own["wte.weight"], "unembed.W_U": own["head.weight"].T}
-    norms = {"ln_final": "final"}
-    for i in range(c.n_layer):
-        attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
-        W = own[f"{attn}.qkv.weight"].view(3, heads, -1, width)
-        b = own[f"{attn}.qkv.bias"].view(3, heads, -1)
-        for letter, weight, bias in zip("QKV", W, b):
-            state |= {f"{attn}.W_{letter}": weight.mT, f"{attn}.b_{letter}": bias}
-        state[f"{attn}.W_O"] = own[f"{attn}.proj.weight"].T.reshape(heads, -1, width)
-        state[f"{attn}.b_O"] = own[f"{attn}.proj.bias"]
-        for way, name in (("in", "up"), ("out", "down")):
-            state[f"{mlp}.W_{way}"] = own[f"{mlp}.{name}.weight"].T
-            state[f"{mlp}.b_{way}"] = own[f"{mlp}.{name}.bias"]
-        norms |= {f"blocks.{i}.ln1": f"blocks.{i}.norm1", f"blocks.{i}.ln2": f"blocks.{i}.norm2"}
-    for theirs, name in norms.items():
-        state |= {f"{theirs}.w": own[f"{name}.weight"], f"{theirs}.b": own[f"{name}.bias"]}
-    lens = HookedTransformer(HookedTransformerConfig(**shape))
-    lens.load_state_dict(state, strict=False)
-    return lens.eval()
 
 
 # --------------------------------------------------------------------------------------------- lzw
@@ -658,16 +605,13 @@ def sae(device):
     code.requires_grad_(False)
     w = torch.randn(256, device=device)
 
+    sums = partial(close, atol=1e-3)  # of thousands of terms
+
     def closed():
         return attribution(code.encode(x), None, code.decoder(), w)
 
     peers = {"integrated": partial(integrated_gradients, code, x.view(64, 32, 256), w)}
-    return rows + row("sae: attribution, 64 x 32", closed, peers, device, nearly, 5)
-
-
-def nearly(a, b):
-    """Whether two sums of thousands of terms are equal but for rounding."""
-    return torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+    return rows + row("sae: attribution, 64 x 32", closed, peers, device, sums, 5)
 
 
 # -------------------------------------------------------------------------------------- crosscoder
@@ -762,17 +706,17 @@ def clip(device):
     import latent_clip as lc
 
     torch.manual_seed(0)
-    sizes = dict(side=64, patch=8, width=384, layers=4, heads=6, embed=256, vocab=49408, context=77)
-    ours = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_heads=4, text_layers=4)).to(device)
+    sizes = dict(side=64, patch=8, width=384, layers=4, head=64, embed=256, vocab=49408, context=77)
+    ours = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_layers=4)).to(device)
     z, tokens = torch.randn(16, 4, 64, 64, device=device), torch.zeros(16, 77).long()
     for line, n in zip(tokens, torch.randint(8, 22, (16,))):  # captions of some ten words
         line[:n] = torch.randint(1, 40000, (n,))
         line[n] = 49407
-    tokens = tokens.to(device)
+    tokens, ids = tokens.to(device), torch.arange(16, device=device)
 
     def step():
         ours.zero_grad(set_to_none=True)
-        loss = ours(tokens, z)
+        loss = ours(tokens, z, ids)
         loss.backward()
         return loss.detach()
 
@@ -788,16 +732,15 @@ def clip(device):
         rows += row("CLIP, training step of 16 pairs", step, peer, device, close)
     if installed("diffusers"):
         rows += vae_rows(lc, device)
-    vae, flow = lc.VAE(lc.VAEConfig()), lc.Flow()
-    clips = {"latent": lc.new_clip("latent", 0), "pixel": lc.new_clip("pixel", 0)}
-    for model in vae, flow, *clips.values():
+    models = [lc.VAE(lc.VAEConfig()), lc.Flow(), lc.CLIP(lc.TOY), lc.CLIP(lc.PIXEL)]
+    for model in models:
         model.to(device).requires_grad_(False)
-    lab = lc.Lab(vae, 1.0, flow, clips, common.Env(device, torch.float32))
+    clips = {"latent": models[2], "pixel": models[3]}
+    lab = lc.Lab(models[0], 1.0, models[1], clips, device)
     noise, words = torch.randn(32, 4, 8, 8, device=device), ["a red circle"] * 32
     climbs = {}
     for arm in clips:
-        reward = lab.reward(arm, lab.text(arm, words))
-        climbs[arm] = partial(lc.reno, lab.generator(words), reward, noise, 2)
+        climbs[arm] = partial(lab.climb, arm, words, lab.text(arm, words), noise, 2, 1.2)
     peer = {"by pixels": climbs["pixel"]}
     return rows + row("ReNO by latents, 32 prompts", climbs["latent"], peer, device, None, 9)
 

@@ -34,8 +34,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import import_or_explain
-
 # ------------------------------------------------------------------------------------------ flags
 
 
@@ -50,8 +48,8 @@ class Flags:  # the docstring of a class of flags is the title of its group in -
 
     presets: ClassVar[dict] = {"toy": {}}  # name: defaults that differ from those below
     limits: ClassVar[dict] = {"seeds": (0, 2**32 - 1), "jobs": (1,)}  # flag: (least, most)
-    unused: ClassVar[set] = set()  # flags of the classes it builds on that a script has no use for
-    may_change: ClassVar[set] = set("seeds arms out device resume jobs wandb strict".split())
+    unused: ClassVar[set] = set()  # inherited flags that this script does not take
+    may_change: ClassVar[set] = set("seeds arms out device resume jobs strict".split())
 
     preset: str = "toy"  # a set of defaults; flags given beside it win
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -60,7 +58,6 @@ class Flags:  # the docstring of a class of flags is the title of its group in -
     out: str = ""  # folder for results; default out/<script>
     resume: bool = False  # go on from the checkpoints in --out
     jobs: int = 2  # runs side by side on a CPU; they share its cores
-    wandb: str = ""  # a Weights & Biases project that is sent the rows of metrics.jsonl
     strict: bool = False  # exit code 1 if a claim does not hold
 
 
@@ -68,11 +65,10 @@ class Flags:  # the docstring of a class of flags is the title of its group in -
 class TrainFlags(Flags):
     """training"""
 
-    limits: ClassVar[dict] = Flags.limits | {
-        **dict.fromkeys(("steps", "batch_size", "log_every", "eval_every", "save_every"), (1,)),
-        **dict.fromkeys(("micro_batch", "lr", "warmup", "decay_steps", "min_lr"), (0,)),
-        **dict.fromkeys(("weight_decay", "clip"), (0,)),
-    }
+    limits: ClassVar[dict] = dict(Flags.limits)
+    limits |= dict.fromkeys("steps batch_size log_every eval_every save_every".split(), (1,))
+    limits |= dict.fromkeys("micro_batch lr warmup decay_steps min_lr".split(), (0,))
+    limits |= dict.fromkeys(("weight_decay", "clip"), (0,))
     may_change: ClassVar[set] = Flags.may_change | {"steps", "save_every"}
 
     steps: int = 1000  # optimizer steps
@@ -111,16 +107,13 @@ def parse(Args, argv=None):
     defaults = Args(**Args.presets[Args.preset])
     kinds = get_type_hints(Args) | {"preset": Literal[tuple(Args.presets)]}
     left = {f.name for f in fields(Args)} - Args.unused
-    texts = {}
-    for cls in reversed(Args.__mro__):
-        texts |= comments(cls)
-    for cls in reversed(Args.__mro__):
+    for cls in Args.__mro__:  # the script's own flags first, with those that it gives new defaults
         group = parser.add_argument_group(cls.__doc__)
-        for flag in comments(cls):
+        for flag, text in comments(cls).items():
             if flag in left:
                 left.remove(flag)
-                options = flag_options(kinds[flag], getattr(defaults, flag), texts[flag])
-                group.add_argument("--" + flag.replace("_", "-"), dest=flag, **options)
+                options = flag_options(kinds[flag], getattr(defaults, flag), text)
+                group.add_argument(dashed(flag), dest=flag, **options)
     if left:
         raise TypeError(f"flags without a comment on their line: {', '.join(left)}")
     given = vars(parser.parse_args(argv))
@@ -129,6 +122,11 @@ def parse(Args, argv=None):
     with bad_input():
         check_numbers(args)
     return args
+
+
+def dashed(flag):
+    """A flag as it is typed."""
+    return "--" + flag.replace("_", "-")
 
 
 def comments(cls):
@@ -161,24 +159,23 @@ def flag_options(kind, default, text):
 def check_numbers(args):
     """ValueError for a number that is not finite or outside `limits`, or a seed given twice."""
     for flag, value in vars(args).items():
-        name = "--" + flag.replace("_", "-")
         values = value if isinstance(value, list) else [value]
         if flag in ("seeds", "arms") and len(set(values)) < len(values):
-            raise ValueError(f"{name} {' '.join(map(str, values))}: each can be given once only")
+            given = " ".join(map(str, values))
+            raise ValueError(f"{dashed(flag)} {given}: each can be given once only")
         low, *most = args.limits.get(flag, (-math.inf,))
         high = most[0] if most else math.inf
         for v in values:
             if isinstance(v, int | float) and not (low <= v <= high and math.isfinite(v)):
-                allowed = f"{low} and more" if high == math.inf else f"{low} to {high}"
-                allowed = "finite numbers" if low == -math.inf else allowed
-                raise ValueError(f"{name} {v}, allowed: {allowed}")
+                allowed = f"{low} to {high}" if most else f"{low} and more"
+                raise ValueError(f"{dashed(flag)} {v}, allowed: {allowed}")
 
 
 def changed_flags(args, flags):
     """Those of `flags` that differ from what the preset sets, as "--steps --lr"; "" for none."""
     usual = type(args)(**args.presets[args.preset])
     changed = sorted(flag for flag in flags if getattr(args, flag) != getattr(usual, flag))
-    return " ".join("--" + flag.replace("_", "-") for flag in changed)
+    return " ".join(map(dashed, changed))
 
 
 def fail(message):
@@ -226,9 +223,8 @@ class Env:
 
     def autocast(self):
         """Matrix products in bf16, if that is the dtype."""
-        if self.dtype == torch.bfloat16:
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled)
 
 
 def find_device(name):
@@ -239,10 +235,9 @@ def find_device(name):
     try:
         return torch.empty(0, device=found if name == "auto" else name).device
     except (RuntimeError, AssertionError):  # torch does not know the name, or finds no such device
-        here = "cpu" if found == "cpu" else f"cpu, {found} ({torch.accelerator.device_count()})"
-        raise ValueError(
-            f"device {str(name)!r} is not on this machine, which has: {here}"
-        ) from None
+        has = "cpu" if found == "cpu" else f"cpu, {found} ({torch.accelerator.device_count()})"
+        what = f"device {str(name)!r} is not on this machine"
+        raise ValueError(f"{what}, which has: {has}") from None
 
 
 def setup(args) -> Env:
@@ -257,8 +252,7 @@ def setup(args) -> Env:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
-            patience = timedelta(days=1)  # rank 0 may tokenize for long
-            dist.init_process_group(backend, timeout=patience)
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # tokenizing takes long
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -502,7 +496,7 @@ def check_flags(saved, args, path):
     odd = []
     for flag, value in shaping_flags(args).items():
         if saved.get(flag) != value:
-            odd.append(f"--{flag.replace('_', '-')} is {saved.get(flag)} there, {value} here")
+            odd.append(f"{dashed(flag)} is {saved.get(flag)} there, {value} here")
     if odd:
         raise ValueError(f"{path} is of another run: {'; '.join(odd)}")
 
@@ -539,26 +533,24 @@ def restore(path, model, opt, args):
 
 def weights_of(model, opt, put=None):
     """Weights and optimizer state, whole even if sharded; `put`: such a state to put in place."""
-    sharded_by_fsdp = hasattr(next(model.parameters()), "full_tensor")
-    if not sharded_by_fsdp:
-        if put:
-            model.load_state_dict(put["model"])
-            opt.load_state_dict(put["optimizer"])
-        return {"model": model.state_dict(), "optimizer": opt.state_dict()}
-    from torch.distributed.checkpoint import state_dict as sharded
+    if hasattr(next(model.parameters()), "full_tensor"):  # FSDP has split them over the ranks
+        from torch.distributed.checkpoint import state_dict as sharded
 
-    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        if put:
+            sharded.set_model_state_dict(model, put["model"], options=options)
+            sharded.set_optimizer_state_dict(model, opt, put["optimizer"], options=options)
+        weights, moments = sharded.get_state_dict(model, opt, options=options)
+        return {"model": weights, "optimizer": moments}
     if put:
-        sharded.set_model_state_dict(model, put["model"], options=options)
-        sharded.set_optimizer_state_dict(model, opt, put["optimizer"], options=options)
-    weights, moments = sharded.get_state_dict(model, opt, options=options)
-    return {"model": weights, "optimizer": moments}
+        model.load_state_dict(put["model"])
+        opt.load_state_dict(put["optimizer"])
+    return {"model": model.state_dict(), "optimizer": opt.state_dict()}
 
 
 def save_state(path, state, model, opt, args, env):
     """Writes what `begin` goes on from: counts, weights, the optimizer's state, flags."""
-    whole = state | weights_of(model, opt) | {"flags": shaping_flags(args)}
-    save_checkpoint(path, whole, env)
+    save_checkpoint(path, state | weights_of(model, opt) | {"flags": shaping_flags(args)}, env)
 
 
 def save_checkpoint(path, state, env=None):
@@ -579,9 +571,8 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # zip, pickle and torch each have their own
-        unsafe = "weights_only" in str(error) or "Unsupported" in str(error)
-        what = "needs unpickling, which is refused" if unsafe else "is damaged or cut short"
+    except Exception:  # zip, pickle and torch each have their own
+        what = "is damaged or cut short, or needs unpickling, which is refused"
         raise ValueError(f"checkpoint {path} {what}: delete it") from None
 
 
@@ -597,25 +588,16 @@ class Log:
     def __init__(self, args, env, run):
         self.args, self.env, self.run = args, env, run
         self.path = Path(args.out) / f"{run}.jsonl"
-        self.tracker = None
 
     def stage(self, name):
         """The log, and so the checkpoint, of one stage of the run."""
         return Log(self.args, self.env, f"{self.run}-{name}")
 
     def __call__(self, step, **values):
-        if self.env.rank > 0:
-            return
-        with open(self.path, "a", encoding="utf-8") as f:
+        if self.env.rank == 0:
             row = {"run": self.run, "step": step, **values}
-            f.write(json.dumps(row, default=plain) + "\n")
-        if self.args.wandb:
-            if self.tracker is None:
-                import wandb
-
-                where = {"project": self.args.wandb, "dir": self.args.out, "reinit": "create_new"}
-                self.tracker = wandb.init(name=self.run, config=vars(self.args), **where)
-            self.tracker.log(values, step=step)
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row, default=plain) + "\n")
 
     def rewind(self, step):
         """Forgets what was logged at `step` and later: a resumed run will log it again."""
@@ -683,8 +665,6 @@ class Run:
         self.out = Path(self.args.out)
         with bad_input():
             self.env = setup(self.args)
-            if self.args.wandb:
-                import_or_explain("wandb")
             for wrong, message in check(self.args, self.env) if check else []:
                 if wrong:
                     raise ValueError(message)
@@ -698,10 +678,7 @@ class Run:
         results = side_by_side(run_one, tasks, job_count(self.args, self.env))
         if self.env.rank > 0:
             return None
-        found = {arm: [] for arm in arms}
-        for (_, _, arm, _), result in zip(tasks, results, strict=True):
-            found[arm].append(result)
-        return found
+        return {arm: results[i :: len(arms)] for i, arm in enumerate(arms)}
 
     def claim(self, id, says, paper, criterion, *, base=None, arm, controls):
         """Judges a claim, seed by seed: the arm by the criterion, and each control in its place.
@@ -721,21 +698,11 @@ class Run:
             control |= {f"{name}: {key}": value for key, value in mean(rows).items()}
         # a control that measured nothing (nan) has not failed
         empty = any(math.isnan(value) for value in control.values())
-        self.claims.append(
-            {
-                "id": id,
-                "claim": says,
-                "paper": paper,
-                "measured": measured,
-                "control": control,
-                "criterion": criterion,
-                "holds": verdict,
-                "held": held,
-                "control_passes": passed,
-                "control_fails": not empty and not any(passed.values()),
-                "seeds": {"base": base, "arm": arm, **controls},
-            }
-        )
+        fails = not empty and not any(passed.values())
+        row = {"id": id, "claim": says, "paper": paper, "measured": measured, "control": control}
+        row |= {"criterion": criterion, "holds": verdict, "held": held}
+        row |= {"control_passes": passed, "control_fails": fails}
+        self.claims.append(row | {"seeds": {"base": base, "arm": arm, **controls}})
 
     def finish(self, found):
         """Joins the logs, writes result.json, prints the table of claims; returns the result."""

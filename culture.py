@@ -2,21 +2,20 @@
 
 Ask a model in Turkish for a first name, and it says an American one; begin with "I live in Turkey",
 and it knows better. What the country in the prompt (explicit) gains over the same prompt without it
-(implicit) is the *explicit-implicit gap*. Take the residual stream of the last prompt token,
-explicit minus implicit, and average it over questions: added after one block, this vector localises
-answers without a word about the country. It does so for other tasks and in another language than
-those that it was built from, in part even if it was built from other cultures. And where naming the
-country makes answers more alike, steering keeps more of their diversity.
+(implicit) is the *gap*. Take the residual stream of the last prompt token, explicit minus implicit,
+and average it over questions: added after one block, this vector localises answers without a word
+about the country. It does so for other tasks and in another language than those that it was built
+from, in part even if it was built from other cultures. And where naming the country makes answers
+more alike, steering keeps more of their diversity.
 
 `--model gemma-3-270m` asks a real model to complete sentences about nine cultures. The toy is a GPT
-trained on documents of five cultures in five languages; in those without context the answers are
-the default culture's in seven of ten (`--skew`). So the size of the gap is put in, and so is that
-documents which name a country are stereotyped. Not put in: that one direction moves the model, and
-what it does to other tasks, languages and cultures. Nothing here is about real cultures: the lists
-in cultures.json are examples.
+trained on documents of five. Those without a country are the default culture's in seven of ten
+(`--skew`), those that name one are stereotyped: both are put in. Not put in is that one direction
+moves the model, and what it does to other tasks, languages and cultures. Nothing here is about real
+cultures: the lists in cultures.json are examples.
 
 Read on: `add` (the method), `vectors` (what is added), `Toy` (the documents), `pick` (which block
-and strength), `study`, `judge` (the claims).
+and strength), `steer`, `judge` (the claims).
 """
 
 import json
@@ -46,19 +45,14 @@ class Args(common.TrainFlags):
     """culture"""
 
     presets: ClassVar[dict] = {
-        "smoke": dict(
-            steps=8, n_layer=2, n_embd=32, warmup=2, eval_every=4, strengths=[1.0], jobs=1
-        ),
+        "smoke": dict(steps=8, n_layer=2, n_embd=32, warmup=2, strengths=[1.0], jobs=1),
         "toy": {},
         "paper": dict(model="google/gemma-2-9b", layers=list(range(21, 28)), strengths=[1.0, 2.0]),
     }
-    limits: ClassVar[dict] = common.TrainFlags.limits | {
-        "layers": (0,),
-        "strengths": (0.01, 100),
-        "skew": (0.1, 0.9),
-        **dict.fromkeys(("prompts", "n_layer", "n_embd"), (1,)),
-    }
-    unused: ClassVar[set] = {"shard"}  # a steered run needs whole weights
+    limits: ClassVar[dict] = common.TrainFlags.limits | dict(
+        layers=(0,), strengths=(0.01, 100), skew=(0.1, 0.9), prompts=(1,), n_layer=(1,), n_embd=(1,)
+    )
+    unused: ClassVar[set] = {"shard", "eval_every"}  # a steered run needs whole weights
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"layers", "strengths", "prompts"}
 
     model: str = ""  # gemma-3-270m, a hub id, a folder in place of the toy (paper: gemma-2-9b-it)
@@ -70,7 +64,6 @@ class Args(common.TrainFlags):
     batch_size: int = 32
     lr: float = 4e-3
     weight_decay: float = 0.01
-    eval_every: int = 500
     skew: float = 0.7  # the toy: share of documents without context that are the default culture's
     n_layer: int = 4  # the toy's blocks (paper: 42)
     n_embd: int = 64  # the toy's width (paper: 3584)
@@ -136,25 +129,11 @@ def entropy(p, owner, k):
     return -(q * q.clamp(min=1e-30).log2()).sum(-1).numpy()
 
 
-def paired(plus, minus):
-    """Differences (L + 1, n, C) of latents: each question after every sentence, minus without.
-
-    plus (L + 1, sentences * questions, C), sentence by sentence; minus (L + 1, questions, C)
-    """
-    return plus - minus.repeat(1, plus.shape[1] // minus.shape[1], 1)
-
-
-def difference(parts):
-    """The mean (L + 1, C) over all pairs of several tasks, each (L + 1, n, C)."""
-    return torch.cat(parts, 1).mean(1)
-
-
-def shuffled(parts, rng):
-    """The same with half of the pairs turned round at random: labels that mean nothing."""
-    whole = torch.cat(parts, 1)
-    order = torch.from_numpy(rng.permutation(whole.shape[1]))
+def shuffled(pairs, rng):
+    """Mean of pairs (L + 1, n, C), half of them turned round: labels that mean nothing."""
+    order = torch.from_numpy(rng.permutation(pairs.shape[1]))
     half = len(order) // 2
-    turned = whole[:, order[:half]].sum(1) - whole[:, order[half : 2 * half]].sum(1)
+    turned = pairs[:, order[:half]].sum(1) - pairs[:, order[half : 2 * half]].sum(1)
     return turned / max(1, 2 * half)
 
 
@@ -168,146 +147,104 @@ def vectors(diffs, setting, k, tasks, rng):
     Controls: minus (-own), wrong (the next culture's), neutral and cross neutral (from a sentence
     without a country), shuffled.
     """
+
+    def pairs(setting, context, *cultures):
+        every = [diffs[setting, context, j, task] for j, task in product(cultures, tasks)]
+        return torch.cat(every, 1)  # each pair counts alike
+
     other = SETTINGS[1 - SETTINGS.index(setting)]
     cultures = sorted({key[2] for key in diffs})
-    own = [diffs[setting, "own", k, t] for t in tasks]
-    rest = [diffs[setting, "own", j, t] for j in cultures if j != k for t in tasks]
-    wrong = following(k, len(cultures))
+    rest = [j for j in cultures if j != k]
+    own = pairs(setting, "own", k)
     return {
-        "own": difference(own),
-        "cross": difference([diffs[other, "own", k, t] for t in tasks]),
-        "universal": difference(rest),
-        "minus": -difference(own),
-        "wrong": difference([diffs[setting, "own", wrong, t] for t in tasks]),
-        "neutral": difference([diffs[setting, "neutral", k, t] for t in tasks]),
-        "cross neutral": difference([diffs[other, "neutral", k, t] for t in tasks]),
+        "own": own.mean(1),
+        "cross": pairs(other, "own", k).mean(1),
+        "universal": pairs(setting, "own", *rest).mean(1),
+        "minus": -own.mean(1),
+        "wrong": pairs(setting, "own", 1 + k % len(cultures)).mean(1),
+        "neutral": pairs(setting, "neutral", k).mean(1),
+        "cross neutral": pairs(other, "neutral", k).mean(1),
         "shuffled": shuffled(own, rng),
     }
-
-
-def following(k, n):
-    """The culture after k, of those from 1 to n."""
-    return 1 + k % n
 
 
 def pick(local, explicit, strengths):
     """For each task its cell (block and strength), chosen on all the other tasks.
 
-    The smallest strength at which some block's local share reaches that of the explicit prompt, and
-    there the best block; where none reaches it, the best cell of all.
-
-    local (tasks, cells), explicit (tasks,), strengths (cells,)
+    The smallest strength at which some block's local share (tasks, cells) reaches that of the
+    explicit prompt (tasks,), and there the best block; where none does, the best cell of all.
     """
     chosen = []
     for task in range(len(local)):
         score = np.delete(local, task, 0).mean(0)
         reaches = score >= np.delete(explicit, task).mean()
-        allowed = np.ones(len(score), bool)
         if reaches.any():
-            allowed = reaches & (strengths == strengths[reaches].min())
-        chosen.append(int(np.where(allowed, score, -1).argmax()))
+            score = np.where(reaches & (strengths == strengths[reaches].min()), score, -1)
+        chosen.append(int(score.argmax()))
     return chosen
-
-
-def at_localisation(local, values, target):
-    """`values` where `local`, both along the strength, first reaches a target; nan if never."""
-    reached = np.flatnonzero(local >= target)
-    if not len(reached):
-        return np.nan
-    i = reached[0]
-    if i == 0:
-        return values[0]
-    w = (target - local[i - 1]) / (local[i] - local[i - 1])
-    return w * values[i] + (1 - w) * values[i - 1]
 
 
 # ----------------------------------------------------------------------------------------- the toy
 
-CULTURES = 5
-TASKS = 8
+CULTURES = "us tr fr ru de".split()  # the first is the default
+LANGUAGES = "en tr fr ru de".split()  # each culture's own
+TASKS = "names cities dishes sweets drinks landmarks clothes holidays".split()
+FACTS = "moon snow gold salt".split()  # questions with one answer everywhere
+VERBS = "live", "am_from", "grew_up_in"
+THINGS = "music", "rain", "tea", "books", "dogs", "sleep"
 ANSWERS = 6  # of each culture to each task
-FACTS = 4  # questions with one answer everywhere
 SHOTS = 6  # questions in a document
 NATIVE, STEREOTYPE = (np.arange(1, 1 + ANSWERS) ** -power for power in (0.5, 2.0))
 NATIVE, STEREOTYPE = NATIVE / NATIVE.sum(), STEREOTYPE / STEREOTYPE.sum()  # P of answers by rank
-VERBS = "live", "am_from", "grew_up_in"
 
 
 class Toy:
-    """The toy's words, documents and true probabilities. A word is a token.
+    """The toy's words, documents and prompts. A word is a token.
 
-    A document in French: `I.fr live.fr ru.fr ;.fr cities.fr ?.fr cities:Moscow(ru) ; ...`. Culture
-    0 is the default, language k is that of culture k.
+    A document in French about Russia: `I.fr live.fr ru.fr ;.fr cities.fr ?.fr cities:ru0 ; ...`
     """
 
+    cultures, tasks, main = CULTURES, TASKS, "local"
+
     def __init__(self, seed, skew):
-        lists = json.loads(data.read_text(LISTS))
         self.seed, self.skew = seed, skew
-        self.cultures = lists["cultures"][:CULTURES]
-        self.languages = lists["languages"][:CULTURES]
-        self.tasks = list(lists["answers"])[:TASKS]
-        self.facts = [f"fact{i}" for i in range(FACTS)]
+        owner = torch.arange(len(CULTURES)).repeat_interleave(ANSWERS)
         words = ["<pad>", "<bos>", ";"]
         self.answers = {}  # task -> (tokens (A,), their owners (A,))
-        for task in self.tasks:
-            first = len(words)
-            for culture in self.cultures:
-                for answer in lists["answers"][task][culture].split("|")[:ANSWERS]:
-                    spelling = answer.split("/")[0].replace(" ", "_")
-                    words.append(f"{task}:{spelling}({culture})")
-            owner = torch.arange(CULTURES).repeat_interleave(ANSWERS)
-            self.answers[task] = torch.arange(first, len(words)), owner
-        words += [f"{fact}:yes" for fact in self.facts]
+        for task in TASKS:
+            self.answers[task] = len(words) + torch.arange(len(owner)), owner
+            words += [f"{task}:{k}{rank}" for k, rank in product(CULTURES, range(ANSWERS))]
+        words += [f"{fact}:yes" for fact in FACTS]
         self.n_answers = len(words)
-        things = [f"thing{i}" for i in range(6)]
-        every = ["I", "like", "?", ";", *VERBS, *things, *self.tasks, *self.facts, *self.cultures]
-        for language in self.languages:
-            words += [f"{word}.{language}" for word in every]
+        for language in LANGUAGES:
+            own = ["I", "like", "?", ";", *VERBS, *THINGS, *TASKS, *FACTS, *CULTURES]
+            words += [f"{word}.{language}" for word in own]
         self.number = {word: i for i, word in enumerate(words)}
-        rng = np.random.default_rng([seed, 1])
-        foreign = [(i, k) for i, k in product(range(1, CULTURES), range(CULTURES)) if i != k]
-        self.held = [foreign[i] for i in rng.permutation(len(foreign))[: len(foreign) // 2]]
-        told = [pair for pair in foreign if pair not in self.held]
-        native = [(k, k) for k in range(1, CULTURES)]
-        # (language, country) of documents that name a country; those held out never occur
-        self.told = native * 2 + [(0, k) for k in range(CULTURES)] + told
+        # (language, country) of documents that name a country: half of those that are foreign
+        foreign = [(i, k) for i, k in product(range(1, 5), range(5)) if i != k]
+        some = np.random.default_rng([seed, 1]).permutation(len(foreign))[len(foreign) // 2 :]
+        self.told = [(k, k) for k in (1, 2, 3, 4)] * 2 + [(0, k) for k in range(5)]
+        self.told += [foreign[place] for place in sorted(some)]
 
-    def encode(self, text):
-        return [1] + [self.number[word] for word in text.split()]
+    def ids(self, i, text):
+        """Ids of words in language i."""
+        return [self.number[f"{word}.{LANGUAGES[i]}"] for word in text.split()]
 
-    def in_language(self, i, words):
-        return " ".join(f"{word}.{self.languages[i]}" for word in words.split())
-
-    def sentences(self, i, context, k):
-        """The sentences of a context, in language i and about culture k."""
+    def sentences(self, context, k):
+        """The sentences of a context, about culture k."""
         if context == "none":
             return [""]
         if context == "neutral":
-            return [self.in_language(i, f"I like thing{n} ;") for n in range(6)]
-        return [self.in_language(i, f"I {verb} {self.cultures[k]} ;") for verb in VERBS]
+            return [f"I like {thing} ;" for thing in THINGS]
+        return [f"I {verb} {CULTURES[k]} ;" for verb in VERBS]
 
     def prompts(self, setting, context, k, task):
         """Ids of a task's question after each sentence of a context."""
         i = k if setting == "local" else 0
-        question = self.in_language(i, f"{task} ?")
-        return [self.encode(f"{s} {question}") for s in self.sentences(i, context, k)]
-
-    def unrelated(self, k):
-        """Prompts that have nothing to do with cultures."""
-        return [self.encode(self.in_language(k, f"{fact} ?")) for fact in self.facts]
-
-    def truth(self, i, context, k):
-        """What documents say first after such a beginning: P (A,) by culture and rank."""
-        p = np.zeros((CULTURES, ANSWERS))
-        if context == "own":
-            p[k] = STEREOTYPE
-        else:
-            p[0] += self.skew * NATIVE
-            p[i] += (1 - self.skew) * NATIVE
-        return p.ravel()
+        return [[1, *self.ids(i, f"{s} {task} ?")] for s in self.sentences(context, k)]
 
     def document(self, rng):
-        """The text of a document: six questions, answered by one culture throughout.
+        """Ids of a document: six questions, answered by one culture throughout.
 
         Half the documents have no context, .35 name a country and are of its culture, .15 begin
         with a sentence that says nothing. Without a country, the default culture answers with
@@ -317,19 +254,14 @@ class Toy:
         if context == "own":
             i, k = self.told[rng.integers(len(self.told))]
         else:
-            i = rng.integers(CULTURES)
+            i = rng.integers(len(CULTURES))
             k = 0 if rng.random() < self.skew else i
-        sentences = self.sentences(i, context, k)
-        ids = self.encode(sentences[rng.integers(len(sentences))])
-        ranks = rng.choice(ANSWERS, SHOTS, p=STEREOTYPE if context == "own" else NATIVE)
-        for rank in ranks:
-            task = (self.tasks + self.facts)[rng.integers(TASKS + FACTS)]
-            ids += self.encode(self.in_language(i, f"{task} ?"))[1:]
-            if task in self.answers:
-                ids.append(int(self.answers[task][0][k * ANSWERS + rank]))
-            else:
-                ids.append(self.number[f"{task}:yes"])
-            ids.append(2)
+        sentences = self.sentences(context, k)
+        ids = [1, *self.ids(i, sentences[rng.integers(len(sentences))])]
+        for rank in rng.choice(ANSWERS, SHOTS, p=STEREOTYPE if context == "own" else NATIVE):
+            task = [*TASKS, *FACTS][rng.integers(len(TASKS) + len(FACTS))]
+            answer = f"{task}:yes" if task in FACTS else f"{task}:{CULTURES[k]}{rank}"
+            ids += [*self.ids(i, f"{task} ?"), self.number[answer], self.number[";"]]
         return ids
 
     def batch(self, step, args, env):
@@ -344,35 +276,6 @@ class Toy:
         return {"idx": idx, "targets": targets, "weights": weights.float()}
 
 
-def divergence(model, world, size):
-    """KL in nats from documents to model, of first answers: {context: mean of tasks, cultures}."""
-    found = {}
-    for context in CONTEXTS:
-        kl = []
-        for k, task in product(range(CULTURES), world.tasks):
-            prompts = world.prompts("local", context, k, task)
-            p = ask(model, prompts, world.answers[task][0], size)[1].double().numpy()
-            truth = world.truth(k, context, k)
-            said = truth > 0
-            kl.append((truth[said] * np.log(truth[said] / p[:, said])).sum(1).mean())
-        found[f"kl_{context}"] = float(np.mean(kl))
-    return found
-
-
-def train_toy(args, env, log, seed):
-    """(the toy's model, its world), trained."""
-    world = Toy(seed, args.skew)
-    torch.manual_seed(seed)
-    plain = dict(norm="rms", tie=True, qkv_bias=False, attn_bias=False, mlp_bias=False)
-    model = GPT(GPTConfig(len(world.number), 64, args.n_layer, 4, args.n_embd, **plain))
-
-    def evaluate(step):
-        return divergence(model, world, args.prompts)
-
-    common.train(model, partial(world.batch, args=args, env=env), args, env, log, evaluate)
-    return model.eval(), world
-
-
 # -------------------------------------------------------------------------------------- real models
 
 
@@ -383,11 +286,24 @@ class Real:
     answers of two cultures are dropped, and pieces of under three letters (but see SHORT).
     """
 
+    main = "english"  # where the gap is looked for: small models speak English best
+
     def __init__(self, tok, lists):
+        """ValueError where the lists lack something."""
         self.tok, self.lists = tok, lists
-        self.cultures, self.languages = lists["cultures"], lists["languages"]
-        self.tasks = list(lists["answers"])
-        self.answers = {task: self.first_tokens(task) for task in self.tasks}
+        try:
+            self.cultures, self.languages = lists["cultures"], lists["languages"]
+            self.tasks = list(lists["answers"])
+            if len(self.cultures) < 3 or len(self.tasks) < 3:
+                raise ValueError("three cultures and three tasks are needed")
+            self.answers = {task: self.first_tokens(task) for task in self.tasks}
+            facts = [fact.partition("|")[0] for fact in lists["facts"]]
+            self.unrelated = [tok.encode(fact, bos=True) for fact in facts]
+            for key in product(SETTINGS, CONTEXTS, range(len(self.cultures)), self.tasks):
+                if not all(self.prompts(*key)):
+                    raise ValueError(f"no sentence to complete for {key}")
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"not of the form of {LISTS.name}: {error!r}") from None
 
     def first_tokens(self, task):
         """Tokens (A,) that begin an answer, and the culture of each (A,)."""
@@ -407,54 +323,15 @@ class Real:
         tokens, owner = zip(*kept)
         return torch.tensor(tokens), torch.tensor(owner)
 
-    def sentences(self, language, context, k):
-        """The sentences of a context, in a language and about culture k."""
-        if context == "none":
-            return [""]
-        country = self.lists["countries"][self.cultures[k]]
-        texts = self.lists["hints"][language][context].split("|")
-        return [text.replace("{}", country) for text in texts]
-
     def prompts(self, setting, context, k, task):
         """Ids of a task's sentences to complete, after each sentence of a context."""
         language = self.languages[k if setting == "local" else 0]
-        questions = self.lists["prompts"][language][task].split("|")
-        texts = product(self.sentences(language, context, k), questions)
+        hints = ""
+        if context != "none":
+            hints = self.lists["hints"][language][context]
+        hints = hints.replace("{}", self.lists["countries"][self.cultures[k]])
+        texts = product(hints.split("|"), self.lists["prompts"][language][task].split("|"))
         return [self.tok.encode("".join(text), bos=True) for text in texts]
-
-    def unrelated(self, k):
-        """Prompts that have nothing to do with cultures (in English)."""
-        facts = [fact.partition("|")[0] for fact in self.lists["facts"]]
-        return [self.tok.encode(fact, bos=True) for fact in facts]
-
-
-def read_lists(path):
-    """cultures.json, or a file of its form. ValueError names what is missing."""
-    try:
-        lists = json.loads(data.read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(lists, dict):
-        raise ValueError(f"{path} holds no JSON object")
-
-    for key in "cultures", "languages", "answers", "countries", "hints", "prompts", "facts":
-        if not lists.get(key):
-            raise ValueError(f"{path} lacks {key}")
-    cultures, tasks = lists["cultures"], lists["answers"]
-    languages = lists["languages"]
-    if len(cultures) < 3 or len(tasks) < 3 or len(languages) != len(cultures):
-        raise ValueError(f"{path}, needed: three cultures, a language for each, three tasks")
-    needed = [("countries", culture) for culture in cultures]
-    needed += product(["answers"], tasks, cultures)
-    needed += product(["hints"], languages, ["own", "neutral"])
-    needed += product(["prompts"], languages, tasks)
-    for keys in needed:
-        at = lists
-        for key in keys:
-            at = at.get(key) if isinstance(at, dict) else None
-        if not isinstance(at, str) or not at.strip():
-            raise ValueError(f"{path} lacks {' > '.join(keys)}")
-    return lists
 
 
 # ---------------------------------------------------------------------------------------- the study
@@ -466,179 +343,154 @@ def collect(model, world, size):
     Returns {(setting, context, culture, task): P (n, A)}, and by the same keys, for contexts with a
     sentence, the differences (L + 1, n, C) from the questions without one.
     """
-    seen, latents = {}, {}
-    said, diffs = {}, {}
+    latents, said = {}, {}
+    diffs = {}
     cultures = range(1, len(world.cultures))
     for key in product(SETTINGS, CONTEXTS, cultures, world.tasks):
         setting, context, k, task = key
-        prompts = world.prompts(*key)
-        same = task, str(prompts)  # in English without a country, for example
-        if same not in seen:
-            seen[same] = ask(model, prompts, world.answers[task][0], size)
-        latents[key], said[key] = seen[same]
+        latents[key], said[key] = ask(model, world.prompts(*key), world.answers[task][0], size)
         if context != "none":
-            diffs[key] = paired(latents[key], latents[setting, "none", k, task])
+            plain = latents[setting, "none", k, task]
+            sentences = latents[key].shape[1] // plain.shape[1]  # all questions after each of them
+            diffs[key] = latents[key] - plain.repeat(1, sentences, 1)
     return said, diffs
+
+
+def answer(model, world, args, setting, k, task, tries):
+    """P (V, A) of a task's answers under V interventions, mean over prompts without a country."""
+    prompts = world.prompts(setting, "none", k, task)
+    return steered(model, prompts, world.answers[task][0], tries, args.prompts).mean(0)
+
+
+def steer(model, world, args, diffs, setting, k, explicit, rng):
+    """What vectors do to culture k's prompts without a country; a task's are built on all others.
+
+    Returns {kind of vector: masses (tasks, cultures)}, the local shares (tasks, cells) that `pick`
+    compared with the explicit prompt's, and {task: (own vector, block, strength)}.
+    """
+    n = len(world.cultures)
+    cells = list(product(args.layers, args.strengths))
+    banks, shares = {}, []
+    for task in world.tasks:
+        build = [other for other in world.tasks if other != task]
+        banks[task] = vectors(diffs, setting, k, build, rng)
+        tries = [add(banks[task]["own"], *cell) for cell in cells]
+        p = answer(model, world, args, setting, k, task, tries)
+        shares.append(masses(p, world.answers[task][1], n)[:, k])
+    strengths = np.array([strength for _, strength in cells])
+    chosen = pick(np.array(shares), explicit, strengths)
+    tables, own = {}, {}
+    for (task, bank), i in zip(banks.items(), chosen):
+        own[task] = bank["own"], *cells[i]
+        tries = [add(v, *cells[i]) for v in bank.values()]
+        p = answer(model, world, args, setting, k, task, tries)
+        for kind, row in zip(bank, masses(p, world.answers[task][1], n)):
+            tables.setdefault(kind, []).append(row)
+    return tables, shares, own
 
 
 def study(model, world, args, log, seed):
     """All measurements on one model."""
     n = len(world.cultures)
-    cultures = range(1, n)
-    shape = n - 1, len(world.tasks), n
     runs, diffs = collect(model, world, args.prompts)
-    said = {}  # (setting, prompt or vector) -> masses (cultures but 0, tasks, cultures)
-    for setting, context in product(SETTINGS, CONTEXTS):
-        table = []
-        for k, task in product(cultures, world.tasks):
-            p = runs[setting, context, k, task]
-            table.append(masses(p, world.answers[task][1], n).mean(0))
-        said[setting, f"prompt {context}"] = np.reshape(table, shape)
-    steering = Steering(model, world, args, diffs, np.random.default_rng([seed, 5]))
+    said = {}  # "setting, then prompt or vector" -> masses for each culture and task
+    for (setting, context, _, task), p in runs.items():
+        mass = masses(p.mean(0), world.answers[task][1], n)
+        said.setdefault(f"{setting} prompt {context}", []).append(mass)
+    rng = np.random.default_rng([seed, 5])
+    shares, own = [], {}
     for setting in SETTINGS:
-        tables = {}
-        for k in tqdm(cultures, f"{log.run}, {setting}", leave=False):
-            explicit = said[setting, "prompt own"][k - 1, :, k]
-            for kind, rows in steering.run(setting, k, explicit).items():
-                tables.setdefault(kind, []).append(rows)
-        said |= {(setting, kind): np.reshape(table, shape) for kind, table in tables.items()}
-    profile = np.mean(steering.profiles[steering.main], (0, 1)).reshape(len(args.layers), -1)
+        for k in tqdm(range(1, n), f"{log.run}, {setting}", leave=False):
+            explicit = np.reshape(said[f"{setting} prompt own"], (n - 1, -1, n))[k - 1, :, k]
+            found = steer(model, world, args, diffs, setting, k, explicit, rng)
+            for kind, table in found[0].items():
+                said.setdefault(f"{setting} {kind}", []).extend(table)
+            if setting == world.main:
+                shares.append(found[1])
+                own[k] = found[2]
+    profile = np.mean(shares, (0, 1)).reshape(len(args.layers), -1)
     for layer, row in zip(args.layers, profile):
         log(0 if args.model else args.steps, layer=layer, local=row.tolist())
     rows = measures(said)
-    found = {"profile": profile, "picked": steering.picked, "rows": rows, "kl": steering.kl()}
-    if not args.model:
-        found["entropy"] = steering.diversity(runs)
-        for name in "steered", "other language", "mixture":
-            more = np.subtract(found["entropy"][name], found["entropy"]["explicit"])
-            bits, low, high = common.interval(more)
-            rows[f"entropy {name}"] = {"bits": bits, "low": low, "high": high}
-            rows[f"entropy {name}"]["reached"] = np.isfinite(more).mean()  # else it is left out
-    return found
+    picked = {}
+    for k, tasks in own.items():
+        picked[world.cultures[k]] = [[layer, strength] for _, layer, strength in tasks.values()]
+    found = {"main": world.main, "profile": profile, "picked": picked}
+    if args.model:
+        found["kl"] = side_effect(model, world, own)
+    else:
+        bits = diversity(model, world, args, runs, own)
+        found["entropy"] = {name: np.nanmean(values) for name, values in bits.items()}
+        for name in "steered", "mixture":
+            more = np.subtract(bits[name], bits["explicit"])
+            rows[name] = dict(zip(("bits", "low", "high"), common.interval(more)))
+            rows[name]["reached"] = np.isfinite(more).mean()  # else it is left out of the mean
+    return found | {"rows": rows}
 
 
-class Steering:
-    """Vectors for every culture and task, and what they do: a task's are built on all others."""
+@torch.no_grad()
+def side_effect(model, world, own):
+    """What own vectors change elsewhere: mean KL in nats of what follows unrelated prompts."""
+    found = []
+    for k, tasks in own.items():
+        v, layer, strength = tasks[world.tasks[k % len(world.tasks)]]  # one task is enough
+        idx, mask = padded(world.unrelated, model.wte.weight.device)
+        for h in sweep(model, idx, [{}, add(v, layer, strength)], 1, mask)[:, :, 0]:
+            plain, changed = model.unembed(h).float().log_softmax(-1)
+            found.append((plain.exp() * (plain - changed)).sum().item())
+    return np.mean(found)
 
-    def __init__(self, model, world, args, diffs, rng):
-        self.model, self.world = model, world
-        self.args = args
-        self.diffs, self.rng = diffs, rng
-        self.main = main_setting(args)
-        self.cells = list(product(args.layers, args.strengths))
-        self.profiles = {setting: [] for setting in SETTINGS}  # of own: (tasks, cells) a culture
-        self.picked = {}  # "culture, setting" -> (block, strength) for each task
-        self.own = {}  # (culture, task) -> own vector of the main setting
 
-    def run(self, setting, k, explicit):
-        """Masses (tasks, cultures) without a country, steered in the cells that `pick` chooses.
+def diversity(model, world, args, runs, own):
+    """Entropies in bits of local answers, for each culture and task: {name: [bits]}.
 
-        {kind of vector: such a table}; explicit (tasks,): the share that the country brings out
-        """
-        tasks = self.world.tasks
-        banks, profile = [], []
-        for task in tasks:
-            build = [other for other in tasks if other != task]
-            bank = vectors(self.diffs, setting, k, build, self.rng)
-            tries = [add(bank["own"], *cell) for cell in self.cells]
-            profile.append(self.said(setting, k, task, tries)[:, k])
-            banks.append(bank)
-            if setting == self.main:
-                self.own[k, task] = bank["own"]
-        strengths = np.array([strength for _, strength in self.cells])
-        chosen = [self.cells[i] for i in pick(np.array(profile), explicit, strengths)]
-        self.profiles[setting].append(profile)
-        self.picked[f"{self.world.cultures[k]}, {setting}"] = chosen
-        tables = {}
-        for task, bank, cell in zip(tasks, banks, chosen):
-            done = self.said(setting, k, task, [add(v, *cell) for v in bank.values()])
-            for kind, row in zip(bank, done):
-                tables.setdefault(kind, []).append(row)
-        return tables
-
-    def said(self, setting, k, task, interventions):
-        """Masses (V, cultures) under each intervention, means over prompts without a country."""
-        p = self.answer(setting, k, task, interventions)
-        return masses(p, self.world.answers[task][1], len(self.world.cultures)).mean(0)
-
-    def answer(self, setting, k, task, interventions):
-        """P (n, V, A) of a task's answers."""
-        prompts = self.world.prompts(setting, "none", k, task)
-        tokens = self.world.answers[task][0]
-        return steered(self.model, prompts, tokens, interventions, self.args.prompts)
-
-    @torch.no_grad()
-    def kl(self):
-        """Side effect of the own vectors: mean KL in nats of what follows unrelated prompts."""
-        found = []
-        for (k, task), v in self.own.items():
-            if task != self.world.tasks[k % len(self.world.tasks)]:
-                continue  # one task a culture is enough
-            place = self.world.tasks.index(task)
-            cell = self.picked[f"{self.world.cultures[k]}, {self.main}"][place]
-            idx, mask = padded(self.world.unrelated(k), self.model.wte.weight.device)
-            for h in sweep(self.model, idx, [{}, add(v, *cell)], 1, mask)[:, :, 0]:
-                plain, changed = self.model.unembed(h).float().log_softmax(-1)
-                found.append((plain.exp() * (plain - changed)).sum().item())
-        return np.mean(found)
-
-    def diversity(self, runs):
-        """Entropies in bits of local answers where their share is .9 of the explicit prompt's.
-
-        steered: by the own vector, at the strength that just reaches it; explicit: the prompt that
-        names the country; other language: the same in English; mixture: explicit and implicit
-        answers mixed until they are as local. {name: one for each culture and task}
-        """
-        n, found = len(self.world.cultures), {}
-        weights = torch.linspace(0, 1, 101)[:, None]
-        for (k, task), v in self.own.items():
-            owner = self.world.answers[task][1]
-            place = self.world.tasks.index(task)
-            layer, _ = self.picked[f"{self.world.cultures[k]}, {self.main}"][place]
-            plain = runs["local", "none", k, task].mean(0)
+    explicit: with the country. steered: at the first strength that is .9 as local. mixture:
+    explicit and implicit answers, mixed until they are as local
+    """
+    found = {"explicit": [], "steered": [], "mixture": []}
+    weights = torch.linspace(0, 1, 101)[:, None]
+    for k, tasks in own.items():
+        for task, (v, layer, _) in tasks.items():
+            owner = world.answers[task][1]
+            implicit = runs["local", "none", k, task].mean(0)
             explicit = runs["local", "own", k, task].mean(0)
-            english = runs["english", "own", k, task].mean(0)
-            mixed = weights * explicit + (1 - weights) * plain
             tries = [add(v, layer, strength) for strength in np.linspace(0, 4, 33)]
-            p = self.answer("local", k, task, tries).mean(0)
-            target = 0.9 * masses(explicit, owner, n)[k]
-            for name, curve in ("steered", p), ("mixture", mixed):
-                local = masses(curve, owner, n)[:, k]
-                bits = at_localisation(local, entropy(curve, owner, k), target)
-                found.setdefault(name, []).append(float(bits))
-            for name, one in ("explicit", explicit), ("other language", english):
-                found.setdefault(name, []).append(float(entropy(one, owner, k)))
-        return found
-
-
-def main_setting(args):
-    """Where the gap is looked for. A real model is asked in English: it speaks that best."""
-    return "english" if args.model else "local"
+            curves = {
+                "steered": answer(model, world, args, "local", k, task, tries),
+                "mixture": weights * explicit + (1 - weights) * implicit,
+            }
+            target = 0.9 * masses(explicit, owner, len(world.cultures))[k]
+            for name, p in curves.items():
+                local = masses(p, owner, len(world.cultures))[:, k]
+                enough = np.flatnonzero(local >= target)
+                bits = entropy(p, owner, k)[enough[0]] if len(enough) else np.nan
+                found[name].append(float(bits))
+            found["explicit"].append(float(entropy(explicit, owner, k)))
+    return found
 
 
 def measures(said):
     """The numbers that the claims compare: {"setting, then prompt or vector": {measure: number}}.
 
-    local, theirs, others: mass on the culture's own answers, on the next culture's, and on those of
-    all but itself and the default; *_rise: more than without a country. closed: the part of the gap
-    from implicit to explicit.
+    local, theirs, others: mass on the culture's own answers, on the next culture's, on those of all
+    but itself and the default; *_rise: more than without a country. closed: that, of the gap.
     """
     rows = {}
-    for (setting, name), mass in said.items():  # prompts come first: none, then own
-        n = mass.shape[-1]
-        local, theirs, others = [], [], []
-        for k in range(1, n):
-            of = mass[k - 1]  # (tasks, cultures)
-            local.append(of[:, k])
-            theirs.append(of[:, following(k, n - 1)])
-            others.append(of.sum(1) - of[:, k] - of[:, 0])
-        row = {"local": np.mean(local), "theirs": np.mean(theirs), "others": np.mean(others)}
-        before = rows.get(f"{setting} prompt none", row)
+    for name, mass in said.items():
+        n = len(mass[0])
+        mass = np.reshape(mass, (n - 1, -1, n))  # cultures but the default, tasks, cultures
+        k = np.arange(1, n)
+        local = mass[k - 1, :, k]
+        theirs = mass[k - 1, :, 1 + k % (n - 1)]
+        others = mass.sum(2) - local - mass[:, :, 0]
+        rows[name] = {"local": local.mean(), "theirs": theirs.mean(), "others": others.mean()}
+    for name, row in rows.items():
+        setting = name.split()[0]
+        before, explicit = rows[f"{setting} prompt none"], rows[f"{setting} prompt own"]
+        gap = explicit["local"] - before["local"]
         for measure in "local", "theirs", "others":
             row[f"{measure}_rise"] = row[measure] - before[measure]
-        gap = rows.get(f"{setting} prompt own", row)["local_rise"]
-        row["closed"] = row["local_rise"] / gap if gap else 0
-        rows[f"{setting} {name}"] = row
+        row["closed"] = row["local_rise"] / gap
     return rows
 
 
@@ -647,8 +499,12 @@ def run_seed(real, args, env, log, arm, seed):
     if real:
         log.rewind(0)
         return study(*real, args, log, seed)
-    model, world = train_toy(args, env, log, seed)
-    return study(model, world, args, log, seed) | divergence(model, world, args.prompts)
+    world = Toy(seed, args.skew)
+    torch.manual_seed(seed)
+    plain = dict(norm="rms", tie=True, qkv_bias=False, attn_bias=False, mlp_bias=False)
+    model = GPT(GPTConfig(len(world.number), 64, args.n_layer, 4, args.n_embd, **plain))
+    common.train(model, partial(world.batch, args=args, env=env), args, env, log)
+    return study(model.eval(), world, args, log, seed)
 
 
 # ------------------------------------------------------------------------------- claims and figure
@@ -657,7 +513,7 @@ def run_seed(real, args, env, log, arm, seed):
 def judge(run, found):
     """The paper's claims, each beside the controls that must fail the same criterion."""
     rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
-    main = main_setting(run.args)
+    main = found[0]["main"]
     put_in = f"abs(arm.local_rise - {run.args.skew:g}) <= .1"  # as large as the toy's text has it
     run.claim(
         "C1",
@@ -693,14 +549,14 @@ def judge(run, found):
         arm=rows["local cross"],
         controls={"neutral, from English": rows["local cross neutral"]},
     )
-    if "entropy steered" in rows:
+    if "steered" in rows:
         run.claim(
             "C5",
             "as local as 9/10 of explicit answers, steered ones are more diverse (bits)",
             "less alike in most languages",
             "arm.low >= .1 and arm.reached >= .9",
-            arm=rows["entropy steered"],
-            controls={"explicit, in English": rows["entropy other language"]},
+            arm=rows["steered"],
+            controls={"mixture of explicit and implicit": rows["mixture"]},
         )
     run.claim(
         "C6",
@@ -712,38 +568,31 @@ def judge(run, found):
     )
 
 
-KINDS = "own", "cross", "universal", "neutral", "cross neutral", "shuffled", "minus"
-
-
 def draw(path, found, args, title):
-    """Prompts, vectors, blocks, and (the toy) how alike the answers are."""
+    """Prompts, blocks, vectors, and (the toy) how alike the answers are."""
 
     def mean(measure, names):
         return [[result["rows"][name][measure] for name in names] for result in found]
 
-    bars = {}
+    main = found[0]["main"]
+    kinds = "own", "cross", "universal", "neutral", "shuffled", "minus"
+    bars, closed, lines = {}, {}, {}
     for setting in SETTINGS:
-        names = [f"{setting} prompt {context}" for context in CONTEXTS]
-        bars[f"{setting} prompts"] = mean("local", names)
+        name = f"{setting} prompts"
+        bars[name] = mean("local", [f"{setting} prompt {context}" for context in CONTEXTS])
+        closed[name] = mean("closed", [f"{setting} {kind}" for kind in kinds])
     profile = np.array([result["profile"] for result in found])
-    lines = {}
     for i, strength in enumerate(args.strengths):
         lines[f"strength {strength:g}"] = args.layers, profile[:, :, i]
-    main = main_setting(args)
-    explicit = np.mean(mean("local", [f"{main} prompt own"]))
-    closed = {f"{main} prompts": mean("closed", [f"{main} {kind}" for kind in KINDS])}
-    kinds = [kind.replace(" ", "\n") for kind in KINDS]
+    levels = {"explicit": np.mean(mean("local", [f"{main} prompt own"]))}
     items = [
-        dict(title=f"{title}: a sentence in front", bars=bars, names=CONTEXTS),
-        dict(title="Own vector after one block", lines=lines, levels={"explicit": explicit}),
+        dict(title=f"{title}: P(local answer), sentence in front", bars=bars, names=CONTEXTS),
+        dict(title="P(local answer), steered after block", lines=lines, levels=levels),
         dict(title="Closed of the gap", bars=closed, names=kinds),
     ]
-    for item in items[:2]:
-        item["ylabel"] = "probability of local answers"
-    items[1]["xlabel"] = "block"
     if "entropy" in found[0]:
-        names = "explicit", "mixture", "steered"
-        bits = [[np.nanmean(result["entropy"][name]) for name in names] for result in found]
+        bits = [[*result["entropy"].values()] for result in found]
+        names = list(found[0]["entropy"])
         items.append(dict(title="Entropy of local answers, bits", bars={"": bits}, names=names))
     common.panels(path, items)
 
@@ -753,12 +602,11 @@ def draw(path, found, args, title):
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
-    toy = set(vars(common.TrainFlags())) - set(vars(common.Flags()))
+    toy = {*vars(common.TrainFlags())} - {*vars(common.Flags())}
     toy |= {"resume", "skew", "n_layer", "n_embd"}
     idle = common.changed_flags(args, toy if args.model else ["lists"])
-    without = "with" if args.model else "without"
     return [
-        (idle, f"{idle}: no effect {without} --model"),
+        (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
         (args.model and env.world > 1, "--model runs in one process"),
         (args.n_embd % 8, f"--n-embd {args.n_embd}, allowed: multiples of 8"),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
@@ -769,22 +617,21 @@ def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2504.10191", check)
     args = run.args
-    real, name = None, "toy"
-    n = args.n_layer
+    real, name, n = None, "toy", args.n_layer
+    layers = range(n)
     if args.model:
         with common.bad_input("--lists"):
-            lists = read_lists(args.lists or LISTS)
+            lists = json.loads(data.read_text(args.lists or LISTS))
         with common.bad_input("--model"):
             model, tok = pretrained.load(args.model, run.env.device, args.dtype)
         with common.bad_input("--lists"):
             real = model.eval(), Real(tok, lists)
-        n, name = model.config.n_layer, Path(args.model).name
-    args.strengths = sorted({*args.strengths})
-    middle = range(n // 2, n - n // 6) if args.model else range(n)
-    args.layers = sorted({*args.layers}) or [*middle]
+        name, n = Path(args.model).name, model.config.n_layer
+        layers = range(n // 2, n - n // 6)
+    args.layers = args.layers or [*layers]
     with common.bad_input("--layers"):
-        if args.layers[-1] >= n:
-            raise ValueError(f"--layers {args.layers[-1]}, allowed: 0 to {n - 1}")
+        if max(args.layers) >= n:
+            raise ValueError(f"--layers {max(args.layers)}, allowed: 0 to {n - 1}")
     found = run.each(partial(run_seed, real), [name])
     if found is None:
         return None

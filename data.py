@@ -8,19 +8,18 @@
 import csv
 import hashlib
 import heapq
+import importlib
 import json
 import os
 import re
 import signal
 import sys
 import sysconfig
-import threading
-import unicodedata
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -65,25 +64,22 @@ def read_table(path, columns=()):
     with open(path, encoding="utf-8-sig", newline="") as f:
         reader = csv.DictReader(f, delimiter=delimiter, restkey="")
         try:
-            missing = [c for c in columns if c not in (reader.fieldnames or [])]
-            if missing:
-                raise ValueError(f"{path} has no column {', '.join(missing)}")
-            rows = []
-            for row in reader:
-                if "" in row or None in row.values():
-                    what = f"needs {len(reader.fieldnames)} cells, as the header has"
-                    raise ValueError(f"{path}, line {reader.line_num}: {what}")
-                rows.append(row)
+            header = reader.fieldnames or []
+            rows = list(reader)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {reader.line_num + 1}: {error}") from None
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}")
+    for i, row in enumerate(rows, 2):
+        if "" in row or None in row.values():
+            raise ValueError(f"{path}, row {i}: needs {len(header)} cells, as the header has")
     return rows
 
 
 def printable(text):
     """Text for a terminal: control characters, which could drive it, are shown as U+FFFD."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text
-    )
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 
 # ----------------------------------------------------------------------------------- text sources
@@ -100,17 +96,23 @@ def load_text(name="stdlib", split="train"):
         raise ValueError(f"split {split!r}, allowed: train, heldout")
     if name == "stdlib":
         documents = map(read_text, sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[!_]*.py")))
+    elif name.endswith(".jsonl") and name.startswith("file:"):
+        documents = (row["text"] for row in read_rows(path_of(name), text=str))
     elif name.startswith("file:"):
-        documents = read_documents(Path(name[5:]).expanduser())
+        documents = map(read_text, files_of(path_of(name)))
     elif "/" in name:
         documents = stream(name)
     else:
         allowed = "stdlib, file:PATH, or a data set id such as ORG/NAME"
         raise ValueError(f"unknown text source {name!r}, allowed: {allowed}")
-    documents = iter(documents)
+    documents = filter(str.strip, documents)  # without those that are empty
     first = list(islice(documents, 10))
-    if len(first) < 10:  # none would be held out: they are cut into a hundred pieces
-        first = cut(first, 100)
+    if not first:
+        raise ValueError(f"text source {name!r} is empty")
+    if len(first) < 10:  # none would be held out: the text is cut into a hundred pieces
+        text = "".join(first)
+        size = -(-len(text) // 100)
+        first = [text[i : i + size] for i in range(0, len(text), size)]
     heldout = split == "heldout"
     every = enumerate(chain(first, documents))
     return (text for i, text in every if (i % 10 == 9) == heldout)
@@ -121,57 +123,30 @@ def is_local(name):
     return name == "stdlib" or name.startswith("file:")
 
 
+def path_of(name):
+    """The path in a text source `file:PATH`."""
+    return Path(name.removeprefix("file:")).expanduser()
+
+
 def files_of(path):
     """The files of a folder, without hidden ones, in order; of a file, itself."""
     if not path.is_dir():
         return [path]
     inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
-    return [p for p in inside if not any(x.startswith(".") for x in p.relative_to(path).parts)]
-
-
-def read_documents(path):
-    """The documents of a local file or folder."""
-    files = files_of(path)
-    if path.suffix == ".jsonl":
-        return [row["text"] for row in read_rows(path, text=str)]
-    documents = map(read_text, files)
-    first = next((text for text in documents if text.strip()), None)
-    if first is None:
-        raise ValueError(f"{path} {'has no files with text' if path.is_dir() else 'is empty'}")
-    return chain([first], documents)
-
-
-def cut(documents, n):
-    """Some documents as about n pieces, which end at the end of a line where one is near."""
-    size = -(-sum(map(len, documents)) // n)
-    pieces = []
-    for text in documents:
-        start = 0
-        while start < len(text):
-            end = start + size
-            newline = text.find("\n", end, end + size // 2)
-            end = end if newline < 0 else newline + 1
-            pieces.append(text[start:end])
-            start = end
-    return pieces
+    return [p for p in inside if "/." not in f"/{p.relative_to(path).as_posix()}"]
 
 
 def stream(name):
-    """Documents of a hub data set, streamed: its `text` column, or its only column of strings."""
-    import_or_explain("datasets")
-    import datasets
-
+    """Documents of a hub data set, streamed: its column `text`."""
+    datasets = import_or_explain("datasets")
     path, _, config = name.partition(":")
     instead = "without a network give file:PATH, or point HF_HOME at a cache that holds it"
     with explained(f"data set {name!r} can't be read", instead):
         rows = iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
         first = next(rows)
-    columns = [c for c in first if isinstance(first[c], str)]
-    if "text" not in columns and len(columns) != 1:
-        found = ", ".join(columns) or "none"
-        raise ValueError(f"data set {name!r} has no column 'text'; its columns of text: {found}")
-    column = "text" if "text" in columns else columns[0]
-    return (row[column] for row in chain([first], rows) if row[column])
+    if not isinstance(first.get("text"), str):
+        raise ValueError(f"data set {name!r} has no column of texts named 'text'")
+    return (row["text"] or "" for row in chain([first], rows))
 
 
 @contextmanager
@@ -185,9 +160,9 @@ def explained(what, instead):
 
 
 def import_or_explain(package):
-    """Raises an ImportError that says how to install an optional package."""
+    """An optional package; an ImportError says how to install one that is missing."""
     try:
-        __import__(package)
+        return importlib.import_module(package)
     except ImportError:
         raise ImportError(f"this needs the package {package}: pip install {package}") from None
 
@@ -225,17 +200,14 @@ class Tokenizer:
         """
         if not self.template:
             raise ValueError(f"{self.name} has no chat template: it is a base model")
+        ids = {"bos_token": self.bos, "eos_token": self.eos}
+        special = {role: self.backend.id_to_token(i) for role, i in ids.items() if i is not None}
         try:
-            text = render(self.template, messages=messages, **self.special_tokens()) + prefill
+            text = render(self.template, messages=messages, **special) + prefill
         except Exception as error:  # of any kind: a template is a program
             raise ValueError(f"the chat template of {self.name}: {error}") from error
         contents = [m["content"] for m in messages if isinstance(m["content"], str)]
         return self.encode_template(text, [*contents, prefill])
-
-    def special_tokens(self):
-        """{"bos_token": text, "eos_token": text} of those it has, as templates name them."""
-        ids = {"bos_token": self.bos, "eos_token": self.eos}
-        return {role: self.backend.id_to_token(i) for role, i in ids.items() if i is not None}
 
     def encode_template(self, text, contents):
         """The ids of a rendered template: its own special tokens become control ids.
@@ -245,13 +217,14 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         ids = []
+        # A message that spells a special token is cut out of the rendered text and encoded as
+        # text. Every other message stays where it is: cutting there could change its tokens.
         for content in contents:
             if any(token in content for token in special):
-                before, found, after = text.partition(content.strip())
+                before, found, text = text.partition(content.strip())
                 if not found:
                     raise ValueError("a message holds a control token, which the template changes")
                 ids += self.with_control_ids(before) + self.encode(found)
-                text = after
         return ids + self.with_control_ids(text)
 
     def with_control_ids(self, text):
@@ -272,8 +245,8 @@ def render(template, **variables):
     def refuse(message):
         raise ValueError(message)
 
-    def strftime_now(form):
-        return datetime.now().strftime(form)
+    def give_up(number, frame):
+        raise TimeoutError("it takes over two seconds")
 
     def times(a, b):
         for text, n in (a, b), (b, a):
@@ -284,39 +257,23 @@ def render(template, **variables):
     options = {"trim_blocks": True, "lstrip_blocks": True}
     env = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options)
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    env.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
+    env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
     env.intercepted_binops = frozenset("*")
     env.binop_table["*"] = times
-    # {% generation %} marks what to train on: nothing to render
-    template = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", template)
-    template = re.sub(r"(\{%-?\s*)endgeneration\b", r"\1endif", template)
+    # {% generation %} marks what to train on: here it does nothing, as an assignment
+    template = re.sub(r"(\{%-?\s*)(end)?generation\b", r"\1set generation = 1", template)
     variables |= {"add_generation_prompt": True, "tools": None, "documents": None}
     text = ""
-    with time_limit(2):
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(2)
+    try:
         for piece in env.from_string(template).generate(variables):
             text += piece
             if len(text) > 10**6:
                 raise ValueError("it writes more than a million characters")
-    return text
-
-
-@contextmanager
-def time_limit(seconds):
-    """Raises TimeoutError in the block after some seconds; in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise TimeoutError(f"it takes over {seconds} seconds")
-
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
+        signal.alarm(0)
+    return text
 
 
 def get_tokenizer(name, text=None) -> Tokenizer:
@@ -331,17 +288,16 @@ def get_tokenizer(name, text=None) -> Tokenizer:
         if text is None:
             raise ValueError(f"tokenizer {name!r} is trained on a text, and there is none here")
         if not name[4:].isdecimal() or not 257 <= int(name[4:]) <= 2**20:
-            allowed = f"257 (bytes and an end) to {2**20}"
-            raise ValueError(f"tokenizer {name!r}: bpe:N takes a whole number N of ids, {allowed}")
+            allowed = f"bpe:257 (bytes and an end) to bpe:{2**20}"
+            raise ValueError(f"tokenizer {name!r}, allowed: {allowed}")
         return from_tiktoken(name, train_bpe(text, int(name[4:])))
     if "/" in name or os.path.exists(name):
         return from_folder(name)
     import tiktoken
 
     if name not in tiktoken.list_encoding_names():
-        known = ", ".join(tiktoken.list_encoding_names())
-        allowed = f"byte, bpe:N, {known}, or a folder with tokenizer.json"
-        raise ValueError(f"unknown tokenizer {name!r}, allowed: {allowed}")
+        known = ", ".join(["byte", "bpe:N", *tiktoken.list_encoding_names()])
+        raise ValueError(f"unknown tokenizer {name!r}, allowed: {known}, a tokenizer.json")
     instead = "without a network use bpe:N or byte, or point TIKTOKEN_CACHE_DIR at its folder"
     with explained(f"the vocabulary of {name!r} can't be downloaded", instead):
         return from_tiktoken(name, tiktoken.get_encoding(name))
@@ -369,9 +325,7 @@ def from_folder(name, config=None):
     Special ids and the chat template come from the files beside it; `config` is the model's, whose
     ids of special tokens count where the tokenizer's own files are silent.
     """
-    import_or_explain("tokenizers")
-    import tokenizers
-
+    tokenizers = import_or_explain("tokenizers")
     folder = Path(name) if os.path.isdir(name) else Path(name).parent
     path = folder / "tokenizer.json" if os.path.isdir(name) else Path(name)
     try:
@@ -419,9 +373,6 @@ def from_backend(name, backend, bos, stops, template):
     backend.no_padding()
     backend.encode_special_tokens = True  # as text
     n_vocab = max(backend.get_vocab().values()) + 1  # there may be gaps
-    for i in stops if bos is None else [bos, *stops]:
-        if type(i) is not int or not 0 <= i < n_vocab:
-            raise ValueError(f"special id {i!r} of {name}, allowed: 0 to {n_vocab - 1}")
     if not stops:
         raise ValueError(f"{name} has no end-of-text token")
 
@@ -449,8 +400,8 @@ def train_bpe(text, n):
     import regex
 
     counts = Counter(regex.findall(WORDS, text))
-    words = [list(word.encode()) for word in counts]
     freq = list(counts.values())
+    words = [word.encode().decode("latin-1") for word in counts]  # one character for each id
     pairs = Counter()  # pair -> how often
     where = defaultdict(set)  # pair -> indices of the words that hold it
     for i, word in enumerate(words):
@@ -467,25 +418,18 @@ def train_bpe(text, n):
         count, pair = heapq.heappop(heap)
         if -count != pairs[pair]:
             continue  # stale: the count has changed since it was pushed
-        new, changed = len(vocab), set()
-        vocab.append(vocab[pair[0]] + vocab[pair[1]])
+        new = chr(len(vocab))
+        vocab.append(vocab[ord(pair[0])] + vocab[ord(pair[1])])
+        changed = set()
         for i in where.pop(pair):
-            old, word, j = words[i], [], 0
-            while j < len(old):
-                if tuple(old[j : j + 2]) == pair:
-                    word.append(new)
-                    j += 2
-                else:
-                    word.append(old[j])
-                    j += 1
+            old = words[i]
+            word = words[i] = old.replace("".join(pair), new)
             for p in zip(old, old[1:]):
                 pairs[p] -= freq[i]
-                changed.add(p)
             for p in zip(word, word[1:]):
                 pairs[p] += freq[i]
                 where[p].add(i)
-                changed.add(p)
-            words[i] = word
+            changed.update(zip(old, old[1:]), zip(word, word[1:]))
         for p in changed:
             if pairs[p] > 0:
                 heapq.heappush(heap, (-pairs[p], p))
@@ -514,30 +458,25 @@ def token_file(name, split, tok, folder, limit=None, quiet=False):
     dtype = np.uint16 if tok.n_vocab <= 2**16 else np.uint32
     source = sys.version
     if name.startswith("file:"):
-        files = files_of(Path(name[5:]).expanduser())
-        source = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        source = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(path_of(name))]
     # two bpe:N of different texts have one name: what they make of a sentence tells them apart
     probe = tok.encode("The quick brown fox: def f(x): return 0x1F")
     key = repr((name, source, split, limit, tok.name, tok.n_vocab, probe))
     path = Path(folder) / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.bin"
     if not path.exists():
         documents = load_text(name, split)
-        total = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         bar = tqdm(desc=f"tokenize {split}", unit="tok", unit_scale=True, disable=quiet)
+        left = limit or sys.maxsize
         with open(aside, "wb") as f, bar:
-            while limit is None or total < limit:
-                batch = list(islice(documents, 256))
-                if not batch:
-                    break
+            while left and (batch := list(islice(documents, 256))):
                 ids = []
                 for document in tok.encode_batch(batch):
                     ids += [tok.eos, *document]
-                if limit is not None:
-                    ids = ids[: limit - total]
+                ids = ids[:left]
                 np.array(ids, dtype).tofile(f)
-                total += len(ids)
+                left -= len(ids)
                 bar.update(len(ids))
         os.replace(aside, path)
     if not path.stat().st_size:

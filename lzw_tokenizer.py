@@ -13,8 +13,6 @@ most N rows, and *disabled* ids (end of text, digits) that are never part of a r
 
 A pair (code, next id) is one integer, code * V + id, in one dictionary: a trie without nodes. Its
 order of insertion is the order of the rows, so they cost nothing in the loop over the ids.
-
-Read on: `LZW.encode`, then `Decoder`, then `to_ids` (how any bytes become ids), then `main`.
 """
 
 import argparse
@@ -23,7 +21,6 @@ import random
 import zlib
 from array import array
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -116,10 +113,7 @@ class LZW:
         return codes
 
     def decode(self, codes):
-        """The base ids of codes, a list. Any sequence of known codes has a meaning: see `Decoder`.
-
-        A code that isn't defined when it comes is a ValueError that names it.
-        """
+        """The base ids of codes, a list; ValueError for a code that isn't defined when it comes."""
         codes = check(codes, self.vocab_size + self.max_codes, "code")
         ids = self.decode_canonical(codes)
         if ids is not None:
@@ -232,58 +226,31 @@ class Decoder:
 # ------------------------------------------------------------------------------- bytes and ids
 
 
-def exact_ids(tokenizer, raw):
-    """The ids of bytes, or None unless the tokenizer gives exactly these bytes back."""
+def to_ids(tokenizer, raw):
+    """Ids of any bytes: the tokenizer's, if it gives exactly these bytes back.
+
+    Else (no UTF-8, letters that it changes) every byte goes as one of 256 ids behind its own.
+    """
     try:
         ids = tokenizer.encode(raw.decode("utf-8"))
+        if tokenizer.decode(ids).encode() == raw:
+            return ids
     except UnicodeDecodeError:
-        return None
-    return ids if tokenizer.decode(ids).encode() == raw else None
-
-
-def to_ids(tokenizer, raw):
-    """Ids of any bytes. What the tokenizer can't give back goes as bytes, line by line.
-
-    Behind the tokenizer's own ids stand 256 for single bytes, and one that ends a line.
-    """
-    ids = exact_ids(tokenizer, raw)
-    if ids is not None:
-        return ids
-    V, out = tokenizer.n_vocab, []
-    for line in BytesIO(raw):
-        ids = exact_ids(tokenizer, line)
-        out += [V + byte for byte in line] if ids is None else [*ids, V + 256]
-    return out
+        pass
+    return [tokenizer.n_vocab + byte for byte in raw]
 
 
 def to_bytes(tokenizer, ids):
-    """The bytes of what `to_ids` gives."""
-    V, parts, line = tokenizer.n_vocab, [], []
-    for i in [*ids, V + 256]:
-        if i < V:
-            line.append(i)
-            continue
-        if line:
-            parts.append(tokenizer.decode(line).encode())
-            line = []
-        if i < V + 256:
-            parts.append(bytes([i - V]))
-    return b"".join(parts)
+    """The bytes of what `to_ids` gives, or of a part of it."""
+    V = tokenizer.n_vocab
+    if ids and ids[0] >= V:
+        return bytes(i - V for i in ids)
+    return tokenizer.decode(list(ids)).encode()
 
 
 def codec(tokenizer, args):
-    """The LZW for the ids of `to_ids`, which never merges ends of text, or digits if asked to."""
-    disabled = [tokenizer.eos]
-    if args.disable_digits:
-        disabled += digit_ids(tokenizer)
-        disabled += [tokenizer.n_vocab + byte for byte in b"0123456789"]
-    return LZW(tokenizer.n_vocab + 257, args.max_codes, args.max_len, disabled)
-
-
-def digit_ids(tokenizer):
-    """Ids of a tokenizer whose text has a digit: merging them harms arithmetic."""
-    texts = [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)]
-    return [i for i, text in enumerate(texts) if any(c.isdigit() for c in text)]
+    """The LZW for the ids of `to_ids`, which never merges ends of text."""
+    return LZW(tokenizer.n_vocab + 256, args.max_codes, args.max_len, [tokenizer.eos])
 
 
 # ------------------------------------------------------------------------------------ programs
@@ -312,13 +279,14 @@ def read_codes(path):
         if tokens is None:
             tokenizer = data.get_tokenizer(name)
         else:
-            enc = data.bpe_of([bytes.fromhex(token) for token in tokens])
-            tokenizer = data.from_tiktoken(name, enc)
+            tokens = [bytes.fromhex(token) for token in tokens]
+            tokenizer = data.from_tiktoken(name, data.bpe_of(tokens))
+        if tokenizer.n_vocab + 256 != lzw.vocab_size:
+            raise ValueError(f"{name} is another tokenizer than it was")
+        raw = to_bytes(tokenizer, lzw.decode(codes))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what --encode writes ({error})") from None
-    ids = lzw.decode(codes)
-    raw = to_bytes(tokenizer, ids) if tokenizer.n_vocab + 257 == lzw.vocab_size else None
-    if raw is None or zlib.crc32(raw) != crc:
+    if zlib.crc32(raw) != crc:
         raise ValueError(f"{path} is damaged, or {name} is another tokenizer than it was")
     return raw
 
@@ -370,8 +338,7 @@ def table(texts, args):
 
 def main(argv=None):
     """The table of ids saved, or what --show, --encode or --decode asks for."""
-    usage = "python lzw_tokenizer.py FILES... [flags]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.error = common.fail
     add = parser.add_argument
     names = "byte, bpe:N, a tiktoken name, a tokenizer.json [byte]"
@@ -379,7 +346,6 @@ def main(argv=None):
     add("--tokenizer", nargs="+", default=["byte"], help=names)
     add("--max-len", type=int, default=3, help="base ids of a row [3]")
     add("--max-codes", type=int, default=1024, help="rows of a dictionary [1024]")
-    add("--disable-digits", action="store_true", help="never merge digits")
     add("--show", action="store_true", help="the text in colour")
     add("--encode", metavar="CODES", help="write the codes of the file there")
     add("--decode", metavar="FILE", help="write the bytes of a file of codes there")
@@ -388,9 +354,8 @@ def main(argv=None):
     with common.bad_input():
         if len(actions) > 1 or actions and len(args.files + args.tokenizer) > 2:
             raise ValueError("--show, --encode and --decode: one of them, one file, one tokenizer")
-        settings = args.tokenizer, args.max_len, args.max_codes, args.disable_digits
         if args.decode:
-            if settings != (["byte"], 3, 1024, False):
+            if (args.tokenizer, args.max_len, args.max_codes) != (["byte"], 3, 1024):
                 raise ValueError("--decode takes its settings from the codes: no other flag")
             Path(args.decode).write_bytes(read_codes(args.files[0]))
             return None

@@ -82,11 +82,9 @@ class GPTConfig:
         for name in "vocab_size", "block_size", "n_layer", "n_head", "n_embd":
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}, allowed: 1 and more")
-        if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                what = f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
-                raise ValueError(f"{what}: give head_dim")
-            self.head_dim = self.n_embd // self.n_head
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
         rotating = int(self.rotary_pct * self.head_dim)
@@ -94,12 +92,8 @@ class GPTConfig:
             raise ValueError(f"{rotating} rotating dims in a head, needed: an even number")
         if self.windows is not None and len(self.windows) != self.n_layer:
             raise ValueError(f"windows has {len(self.windows)} entries for {self.n_layer} layers")
-        switches = {
-            "norm": ("layer", "rms"),
-            "parallel": ("", "two_norms", "one_norm"),
-            "qk_norm": ("", "head", "all"),
-            "act": tuple(ACT),
-        }
+        switches = {"norm": ("layer", "rms"), "parallel": ("", "two_norms", "one_norm")}
+        switches |= {"qk_norm": ("", "head", "all"), "act": tuple(ACT)}
         for name, allowed in switches.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}, allowed: {allowed}")
@@ -139,13 +133,11 @@ def rope(config, positions, local=False):
     scaling = None if local and config.rope_base_local else config.rope_scaling
     if scaling and scaling["rope_type"] == "linear":
         freq = freq / scaling["factor"]
-    elif scaling and scaling["rope_type"] == "llama3":  # slow dims are stretched, fast ones kept
+    elif scaling:  # Llama 3's: slow dims are stretched, fast ones kept
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / scaling["factor"]
-    elif scaling:
-        raise ValueError(f"rope_type {scaling['rope_type']!r}, allowed: linear, llama3")
     angle = positions[:, None, :, None].float() * freq
     return angle.cos(), angle.sin()
 
@@ -173,8 +165,7 @@ class KVCache:
         shape = config.n_layer, batch, config.n_kv_head, length, config.head_dim
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        # for smear_keys: the newest key before smearing
-        self.last_key = self.k[:, :, :, :1].clone()
+        self.last_key = self.k[:, :, :, :1].clone()  # for smear_keys: the newest, not smeared
         self.real = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.pos = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.n = 0
@@ -289,9 +280,8 @@ class Attention(nn.Module):
             if T == 1:  # one new token: the heads that share a key become rows of one product
                 q = q.reshape(B, c.n_kv_head, -1, c.head_dim)
             gqa, causal = q.shape[1] != k.shape[1], see is None and T > 1
-            z = F.scaled_dot_product_attention(
-                q, k, v, see, is_causal=causal, scale=c.attn_scale, enable_gqa=gqa
-            )
+            how = {"is_causal": causal, "scale": c.attn_scale, "enable_gqa": gqa}
+            z = F.scaled_dot_product_attention(q, k, v, see, **how)
             z = z.reshape(B, c.n_head, T, c.head_dim)
         z = self.z(z.transpose(1, 2))
         return self.out(self.post_norm(self.proj(z.reshape(B, T, -1))))
@@ -326,9 +316,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.up = Linear(
-            config.n_embd, config.d_mlp * (2 if config.gated else 1), bias=config.mlp_bias
-        )
+        width = 2 * config.d_mlp if config.gated else config.d_mlp  # gate and up in one product
+        self.up = Linear(config.n_embd, width, bias=config.mlp_bias)
         self.down = Linear(config.d_mlp, config.n_embd, bias=config.mlp_bias)
         self.post_norm = make_norm(config, config.n_embd) if config.post_norm else nn.Identity()
         self.act, self.out = nn.Identity(), nn.Identity()
@@ -492,11 +481,11 @@ class GPT(nn.Module):
     @contextmanager
     def patch(self, functions):
         """Inside `with model.patch({site: fn}):` passes go on with `fn(tensor)` for the tensor."""
-        modules = [self.site(name) for name in functions]
         handles = []
-        for module, fn in zip(modules, functions.values()):
-            handles.append(module.register_forward_hook(partial(call_on_output, fn)))
         try:
+            for name, fn in functions.items():
+                hook = partial(call_on_output, fn)
+                handles.append(self.site(name).register_forward_hook(hook))
             with self.eager():  # compiled code does not look for hooks
                 yield self
         finally:
@@ -531,11 +520,8 @@ def weighted_cross_entropy(model, h, targets, weights=None, denom=None):
     """sum(weights * cross-entropy) / denom of h (B, T, C); rows without weight are dropped."""
     if weights is None:
         weights = torch.ones(targets.shape, device=h.device)
-    counts = (targets != -100) & (weights > 0)
-    rows = counts.flatten().nonzero().squeeze(1)  # what has no weight is never unembedded
-    h = h.flatten(0, 1)[rows]
-    targets = targets.flatten()[rows]
-    weights = weights.flatten()[rows].float()
+    counts = (targets != -100) & (weights > 0)  # what has no weight is never unembedded
+    h, targets, weights = h[counts], targets[counts], weights[counts].float()
     if denom is None:
         denom = weights.sum().clamp(min=1.0)
     W, train = model.head.weight, torch.is_grad_enabled()
@@ -658,10 +644,9 @@ def check_generate(model, prompts, max_new_tokens, temperature, top_k, top_p, st
         raise ValueError("generate needs at least one prompt, and at least one token in each")
     if min(map(min, prompts)) < 0 or max(map(max, prompts)) >= c.vocab_size:
         raise ValueError(f"prompts have token ids outside 0 to {c.vocab_size - 1}")
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > c.block_size:
-        what = f"{longest} prompt + {max_new_tokens} new tokens"
-        raise ValueError(f"{what} do not fit block_size {c.block_size}")
+    length = max(map(len, prompts)) + max_new_tokens
+    if length > c.block_size:
+        raise ValueError(f"prompt and answer of {length} do not fit block_size {c.block_size}")
     if stop is None or not all(isinstance(token, int) for token in stop):
         raise ValueError(f"stop {stop!r}, allowed: a collection of token ids")
     if max_new_tokens < 1 or samples < 1:

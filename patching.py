@@ -1,30 +1,24 @@
 """Separating tongue from thought (arXiv 2411.08745): language and concept can be patched apart.
 
 A model translates a word: `Français: "eau" - English: "` goes on with `water`. Where inside is
-*what* to say, and where *in which language*? The paper takes the residual stream of another prompt,
-the source (another word, other languages), puts it in place of this prompt's, the target's, and
-reads what is said then. Three experiments:
+*what* to say, and where *in which language*? Take the residual stream of another prompt, the
+source, put it in place of this prompt's, the target's, and read what is said then.
 
-1. The last token, after one block. Early blocks change nothing, late ones make the model say all
-   that the source would. In between it says the target's concept in the source's language: the
-   language is fixed before the concept.
+1. The last token, after one block. In between early blocks (no change) and late ones (all that the
+   source would say), the model says the target's concept in the source's language: the language is
+   fixed before the concept.
 2. The last token of the word, from one block on. The concept changes, the language stays.
 3. The same with the mean of a concept's latents over five source languages. It does as well or
-   better, so a latent is a sum, concept + language, and no code for the pair of them. Such a mean
-   can even be read out in words, as a definition.
+   better, so a latent is a sum, concept + language. Such a mean can even be read out in words.
 
-`--model gemma-3-270m` runs the experiments on a real model. The toy is a GPT trained on invented
-words of nine languages. Two syllables make a word, and neither names it: a model has to put the
-word together first. A quarter of all translations is held out; the experiments ask for those. What
-the toy can't show: that the order of experiment 1 must be so. Its first blocks see the previous
-token only (`--local`), which keeps the word from the last token for a while.
+`--model gemma-3-270m` runs this on a real model. The toy is a GPT trained on invented words of two
+syllables in nine languages. A quarter of all translations is held out, and asked for.
 
-Read on: `swap` and `hold` (the patches), `patched` (what is said under them), `World` (prompts),
-`document` (what the toy is trained on), `last_token` and `word_token` (the experiments), `judge`.
+Read on: `swap`, `hold` (the patches), `patched` (what is said then), `World` (prompts), `document`
+(what the toy reads), `last_token`, `word_token` (the experiments), `judge`.
 """
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations, product
@@ -46,25 +40,18 @@ class Args(common.TrainFlags):
     """patching"""
 
     presets: ClassVar[dict] = {
-        "smoke": dict(
-            steps=6, n_embd=16, n_layer=3, local=1, eval_every=3, warmup=2, pairs=4, jobs=1
-        ),
+        "smoke": dict(steps=6, n_embd=16, n_layer=3, local=1, warmup=2, pairs=4, jobs=1),
         "toy": {},
-        "paper": dict(
-            model="meta-llama/Llama-2-7b-hf", quads=["de-it:fr-es", "it-de:fr-es"], pairs=200
-        ),
+        "paper": dict(model="meta-llama/Llama-2-7b-hf", quads=["de-it:fr-es"], pairs=200),
     }
-    limits: ClassVar[dict] = common.TrainFlags.limits | {
-        "pairs": (2,),
-        "shots": (0, 50),
-        "local": (0,),
-        **dict.fromkeys(("k", "prompts", "n_layer", "n_embd"), (1,)),
-    }
-    unused: ClassVar[set] = {"shard"}  # a patched run needs whole weights
+    limits: ClassVar[dict] = common.TrainFlags.limits | dict(
+        pairs=(2,), shots=(0, 50), local=(0,), k=(1,), prompts=(1,), n_layer=(1,), n_embd=(1,)
+    )
+    unused: ClassVar[set] = {"shard", "eval_every"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"quads", "pairs", "k", "prompts"}
 
-    model: str = ""  # gemma-3-270m, a hub id or a folder in place of the toy (paper: Llama-2-7b)
-    words: str = ""  # CSV for --model: columns of languages, synonyms joined by | [concepts.csv]
+    model: str = ""  # gemma-3-270m, a hub id, a folder; else the toy (paper: Llama-2-7b)
+    words: str = ""  # CSV for --model: a column a language, synonyms joined by |
     quads: list[str] = common.default_list()  # source:target, as de-it:fr-es [six]
     pairs: int = 20  # pairs of concepts for each of --quads (paper: 200)
     shots: int = 0  # examples in a prompt [3 in the toy, 5 with --model] (paper: 5)
@@ -74,7 +61,6 @@ class Args(common.TrainFlags):
     batch_size: int = 12
     lr: float = 4e-3
     weight_decay: float = 0.3
-    eval_every: int = 500
     local: int = 2  # the toy's first blocks that see the previous token only
     n_layer: int = 6  # the toy's blocks (paper: 32)
     n_embd: int = 64  # the toy's width (paper: 4096)
@@ -85,7 +71,7 @@ class Args(common.TrainFlags):
 
 @torch.no_grad()
 def latents(model, prompts, size):
-    """The residual stream of each prompt's last token, (L + 1, B, C): embedding and blocks."""
+    """The residual stream of each prompt's last token, (L + 1, B, C)."""
     parts = []
     for start in range(0, len(prompts), size):
         idx, mask = padded(prompts[start : start + size], model.wte.weight.device)
@@ -94,35 +80,35 @@ def latents(model, prompts, size):
 
 
 def put(x, value):
-    """Columns x (B, tail, C) of the residual stream, the first one replaced by value (B, C)."""
+    """Columns x (B, tail, C), the first one replaced by value (B, C)."""
     return torch.cat((value[:, None].to(x), x[:, 1:]), 1)
 
 
 def swap(z):
-    """Experiment 1: L + 1 interventions, number j + 1 puts the source's latent after block j alone.
+    """Experiment 1: the source's latent after one block. L + 1 interventions, embedding first.
 
-    z  (L + 1, B, C) latents; j = -1 is the embedding
+    z  (L + 1, B, C) latents
     """
     return [{j - 1: partial(put, value=z[j])} for j in range(len(z))]
 
 
 def hold(z):
-    """Experiments 2 and 3: L + 1 interventions, number j + 1 patches block j and all later ones."""
-    everywhere = {j - 1: partial(put, value=z[j]) for j in range(len(z))}
-    return [{i: everywhere[i] for i in range(j - 1, len(z) - 1)} for j in range(len(z))]
+    """Experiments 2 and 3: the latents after one block and all later ones. As for `swap`."""
+    layers = range(len(z))
+    every = [(j - 1, partial(put, value=z[j])) for j in layers]
+    return [dict(every[j:]) for j in layers]
 
 
 @torch.no_grad()
 def patched(model, prompts, answers, tail, patch, z, size):
-    """What is said at the end of every prompt under each patch: {name: P(answer) (B, L + 1, A)}.
+    """What is said under each patch: {name: P(answer) (B, L + 1, A)}.
 
-    answers  for each prompt A answers. An answer is a set of words, a word a tuple of tokens; all
-             words have the same length. P is summed over words; the tokens of a word are forced
-             one after the other, with the patch in place
-    tail     the patched column, counted from the prompt's end: 1 is the last token
+    answers  for each prompt A of them; an answer is a set of words, a word a tuple of tokens, all
+             of one length. Tokens are forced one after the other, with the patch in place
+    tail     the patched column, counted from the end: 1 is the last token
     z        {name: latents (L + 1, B, C)}, put there by patch = swap or hold
     """
-    rows = {}  # (prompt, tokens forced behind it) -> [(answer, the token that is read then), ...]
+    rows = {}  # (prompt, tokens forced behind it) -> [(answer, token read then), ...]
     for b, options in enumerate(answers):
         for a, words in enumerate(options):
             for word in words:
@@ -140,7 +126,7 @@ def patched(model, prompts, answers, tail, patch, z, size):
             interventions += patch(values[:, which])
         h = sweep(model, idx, interventions, tail + extra, mask)
         for row, (b, forced) in zip(h[:, :, -extra - 1 :], part):
-            logp = model.unembed(row).float().log_softmax(-1)  # (patches, 1 + extra, vocabulary)
+            logp = model.unembed(row).float().log_softmax(-1)  # (patches, 1 + extra, V)
             before = sum(logp[:, i, token] for i, token in enumerate(forced))
             for a, token in rows[b, forced]:
                 out[b, :, a] += (before + logp[:, -1, token]).exp().cpu()
@@ -149,9 +135,9 @@ def patched(model, prompts, answers, tail, patch, z, size):
 
 
 def switch_layers(p):
-    """From which layer on the source's language, and its concept, are likelier than the target's.
+    """After which block the source's language, and its concept, are first the likelier ones.
 
-    p  (L + 1, 4) probabilities of what `CELLS` lists, row 0 is j = -1. L where it never happens
+    p  (L + 1, 4) from `last_token`, mean of prompts; row 0: the embedding, -1. Never: L
     """
     target_target, target_source, source_source, source_target = np.asarray(p).T
 
@@ -170,19 +156,19 @@ NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi
 NAMES += " हिन्दी 日本語 한국어 Русский 中文"
 LABELS = dict(zip(CODES, NAMES.split()))  # what prompts call a language
 CONCEPTS = Path(__file__).with_name("concepts.csv")  # 120 picturable nouns in nine languages
-# Gemma 3 270M speaks English, some German, hardly another language: all go into these two.
+# Gemma 3 270M speaks English and some German: all go into these two.
 REAL_QUADS = "fr-en:es-de es-en:nl-de it-en:fr-de nl-en:it-de it-de:nl-en es-de:fr-en".split()
 
 
 def read_words(path):
-    """{language: [the synonyms of each concept]} of a CSV file. ValueError for what is no such."""
+    """{language: [the synonyms of each concept]} of a CSV file."""
     rows = data.read_table(path)
     if not rows:
         raise ValueError(f"{path} has no words")
     codes = [code for code in rows[0] if code != "category"]
-    for code in codes:
-        if code not in LABELS:
-            raise ValueError(f"{path}: unknown language {code!r}, allowed: {', '.join(LABELS)}")
+    unknown = [code for code in codes if code not in LABELS]
+    if unknown:
+        raise ValueError(f"{path}: languages {unknown}, allowed: {', '.join(LABELS)}")
     words = {code: [] for code in codes}
     for i, row in enumerate(rows, 1):
         for code in codes:
@@ -208,7 +194,7 @@ class World:
         return f'{self.labels[pair[0]]}: "{self.words[pair[0]][row][0]}'
 
     def ask(self, pair, define=False):
-        """What stands between that and the answer: a translation or (in the toy) a definition."""
+        """What stands between that and the answer."""
         mark = "=" if define else "-"
         return f'" {mark} {self.labels[pair[1]]}: "'
 
@@ -233,7 +219,7 @@ class World:
         return [row for row in range(len(self.words[pair[0]])) if row not in held]
 
     def heads(self, rng, pair, rows, shots, define=False):
-        """Prompts up to the last letter of the query's word, each with examples of its own."""
+        """Prompts up to the query's last letter, each with examples of its own."""
         texts = []
         for row in rows:
             others = [other for other in self.known(pair) if other != row]
@@ -244,13 +230,14 @@ class World:
         return texts
 
     def ids(self, heads, tail=""):
-        """Ids of prompts; with a tail, and in how many columns the word's last token and it stand.
+        """Ids of prompts, and in how many columns the word's last token and the tail stand.
 
-        Raises ValueError where the tokenizer makes one token of a word's end and what follows.
+        ValueError where the tokenizer makes one token of a word's end and what follows.
         """
         prompts, columns = [], set()
         for head in heads:
-            front, whole = self.tok.encode(head, bos=True), self.tok.encode(head + tail, bos=True)
+            front = self.tok.encode(head, bos=True)
+            whole = self.tok.encode(head + tail, bos=True)
             columns.add(len(whole) - len(front) + 1)
             if whole[: len(front)] != front or len(columns) > 1:
                 word = head.rpartition('"')[2]
@@ -259,9 +246,9 @@ class World:
         return prompts, columns.pop()
 
     def answer(self, code, row, first=True):
-        """What counts as concept `row` in a language: first tokens, or the toy's whole word.
+        """Concept `row` in a language: first tokens, or the toy's whole word.
 
-        A word may begin with and without a space: two tokens for each synonym.
+        A word may begin with and without a space.
         """
         if self.facts:
             syllables = self.tok.encode(self.words[code][row][0])
@@ -274,28 +261,23 @@ class World:
 
 
 def draw_pairs(world, rng, sources, targets, cells, n, first=True):
-    """n pairs of concepts (source, target), and for each pair the answers that are looked for.
+    """n pairs of concepts (source, target), and the answers looked for in each.
 
-    cells  [(0 or 1: of the source's or the target's concept, language), ...]
-    Pairs are skipped where two answers share a word (or a first token). ValueError if there are
-    fewer than n, with what was skipped.
+    cells  [(0 or 1: the source's or the target's concept, its language), ...]
+    Where two answers share a word (or first token), the pair is skipped.
     """
     every = list(product(sources, targets))
-    pairs, answers, skipped = [], [], Counter()
+    pairs, answers = [], []
     for i in rng.permutation(len(every)):
         s, t = every[i]
         found = [world.answer(code, every[i][whose], first) for whose, code in cells]
-        if s == t:
-            skipped["of one concept"] += 1
-        elif any(a & b for a, b in combinations(found, 2)):
-            skipped["with answers that collide"] += 1
-        else:
+        if s != t and not any(a & b for a, b in combinations(found, 2)):
             pairs.append((s, t))
             answers.append(found)
         if len(pairs) == n:
             return *map(list, zip(*pairs)), answers
-    why = ", ".join(f"{count} {what}" for what, count in skipped.items()) or "none"
-    raise ValueError(f"there are {len(pairs)} pairs of concepts, asked for: {n}; skipped: {why}")
+    what = "pairs of concepts whose answers differ in their first token"
+    raise ValueError(f"there are {len(pairs)} {what}, asked for: {n}")
 
 
 # ----------------------------------------------------------------------------------------- the toy
@@ -327,8 +309,7 @@ class ToyTokenizer:
 def make_toy(seed):
     """The toy's words and attributes, drawn from a seed.
 
-    Of every pair of languages a quarter of the concepts is held out, in both directions; every
-    word of a language is trained with six of the eight others, or nearly so.
+    Of every pair of languages a quarter of the concepts is held out, in both directions.
     """
     rng = np.random.default_rng([seed, 1])
     words, held = {}, {}
@@ -339,17 +320,17 @@ def make_toy(seed):
             if i != j:
                 held[code, other] = [row for row in range(TOY_WORDS) if (row - i - j) % 4 == 0]
     facts = []
-    for place in rng.choice(6**3, TOY_WORDS, replace=False):  # no two concepts have the same three
+    for place in rng.choice(6**3, TOY_WORDS, replace=False):  # no two have the same three
         facts.append((f"x{place // 36}", f"y{place // 6 % 6}", f"z{place % 6}"))
     return World(ToyTokenizer(), {code: code.upper() for code in TOY}, words, held, facts)
 
 
 def document(world, rng):
-    """Ids of a document of 3 to 5 lines of one kind, and which of them count in the loss.
+    """Ids of a document of 3 to 5 lines, and which of them count in the loss.
 
     Three documents of five translate, one defines (`B: "bube" = D: "x1.d y4.d z0.d"`), and one goes
-    on with the attributes right after the word, as text does: so what a word means has to be known
-    at its last syllable. What is held out is neither translated nor defined.
+    on with the attributes right after the word: what it means has to be known at its last syllable.
+    What is held out is neither translated nor defined.
     """
     kind = rng.choice(["translate", "define", "go on"], p=[0.6, 0.2, 0.2])
     a, b = rng.choice(TOY, 2)
@@ -381,7 +362,7 @@ def batch(world, step, seed, args, env):
     return {"idx": idx[rows, :-1], "targets": idx[rows, 1:], "weights": counts[rows, 1:]}
 
 
-def accuracy(model, world, seed, shots, n):
+def accuracy(model, world, seed, shots, n=400):
     """Share of n held-out translations that are right to the last syllable."""
     rng = np.random.default_rng([seed, 3])
     pairs = list(world.held)
@@ -395,38 +376,16 @@ def accuracy(model, world, seed, shots, n):
     return float(np.mean([a == b for a, b in zip(said, right)]))
 
 
-def train_toy(args, env, log, seed):
-    """(the toy's model, its world), trained."""
-    world = make_toy(seed)
-    torch.manual_seed(seed)
-    windows = [2] * args.local + [0] * (args.n_layer - args.local)
-    plain = dict(norm="rms", tie=True, qkv_bias=False, attn_bias=False, mlp_bias=False)
-    shape = len(world.tok.number), 256, args.n_layer, 4, args.n_embd
-    model = GPT(GPTConfig(*shape, windows=windows, **plain))
-
-    def evaluate(step):
-        return {"held_out": accuracy(model, world, seed, args.shots, 200)}
-
-    next_batch = partial(batch, world, seed=seed, args=args, env=env)
-    common.train(model, next_batch, args, env, log, evaluate)
-    return model.eval(), world
-
-
 # ---------------------------------------------------------------------------------- the experiments
-
-# what experiment 1 looks for: (of the source's (0) or target's (1) concept, in whose language)
-CELLS = (1, "target"), (1, "source"), (0, "source"), (0, "target")
 
 
 def last_token(model, world, args, quad, seed):
-    """Experiment 1: a source's last token in place of the target's. {name: P (n, L + 1, 4)}."""
+    """Experiment 1: the source's last token in place of the target's. P (n, L + 1, 4)."""
     source, target = quad
     rng = np.random.default_rng([seed, 4])
-    out = {"source": source[1], "target": target[1]}
-    cells = [(whose, out[name]) for whose, name in CELLS]
-    s, t, answers = draw_pairs(
-        world, rng, world.asked(source), world.asked(target), cells, args.pairs
-    )
+    cells = [(1, target[1]), (1, source[1]), (0, source[1]), (0, target[1])]
+    rows = world.asked(source), world.asked(target)
+    s, t, answers = draw_pairs(world, rng, *rows, cells, args.pairs)
     of_source, _ = world.ids(world.heads(rng, source, s, args.shots), world.ask(source))
     of_target, _ = world.ids(world.heads(rng, target, t, args.shots), world.ask(target))
     z = latents(model, of_source, args.prompts)
@@ -437,10 +396,10 @@ def last_token(model, world, args, quad, seed):
 
 
 def word_token(model, world, args, quad, seed):
-    """Experiments 2 and 3, and definitions: latents held at the last token of the target's word.
+    """Experiments 2 and 3, and definitions: latents held at the target's word.
 
-    Returns {"translate": {name: P (n, L + 1, 2)}, "define": the same, in the toy}: the
-    probabilities of the source's concept and of the target's, in the target's language.
+    Returns {"translate": {name: P (n, L + 1, 2)}, "define": the same, in the toy}: of the source's
+    concept and of the target's, in the target's language.
     """
     source, target = quad
     code = target[1]
@@ -457,12 +416,15 @@ def word_token(model, world, args, quad, seed):
         prompts, _ = world.ids(world.heads(rng, pair, rows, args.shots))
         return latents(model, prompts, args.prompts)
 
-    pairs = source_pairs(world, quad)[: args.k]
+    rest = [code for code in world.words if code not in target]
+    pairs = dict(zip(rest, rest[1:] + rest[:1]))
+    del pairs[source[0]]  # each input language once
+    pairs = [source, *pairs.items()][: args.k]
     singles = [of(pair, s) for pair in pairs]
     others = [of(pair, rows) for pair, rows in zip(pairs, zip(*strangers))]
     z = {f"single {i + 1}": single for i, single in enumerate(singles)}
     z["mean"] = torch.stack(singles).mean(0)
-    z["concepts"] = torch.stack([singles[0], *others[1:]]).mean(0)
+    z["mean of concepts"] = torch.stack([singles[0], *others[1:]]).mean(0)
     z["unrelated"] = others[0]
     prompts, tail = world.ids(world.heads(rng, target, t, args.shots), world.ask(target))
     found = {"translate": patched(model, prompts, answers, tail, hold, z, args.prompts)}
@@ -473,24 +435,13 @@ def word_token(model, world, args, quad, seed):
         for pair in zip(s, t):
             said = [world.tok.encode(world.said(code, row, define=True)) for row in pair]
             answers.append([{tuple(ids)} for ids in said])
-        z = {name: z[name] for name in ("single 1", "mean", "concepts", "unrelated")}
+        z = {name: z[name] for name in ("single 1", "mean", "mean of concepts", "unrelated")}
         found["define"] = patched(model, prompts, answers, tail, hold, z, args.prompts)
     return found
 
 
-def source_pairs(world, quad):
-    """Pairs of languages beside the target's, the quadruple's source first, each input once."""
-    source, target = quad
-    rest = [code for code in world.words if code not in target]
-    pairs = [source]
-    for pair in zip(rest, rest[1:] + rest[:1]):
-        if pair[0] != source[0]:
-            pairs.append(pair)
-    return pairs
-
-
 def study(model, world, args, quads, log, seed):
-    """All experiments on a model: their mean curves by layer, and the numbers of the claims."""
+    """All experiments on a model: mean curves by layer, and the numbers of the claims."""
     parts = {"last": {}, "translate": {}, "define": {}}  # experiment -> what is patched -> [P]
     for text, quad in tqdm(quads.items(), log.run, leave=False):
         with common.bad_input(f"--quads {text}"):  # too few pairs; a tokenizer that merges
@@ -509,9 +460,9 @@ def study(model, world, args, quads, log, seed):
 
 
 def measures(curves, translate):
-    """The numbers that the claims compare: {what is patched: {measure: number}}.
+    """What the claims compare: {what is patched: {measure: number}}.
 
-    Means and definitions are read at the block from which the single sources do best.
+    Means and definitions are read from the block where the single sources do best.
     """
     rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}  # after the last block: no patch
     for name, p in curves["last"].items():
@@ -533,12 +484,18 @@ def measures(curves, translate):
 
 
 def run_seed(quads, real, args, env, log, arm, seed):
-    """Everything on the (model, world) of a pretrained model, or on a toy that is trained first."""
+    """Everything on a (model, world), or on a toy that is trained first."""
     if real:
         log.rewind(0)
         return study(*real, args, quads, log, seed)
-    model, world = train_toy(args, env, log, seed)
-    held_out = accuracy(model, world, seed, args.shots, 400)
+    world = make_toy(seed)
+    torch.manual_seed(seed)
+    windows = [2] * args.local + [0] * (args.n_layer - args.local)
+    plain = dict(norm="rms", tie=True, qkv_bias=False, attn_bias=False, mlp_bias=False)
+    shape = len(world.tok.number), 256, args.n_layer, 4, args.n_embd
+    model = GPT(GPTConfig(*shape, windows=windows, **plain))
+    common.train(model, partial(batch, world, seed=seed, args=args, env=env), args, env, log)
+    held_out = accuracy(model.eval(), world, seed, args.shots)
     return study(model, world, args, quads, log, seed) | {"held_out": held_out}
 
 
@@ -546,25 +503,24 @@ def run_seed(quads, real, args, env, log, arm, seed):
 
 
 def judge(run, found):
-    """The paper's claims, each beside the controls that must fail the same criterion."""
+    """The paper's claims, and the controls that must fail the same criterion."""
     rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
     run.claim(
         "T1",
-        "the last token: the language is fixed before the concept; in between, the target's "
-        "concept is said in the source's language",
-        ".62 at layer 14, switches at 13 and 16 of 32",
+        "at the last token the language is fixed before the concept",
+        ".62, switches at 13 and 16 of 32",
         "arm.mixed >= .3 and arm.language < arm.concept",
         arm=rows["source"],
         controls={"noise of equal norm": rows["noise"]},
     )
     run.claim(
         "T2",
-        "the word's last token: the source's concept is said in the target's language",
+        "held at the word, the source's concept is said in the target's language",
         ".35 of .75",
         "base.p >= .2 and arm.p >= .5 * base.p",
         base=rows["base"],
         arm=rows["single 1"],
-        controls={"unrelated concept": rows["unrelated"], "at the last token": rows["last token"]},
+        controls={"unrelated concept": rows["unrelated"], "last token": rows["last token"]},
     )
     run.claim(
         "T3",
@@ -573,12 +529,12 @@ def judge(run, found):
         "base.p >= .2 and arm.low >= -.02",
         base=rows["one source"],
         arm=rows["mean"],
-        controls={"mean over concepts": rows["concepts"]},
+        controls={"mean of concepts": rows["mean of concepts"]},
     )
     if "no patch" in rows:
         run.claim(
             "T4",
-            "a mean latent is read out as a definition: probability of its three attributes",
+            "a mean latent is read out as a definition (P of its three attributes)",
             "as good as the word itself",
             "arm.source >= .6 and arm.overwritten <= .2",
             arm=rows["mean"],
@@ -587,47 +543,37 @@ def judge(run, found):
 
 
 def draw(path, found, title):
-    """Experiment 1, experiments 2 and 3, and (the toy) definitions: probabilities by layer."""
+    """Probabilities by layer: experiment 1, experiments 2 and 3, definitions."""
 
     def curve(experiment, name, column=0):
         lines = [result["curves"][experiment][name][:, column] for result in found]
         return range(-1, len(lines[0]) - 1), lines
 
-    cells = "target's concept, target's language", "target's concept, source's language"
-    cells += "source's concept, source's language", "source's concept, target's language"
+    cells = "target's concept and language", "target's concept, source's language"
+    cells += "source's concept and language", "source's concept, target's language"
     last = {name: curve("last", "source", i) for i, name in enumerate(cells)}
-    held = {name: curve("translate", name) for name in ("one source", "mean")}
-    held["mean over concepts"] = curve("translate", "concepts")
-    held["unrelated concept"] = curve("translate", "unrelated")
-    base = np.mean([result["rows"]["base"]["p"] for result in found])
+    names = "one source", "mean", "mean of concepts", "unrelated"
+    held = {name: curve("translate", name) for name in names}
+    levels = {"unpatched target": np.mean([result["rows"]["base"]["p"] for result in found])}
     items = [
-        dict(title=f"{title}: last token, after one block", lines=last, xlabel="block"),
-        dict(
-            title="Held at the word: the source's concept",
-            lines=held,
-            levels={"unpatched target": base},
-            xlabel="from block",
-        ),
+        dict(title=f"{title}: last token, after one block", lines=last),
+        dict(title="Held at the word: the source's concept", lines=held, levels=levels),
     ]
     if found[0]["curves"]["define"]:
         said = {"source's": curve("define", "mean"), "overwritten": curve("define", "mean", 1)}
         said["source's, unrelated latent"] = curve("define", "unrelated")
-        items.append(dict(title="Mean latent: its definition", lines=said, xlabel="from block"))
+        items.append(dict(title="Mean latent: its definition", lines=said))
     for item in items:
-        item |= dict(ylabel="probability", ylim=(0, 1.05))
+        item |= dict(xlabel="block", ylabel="probability", ylim=(0, 1.05))
     common.panels(path, items)
-
-
-# -------------------------------------------------------------------------------------------- main
 
 
 def parse_quads(texts, words):
     """{text: (source pair, target pair)} of texts like de-it:fr-es. ValueError for others."""
     quads = {}
     for text in texts:
-        found = re.fullmatch(r"(\w+)-(\w+):(\w+)-(\w+)", text)
-        codes = found.groups() if found else ()
-        if len(set(codes)) < 4 or not set(codes) <= set(words):
+        codes = tuple(re.split("[-:]", text))
+        if len(codes) != 4 or len({*codes} & {*words}) < 4:
             needed = f"four different languages, as de-it:fr-es, of {', '.join(words)}"
             raise ValueError(f"--quads {text}, needed: {needed}")
         quads[text] = codes[:2], codes[2:]
@@ -636,12 +582,11 @@ def parse_quads(texts, words):
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
-    toy = set(vars(common.TrainFlags())) - set(vars(common.Flags()))
+    toy = {*vars(common.TrainFlags())} - {*vars(common.Flags())}
     toy |= {"resume", "local", "n_layer", "n_embd"}
     idle = common.changed_flags(args, toy if args.model else ["words"])
-    without = "with" if args.model else "without"
     return [
-        (idle, f"{idle}: no effect {without} --model"),
+        (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
         (args.model and env.world > 1, "--model runs in one process"),
         (args.local > args.n_layer, f"--local {args.local}, allowed: 0 to {args.n_layer}"),
         (args.n_embd % 8, f"--n-embd {args.n_embd}, allowed: multiples of 8"),
@@ -655,15 +600,13 @@ def main(argv=None):
     args = run.args
     args.shots = args.shots or (5 if args.model else 3)
     real = None
-    with common.bad_input("--words"):
+    with common.bad_input():
         words = read_words(args.words or CONCEPTS) if args.model else make_toy(0).words
         n = len(next(iter(words.values())))
         if n <= args.shots:
             raise ValueError(f"{n} words, needed for --shots {args.shots}: {args.shots + 1}")
-    with common.bad_input("--k"):
         if args.k > len(words) - 2:  # no source speaks the target's two languages
             raise ValueError(f"--k {args.k}, allowed: 1 to {len(words) - 2}")
-    with common.bad_input("--quads"):
         quads = parse_quads(args.quads or (REAL_QUADS if args.model else TOY_QUADS), words)
     if args.model:
         with common.bad_input("--model"):

@@ -76,7 +76,7 @@ FAMILIES = "gpt2 gpt_neox llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 cohe
 GGUF_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 NAMES |= {f"gguf_{arch}": NAMES["gguf"] for arch in GGUF_FAMILIES}
 REFUSED = "use_qk_norm", "use_bidirectional_attention", "scale_attn_by_inverse_layer_idx"
-REFUSED += ("add_cross_attention",)
+REFUSED += "add_cross_attention", "use_sliding_window"
 # in old checkpoints; not weights
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\b(attn|attention)\.(masked_)?bias)$")
 
@@ -94,13 +94,8 @@ d_mlp           intermediate_size         n_inner           feed_forward_length
 GGUF_KEYS = set(SIZES["gguf"].values()) | {"vocab_size", "attention.value_length", "rope.freq_base"}
 GGUF_KEYS |= {"attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.scale_linear"}
 GGUF_KEYS |= {"rope.scaling.type", "rope.scaling.factor", "attention.sliding_window"}
-ACTS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-}
+ACTS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTS |= {"silu": "silu", "swish": "silu"}
 
 
 def names_of(table, name):
@@ -146,13 +141,9 @@ def config_from(hf):
     kind = hf.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(f"architecture {kind!r} is not known, allowed: {', '.join(FAMILIES)}")
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method")
-        allowed = "an unquantised checkpoint, or GGUF"
-        raise ValueError(f"weights quantised by {method!r} can't be read, allowed: {allowed}")
-    for key in REFUSED:
+    for key in "quantization_config", *REFUSED:
         if hf.get(key):
-            raise ValueError(f"{kind} with {key} can't be represented, allowed: {key}=false")
+            raise ValueError(f"{kind} with {key} {hf[key]!r} can't be represented")
     c = {}
     for ours, key in SIZES["gpt2" if kind == "gpt2" else "llama"].items():
         c[ours] = number(hf, key, optional=key in ("num_key_value_heads", "head_dim", "n_inner"))
@@ -211,38 +202,29 @@ def rotary_from(hf, kind):
         what = f"rotary scaling {name!r} of {kind}"
         raise ValueError(f"{what} can't be represented, allowed: {', '.join(needs)}")
     scales = {key: number(scaling, key, float) for key in needs[name].split()}
-
-    def first(default, *places):
-        values = [number(entries, key, float, optional=True) for entries, key in places]
-        return next((value for value in values if value), default)
-
+    given = {key: value for key, value in (hf | full).items() if value is not None}
     base = {"gemma3_text": 1e6, "cohere": 5e5}.get(kind, 1e4)
-    share = 0.25 if kind == "gpt_neox" else 1.0
-    factor = "partial_rotary_factor"
-    theta = first(1e4, (local, "rope_theta"), (hf, "rope_local_base_freq"))
-    return {
-        "rope_scaling": {"rope_type": name, **scales} if scales else None,
-        "rope_base": first(base, (full, "rope_theta"), (hf, "rope_theta"), (hf, "rotary_emb_base")),
-        "rope_base_local": theta if kind == "gemma3_text" else None,
-        "rotary_pct": first(share, (full, factor), (hf, factor), (hf, "rotary_pct")),
-    }
+    base = given.get("rope_theta", given.get("rotary_emb_base", base))
+    base_local = given.get("rope_local_base_freq", local.get("rope_theta", 1e4))
+    share = given.get("rotary_pct", 0.25 if kind == "gpt_neox" else 1.0)
+    share = given.get("partial_rotary_factor", share)
+    fields = {"rope_base": base, "rope_base_local": base_local, "rotary_pct": share}
+    fields = {key: number(fields, key, float) for key in fields}
+    if kind != "gemma3_text":
+        fields["rope_base_local"] = None
+    return fields | {"rope_scaling": {"rope_type": name, **scales} if scales else None}
 
 
 def windows_from(hf, kind, layers):
     """GPTConfig.windows: which layers see only `sliding_window` positions; None if all see all."""
-    qwen = kind.startswith("qwen")
     window = number(hf, "sliding_window", optional=True)
-    unused = kind in ("llama", "olmo2") or qwen and not hf.get("use_sliding_window")
-    if not window or unused:  # some configs name a window that the model does not use
+    if not window or kind in ("llama", "olmo2", "qwen2", "qwen3"):  # some name one without use
         return None
     if kind in ("mistral", "phi3"):
         return [window] * layers
     if hf.get("layer_types"):
         kinds = {"sliding_attention": window, "full_attention": 0}
         return [kinds[name] for name in hf["layer_types"]]
-    if qwen:
-        full = number(hf, "max_window_layers")
-        return [0 if i < full else window for i in range(layers)]
     pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     every = 2 if kind == "gemma2" else pattern
     return [window if (i + 1) % every else 0 for i in range(layers)]  # every so-manyth sees all
@@ -262,9 +244,7 @@ class Tensor:
 
 def open_folder(folder):
     """(config dict, {name: Tensor}) of a folder; of its safetensors only the headers are read."""
-    import_or_explain("safetensors")
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = import_or_explain("safetensors")
     config, files = read_json(folder / "config.json"), [folder / "model.safetensors"]
     index = read_json(folder / "model.safetensors.index.json", {})
     if index:
@@ -273,8 +253,6 @@ def open_folder(folder):
             found = ", ".join(names)
             raise ValueError(f"the index names {found}, allowed: files of its own folder")
         files = [folder / name for name in names]
-    elif not files[0].exists():
-        files = sorted(folder.glob("*.safetensors")) or files
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
@@ -282,7 +260,7 @@ def open_folder(folder):
     tensors = {}
     for file in files:
         try:
-            shard = safe_open(file, "pt")
+            shard = safetensors.safe_open(file, "pt")
             for name in shard.keys():  # noqa: SIM118
                 part = shard.get_slice(name)
                 kind = part.get_dtype()
@@ -290,15 +268,14 @@ def open_folder(folder):
                     raise ValueError(f"{name} has type {kind}, allowed: {', '.join(types)}")
                 read = partial(shard.get_tensor, name)
                 tensors[name] = Tensor(tuple(part.get_shape()), types[kind], read)
-        except SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{file.name} is not a whole safetensors file ({error})") from error
     return config, tensors
 
 
 # numpy's names of GGUF's scalar types; 8 is a string, 9 an array
-SCALARS = dict(
-    zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "u1 i1 <u2 <i2 <u4 <i4 <f4 ? <u8 <i8 <f8".split())
-)
+SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
+SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 
 
 class GGUF:
@@ -309,9 +286,7 @@ class GGUF:
     """
 
     def __init__(self, path):
-        import_or_explain("gguf")
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+        gguf = import_or_explain("gguf")
         with open(path, "rb") as f:
             self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)  # ValueError if empty
         self.at = 0
@@ -333,8 +308,8 @@ class GGUF:
         start = -(-self.at // align) * align
         self.tensors = {}
         for name, shape, kind, offset in infos:
-            kind = GGMLQuantizationType(kind)
-            block, width = GGML_QUANT_SIZES[kind]
+            kind = gguf.GGMLQuantizationType(kind)
+            block, width = gguf.GGML_QUANT_SIZES[kind]
             length = math.prod(shape) // block * width
             if shape[-1] % block or start + offset + length > len(self.data):
                 size = f"a file of {len(self.data)} bytes"
@@ -364,8 +339,7 @@ class GGUF:
         if kind == 9 and n is None:
             return self.value(self.number("<I"), self.number())
         if kind not in SCALARS:
-            allowed = "0 to 12, no arrays of arrays"
-            raise ValueError(f"metadata of type {kind} at byte {self.at}, allowed: {allowed}")
+            raise ValueError(f"metadata of type {kind} at byte {self.at} can't be read")
         size = np.dtype(SCALARS[kind]).itemsize
         got = np.frombuffer(self.take((1 if n is None else n) * size), SCALARS[kind])
         return got.item() if n is None else got
@@ -390,8 +364,7 @@ def gguf_config(meta, tensors):
         allowed = ", ".join(GGUF_FAMILIES)
         raise ValueError(f"GGUF architecture {arch!r} is not known, allowed: {allowed}")
     if "rope_freqs.weight" in tensors:
-        what = "rotary scaling in a tensor (Llama 3.1)"
-        raise ValueError(f"GGUF with {what} can't be represented: use the safetensors checkpoint")
+        raise ValueError("rotary scaling in a tensor (Llama 3.1): use the safetensors checkpoint")
     get = {k.removeprefix(f"{arch}."): v for k, v in meta.items() if k.startswith(f"{arch}.")}
     for key, value in get.items():
         # a scale of 1, a count of 0: they change nothing
@@ -403,8 +376,9 @@ def gguf_config(meta, tensors):
     hf["head_dim"] = dim = hf["head_dim"] or width // heads
     if get.get("attention.value_length", dim) != dim:
         raise ValueError(f"GGUF with values of {get['attention.value_length']} dims, keys of {dim}")
-    deep = hf["num_hidden_layers"] == 62  # Gemma 3 27B
-    hf["query_pre_attn_scalar"] = width // heads if deep else dim
+    if arch == "gemma3" and hf["num_hidden_layers"] == 62:
+        raise ValueError("Gemma 3 27B scales its queries otherwise: use the safetensors checkpoint")
+    hf["query_pre_attn_scalar"] = dim
     hf["model_type"] = GGUF_FAMILIES[arch]
     hf["hidden_act"] = "gelu_pytorch_tanh" if arch == "gemma3" else "silu"
     hf["vocab_size"] = tensors["token_embd.weight"].shape[0]
@@ -439,9 +413,7 @@ WORDS = {  # by pre-tokenizer
 
 def gguf_tokenizer(name, meta):
     """The tokenizer in GGUF metadata: byte-level BPE ("gpt2"), or SentencePiece BPE ("llama")."""
-    import_or_explain("tokenizers")
-    from tokenizers import AddedToken, processors
-
+    tokenizers = import_or_explain("tokenizers")
     get = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items()}
     tokens, kinds, model, pre = get["tokens"], get["token_type"], get.get("model"), get.get("pre")
     longest = max(map(len, tokens))
@@ -458,12 +430,13 @@ def gguf_tokenizer(name, meta):
     # kind 3 is control, special; kind 4 the user's own, found in a text before anything else
     control = [token for token, kind in zip(tokens, kinds) if kind == 3]
     own = [token for token, kind in zip(tokens, kinds) if kind == 4]
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
-    backend.add_tokens([AddedToken(t, normalized=False) for t in own])
+    added = partial(tokenizers.AddedToken, normalized=False)
+    backend.add_special_tokens([added(token, special=True) for token in control])
+    backend.add_tokens([added(token) for token in own])
     bos = get.get("bos_token_id")
     if get.get("add_bos_token", model == "llama" or pre == "llama-bpe"):
         opening = {"single": f"{tokens[bos]} $A", "special_tokens": [(tokens[bos], bos)]}
-        backend.post_processor = processors.TemplateProcessing(**opening)
+        backend.post_processor = tokenizers.processors.TemplateProcessing(**opening)
     turns = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>")
     stops = dict.fromkeys([get["eos_token_id"], *(vocab[t] for t in turns if t in vocab)])
     return from_backend(name, backend, bos, list(stops), meta.get("tokenizer.chat_template"))
@@ -551,9 +524,10 @@ def load(name, device="cpu", dtype="auto"):
             config, kind = config_from(hf), hf["model_type"]
             more = read_json(path / "generation_config.json", {})
             tokenizer = from_folder(str(path), hf | more)
-            check_special_ids(hf, config)
         model, sources = match(kind, config, tensors)
-        check_special_ids({"eos_token_id": tokenizer.stops, "bos_token_id": tokenizer.bos}, config)
+        for i in [*tokenizer.stops, 0 if tokenizer.bos is None else tokenizer.bos]:
+            if type(i) is not int or not 0 <= i < config.vocab_size:
+                raise ValueError(f"special id {i!r}, allowed: 0 to {config.vocab_size - 1}")
         if dtype == "auto":
             dtype = torch.float32 if device.type == "cpu" else sources["wte.weight"][0].dtype
         if dtype == torch.float16 and config.post_norm and config.qk_norm == "head":
@@ -568,15 +542,6 @@ def load(name, device="cpu", dtype="auto"):
     if config.tie:
         model.head.weight = model.wte.weight
     return model, tokenizer
-
-
-def check_special_ids(entries, config):
-    """ValueError for a special token that the model has no row for."""
-    for key in "bos_token_id", "eos_token_id":
-        value = entries.get(key)
-        for i in value if isinstance(value, list) else [value]:
-            if i is not None and (type(i) is not int or not 0 <= i < config.vocab_size):
-                raise ValueError(f"special id {i!r}, allowed: 0 to {config.vocab_size - 1}")
 
 
 def read_weights(name, kind, model, sources, device, dtype):
@@ -606,14 +571,12 @@ def find(name):
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith(".gguf"):
         allowed = "a Hugging Face id ORG/NAME, a folder with config.json, a .gguf file"
         raise ValueError(f"no model {name!r}, allowed: {', '.join(PACKAGES)}, {allowed}")
-    import_or_explain("huggingface_hub")
-    from huggingface_hub import snapshot_download
-
-    instead = "point HF_HOME at a cache that holds it, set HF_TOKEN if it is gated, "
-    instead += "or give a local folder"
+    hub = import_or_explain("huggingface_hub")
+    instead = "give a local folder, point HF_HOME at a cache, set HF_TOKEN if it is gated"
     files = {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"]}
+    files["ignore_patterns"] = ["*/*", "consolidated*"]
     with explained(f"{name!r} is no local folder and can't be fetched", instead):
-        return Path(snapshot_download(name, ignore_patterns=["*/*", "consolidated*"], **files))
+        return Path(hub.snapshot_download(name, **files))
 
 
 def find_package(name):
@@ -672,35 +635,31 @@ def match(kind, config, tensors):
 class Args(common.Flags):
     """text from a real model"""
 
-    unused: ClassVar[set] = {"preset", "seeds", "out", "resume", "jobs", "wandb", "strict"}
+    unused: ClassVar[set] = {"preset", "seeds", "out", "resume", "jobs", "strict"}
     limits: ClassVar[dict] = {"max_new_tokens": (1,), "temperature": (0,), "seed": (0, 2**32 - 1)}
 
     model: str = "smollm2-135m-instruct"  # a short name, a Hugging Face id, a folder, a .gguf file
     dtype: Literal["auto", *DTYPES] = "auto"  # auto: the checkpoint's, but fp32 on a CPU
-    prompt: str = ""  # text to continue; with --chat, the user's turn
-    chat: bool = False  # a conversation; without --prompt, until an empty line
+    prompt: str = "The capital of Italy is"  # text to continue
+    chat: bool = False  # answer --prompt, as a user's turn
     max_new_tokens: int = 256  # longest answer
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0  # of the sampling
 
 
 def main(argv=None):
-    """Prints what a model writes: after --prompt, or turn by turn."""
+    """Prints how a model continues --prompt, or answers it."""
     args = common.parse(Args, argv)
     with common.bad_input():
-        if not args.prompt and not args.chat:
-            raise ValueError("give --prompt TEXT, or --chat for a conversation")
         model, tokenizer = load(args.model, args.device, args.dtype)
-        messages = []
-        for text in [args.prompt] if args.prompt else iter(partial(input, "> "), ""):
-            messages.append({"role": "user", "content": text})
-            ids = tokenizer.chat(messages) if args.chat else tokenizer.encode(text, bos=True)
-            room = max(1, min(args.max_new_tokens, model.config.block_size - len(ids)))
-            options = {"stop": tokenizer.stops, "seed": args.seed}
-            (new,) = generate(model, [ids], room, args.temperature, **options)
-            answer = tokenizer.decode([i for i in new if i not in tokenizer.stops])
-            print(printable(answer))
-            messages.append({"role": "assistant", "content": answer})
+        ids = tokenizer.encode(args.prompt, bos=True)
+        if args.chat:
+            ids = tokenizer.chat([{"role": "user", "content": args.prompt}])
+        room = max(1, min(args.max_new_tokens, model.config.block_size - len(ids)))
+        options = {"stop": tokenizer.stops, "seed": args.seed}
+        (new,) = generate(model, [ids], room, args.temperature, **options)
+        answer = [i for i in new if i not in tokenizer.stops]
+        print(printable(tokenizer.decode(answer)))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,6 @@ class Args(common.Flags):
     """what to run"""
 
     presets: ClassVar[dict] = {"smoke": {}, "toy": {}, "paper": {}}
-    unused: ClassVar[set] = {"wandb"}
 
     out: str = "out"  # folder for the page, and a folder for each script
     only: list[str] = common.default_list(*PAPERS)  # the scripts
@@ -58,9 +57,13 @@ def check(args, env):
 
 
 def read_result(folder, name):
-    """What a script left in its folder, or {}: no result, a damaged one, or another script's."""
+    """What a script left in its folder, or {}: no result, a damaged one, or another script's.
+
+    "good" says of each claim whether it holds beside a control that fails.
+    """
     try:
         result = json.loads((folder / "result.json").read_text("utf-8"))
+        result["good"] = [bool(c["holds"] and c["control_fails"]) for c in result["claims"]]
         return result if result["script"] == name else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -82,7 +85,7 @@ def run_script(name, args):
             while part := process.stderr.read1(4096).decode(errors="replace"):
                 print(part, end="", file=sys.stderr, flush=True)  # progress bars, as they are drawn
                 tail = (tail + part)[-2000:]
-        except KeyboardInterrupt:  # Ctrl-C, which the script has had too, or SIGTERM
+        except KeyboardInterrupt:  # Ctrl-C reaches the script, too; SIGTERM has to be passed on
             process.terminate()
             process.wait()
             raise SystemExit("stopped; --resume goes on from there") from None
@@ -104,12 +107,7 @@ tr { border-bottom: 1px solid var(--line); } td small { display: block; opacity:
 .yes { color: var(--good); } .no { color: var(--bad); font-weight: bold; }
 figure { margin: 1rem 0; overflow-x: auto; }
 img { max-width: 100%; background: white; border-radius: 4px; }
-@media (max-width: 40rem) {
-  thead { display: none; } tr, td { display: block; padding: .1rem 0; } tr { padding: .6rem 0; }
-  td[data-name]::before { content: attr(data-name) ": "; opacity: .6; }
-}
 """
-CELLS = "paper", "measured", "control", "verdict"
 
 
 def claim_row(claim):
@@ -126,8 +124,8 @@ def claim_row(claim):
     colour = f'<span class="{"yes" if good else "no"}">{verdict}</span>'
     row = f"<td><b>{escape(claim['id'])}</b> {escape(claim['claim'])}"
     row += f"<small>{escape(claim['criterion'])}</small></td>"
-    for name, cell in zip(CELLS, (escape(claim["paper"]), *numbers, colour)):
-        row += f'<td data-name="{name}">{cell}</td>'
+    for cell in escape(claim["paper"]), *numbers, colour:
+        row += f"<td>{cell}</td>"
     return f"<tr>{row}</tr>"
 
 
@@ -143,7 +141,8 @@ def section(name, folder, failure):
         paper = escape(result["paper"])
         link = f'<a href="https://arxiv.org/abs/{paper}">arXiv {paper}</a>'
         where = f"{escape(result['device'])} · {result['seconds']:.0f} s"
-        head = "".join(f"<th>{cell}</th>" for cell in ("claim", *CELLS))
+        cells = "claim", "paper", "measured", "control", "verdict"
+        head = "".join(f"<th>{cell}</th>" for cell in cells)
         rows = "".join(map(claim_row, result["claims"]))
         out += f"<p>{link} · <code>{command}</code> · {where}</p>"
         out += f"<table><thead><tr>{head}</tr></thead>{rows}</table>"
@@ -156,28 +155,22 @@ def section(name, folder, failure):
     return out
 
 
-def good_claims(results):
-    """Whether each claim of the results that can be read holds beside a control that fails."""
-    verdicts = []
-    for result in results:
-        claims = result.get("claims")
-        for claim in claims if isinstance(claims, list) else []:
-            if isinstance(claim, dict):
-                verdicts.append(bool(claim.get("holds") and claim.get("control_fails")))
-    return verdicts
+def good_claims(out, names):
+    """Whether each claim of some scripts holds beside a control that fails."""
+    return sum((read_result(Path(out) / name, name).get("good", []) for name in names), [])
 
 
 def report(args, failures):
     """The whole page, self-contained: what was run, on what, and what came out."""
     folders = {name: Path(args.out) / name for name in PAPERS if (Path(args.out) / name).exists()}
-    good = good_claims([read_result(folder, name) for name, folder in folders.items()])
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = ""
+    good = good_claims(args.out, folders)
+    commit = "unknown"
     if shutil.which("git"):
+        git = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     machine = f"Python {platform.python_version()}, PyTorch {torch.__version__}, "
     machine += f"{platform.machine()}, {torch.get_num_threads()} threads, "
-    machine += f"commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}"
+    machine += f"commit {commit}, {time.strftime('%Y-%m-%d')}"
     links = " · ".join(f'<a href="#{name}">{escape(PAPERS[name])}</a>' for name in folders)
     sections = [section(name, folder, failures.get(name)) for name, folder in folders.items()]
     title = "What the scripts measured"
@@ -209,8 +202,7 @@ def main(argv=None):
     print(f"{page}: {len(args.only) - len(failures)} of {len(args.only)} scripts ran")
     for name, failure in failures.items():
         print(f"  {name}: {failure}")
-    good = good_claims([read_result(Path(args.out) / name, name) for name in args.only])
-    if args.strict and (failures or not all(good)):
+    if args.strict and (failures or not all(good_claims(args.out, args.only))):
         raise SystemExit(1)
     return failures
 

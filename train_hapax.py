@@ -4,8 +4,8 @@ Induction heads find an earlier occurrence of the current token and predict what
 Are they what in-context learning is made of? The paper leaves out of the loss every target that
 such a head could get right: a target is masked if its bigram occurred before in the same window.
 Everything else is ordinary training. What it found on a model of 1B parameters: copying collapses,
-heads stop matching prefixes, and yet tasks whose answer is not in the context are learnt from
-examples as well as before, or better; only tasks with few labels suffer: their answer is a copy.
+attention heads stop looking for earlier occurrences, and yet tasks whose answer is not in the
+context are learnt from examples as well as before. Only tasks with few labels suffer: they copy.
 
 The toy trains three arms on the same windows from the same initial weights. They differ in the loss
 mask alone: none (vanilla), any (Hapax), random (as many targets, but anywhere: the control); a
@@ -20,7 +20,6 @@ Read on: `repeated` (the method), `World` (the data), `train_arm`, `measure`, `j
 import itertools
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -62,7 +61,7 @@ class Args(common.TrainFlags):
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
         "samples": (4,),
-        "block_size": (65,),  # 16 shots
+        "block_size": (65,),  # BOS and 16 examples of 4 tokens each: room to learn from them
         "label_noise": (0, 1),
         **dict.fromkeys(("n_layer", "n_head", "n_embd"), (1,)),
     }
@@ -390,15 +389,13 @@ def measure(model, world, args, n, final=False):
 def judge(run, found):
     """The paper's claims, each beside the control that must fail the same criterion."""
     vanilla, hapax = found["none"], found["any"]
-    control = {"random mask": found["random"]}
+    against = {"base": vanilla, "arm": hapax, "controls": {"random mask": found["random"]}}
     run.claim(
         "C1",
         "copying is suppressed (accuracy on the last token of a random sequence said twice)",
         ".935 -> .32",
         "base.copy >= .5 and arm.copy <= .5 * base.copy",
-        base=vanilla,
-        arm=hapax,
-        controls=control,
+        **against,
     )
     if "abstractive" in vanilla[0]:
         mixed = [row | {"abstractive": row["mixed"]} for row in hapax]
@@ -419,18 +416,14 @@ def judge(run, found):
             "few-label tasks suffer, but only where the label can be copied (accuracy)",
             "sentiment -.48; without overlap +.33",
             f"{gap} >= .1 and {rest} <= .5 * ({gap})",
-            base=vanilla,
-            arm=hapax,
-            controls=control,
+            **against,
         )
     run.claim(
         "C4",
         "held-out text: worse at masked targets, no worse at kept ones (nats)",
         "kept -.08 to -.13",
         "arm.loss_masked >= base.loss_masked + .5 and arm.loss_kept <= base.loss_kept",
-        base=vanilla,
-        arm=hapax,
-        controls=control,
+        **against,
     )
     if run.args.block_size > 504:
         run.claim(
@@ -438,18 +431,14 @@ def judge(run, found):
             "context helps less over all, as much where it can't be copied (token-loss difference)",
             "all +.40 -> -.39, kept .05-.10 -> .13-.15",
             "arm.tld <= base.tld - .1 and arm.tld_kept >= base.tld_kept - .02",
-            base=vanilla,
-            arm=hapax,
-            controls=control,
+            **against,
         )
     run.claim(
         "C6",
         "heads match prefixes less (the best one, the mean of the top ones)",
         "top 10: .61 -> .40",
         "arm.prefix_max <= .75 * base.prefix_max and arm.prefix_top <= .75 * base.prefix_top",
-        base=vanilla,
-        arm=hapax,
-        controls=control,
+        **against,
     )
 
 
@@ -563,7 +552,7 @@ def main(argv=None):
         return None
     if {"none", "any", "random"} <= set(found):
         judge(run, found)
-    draw(Path(run.out) / "hapax.png", found, run.out, args.seeds)
+    draw(run.out / "hapax.png", found, run.out, args.seeds)
     return run.finish(found)
 
 

@@ -1,19 +1,14 @@
 """zip2zip (arXiv 2506.01084): a language model whose vocabulary grows with the text in front of it.
 
-LZW (lzw_tokenizer.py) merges what repeats in this very sequence into new ids, *hypertokens*, of at
-most M base ids each. A small hyper-encoder makes each hypertoken's input embedding and its output
-row from the embeddings of its base ids, so that the model reads and writes ids nobody has trained.
-The base weights are frozen; LoRA and the hyper-encoder learn from the ordinary next-id loss over
-compressed ids. The paper: 15 to 40 % fewer ids, bits per byte 8 to 15 % worse.
+LZW (lzw_tokenizer.py) merges what repeats in a text into new ids of at most M base ids each,
+*hypertokens* or rows. A small hyper-encoder makes the input embedding and the output row of each
+from the embeddings of its base ids: so the model reads and writes ids that nobody has trained. The
+base weights are frozen; LoRA and the hyper-encoder learn from the loss of the next compressed id.
 
-The toy: a GPT is trained on a synthetic language whose documents have names of their own (new ones
-in the test). Then LoRA arms go on from it with the same windows: `cont` reads plain ids, `zip`
-compressed ones, `digits` is zip that never merges digits. Controls: in `rand` a row is a fixed
-random vector, in `avg` the mean of its base ids' embeddings; and zip with its rows shuffled.
-
-Two things differ from the paper. A row starts as an embedding, that of its last base id on the way
-in, of its first on the way out, and the encoder adds to it; and a row takes part in the softmax
-only once the text has defined it.
+The toy: a GPT learns a made-up language whose documents have names of their own. LoRA arms go on
+from it with the same windows: `cont` reads plain ids, `zip` compressed ones, `digits` is zip that
+never merges digits; in `rand` a row is a fixed random vector, in `avg` the mean of its base ids'
+embeddings. A real model goes on as `cont` and `zip`.
 
 Read on: `Zip` (the method), `pack`, `generate`, `transported` (the theory), `train_arm`, `judge`.
 """
@@ -37,10 +32,11 @@ import torch.nn.functional as F
 
 import common
 import data
-from lzw_tokenizer import LZW, Decoder, digit_ids, paint
+import pretrained
+from lzw_tokenizer import LZW, Decoder, paint
 from model import GPT, GPTConfig, KVCache, padded, sample
 
-ARMS = "cont", "zip", "rand", "avg", "digits"
+ARMS = "cont", "zip", "rand", "avg", "digits"  # what goes on from the toy's base model
 
 
 @dataclass
@@ -49,20 +45,20 @@ class Args(common.TrainFlags):
 
     presets: ClassVar[dict] = {
         "smoke": dict(pretrain_steps=6, steps=4, warmup=2, eval_every=2, save_every=3, jobs=1)
-        | dict(n_embd=32, n_layer=2, enc_dim=16, block_size=64, samples=4, batch_size=4),
+        | dict(enc_dim=16, block_size=64, samples=4, batch_size=4),
         "toy": {},
-        "real": dict(model="smollm2-135m-instruct", arms=["cont", "zip"], block_size=512)
-        | dict(batch_size=2, steps=40, warmup=6, lr=1.5e-3, lora_r=16, enc_dim=192, samples=16)
-        | dict(eval_every=20, save_every=20),
+        "real": dict(model="smollm2-135m-instruct", block_size=512, batch_size=2, steps=40)
+        | dict(warmup=6, lr=1.5e-3, lora_r=16, enc_dim=192, samples=16, eval_every=20)
+        | dict(save_every=20),
         "paper": dict(model="microsoft/Phi-3.5-mini-instruct", dataset="epfl-dlab/zip2zip-1B")
-        | dict(arms=["cont", "zip"], block_size=4096, max_codes=2048, max_len=4, lora_r=32)
-        | dict(enc_dim=3072, enc_heads=32, enc_layers=2, steps=8000, batch_size=16, micro_batch=1)
-        | dict(lr=3e-4, min_lr=1 / 30, warmup=800, weight_decay=0.01),
+        | dict(block_size=4096, max_codes=2048, max_len=4, lora_r=32, enc_dim=3072, enc_heads=32)
+        | dict(enc_layers=2, steps=8000, batch_size=16, micro_batch=1, lr=3e-4, min_lr=1 / 30)
+        | dict(warmup=800, weight_decay=0.01),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
+        **dict.fromkeys(("max_len", "enc_layers", "enc_dim", "enc_heads"), (1,)),
+        **dict.fromkeys(("lora_r", "samples", "pretrain_steps"), (1,)),
         "block_size": (32,),
-        **dict.fromkeys(("max_len", "enc_layers", "enc_dim", "enc_heads", "lora_r"), (1,)),
-        **dict.fromkeys(("samples", "pretrain_steps", "n_layer", "n_head", "n_embd"), (1,)),
         "max_codes": (0,),
     }
     unused: ClassVar[set] = {"shard"}  # every process holds the frozen base model
@@ -73,7 +69,6 @@ class Args(common.TrainFlags):
     lr: float = 3e-3
     warmup: int = 10
     eval_every: int = 50
-    arms: list[str] = common.default_list(*ARMS)  # what goes on from the base model
     model: str = ""  # a real model to adapt (paper: Phi-3.5-mini); none: the toy
     dataset: str = "stdlib"  # text for --model: stdlib, file:PATH, a `datasets` id
     prompt: str = ""  # text, or `heldout`: what the trained zip in --out writes; then stop
@@ -86,9 +81,6 @@ class Args(common.TrainFlags):
     pretrain_steps: int = 350  # steps of the toy's base model
     samples: int = 24  # held-out windows, and prompts, of each measure
     block_size: int = 256  # window in base ids (paper: what fills 1024 or 2048 codes)
-    n_layer: int = 3  # blocks of the toy
-    n_head: int = 4  # its heads
-    n_embd: int = 96  # its width
 
 
 # -------------------------------------------------------------------------------------- the method
@@ -120,9 +112,9 @@ def add_lora(gpt, r):
 
 
 class HyperEncoder(nn.Module):
-    """Base ids of rows to vectors: embeddings (R, M, C) and `real` (R, M) to two tensors (R, C).
+    """What rows add, way in and way out: embeddings (R, M, C), real (R, M) to two tensors (R, C).
 
-    Both are zero at first: the two last layers, one for the way in, one for the way out, start so.
+    Both are zero at first: the two last layers start so.
     """
 
     def __init__(self, C, M, args):
@@ -165,7 +157,7 @@ class Zip(nn.Module):
         self.encoder = None
         if arm in ("zip", "digits"):
             self.encoder = HyperEncoder(C, lzw.max_len, args)
-        if arm == "rand":  # the control: a fixed vector of an embedding's size for each row
+        if arm == "rand":  # a fixed vector of an embedding's size for each row
             draw = torch.Generator().manual_seed(1)
             self.register_buffer("fixed", torch.randn(lzw.max_codes, C, generator=draw))
 
@@ -173,18 +165,21 @@ class Zip(nn.Module):
     def blocks(self):
         return self.gpt.blocks
 
-    def state_dict(self, *args, **how):
+    def state_dict(self):
         """What learns: LoRA and the encoder. The base model is not saved with every arm."""
-        learns = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {k: v for k, v in super().state_dict(*args, **how).items() if k in learns}
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
-    def load_state_dict(self, state, **how):
-        if state.keys() != self.state_dict().keys():
-            raise ValueError("the checkpoint is of another arm")
-        return super().load_state_dict(state, strict=False)
+    def load_state_dict(self, state):
+        super().load_state_dict(super().state_dict() | state)
 
-    def encode(self, rows):
-        """Vectors of rows (R, M) of base ids, -1 on the right: way in and way out, both (R, C)."""
+    def encode(self, rows, k=None):
+        """Vectors of rows (R, M) of base ids, -1 on the right: way in and way out, both (R, C).
+
+        k (R,): the rows' numbers, on which only those of `rand` depend.
+        """
+        if self.arm == "rand":
+            fixed = self.fixed[k]
+            return fixed * self.size_in * self.config.embed_scale, fixed * self.size_out
         real, ids = rows >= 0, rows.clamp(min=0)
         e, w = F.embedding(ids, self.gpt.wte.weight), F.embedding(ids, self.gpt.head.weight)
         if self.encoder is None:
@@ -205,8 +200,7 @@ class Zip(nn.Module):
         if K == 0:
             return torch.zeros(2, B, 0, self.config.n_embd, device=rows.device)
         if self.arm == "rand":
-            fixed = self.fixed[:K].expand(B, K, -1)
-            return fixed * self.size_in * self.config.embed_scale, fixed * self.size_out
+            return [v.expand(B, K, -1) for v in self.encode(rows, torch.arange(K))]
         exists = rows[..., 0] >= 0
         distinct, where = torch.unique(rows[exists], dim=0, return_inverse=True)
         if shuffle:
@@ -236,20 +230,18 @@ class Zip(nn.Module):
     def logits(self, h, vout, known):
         """Scores (B, T, V + K) of h (B, T, C), vout (B, K, C); rows from `known` (B, T) on -inf."""
         scores, c = self.gpt.unembed(h).float(), self.config
-        if vout.shape[1] == 0:
-            return scores
         own = (h @ vout.transpose(1, 2).to(h.dtype)).float() * c.logit_scale
         if c.logit_softcap:
             own = c.logit_softcap * torch.tanh(own / c.logit_softcap)
         row = torch.arange(own.shape[-1], device=h.device)
         return torch.cat((scores, own.masked_fill(row >= known[..., None], -torch.inf)), -1)
 
-    def forward(self, idx, targets, count, rows, denom=None, shuffle=False):
-        """Mean -log p of the targets (sum / denom): the loss of ordinary next-id training."""
+    def forward(self, idx, targets, count, rows, denom=1, shuffle=False):
+        """-log p of the targets, their sum / denom: the loss of ordinary next-id training."""
         vin, vout = self.encode_all(rows, shuffle)
         scores = self.logits(self.hidden(idx, vin), vout, count)
-        total = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum")
-        return total / ((targets >= 0).sum() if denom is None else denom)
+        scores, targets = scores.flatten(0, 1), targets.flatten()
+        return F.cross_entropy(scores, targets, reduction="sum") / denom
 
 
 def pack(lzw, windows):
@@ -286,7 +278,7 @@ def as_tensor(words, M):
 def generate(model, prompts, n, temperature=0.0, seed=0):
     """Continues every prompt (a list of base ids) by n codes; the rows grow with the text.
 
-    Returns a list of pairs (code, its base ids) for each prompt.
+    Returns a list of n words for each prompt: a code's base ids, two or more if it is a row.
     """
     lzw, c = model.lzw, model.config
     device, dtype = model.gpt.wte.weight.device, model.gpt.wte.weight.dtype
@@ -307,7 +299,7 @@ def generate(model, prompts, n, temperature=0.0, seed=0):
             h = model.hidden(idx, vectors[0], mask, cache)[:, -1:]
             idx = sample(model.logits(h, vectors[1], known)[:, 0], temperature, rng=rng)
             for decoder, out, code in zip(decoders, new, idx[:, 0].tolist()):
-                out.append((code, decoder.push(code)[0]))
+                out.append(decoder.push(code)[0])
             mask = None
     return new
 
@@ -323,11 +315,8 @@ def install(model, decoders, installed, vectors):
     if not words:
         return
     b, k = torch.tensor(places, device=vectors.device).T
-    if model.arm == "rand":
-        made = torch.cat(model.encode_all(torch.empty(1, vectors.shape[2], 1)))[:, k]
-    else:
-        made = torch.stack(model.encode(as_tensor(words, model.lzw.max_len).to(vectors.device)))
-    vectors[:, b, k] = made.to(vectors.dtype)
+    rows = as_tensor(words, model.lzw.max_len).to(vectors.device)
+    vectors[:, b, k] = torch.stack(model.encode(rows, k)).to(vectors.dtype)
 
 
 # -------------------------------------------------------------------------------------- the theory
@@ -390,7 +379,7 @@ def theory(gpt, lzw, world, n, device):
         logp = predict(torch.tensor([ids]))[0]
         plain = -logp[torch.arange(len(ids) - 1), ids[1:]].sum().item()
         lost += abs(transported(lzw, logp, ids)[:, 0].sum().item() - plain)
-        size += world.n_bytes(ids[1:])
+        size += n_bytes(world, ids[1:])
         off.append((total_probability(lzw, predict, ids[: len(ids) // 3]) - 1).abs())
     mass, alone = torch.stack(off).amax(0).tolist()
     return {"lost": lost / size / math.log(2), "mass": mass, "mass_alone": alone}
@@ -412,16 +401,15 @@ class Synth:
 
     def __init__(self, args, seed):
         syllables = [c + v for c in "bcdfghklmnprstz" for v in "aeiou"]
-        parts = [["<end>"], syllables, [f" {s}" for s in syllables]]
+        parts = [[""], syllables, [f" {s}" for s in syllables]]
         parts += [[f" {word}" for word in words.split()] for words in (VERBS, NOUNS)]
         parts += [OTHERS.split("|"), [f" {digit}" for digit in range(10)]]
         self.text = list(itertools.chain(*parts))
-        ends = np.cumsum([len(part) for part in parts])
-        groups = list(map(range, ends, ends[1:]))
-        self.tail, self.head, self.verbs, self.nouns = groups[:4]
-        rest, self.digits = groups[4:]
-        self.word = {self.text[i].strip() or "\n": int(i) for i in rest}
-        self.n_vocab, self.special = int(ends[-1]), [0]
+        ids = iter(range(len(self.text)))
+        groups = [list(itertools.islice(ids, len(part))) for part in parts]
+        _, self.tail, self.head, self.verbs, self.nouns, rest, self.digits = groups
+        self.word = {self.text[i].strip() or "\n": i for i in rest}
+        self.n_vocab, self.special = len(self.text), [0]
         self.length, self.seed = args.block_size, seed
 
     def sentence(self, rng, names, liked):
@@ -460,9 +448,6 @@ class Synth:
     def decode(self, ids):
         return "".join(self.text[i] for i in ids)
 
-    def n_bytes(self, ids):
-        return len(self.decode(i for i in ids if i).encode())
-
     def names(self, ids):
         """The names in a list of ids, tuples, but for those at its ends, which may be cut."""
         kinds = ["h" if a in self.head else "t" if a in self.tail else " " for a in ids]
@@ -474,19 +459,17 @@ class Text:
     """Windows of a real text in a real model's ids."""
 
     def __init__(self, args, tok, seed):
-        limit = None
-        if not data.is_local(args.dataset):
-            limit = args.steps * args.batch_size * (args.block_size + 1)
-        self.tokens = {}
+        self.tok, self.length, self.seed = tok, args.block_size, seed
+        needed = args.steps * args.batch_size * (args.block_size + 1)
+        limit = None if data.is_local(args.dataset) else needed
+        folder, self.tokens = Path(args.out) / "tokens", {}
         for split in "train", "heldout":
-            ids = data.token_file(args.dataset, split, tok, Path(args.out) / "tokens", limit)
-            data.windows(ids, np.random.default_rng(0), 1, args.block_size + 1)  # long enough?
-            self.tokens[split] = ids
-        self.tok = tok
-        self.length, self.seed = args.block_size, seed
+            self.tokens[split] = data.token_file(args.dataset, split, tok, folder, limit)
+            self.windows(split, 0, 1)  # a ValueError if the text is too short
         added = tok.backend.get_added_tokens_decoder().items()
         self.special = [i for i, token in added if token.special]
-        self.digits = digit_ids(tok)
+        texts = [tok.decode([i]) for i in range(tok.n_vocab)]
+        self.digits = [i for i, text in enumerate(texts) if any(map(str.isdigit, text))]
 
     def windows(self, split, step, n):
         rng = np.random.default_rng([self.seed, split == "heldout", step])
@@ -495,66 +478,45 @@ class Text:
     def decode(self, ids):
         return self.tok.decode([int(i) for i in ids])
 
-    def n_bytes(self, ids):
-        return len(self.decode(ids).encode())
+
+# --------------------------------------------------------------------------- training and measures
 
 
-def make_world(args, env, seed):
-    """The toy's language, or a real text."""
+load_real = functools.cache(pretrained.load)  # once a process, for all arms
+
+
+def start(args, env, seed, trained=True):
+    """Where all arms start, and the world: a real model, or the toy's from `train_base`."""
     if args.model:
-        return Text(args, load_real(args.model, env.dtype)[1], seed)
-    return Synth(args, seed)
-
-
-@functools.cache
-def load_real(name, dtype):
-    """(GPT, tokenizer) of a real model, once a process; weights in bf16 if products are."""
-    import pretrained
-
-    return pretrained.load(name, "cpu", "bf16" if dtype == torch.bfloat16 else "fp32")
-
-
-# ---------------------------------------------------------------------------------------- training
-
-
-def base_model(args, env, world):
-    """The real model, or the toy's untrained one."""
-    if args.model:
-        return load_real(args.model, env.dtype)[0].to(env.device)
-    torch.manual_seed(world.seed)
-    shape = world.n_vocab, 2 * args.block_size, args.n_layer, args.n_head, args.n_embd
-    config = GPTConfig(*shape, norm="rms", tie=True, smear_keys=True)  # names are copied sooner
-    return GPT(config).to(env.device)
+        gpt, tok = load_real(args.model, env.device, env.dtype)
+        return gpt, Text(args, tok, seed)
+    world = Synth(args, seed)
+    torch.manual_seed(seed)
+    shape = dict(n_layer=3, n_head=4, n_embd=96, norm="rms", tie=True)
+    shape["smear_keys"] = True  # names are copied sooner
+    gpt = GPT(GPTConfig(world.n_vocab, 2 * args.block_size, **shape)).to(env.device)
+    if trained:
+        saved = common.load_checkpoint(Path(args.out) / f"base-s{seed}.pt")
+        gpt.load_state_dict(saved["model"])
+    return gpt, world
 
 
 def train_base(args, env, log, arm, seed):
     """Trains the toy's base model on plain ids, and measures it, or the real one."""
-    world = make_world(args, env, seed)
-    gpt = base_model(args, env, world)
+    gpt, world = start(args, env, seed, trained=False)
 
     def batch(step):
         x = world.windows("train", step, args.batch_size)[env.rank :: env.world]
         x = torch.from_numpy(x)
         return {"idx": x[:, :-1], "targets": x[:, 1:]}
 
+    found = {}
     if not args.model:
         own = replace(args, steps=args.pretrain_steps, lr=4e-3)
         common.train(gpt, batch, own, env, log)
-    gpt.eval()
-    found = bits_per_byte(build(args, gpt, world, "cont"), world, args.samples, env)
-    if not args.model:
         lzw = build(args, gpt, world, "zip").lzw
-        found |= theory(gpt, lzw, world, min(4, args.samples), env.device)
-    return found
-
-
-def trained_base(args, env, world):
-    """The base model as `train_base` has left it."""
-    gpt = base_model(args, env, world)
-    if not args.model:
-        saved = common.load_checkpoint(Path(args.out) / f"base-s{world.seed}.pt")
-        gpt.load_state_dict(saved["model"])
-    return gpt
+        found = theory(gpt.eval(), lzw, world, min(4, args.samples), env.device)
+    return found | bits_per_byte(build(args, gpt, world, "cont").eval(), world, args.samples, env)
 
 
 def build(args, base, world, arm):
@@ -572,8 +534,8 @@ def build(args, base, world, arm):
 
 def train_arm(args, env, log, arm, seed):
     """Goes on from the base model in one arm, on the same windows as every arm; measures it."""
-    world = make_world(args, env, seed)
-    model = build(args, trained_base(args, env, world), world, arm)
+    gpt, world = start(args, env, seed)
+    model = build(args, gpt, world, arm)
 
     def batch(step):
         windows = world.windows("train", 10**6 + step, args.batch_size)[env.rank :: env.world]
@@ -589,78 +551,77 @@ def train_arm(args, env, log, arm, seed):
         found |= measure_generation(model, world, args)
     if arm == "zip":
         control = bits_per_byte(model, world, args.samples, env, shuffle=True)
-        found |= {"bpb_shuffled": control["bpb"]} | ids_in_random_order(model.lzw, world, args)
+        found["bpb_shuffled"] = control["bpb"]
     return found
 
 
-# ---------------------------------------------------------------------------------------- measures
+def n_bytes(world, ids):
+    """How many bytes of text some base ids are."""
+    return len(world.decode(ids).encode())
 
 
 @torch.no_grad()
 def bits_per_byte(model, world, n, env, shuffle=False):
-    """Held-out windows, every byte scored: bits per byte, ids per base id, share of hypertokens."""
+    """Held-out windows, every byte scored: bits per byte, ids per base id, share of hypertokens.
+
+    mixed_ids_per_byte is a control: what LZW saves by chance, if the ids come in random order.
+    """
     windows, sums = world.windows("heldout", 0, n), Counter()
     for part in np.array_split(windows, max(1, n // 4)):
         batch = {name: value.to(env.device) for name, value in pack(model.lzw, part).items()}
         with env.autocast():
-            sums["nats"] += model(**batch, denom=1, shuffle=shuffle).item()
+            sums["nats"] += model(**batch, shuffle=shuffle).item()
         sums["ids"] += (batch["targets"] >= 0).sum().item()
         sums["rows"] += (batch["targets"] >= model.config.vocab_size).sum().item()
-    size = sum(world.n_bytes(window[1:]) for window in windows)
+    windows = windows[:, 1:]
+    for mixed in np.random.default_rng(0).permuted(windows, axis=1).tolist():
+        sums["mixed"] += len(model.lzw.encode_known(mixed, Decoder(model.lzw)))
+    size = sum(n_bytes(world, window) for window in windows)
     return {
         "bpb": sums["nats"] / size / math.log(2),
-        "ids_per_base": sums["ids"] / windows[:, 1:].size,
+        "ids_per_base": sums["ids"] / windows.size,
         "ids_per_byte": sums["ids"] / size,
         "row_share": sums["rows"] / sums["ids"],
+        "mixed_ids_per_byte": sums["mixed"] / size,
     }
-
-
-def ids_in_random_order(lzw, world, args):
-    """Ids per byte if the ids of held-out windows are shuffled: what LZW saves by chance."""
-    windows, n = world.windows("heldout", 0, args.samples), 0
-    for window in np.random.default_rng(0).permuted(windows[:, 1:], axis=1).tolist():
-        n += len(lzw.encode_known(window, Decoder(lzw)))
-    return {"ids_per_byte_shuffled": n / sum(world.n_bytes(window[1:]) for window in windows)}
 
 
 def measure_generation(model, world, args):
     """Free generation from held-out prompts: are hypertokens used, names and numbers copied?"""
-    quarter, V = args.block_size // 4, model.config.vocab_size
+    quarter = args.block_size // 4
     prompts = world.windows("heldout", 1, args.samples)[:, : 2 * quarter].tolist()
     began = time.perf_counter()
     texts = generate(model, prompts, quarter, temperature=0.8, seed=world.seed)
     seconds = time.perf_counter() - began
-    written = [base_ids(text) for text in texts]
-    hyper = sum(code >= V for text in texts for code, _ in text)
+    written = [list(itertools.chain(*text)) for text in texts]
+    rows = sum(len(word) > 1 for word in itertools.chain(*texts))
     found = {
-        "gen_row_share": hyper / (len(texts) * quarter),
+        "gen_row_share": rows / (len(texts) * quarter),
         "gen_ids_per_base": len(texts) * quarter / sum(map(len, written)),
-        "gen_ms_per_byte": 1e3 * seconds / sum(map(world.n_bytes, written)),
+        "gen_ms_per_byte": 1e3 * seconds / sum(n_bytes(world, ids) for ids in written),
     }
-    if isinstance(world, Text):
-        return found
+    return found if args.model else found | measure_copying(model, world, prompts, written)
+
+
+def measure_copying(model, world, prompts, written):
+    """In the toy: shares of written names that the prompt has, and of digits said right again."""
     copied = []
     for prompt, ids in zip(prompts, written):
         known = world.names(prompt)
         copied += [name in known for name in world.names(ids)]
-    found["names_copied"] = float(np.mean(copied)) if copied else 0.0
     rng, w = random.Random(world.seed), world.word
     numbers = [rng.choices(world.digits, k=8) for _ in prompts]
     asked = []
     for prompt, number in zip(prompts, numbers):
-        asked.append([*prompt[: 2 * quarter - 12], w["."], w["number"], *number, w["again"]])
+        asked.append([*prompt[:-12], w["."], w["number"], *number, w["again"]])
     right = []
     for text, number in zip(generate(model, asked, 8), numbers):
-        right += [a == b for a, b in zip(base_ids(text), number)]
-    return found | {"digits_copied": float(np.mean(right))}
+        right += [a == b for a, b in zip(itertools.chain(*text), number)]
+    names = float(np.mean(copied)) if copied else 0.0
+    return {"names_copied": names, "digits_copied": float(np.mean(right))}
 
 
-def base_ids(text):
-    """The base ids of what `generate` gives for a prompt."""
-    return list(itertools.chain(*(word for _, word in text)))
-
-
-# ------------------------------------------------------------------------------- claims and figure
+# ------------------------------------------------------------------------- claims, figure and main
 
 
 def judge(run, found):
@@ -669,87 +630,40 @@ def judge(run, found):
     for cont, base in zip(found["cont"], found["base"]):
         plain.append(cont | {"best": min(cont["bpb"], base["bpb"])})
     shuffled = [row | {"bpb": row["bpb_shuffled"]} for row in zipped]
-    mixed = [row | {"ids_per_byte": row["ids_per_byte_shuffled"]} for row in zipped]
-    controls = {"rows shuffled": shuffled}
-    if "avg" in found:
+    mixed = [row | {"ids_per_byte": row["mixed_ids_per_byte"]} for row in zipped]
+    toy = not run.args.model
+
+    says = "little cost: bits per byte beside the better of the base model and LoRA on plain ids"
+    cost, controls = "arm.bpb <= 1.2 * base.best", {"rows shuffled": shuffled}
+    if toy:
         controls["mean of embeddings"] = found["avg"]
-    run.claim(
-        "C2",
-        "at little cost: bits per byte beside the better of the base model and LoRA on plain ids",
-        "1.08 to 1.15 times",
-        "arm.bpb <= 1.2 * base.best",
-        base=plain,
-        arm=zipped,
-        controls=controls,
-    )
-    if "rand" in found:
+    run.claim("C2", says, "1.08 to 1.15 times", cost, base=plain, arm=zipped, controls=controls)
+    if toy:
+        says = "it is the encoder that does it: at most half the cost that fixed random rows have"
+        half = "arm.bpb - base.best <= .5 * (base.rand - base.best)"
         both = [row | {"rand": rand["bpb"]} for row, rand in zip(plain, found["rand"])]
-        run.claim(
-            "C3",
-            "it is the encoder that does it: at most half the cost that fixed random rows have",
-            "-",
-            "arm.bpb - base.best <= .5 * (base.rand - base.best)",
-            base=both,
-            arm=zipped,
-            controls={"rows shuffled": shuffled},
-        )
-    if "rand" in found and "names_copied" in zipped[0]:
-        run.claim(
-            "C4",
-            "hypertokens are written, and names copied as well as by cont",
-            "ids .77 to .92 of base ids",
-            "arm.gen_row_share >= .1 and arm.gen_ids_per_base <= .9"
-            " and arm.names_copied >= base.names_copied - .05",
-            base=plain,
-            arm=zipped,
-            controls={"random rows": found["rand"]},
-        )
-    run.claim(
-        "C5",
-        "fewer ids, so fewer forward passes, per byte of the same text",
-        "-15 to -40 %",
-        "arm.ids_per_byte <= .85 * base.ids_per_byte",
-        base=plain,
-        arm=zipped,
-        controls={"ids in random order": mixed},
-    )
-    if "lost" in found["base"][0]:
-        base = found["base"]
-        run.claim(
-            "C6",
-            "the transported base model (theorem 2.1): no bit lost, probabilities add up to 1",
-            "0",
-            "arm.lost <= 1e-4 and arm.mass <= 1e-4",
-            arm=base,
-            controls={"without the factors": [row | {"mass": row["mass_alone"]} for row in base]},
-        )
-    if "digits" in found and "digits_copied" in zipped[0]:
-        run.claim(
-            "C7",
-            "numbers are copied as well as by cont if digits are never merged",
-            "GSM8K .36 -> .61 (a later model)",
-            "arm.digits_copied >= base.digits_copied - .1",
-            base=plain,
-            arm=found["digits"],
-            controls={"digits merged": zipped},
-        )
+        controls = {"rows shuffled": shuffled}
+        run.claim("C3", says, "-", half, base=both, arm=zipped, controls=controls)
 
+        says = "hypertokens are written, and names copied as well as by cont"
+        written = "arm.gen_row_share >= .1 and arm.gen_ids_per_base <= .9"
+        written += " and arm.names_copied >= base.names_copied - .05"
+        paper, controls = "ids .77 to .92 of base ids", {"random rows": found["rand"]}
+        run.claim("C4", says, paper, written, base=plain, arm=zipped, controls=controls)
 
-def draw(path, found, folder, seeds):
-    """Bits per byte against ids per base id, and the course of training."""
-    points, lines = {}, {}
-    for arm, rows in found.items():
-        measured = np.array([[row["ids_per_base"], row["bpb"]] for row in rows])
-        points[arm] = measured[:, 0], measured[:, 1]
-        logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in seeds]
-        evaluated = [[row for row in log if "bpb" in row] for log in logs]
-        if evaluated[0]:
-            steps = [row["step"] for row in evaluated[0]]
-            lines[arm] = steps, [[row["bpb"] for row in log] for log in evaluated]
-    axes = dict(xlabel="ids per base id", ylabel="bits per byte")
-    left = dict(title="Held-out text", points=points, **axes)
-    axes = dict(xlabel="step", ylabel="bits per byte")
-    common.panels(path, [left, dict(title="From the base model on", lines=lines, **axes)])
+    says = "fewer ids, so fewer forward passes, per byte of the same text"
+    fewer, controls = "arm.ids_per_byte <= .85 * base.ids_per_byte", {"ids in random order": mixed}
+    run.claim("C5", says, "-15 to -40 %", fewer, base=plain, arm=zipped, controls=controls)
+    if toy:
+        says = "the transported base model (theorem 2.1): no bit lost, probabilities add up to 1"
+        exact, base = "arm.lost <= 1e-4 and arm.mass <= 1e-4", found["base"]
+        controls = {"without the factors": [row | {"mass": row["mass_alone"]} for row in base]}
+        run.claim("C6", says, "0", exact, arm=base, controls=controls)
+
+        says = "numbers are copied as well as by cont if digits are never merged"
+        copied = "arm.digits_copied >= base.digits_copied - .1"
+        paper, controls = "GSM8K .36 -> .61 (a later model)", {"digits merged": zipped}
+        run.claim("C7", says, paper, copied, base=plain, arm=found["digits"], controls=controls)
 
 
 def show(run):
@@ -762,11 +676,10 @@ def show(run):
             raise ValueError(f"there is no {path} yet: train without --prompt first")
         saved = common.load_checkpoint(path)
         common.check_flags(saved["flags"], args, path)
-        world = make_world(args, env, seed)
+        base, world = start(args, env, seed)
         ids = world.windows("heldout", 3, 1)[0][: args.block_size // 2].tolist()
         if args.prompt != "heldout":
             ids = world.tok.encode(args.prompt, bos=True)
-        base = trained_base(args, env, world).eval()
         if len(ids) + n > base.config.block_size:
             raise ValueError(f"{len(ids)} ids, allowed: {base.config.block_size - n}")
     plain, zipped = (build(args, base, world, arm).eval() for arm in ("cont", "zip"))
@@ -777,32 +690,22 @@ def show(run):
         (text,) = generate(model, [ids], n)
         seconds = time.perf_counter() - began
         print(f"\n--- {name}:")
-        for _, word in text:
+        for word in text:
             print(paint(world.decode(word), len(word)), end="")
-        size = len(base_ids(text))
-        print(f"\n{n} passes for {size} base ids: {n / size:.2f} each,", end=" ")
-        print(f"{1e3 * seconds / size:.1f} ms")
-
-
-# -------------------------------------------------------------------------------------------- main
+        size = sum(map(len, text))
+        passes = f"{n} passes for {size} base ids: {n / size:.2f} each"
+        print(f"\n{passes}, {1e3 * seconds / size:.1f} ms")
 
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
-    unknown = [arm for arm in args.arms if arm not in ARMS]
-    missing = {"cont", "zip"} - set(args.arms)
     width = args.enc_dim % args.enc_heads
     other = args.prompt not in ("", "heldout") and not args.model
+    text = args.dataset != "stdlib" and not args.model
     return [
-        (unknown, f"--arms {' '.join(unknown)}, allowed: {' '.join(ARMS)}"),
-        (missing, f"--arms lacks {' and '.join(sorted(missing))}: the others are held against it"),
         (width, f"--enc-dim {args.enc_dim} is no multiple of --enc-heads {args.enc_heads}"),
-        (args.n_embd % args.n_head, f"--n-embd {args.n_embd} is no multiple of --n-head"),
         (other, "--prompt: the toy can write behind `heldout` only; a text needs --model"),
-        (
-            args.dataset != "stdlib" and not args.model,
-            "--dataset is the text of --model: give both",
-        ),
+        (text, "--dataset is the text of --model: give both"),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
 
@@ -811,17 +714,22 @@ def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2506.01084", check)
     args = run.args
-    with common.bad_input(), common.rank_zero_first(run.env):
-        make_world(args, run.env, args.seeds[0])  # a real text is tokenized once
     if args.prompt:
         return show(run)
-    found = run.each(train_base, ["base"])
-    others = run.each(train_arm, args.arms)
+    with common.bad_input(), common.rank_zero_first(run.env):
+        start(args, run.env, args.seeds[0], trained=False)  # a real text is tokenized once
+    base = run.each(train_base, ["base"])
+    found = run.each(train_arm, ["cont", "zip"] if args.model else ARMS)
     if found is None:
         return None
-    found = others | found  # the base model last: it has no curve, and no colour in the right panel
+    found = base | found
     judge(run, found)
-    draw(run.out / "zip2zip.png", found, run.out, args.seeds)
+    points = {}
+    for arm, rows in found.items():
+        points[arm] = [row["ids_per_base"] for row in rows], [row["bpb"] for row in rows]
+    axes = dict(xlabel="ids per base id", ylabel="bits per byte")
+    panel = dict(title="Held-out text, a point a seed", points=points, **axes)
+    common.panels(run.out / "zip2zip.png", [panel])
     for name in "cont", "zip":
         speed = np.mean([row["gen_ms_per_byte"] for row in found[name]])
         print(f"{name} writes a byte in {speed:.2f} ms ({args.samples} texts at once)")

@@ -127,7 +127,7 @@ def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="damaged or cut short"):
         common.load_checkpoint(path)
     torch.save({"step": Path("x")}, path)
-    with pytest.raises(ValueError, match="needs unpickling, which is refused"):
+    with pytest.raises(ValueError, match="or needs unpickling, which is refused"):
         common.load_checkpoint(path)
 
 
@@ -159,31 +159,6 @@ def test_text_files_are_utf8_and_whole(tmp_path):
     path = tmp_path / "a.json"
     common.write_text(path, "für \ud83d 日本")
     assert path.read_bytes().decode() == "für ? 日本" and [path] == list(tmp_path.iterdir())
-
-
-def test_wandb_gets_the_same_rows(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    sent, init = [], wandb.init
-
-    def listening(**options):
-        run = init(**options)
-        log = run.log
-        run.log = lambda values, step: (
-            sent.append((run.name, step, values)) or log(values, step=step)
-        )
-        return run
-
-    monkeypatch.setattr(wandb, "init", listening)
-    logs = [make_log(tmp_path, run, wandb="test") for run in ("a-s0", "b-s0")]
-    for step in range(3):
-        for log in logs:
-            log(step, loss=step / 2)
-    for log in logs:
-        rows = [{"run": r, "step": s, **v} for r, s, v in sent if r == log.run]
-        assert rows == common.read_log(log.path) and len(rows) == 3
-        log.tracker.finish()
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
 # ------------------------------------------------------------------------------------------ claims

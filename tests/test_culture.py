@@ -20,24 +20,29 @@ CPU = common.Env(torch.device("cpu"), torch.float32)
 # ------------------------------------------------------------------------------------------- by hand
 
 
-def test_differences():
-    plus, minus = torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[0.0, 1], [1, 1]])
-    assert culture.difference([(plus - minus)[None]]).tolist() == [[1.5, 2]]
-    a, b = torch.tensor([[[2.0, 0], [4, 0]]]), torch.tensor([[[0.0, 3]]])
-    assert culture.difference([a, b]).tolist() == [[2, 1]]  # every pair counts alike
-    two_sentences = torch.tensor([[[5.0], [7], [6], [9]]])  # questions 1, 2, 1, 2
-    assert culture.paired(two_sentences, torch.tensor([[[1.0], [2]]])).tolist() == [
-        [[4], [5], [5], [7]]
-    ]
+def test_differences(monkeypatch):
+    """Of two sentences in front of two questions, by hand; every pair counts alike."""
+    told = {"a": [[[5.0], [7], [6], [9]]], "b": [[[1.0]]]}  # sentence 1: questions 1, 2; sentence 2
+    plain = {"a": [[[1.0], [2]]], "b": [[[0.0]]]}
+    latents = {"none": plain, "own": told, "neutral": told}
+    world = SimpleNamespace(cultures="xyz", tasks=["a", "b"], answers={"a": [0], "b": [0]})
+    world.prompts = lambda setting, context, k, task: torch.tensor(latents[context][task]) * k
+    monkeypatch.setattr(culture, "ask", lambda model, z, tokens, size: (z, None))
+    _, diffs = culture.collect(None, world, 8)
+    assert diffs["local", "own", 1, "a"].tolist() == [[[4], [5], [5], [7]]]
+    v = culture.vectors(diffs, "local", 1, ["a"], np.random.default_rng(0))
+    assert v["own"].tolist() == [[5.25]] and v["wrong"].tolist() == [[10.5]]
+    v = culture.vectors(diffs, "local", 1, ["a", "b"], np.random.default_rng(0))
+    assert v["own"].item() == pytest.approx(4.4)  # (4 + 5 + 5 + 7 + 1) / 5, no mean of means
 
 
 def test_shuffled_labels_are_balanced():
     same = torch.ones(2, 6, 3)
-    assert culture.shuffled([same], np.random.default_rng(0)).abs().max() == 0
+    assert culture.shuffled(same, np.random.default_rng(0)).abs().max() == 0
     one = torch.eye(4)[None]
-    draws = [culture.shuffled([one], np.random.default_rng(i)) for i in range(400)]
+    draws = [culture.shuffled(one, np.random.default_rng(i)) for i in range(400)]
     assert torch.stack(draws).mean(0).abs().max() < 0.05
-    assert culture.shuffled([torch.ones(1, 1, 3)], np.random.default_rng(0)).tolist() == [[0] * 3]
+    assert culture.shuffled(torch.ones(1, 1, 3), np.random.default_rng(0)).tolist() == [[0] * 3]
 
 
 def test_masses_and_entropy_by_hand():
@@ -50,13 +55,6 @@ def test_masses_and_entropy_by_hand():
     assert culture.entropy(half, torch.tensor([0, 1, 1]), 1) == pytest.approx(1, abs=1e-6)
 
 
-def test_at_localisation():
-    local, values = np.array([0.1, 0.3, 0.5, 0.4]), np.array([5.0, 4, 2, 9])
-    assert culture.at_localisation(local, values, 0.4) == pytest.approx(3)
-    assert culture.at_localisation(local, values, 0.05) == 5
-    assert np.isnan(culture.at_localisation(local, values, 0.6))
-
-
 def test_pick_takes_the_smallest_strength_that_reaches():
     strengths = np.array([1, 2, 1, 2])  # two blocks, two strengths
     local = np.array([[0.5, 0.9, 0.6, 0.2], [0.5, 0.9, 0.6, 0.2], [0.0, 1.0, 0.0, 0.0]])
@@ -67,10 +65,10 @@ def test_pick_takes_the_smallest_strength_that_reaches():
 
 
 def test_measures_by_hand():
-    none = np.array([[[0.6, 0.1, 0.1]], [[0.6, 0.1, 0.1]]])  # two cultures, one task, three owners
-    own = np.array([[[0.1, 0.5, 0.1]], [[0.1, 0.1, 0.5]]])
-    half = np.array([[[0.3, 0.3, 0.1]], [[0.3, 0.3, 0.2]]])
-    said = {("local", "prompt none"): none, ("local", "prompt own"): own, ("local", "own"): half}
+    none = np.array([[0.6, 0.1, 0.1], [0.6, 0.1, 0.1]])  # two cultures, one task, three owners
+    own = np.array([[0.1, 0.5, 0.1], [0.1, 0.1, 0.5]])
+    half = np.array([[0.3, 0.3, 0.1], [0.3, 0.3, 0.2]])
+    said = {"local prompt none": none, "local prompt own": own, "local own": half}
     rows = culture.measures(said)
     assert rows["local prompt own"]["local_rise"] == pytest.approx(0.4)
     assert rows["local own"]["local"] == pytest.approx(0.25)
@@ -105,7 +103,8 @@ def test_vectors():
     torch.testing.assert_close(v["minus"], -v["own"])
     torch.testing.assert_close(v["neutral"], mean("local", "neutral", 2))
     torch.testing.assert_close(v["cross neutral"], mean("english", "neutral", 2))
-    assert [culture.following(k, 3) for k in (1, 2, 3)] == [2, 3, 1]
+    last = culture.vectors(diffs, "local", 3, ["a", "b"], np.random.default_rng(0))
+    torch.testing.assert_close(last["wrong"], mean("local", "own", 1))  # the first is next
 
 
 # ------------------------------------------------------------------- one pass against the plain loop
@@ -166,45 +165,39 @@ def test_documents(toy):
     """One culture answers a whole document; its answers are as stereotyped as they should be."""
     rng, words = np.random.default_rng(0), {i: word for word, i in toy.number.items()}
     local, ranks = [], {"own": [], "none": []}
-    order = {}
-    for tokens, _ in toy.answers.values():
-        for i, token in enumerate(tokens.tolist()):
-            order[token] = divmod(i, culture.ANSWERS)
     for _ in range(4000):
-        ids = toy.document(rng)
-        text = " ".join(words[i] for i in ids)
+        text = " ".join(words[i] for i in toy.document(rng))
         language = re.search(r"\?\.(\w\w)", text)[1]
-        said = [order[i] for i in ids if i in order]
+        said = re.findall(r":([a-z]{2})(\d)", text)
         owners = {owner for owner, _ in said}
-        assert len(owners) <= 1
+        assert len(owners) <= 1 and text.count(":") == culture.SHOTS
         country = re.search(r"(?:live|am_from|grew_up_in)\.\w\w (\w\w)\.", text)
         if country:
-            k, i = toy.cultures.index(country[1]), toy.languages.index(language)
-            assert owners <= {k} and (i, k) not in toy.held
+            pair = culture.LANGUAGES.index(language), culture.CULTURES.index(country[1])
+            assert owners <= {country[1]} and pair in toy.told
         elif language != "en" and owners:
-            local.append(owners != {0})
-        ranks["own" if country else "none"] += [rank for _, rank in said]
+            local.append(owners != {"us"})
+        ranks["own" if country else "none"] += [int(rank) for _, rank in said]
     assert np.mean(local) == pytest.approx(0.3, abs=0.04)
     for context, entropy in ("none", 2.512), ("own", 1.537):
         p = np.bincount(ranks[context]) / len(ranks[context])
         assert -(p * np.log2(p)).sum() == pytest.approx(entropy, abs=0.03)
-    assert len(toy.held) == 8
+    assert len({*toy.told}) == 4 + 5 + 8  # one's own, any in English, half of the others
 
 
-def test_truth_and_prompts(toy):
-    p = toy.truth(1, "none", 1).reshape(5, 6)
-    assert p.sum(1) == pytest.approx([0.7, 0.3, 0, 0, 0])
-    for k, context, entropy in (1, "own", 1.537), (0, "none", 2.512):
-        q = toy.truth(0, context, k)
-        q = q[q > 0]
-        assert -(q * np.log2(q)).sum() == pytest.approx(entropy, abs=1e-3)
+def test_prompts(toy):
     words = {i: word for word, i in toy.number.items()}
     prompts = toy.prompts("local", "own", 2, "cities")
     assert len(prompts) == 3
     text = " ".join(words[i] for i in prompts[0])
     assert text == "<bos> I.fr live.fr fr.fr ;.fr cities.fr ?.fr"
+    english = toy.prompts("english", "none", 2, "cities")
+    assert [[words[i] for i in ids] for ids in english] == [["<bos>", "cities.en", "?.en"]]
     tokens, owner = toy.answers["cities"]
-    assert words[tokens[12].item()] == "cities:Paris(fr)" and owner[12] == 2
+    assert words[tokens[12].item()] == "cities:fr0" and owner[12] == 2
+    assert [words[i] for i in tokens.tolist()] == [
+        f"cities:{culture}{rank}" for culture in ("us", "tr", "fr", "ru", "de") for rank in range(6)
+    ]
 
 
 def test_batch_depends_on_the_step_alone(toy):
@@ -227,7 +220,7 @@ def test_batch_depends_on_the_step_alone(toy):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny Llama of random weights that spells the lists."""
-    lists = culture.read_lists(culture.LISTS)["answers"]
+    lists = json.loads(culture.LISTS.read_text())["answers"]
     cells = [cell for answers in lists.values() for cell in answers.values()]
     words = [word for cell in cells for word in cell.replace("/", "|").split("|")]
     lines = [f" {word} {word}\n{word}" for word in words]
@@ -237,7 +230,7 @@ def folder(tmp_path_factory):
 
 def small_lists(path, **changed):
     """Three cultures and four tasks of the lists, for speed."""
-    lists = culture.read_lists(culture.LISTS)
+    lists = json.loads(culture.LISTS.read_text())
     kept, tasks = ("us", "fr", "de"), ("names", "cities", "teams", "shops")
     answers = {t: {c: lists["answers"][t][c] for c in kept} for t in tasks}
     lists |= dict(answers=answers, cultures=kept, languages=["en", "fr", "de"]) | changed
@@ -255,7 +248,7 @@ def test_sentences_to_complete(folder, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["layer"] for row in rows] == [1, 2]
     (found,) = result["metrics"][folder.name]
-    assert set(found["picked"]) == {"fr, local", "fr, english", "de, local", "de, english"}
+    assert set(found["picked"]) == {"fr", "de"} and found["kl"] >= 0
 
 
 class Pieces:
@@ -279,33 +272,41 @@ class Pieces:
         return "".join(names[i] for i in ids)
 
 
+def lists_of(**answers):
+    """Three cultures, three tasks; the answers to the first of them."""
+    lists = json.loads(culture.LISTS.read_text())
+    every = {"names": answers, "cities": dict(us="Boston", fr="Paris", de="Berlin")}
+    every["shops"] = dict(us="Target", fr="Carrefour", de="Aldi")
+    return lists | dict(answers=every, cultures=["us", "fr", "de"], languages=["en", "fr", "de"])
+
+
 def test_first_tokens():
-    answers = {"names": {"us": "Liam|Noah/Noa", "fr": "Louis|Liam", "de": "Hans|Jo"}}
-    lists = dict(answers=answers, cultures=["us", "fr", "de"], languages=["en", "fr", "de"])
+    lists = lists_of(us="Liam|Noah/Noa", fr="Louis|Liam", de="Hans|Jo")
     world = culture.Real(Pieces(["x"]), lists)
     tokens, owner = world.answers["names"]
     said = {world.tok.decode([t]): k for t, k in zip(tokens.tolist(), owner.tolist())}
     assert said == {"Noah": 0, "Noa": 0, "Louis": 1, "Hans": 2}  # no Liam, no bare space, no Jo
-    answers["names"]["fr"] = "Liam"
+    lists["answers"]["names"]["fr"] = "Liam"
     with pytest.raises(ValueError, match="names, fr: no answer has a first token of its own"):
         culture.Real(Pieces(["x"]), lists)
 
 
 def test_prompts_of_real_models():
-    lists = culture.read_lists(culture.LISTS)
-    texts = []
-    tok = SimpleNamespace(encode=lambda text, bos: texts.append(text))
-    world = SimpleNamespace(tok=tok, lists=lists, cultures=lists["cultures"])
-    world.languages = lists["languages"]
-    world.sentences = lambda *args: culture.Real.sentences(world, *args)
-    culture.Real.prompts(world, "english", "own", 1, "drinks")
-    assert texts[0] == "I live in Turkey. My favourite drink is"
-    culture.Real.prompts(world, "local", "own", 2, "drinks")
-    assert any(text.startswith("J'habite en France. ") for text in texts)
+    world = culture.Real(Pieces(["x"]), lists_of(us="Liam", fr="Louis", de="Hans"))
+
+    def texts(*key):
+        return [world.tok.decode(ids) for ids in world.prompts(*key)]
+
+    none = texts("english", "none", 1, "cities")[0].strip()
+    own = texts("english", "own", 1, "cities")
+    assert own[0] == f"I live in France. {none}"
+    assert any(
+        text.startswith("J'habite en France. ") for text in texts("local", "own", 1, "shops")
+    )
 
 
 def test_built_in_lists_are_whole():
-    lists = culture.read_lists(culture.LISTS)
+    lists = json.loads(culture.LISTS.read_text())
     assert len(lists["cultures"]) == 9 and len(lists["answers"]) == 9
 
 
@@ -330,11 +331,11 @@ def test_smoke_writes_what_is_promised(tmp_path):
         ("--skew 2", "0.1 to 0.9"),
         ("--lists FILE.json", "--lists: no effect without --model"),
         ("--model MODEL --skew .5", "--skew: no effect with --model"),
-        ("--model MODEL --lists LIST.json", "holds no JSON object"),
-        ("--model MODEL --lists BROKEN.json", "BROKEN.json"),
-        ("--model MODEL --lists KEY.json", "lacks hints"),
-        ("--model MODEL --lists CELL.json", "lacks answers > names > de"),
-        ("--model MODEL --lists FEW.json", "needed: three cultures"),
+        ("--model MODEL --lists LIST.json", "not of the form of cultures.json"),
+        ("--model MODEL --lists BROKEN.json", "--lists: Expecting value"),
+        ("--model MODEL --lists KEY.json", "not of the form of cultures.json"),
+        ("--model MODEL --lists CELL.json", "KeyError.'de'"),
+        ("--model MODEL --lists FEW.json", "three cultures and three tasks are needed"),
         ("--model MODEL --lists /no/such.json", "/no/such.json"),
         ("--model /no/such/folder", "/no/such/folder"),
         ("--preset huge", "smoke"),

@@ -260,8 +260,8 @@ def test_tables(tmp_path):
     rows = data.read_table(path, ["en", "fr"])
     assert rows == [{"en": "two\r\nlines", "fr": 'a "b" \u2028 c'}, {"en": "tea", "fr": "thé"}]
     for text, match in (
-        ("en,fr\ntea\n", "line 2: needs 2 cells"),
-        ("en,fr\na,b,c\n", "line 2: needs 2 cells"),
+        ("en,fr\ntea\n", "row 2: needs 2 cells"),
+        ("en,fr\na,b,c\n", "row 2: needs 2 cells"),
         ("en\ntea\n", "no column fr"),
         ("", "no column en, fr"),
     ):
@@ -295,11 +295,11 @@ def test_source_errors(tmp_path):
 
 def test_token_file(tmp_path):
     source = tmp_path / "a.jsonl"
-    source.write_text("".join(json.dumps({"text": "ab" * i}) + "\n" for i in range(11)))
+    source.write_text("".join(json.dumps({"text": "ab" * i}) + "\n" for i in range(12)))
     name, tok, folder = f"file:{source}", data.get_tokenizer("byte"), tmp_path / "tokens"
     ids = data.token_file(name, "train", tok, folder, quiet=True)
     assert ids.dtype == np.uint16 and (ids == tok.eos).sum() == 10 and ids[0] == tok.eos
-    assert tok.decode(ids.tolist()) == "ab" * (sum(range(11)) - 9)
+    assert tok.decode(ids.tolist()) == "ab" * (sum(range(12)) - 10)
     stamp = next(folder.iterdir()).stat().st_mtime_ns
     data.token_file(name, "train", tok, folder, quiet=True)
     assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [stamp]  # made once

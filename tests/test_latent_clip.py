@@ -11,16 +11,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import bench
 import common
 import data
 import latent_clip as lc
-
-CPU = common.Env(torch.device("cpu"), torch.float32)
 
 
 def generator(seed=0):
@@ -31,59 +27,25 @@ def generator(seed=0):
 
 
 def test_info_nce_by_hand():
-    eye = torch.eye(2)
-    assert lc.info_nce(eye, eye, 1.0).item() == pytest.approx(0.3132617, abs=1e-6)
+    eye, ids = torch.eye(2), torch.arange(2)
+    assert lc.info_nce(eye, eye, 1.0, ids).item() == pytest.approx(0.3132617, abs=1e-6)
     image = torch.tensor([[6.0, 2.0], [1.0, 8.0]])  # logits: rows .0095307, columns .0045955
-    assert lc.info_nce(image, eye, 1.0).item() == pytest.approx(0.0070631, abs=1e-6)
+    assert lc.info_nce(image, eye, 1.0, ids).item() == pytest.approx(0.0070631, abs=1e-6)
     with pytest.raises(ValueError, match="at least 2 pairs"):
-        lc.info_nce(eye[:1], eye[:1], 1.0)
+        lc.info_nce(eye[:1], eye[:1], 1.0, ids[:1])
 
 
 def test_info_nce_permutation_and_repeated_captions():
     image, text = (F.normalize(torch.randn(6, 5, generator=generator(s)), dim=1) for s in (0, 1))
-    order, loss = torch.randperm(6, generator=generator(2)), lc.info_nce(image, text, 7.0)
-    torch.testing.assert_close(lc.info_nce(image[order], text[order], 7.0), loss)
-    torch.testing.assert_close(lc.info_nce(image, text, 7.0, torch.arange(6)), loss)
-    ids = torch.tensor([0, 1, 0, 2, 3, 4])
+    order, ids = torch.randperm(6, generator=generator(2)), torch.tensor([0, 1, 0, 2, 3, 4])
+    loss = lc.info_nce(image, text, 7.0, ids)
+    torch.testing.assert_close(lc.info_nce(image[order], text[order], 7.0, ids[order]), loss)
     expected = 0.0
     for logits in 7 * image @ text.T, 7 * text @ image.T:
         for i in range(6):
             kept = [j for j in range(6) if j == i or ids[j] != ids[i]]
             expected -= logits[i][kept].log_softmax(0)[kept.index(i)] / 12
-    torch.testing.assert_close(lc.info_nce(image, text, 7.0, ids), expected)
-
-
-def nce_rank(rank, folder, grads):
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    image, text = (torch.randn(8, 3, dtype=torch.float64, generator=generator(s)) for s in (0, 1))
-    ids = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7])
-    own = slice(4 * rank, 4 * rank + 4)
-    a, b = image[own].clone().requires_grad_(), text[own].clone().requires_grad_()
-    lc.info_nce(F.normalize(a, dim=1), F.normalize(b, dim=1), 10.0, ids[own]).backward()
-    grads[rank] = torch.stack((a.grad, b.grad)) / 2  # as DDP averages
-    dist.destroy_process_group()
-
-
-def test_info_nce_of_two_ranks_is_that_of_one(tmp_path):
-    context = mp.get_context("spawn")
-    with context.Manager() as manager:
-        grads = manager.dict()
-        mp.spawn(nce_rank, (str(tmp_path), grads), nprocs=2)
-        split = torch.cat([grads[0], grads[1]], 1)
-    image, text = (
-        torch.randn(8, 3, dtype=torch.float64, generator=generator(s)).requires_grad_()
-        for s in (0, 1)
-    )
-    ids = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7])
-    lc.info_nce(F.normalize(image, dim=1), F.normalize(text, dim=1), 10.0, ids).backward()
-    assert (split - torch.stack((image.grad, text.grad))).abs().max() < 1e-12
-    # what the test must tell apart: the other rank's features without gradient
-    cut = [F.normalize(x.detach(), dim=1) for x in (image, text)]
-    a = image.detach()[:4].requires_grad_()
-    own = F.normalize(a, dim=1)
-    logits = 10 * own @ cut[1].T, 10 * cut[1][:4] @ torch.cat((own, cut[0][4:])).T
-    (sum(F.cross_entropy(l, torch.arange(4)) for l in logits) / 4).backward()
-    assert (a.grad - image.grad[:4]).abs().max() > 1e-3
+    torch.testing.assert_close(loss, expected)
 
 
 # ------------------------------------------------------------------------------------------- CLIP
@@ -94,9 +56,9 @@ def count(model):
 
 
 def test_sizes_of_the_released_models():
-    base = {**lc.BASE, "side": 224} | dict(channels=3, embed=512, text_width=512, text_heads=8)
+    base = {**lc.BASE, "side": 224} | dict(channels=3, embed=512, text_width=512)
     with torch.device("meta"):
-        b8, b4 = lc.CLIP(lc.CONFIGS["b8"]), lc.CLIP(lc.CONFIGS["b4plus"])
+        b8, b4 = lc.CLIP(lc.CONFIGS["paper"]), lc.CLIP(lc.CONFIGS["b4plus"])
         b32, b16 = (lc.CLIP(lc.CLIPConfig(patch=patch, **base)) for patch in (32, 16))
         vae = lc.VAE(lc.SD)
     assert count(b8) == 149_126_145 and count(b8.visual) == 85_698_048
@@ -111,7 +73,7 @@ def test_sizes_of_the_released_models():
 
 def tiny(channels=4, **more):
     torch.manual_seed(0)
-    small = dict(width=24, layers=2, text_width=24, embed=8)
+    small = dict(width=24, layers=2, text_width=24, embed=8, head=6)
     return lc.CLIP(lc.CLIPConfig(channels=channels, **small | more)).eval()
 
 
@@ -131,12 +93,10 @@ def test_text_is_trimmed_exactly():
 @torch.no_grad()
 def test_latents_that_do_not_fit():
     clip, z = tiny(), torch.randn(2, 4, 8, 8, generator=generator())
-    with pytest.raises(ValueError, match=r"channels-first \(B, 4, H, W\)"):
+    with pytest.raises(ValueError, match=r"channels-first \(B, 4, 8, 8\)"):
         clip.encode_image(z.permute(0, 2, 3, 1))
-    with pytest.raises(ValueError, match="8 x 8"):
+    with pytest.raises(ValueError, match=r"\(B, 4, 8, 8\), not \(1, 4, 12, 12\)"):
         clip.encode_image(torch.zeros(1, 4, 12, 12))
-    twice = z.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    torch.testing.assert_close(clip.encode_image(twice), clip.encode_image(z))
     torch.testing.assert_close(clip.encode_image(z).norm(dim=1), torch.ones(2))
 
 
@@ -144,7 +104,9 @@ def test_logit_scale_is_clamped_and_decay_is_openclips():
     clip = tiny()
     with torch.no_grad():
         clip.logit_scale.fill_(9.0)
-    clip(lc.toy_tokens(["a red circle", "a blue ring"]), torch.randn(2, 4, 8, 8)).backward()
+    clip(
+        lc.toy_tokens(["a red circle", "a blue ring"]), torch.randn(2, 4, 8, 8), torch.arange(2)
+    ).backward()
     assert clip.logit_scale.item() == pytest.approx(4.605170)
     decay, plain = lc.clip_optimizer(clip, lc.Args()).param_groups
     names = {id(p): n for n, p in clip.named_parameters()}
@@ -162,7 +124,7 @@ def test_logit_scale_is_clamped_and_decay_is_openclips():
 
 @torch.no_grad()
 def test_resampling_by_hand():
-    down, up = lc.Resample(1, True), lc.Resample(1, False)
+    down, up = lc.resample(1, True), lc.resample(1, False)
     down.conv.weight.fill_(1.0), down.conv.bias.zero_()
     up.conv.weight.zero_(), up.conv.bias.zero_()
     up.conv.weight[0, 0, 1, 1] = 1.0
@@ -173,15 +135,21 @@ def test_resampling_by_hand():
 
 
 @torch.no_grad()
-def test_vae_shapes_and_kl():
+def test_vae_shapes():
     vae = lc.VAE(lc.VAEConfig())
     mean, logvar = vae.moments(torch.zeros(2, 3, 32, 32))
     assert mean.shape == logvar.shape == (2, 4, 8, 8) and vae.decode(mean).shape == (2, 3, 32, 32)
     sd = lc.VAE(lc.VAEConfig((8, 8, 8, 8), 2, 4))
     assert sd.moments(torch.zeros(1, 3, 64, 64))[0].shape == (1, 4, 8, 8)
-    with pytest.raises(ValueError, match="image of 30 x 32"):
-        vae.moments(torch.zeros(1, 3, 30, 32))
-    assert lc.kl(torch.ones(4), torch.zeros(4)).sum() == 2.0
+
+
+def test_vae_loss_by_hand(monkeypatch):
+    vae, image = lc.VAE(lc.VAEConfig()), torch.full((1, 3, 32, 32), 0.5)
+    ones = torch.ones(1, 4, 8, 8)  # a mean of 1 and a log-variance of 0: half a nat each
+    monkeypatch.setattr(vae, "moments", lambda x: (ones, 0 * ones))
+    monkeypatch.setattr(vae, "decode", lambda z: (z - 3).mean() + 0 * image)
+    loss = vae(image, 2 * ones)  # decoded to 0: an error of .5
+    assert loss.item() == pytest.approx(0.5 + 0.25 + lc.KL * 0.5)
 
 
 @torch.no_grad()
@@ -194,7 +162,7 @@ def test_vae_is_that_of_diffusers(tmp_path):
     theirs = diffusers.AutoencoderKL(**types, **sizes).eval()
     theirs.save_pretrained(tmp_path)
     path = str(tmp_path / "diffusion_pytorch_model.safetensors")
-    ours = lc.load_vae(path, lc.VAEConfig((8, 16, 16, 16), 2, 4))
+    ours = lc.with_weights(lc.VAE(lc.VAEConfig((8, 16, 16, 16), 2, 4)), path)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     posterior, (mean, logvar) = theirs.encode(x).latent_dist, ours.moments(x)
     torch.testing.assert_close(mean, posterior.mean, atol=1e-4, rtol=1e-4)
@@ -216,32 +184,32 @@ def test_clip_weights_by_every_name(tmp_path):
     clip = tiny()
     state = clip.state_dict()
     path = save(tmp_path / "a.safetensors", state)
-    for k, v in lc.load_clip(path, clip.config).state_dict().items():
+    for k, v in lc.with_weights(lc.CLIP(clip.config), path).state_dict().items():
         assert torch.equal(v, state[k])
     theirs = {"module." + k.replace("visual.", "visual.latent_vit."): v for k, v in state.items()}
     theirs["module.visual.vae_encoder.conv_in.weight"] = torch.zeros(3)
     training = {"epoch": 34, "loss": np.float64(1.5), "n": np.int64(3), "state_dict": theirs}
     torch.save(training, tmp_path / "epoch_34.pt")  # with NumPy numbers in it
-    again = lc.load_clip(str(tmp_path / "epoch_34.pt"), clip.config)
+    again = lc.with_weights(lc.CLIP(clip.config), str(tmp_path / "epoch_34.pt"))
     assert torch.equal(again.visual.proj, clip.visual.proj)
     assert not any(p.requires_grad for p in again.parameters())
     del state["visual.proj"]
     with pytest.raises(ValueError, match="visual.proj"):
-        lc.load_clip(save(tmp_path / "b.safetensors", state), clip.config)
+        lc.with_weights(lc.CLIP(clip.config), save(tmp_path / "b.safetensors", state))
     with pytest.raises(ValueError, match="token_embedding.weight"):
-        lc.load_clip(path, tiny(vocab=50).config)
+        lc.with_weights(lc.CLIP(tiny(vocab=50).config), path)
 
 
 def test_damaged_weights(tmp_path):
     path = save(tmp_path / "v.safetensors", lc.VAE(lc.VAEConfig((8, 8), 1, 4)).state_dict())
     (tmp_path / "cut.safetensors").write_bytes(open(path, "rb").read()[:-10])
     with pytest.raises(OSError, match="allowed: a whole safetensors"):
-        lc.load_vae(str(tmp_path / "cut.safetensors"), lc.SD)
+        lc.with_weights(lc.VAE(lc.VAEConfig()), str(tmp_path / "cut.safetensors"))
     with pytest.raises(ValueError, match="(?s)does not fit: .*Missing"):
-        lc.load_vae(path, lc.VAEConfig())
+        lc.with_weights(lc.VAE(lc.VAEConfig()), path)
     (tmp_path / "x.pt").write_bytes(b"hello")
     with pytest.raises(ValueError, match="x.pt"):
-        lc.load_clip(str(tmp_path / "x.pt"), tiny().config)
+        lc.with_weights(lc.CLIP(tiny().config), str(tmp_path / "x.pt"))
 
 
 @torch.no_grad()
@@ -253,7 +221,9 @@ def test_clip_is_that_of_open_clip(tmp_path):
     text = dict(context_length=9, vocab_size=27, width=24, heads=4, layers=2)
     theirs = model.CLIP(8, model.CLIPVisionCfg(**vision), model.CLIPTextCfg(**text)).eval()
     config = replace(tiny().config, channels=3, side=32, patch=8)
-    ours = lc.load_clip(save(tmp_path / "open_clip.safetensors", theirs.state_dict()), config)
+    ours = lc.with_weights(
+        lc.CLIP(config), save(tmp_path / "open_clip.safetensors", theirs.state_dict())
+    )
     x = torch.randn(3, 3, 32, 32)
     tokens = lc.toy_tokens(["a red circle", "two blue rings", "a warm cross"])
     for a, b in (
@@ -291,7 +261,7 @@ def test_tokens_of_captions(tmp_path):
     tok = data.get_tokenizer(clip_tokenizer(tmp_path / "tokenizer.json"))
     start, end = tok.n_vocab - 2, tok.n_vocab - 1
     texts = ["A  cat", "word " * 100, "a cat <|endoftext|> cat", ""]
-    ids = lc.clip_tokens(tok, 77, texts)
+    ids = lc.clip_tokens(tok.encode_batch(texts), end, 77)
     letter = tok.backend.token_to_id("a</w>")
     cat = tok.backend.token_to_id("cat</w>")
     assert ids[0, :5].tolist() == [start, letter, cat, end, 0] and ids[0, 5:].sum() == 0
@@ -321,9 +291,6 @@ def test_pictures_of_every_kind(tmp_path):
     assert (seen[:, :, -1] == 255).all() and (seen[:, :, :-1] == 0).all()
     Image.fromarray(np.zeros((20, 60, 3), np.uint8)).save(tmp_path / "wide.jpg")
     assert lc.open_picture(tmp_path / "wide.jpg", 16).shape == (3, 16, 16)
-    (tmp_path / "a.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="a.png is no readable picture"):
-        lc.open_picture(tmp_path / "a.png", 4)
 
 
 # ------------------------------------------------------------------------------------------- ReNO
@@ -405,12 +372,12 @@ def test_latent_reward_never_decodes_and_pixel_reward_always():
     latent = tiny().requires_grad_(False)
     pixel = tiny(channels=3, side=32, patch=8).requires_grad_(False)
     text, noise = F.normalize(torch.randn(2, 8), dim=1), torch.randn(2, 4, 8, 8)
-    found = lc.reno(itself, partial(lc.latent_reward, latent, 0.5, text), noise, 5)
+    found = lc.reno(itself, partial(lc.cosine_reward, latent, text, 0.5, None), noise, 5)
     assert not calls
     with torch.no_grad():
         expected = (latent.encode_image(noise / 0.5) * text).sum(1)
         torch.testing.assert_close(found[1][0], expected)
-    lc.reno(itself, partial(lc.pixel_reward, pixel, vae, 0.5, text), noise, 5)
+    lc.reno(itself, partial(lc.cosine_reward, pixel, text, 0.5, vae), noise, 5)
     assert len(calls) == 5
 
 
@@ -445,7 +412,7 @@ def test_one_step_of_turbo():
 
 
 def test_areas_and_determinism():
-    at, six = torch.tensor([16.0]), torch.tensor([6.0])
+    at, six = torch.tensor([8.0]), torch.tensor([6.0])
     areas = {s: lc.coverage(s, at, at, six).sum().item() for s in lc.SHAPES}
     for shape, area in {"circle": 112.8, "square": 117.6, "ring": 81.1, "cross": 79.3}.items():
         assert areas[shape] == pytest.approx(area, rel=0.015)
@@ -461,53 +428,62 @@ def world():
     return lc.pictures(600, [3])
 
 
-def test_held_out_pairs(world):
-    assert lc.HELD.sum() == 5 and (lc.HELD.sum(1) == 1).all() and lc.HELD.sum(0).max() == 1
-    held = set()
-    for s, c in lc.HELD.nonzero().tolist():
-        held |= {f"{lc.COLOURS[c]} {lc.SHAPES[s]}", f"{lc.COLOURS[c]} {lc.PLURALS[s]}"}
-    pattern = re.compile(rf"\b({'|'.join(held)})\b")
-    for text, objects, out in zip(world.texts, world.objects(), world.held_out()):
-        assert out == any(lc.HELD[s, c] for c, s in objects)
-        if not out:
-            assert not pattern.search(text)
-    texts, _ = lc.draw_prompts(60, [0])
-    assert len(texts) == 60 and not any(map(pattern.search, texts))
+def things(world):
+    """Each picture's (colour, shape) pairs, in the order of the caption."""
+    rows = [[n for n in row if n >= 0] for row in world.objects.tolist()]
+    return [[(lc.COLOURS[n % 6], lc.SHAPES[n // 6]) for n in row] for row in rows]
+
+
+def test_held_out_objects(world):
+    held = {(lc.COLOURS[n % 6], lc.SHAPES[n // 6]) for n in lc.HELD.tolist()}
+    assert len(held) == len({s for _, s in held}) == len({c for c, _ in held}) == 5
+    for objects, out in zip(things(world), world.held_out()):
+        assert out == any(thing in held for thing in objects)
 
 
 def test_captions_tell_the_truth(world):
     tokens = lc.toy_tokens(world.texts)
-    assert (tokens.max(1).values == len(lc.WORDS) - 1).all()
-    assert (len(lc.WORDS), tokens.shape[1]) == (lc.TOY.vocab, lc.TOY.context)
-    for text, objects, label in zip(world.texts, world.objects(), world.label()):
+    assert (tokens.max(1).values == lc.TOY.vocab - 1).all()
+    assert (len(lc.WORDS) + 2, tokens.shape[1]) == (lc.TOY.vocab, lc.TOY.context)
+    for text, names, label in zip(world.texts, things(world), world.label):
         words = text.split()
         number = {"two": 2, "three": 3}.get(words[0], 2 if " and " in text else 1)
-        assert len(objects) == number
-        names = [(lc.COLOURS[c], lc.SHAPES[s]) for c, s in objects]
+        assert len(names) == number
         if words[1] in ("warm", "cool"):
             assert words[2] == names[0][1]
             assert (names[0][0] in lc.COLOURS[:3]) == (words[1] == "warm")
         elif number == 1:
-            assert lc.CLASSES[label].endswith(f"{names[0][0]} {names[0][1]}")
+            assert lc.CLASSES[label].endswith(" ".join(names[0]))
             assert words[1] not in lc.SIZES or lc.CLASSES[label] == text
         elif " and " in text:
-            said = [tuple(part.split()[1:]) for part in text.split(" and ")]
-            assert sorted(said) == sorted(names)
+            assert [tuple(part.split()[1:]) for part in text.split(" and ")] == names
+            assert names[0] != names[1]
         else:
             assert len(set(names)) == 1 and words[1] == names[0][0]
     assert len(set(lc.CLASSES)) == 60
 
 
 def test_the_judge(world):
-    right = [seen == there for seen, there in zip(lc.see(world.images), world.objects())]
-    assert np.mean(right) >= 0.98
-    empty = torch.full((1, 3, 32, 32), lc.DARK)
-    assert lc.see(empty) == [[]]
-    for x, c in (11.5, 0), (20.5, 5):  # touching, of two colours
-        at = torch.tensor([x]), torch.tensor([16.0]), torch.tensor([5.0])
-        share = lc.coverage("square", *at)[:, None]
-        empty += share * (lc.RGB[c][None, :, None, None] - empty)
-    assert lc.see(empty) == [[(0, 1), (5, 1)]]
+    assert lc.fulfilled(world.images, world.objects).mean() >= 0.98
+    turned = world.objects.roll(1, 0)
+    assert lc.fulfilled(world.images, turned).mean() < 0.1
+    image = torch.full((1, 3, 32, 32), lc.DARK)
+    assert lc.see(image).tolist() == [[lc.NOTHING] * 4]
+    # a red square in the second cell, a blue one in the third; the fourth is half red, half blue
+    share = lc.coverage("square", *(torch.tensor([v]) for v in (8.0, 8.0, 5.0)))
+    red, blue = lc.RGB[0][None, :, None, None], lc.RGB[5][None, :, None, None]
+    halves = torch.where(torch.arange(16) < 8, red, blue)
+    for y, x, colour in (0, 16, red), (16, 0, blue), (16, 16, halves):
+        image[..., y : y + 16, x : x + 16] += share * (colour - lc.DARK)
+    assert lc.see(image).tolist() == [[lc.NOTHING, 6, 11, lc.UNCLEAR]]
+
+
+def test_pictures_of_a_kind():
+    counted = lc.pictures(50, [1], {"count": 1.0})
+    assert all(text.startswith(("two", "three")) for text in counted.texts)
+    warm = [text.startswith("a warm") for text in lc.pictures(400, [1], {"tone": 1.0}).texts]
+    red = (lc.pictures(400, [1], {"tone": 1.0}).objects[:, 0] % 6 == 0).numpy()
+    assert 0.5 < red[warm].mean() < 0.7 and not red[~np.array(warm)].any()
 
 
 def test_euler_follows_a_straight_path():
@@ -552,7 +528,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
     assert [c["id"] for c in result["claims"]] == ["T1", "T2", "T3", "T4", "T5"]
     assert all(c["measured"] and c["control"] for c in result["claims"])
     rows = common.read_log(tmp_path / "metrics.jsonl")
-    stages = {"vae0", "vae1", "flow", "latent", "pixel", "shuffled"}
+    stages = {"vae", "flow", "latent", "pixel", "shuffled"}
     assert {r["run"] for r in rows} == {f"toy-s3-{stage}" for stage in stages}
     assert (tmp_path / "latent_clip.png").stat().st_size > 10000
     losses = {r["run"]: r["loss"] for r in rows if r["step"] == 0}
@@ -563,30 +539,28 @@ def test_smoke_writes_what_is_promised(tmp_path):
 
 
 def test_gates_stop_a_run(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="error: seed 3: the judge must read"):
+    with pytest.raises(SystemExit, match="error: seed 3: VAE of"):
         lc.main(["--preset", "smoke", "--gates", "--out", str(tmp_path), "--seeds", "3"])
 
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """Random weights in the real formats: a small VAE, a tokenizer, a folder of pictures."""
+    """Random weights in the real formats: a small VAE and CLIP, a tokenizer, some pictures."""
     from PIL import Image
 
     folder, rng = tmp_path_factory.mktemp("real"), np.random.default_rng(0)
     torch.manual_seed(0)
-    vae = lc.VAE(lc.VAEConfig((8, 8, 8, 8), 1, 4)).eval()
+    vae = lc.VAE(lc.VAEConfig((8, 8, 8, 8), 1, 4))
     save(folder / "vae.safetensors", vae.state_dict())
-    clip_tokenizer(folder / "tokenizer.json")
+    n_vocab = data.get_tokenizer(clip_tokenizer(folder / "tokenizer.json")).n_vocab
+    clip = lc.CLIP(replace(lc.TOY, vocab=n_vocab))
+    save(folder / "clip.safetensors", clip.state_dict())
     (folder / "pairs").mkdir()
     for i in range(30):
         pixels = rng.integers(0, 256, (70 + i, 90, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "pairs" / f"{i:02}.png")
         (folder / "pairs" / f"{i:02}.txt").write_text(["cat", "dog"][i % 2] + "\n")
-    files = lc.caption_files(folder / "pairs", 30)
-    x = torch.stack([lc.open_picture(path, 64) for path in files])
-    with torch.no_grad():
-        scale = 1 / vae.moments(lc.to_pixels(x))[0].std().item()
-    flags = ["--preset", "smoke", "--dataset", f"{folder}/pairs", "--vae-scale", str(scale)]
+    flags = ["--preset", "smoke", "--model", f"{folder}/clip.safetensors"]
     flags += ["--vae", f"{folder}/vae.safetensors", "--tokenizer", f"{folder}/tokenizer.json"]
     return folder, flags
 
@@ -596,25 +570,20 @@ def small(monkeypatch):
     monkeypatch.setattr(lc, "SD", lc.VAEConfig((8, 8, 8, 8), 1, 4))
 
 
-def test_real_pairs_end_to_end(stand_ins, small, tmp_path):
+def test_captions_of_pictures_are_found(stand_ins, small, tmp_path):
     folder, flags = stand_ins
-    result = lc.main([*flags, "--out", str(tmp_path)])
-    assert [c["id"] for c in result["claims"]] == ["R1"]
-    (cache,) = tmp_path.glob("latents-*.npy")
-    latents = np.load(cache)
-    vae = lc.load_vae(f"{folder}/vae.safetensors", lc.SD)
-    x = lc.open_picture(folder / "pairs" / "07.png", 64)
-    with torch.no_grad():
-        mean = vae.moments(lc.to_pixels(x[None]))[0][0]
-    np.testing.assert_allclose(latents[7], mean, atol=2e-2, rtol=2e-3)
-    began = cache.stat().st_mtime_ns
-    trained = ["--init", str(tmp_path / "real-s0.pt")]  # and what was trained can be measured
-    again = lc.main([*flags, "--out", str(tmp_path), *trained])
-    assert again["claims"][0]["measured"] == result["claims"][0]["measured"]
-    assert cache.stat().st_mtime_ns == began  # encoded once
-    (folder / "pairs" / "29.png").touch()
-    lc.main([*flags, "--out", str(tmp_path), *trained])
-    assert len(list(tmp_path.glob("latents-*.npy"))) == 2  # but for a file that has changed
+    result = lc.main([*flags, "--dataset", f"{folder}/pairs", "--out", str(tmp_path)])
+    files = sorted((folder / "pairs").glob("*.png"))
+    x = torch.stack([lc.to_pixels(lc.open_picture(path, 64)) for path in files])
+    tok = data.get_tokenizer(f"{folder}/tokenizer.json")
+    clip = lc.CLIP(replace(lc.TOY, vocab=tok.n_vocab))
+    lc.with_weights(clip, f"{folder}/clip.safetensors")
+    vae = lc.with_weights(lc.VAE(lc.SD), f"{folder}/vae.safetensors")
+    words = lc.clip_tokens(tok.encode_batch(["cat", "dog"]), tok.n_vocab - 1, 9)
+    best = (clip.encode_image(vae.moments(x)[0]) @ clip.encode_text(words).T).argmax(1)
+    right = (best == torch.arange(30) % 2).float().mean().item()
+    assert result["metrics"]["found"] == pytest.approx(right)
+    assert result["metrics"]["chance"] == pytest.approx(0.5)
 
 
 class Pipe:
@@ -643,53 +612,52 @@ class Pipe:
         return (x - x / lc.SIGMA,)
 
 
-def test_prompts_with_a_generator(stand_ins, small, tmp_path, monkeypatch, capsys):
+def test_a_prompt_with_a_generator(stand_ins, small, tmp_path, monkeypatch):
     from PIL import Image
 
     folder, flags = stand_ins
-    clip = lc.CLIP(replace(lc.TOY, vocab=data.get_tokenizer(f"{folder}/tokenizer.json").n_vocab))
-    weights = save(tmp_path / "clip.safetensors", clip.state_dict())
     diffusers = types.ModuleType("diffusers")
     diffusers.StableDiffusionXLPipeline = Pipe
     monkeypatch.setitem(sys.modules, "diffusers", diffusers)
-    at = flags.index("--dataset")
-    flags = [*flags[:at], *flags[at + 2 :], "--out", str(tmp_path), "--iters", "4"]
-    flags += ["--init", weights, "--generator", "turbo", "--prompt", "a cat", "two cats"]
-    lc.main([*flags, "--concept", "blood"])
-    said = capsys.readouterr().out.splitlines()
-    assert Pipe.wanted == ["a cat", "two cats"] and len(said) == 2
-    for number, line in enumerate(said):
-        before, after = map(float, re.findall(r"-?\d+\.\d+", line))
-        assert after > before  # the reward has been climbed
-        pictures = [Image.open(tmp_path / f"{number}-{when}.png") for when in ("before", "after")]
+    flags = [*flags, "--out", str(tmp_path), "--iters", "4", "--noise-lr", "1.2"]
+    flags += ["--generator", "turbo", "--prompt", "a cat", "--seeds", "0", "1"]
+    rewards = lc.main(flags)["metrics"]
+    assert Pipe.wanted == ["a cat"] and list(rewards) == ["0", "1"]
+    for seed in rewards:
+        assert rewards[seed][-1] > rewards[seed][0]  # the reward has been climbed
+        pictures = [Image.open(tmp_path / f"{seed}-{when}.png") for when in ("before", "after")]
         assert pictures[0].size == (64, 64) and pictures[0].tobytes() != pictures[1].tobytes()
 
 
 @pytest.mark.parametrize(
     "change, match",
     [
-        ("--dataset EMPTY", "has 0 pictures"),
-        ("--dataset ODD", "without a .txt file: b"),
-        ("--dataset CORRUPT", "0.png is no readable picture"),
+        ("--dataset EMPTY", "has no pictures"),
+        ("--dataset ODD", "b.txt"),
+        ("--dataset CORRUPT", "cannot identify image file.*0.png"),
         ("--dataset /no/such", "/no/such"),
-        ("--vae /no/such.safetensors", "no_such|can't be read"),
-        ("--vae-scale 0.001", "times the spread"),
-        ("--tokenizer /no/such.json", "no tokenizer.json"),
-        ("--init VAE", "does not fit"),
-        ("--prompt x", "not both"),
-        ("--concept x", "--concept needs --prompt"),
-        ("--batch-size 1", "two or more"),
+        ("--dataset CORRUPT --vae /no/such.safetensors", "can't be read"),
+        ("--dataset CORRUPT --tokenizer /no/such.json", "no tokenizer.json"),
+        ("--dataset CORRUPT --model VAE", "does not fit"),
+        ("", "--model goes with --vae"),
+        ("--dataset CORRUPT --prompt x", "--model goes with --vae"),
+        ("--dataset CORRUPT --generator x", "--model goes with --vae"),
+        ("--prompt x", "--model goes with --vae"),
+        ("--batch-size 1", "batch-size 1, allowed: 2"),
         ("--micro-batch 4", "micro-batch"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(change, match, stand_ins, small, tmp_path, capsys):
+    from PIL import Image
+
     folder, flags = stand_ins
     for name in "EMPTY", "ODD", "CORRUPT":
         (tmp_path / name).mkdir()
-    (tmp_path / "ODD" / "b.png").write_bytes(b"")
-    for i in range(8):
+    for i in range(2):
+        Image.new("RGB", (9, 9)).save(tmp_path / "ODD" / f"{'ab'[i]}.png")
         (tmp_path / "CORRUPT" / f"{i}.png").write_bytes(b"not a picture")
         (tmp_path / "CORRUPT" / f"{i}.txt").write_text("a")
+    (tmp_path / "ODD" / "a.txt").write_text("a")
     change = re.sub("EMPTY|ODD|CORRUPT", lambda m: str(tmp_path / m[0]), change)
     change = change.replace("VAE", f"{folder}/vae.safetensors")
     with pytest.raises(SystemExit) as stop:
@@ -698,8 +666,8 @@ def test_bad_input_is_one_line_and_exit_code_2(change, match, stand_ins, small, 
     assert stop.value.code == 2 and error[-1].startswith("error: ") and re.search(match, error[-1])
 
 
-@pytest.mark.parametrize("flag", ["--vae x", "--tokenizer x", "--init x", "--generator x"])
+@pytest.mark.parametrize("flag", ["--vae x", "--tokenizer x", "--dataset x", "--prompt x"])
 def test_flags_without_effect_are_refused(flag, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         lc.main(["--preset", "smoke", "--out", str(tmp_path), *flag.split()])
-    assert stop.value.code == 2 and f"{flag.split()[0]} needs --" in capsys.readouterr().err
+    assert stop.value.code == 2 and ": only with --model" in capsys.readouterr().err

@@ -315,10 +315,9 @@ def class_gap(X, y):
 def attribution(codes, y, D, w, contrast=False):
     """Integrated gradients of a probe's logits, in closed form: IE_j = (D_j . w) sum of f_j.
 
-    codes (N, m) pooled over tokens, decoder D (m, d), probe w (d,). Decoder, pooling and probe are
-    linear in f: on the way from 0 to f the gradient is constant. IE > 0 supports label 1. The paper
-    sums over sentences of both labels, so latents that are always active rank high; `contrast`
-    takes the gap between the labels y (N,) instead.
+    Codes f (N, m), decoder D (m, d), probe w (d,): all is linear in f, so the gradient is constant
+    on the way from 0 to f. The paper sums over both labels, so latents that are always active rank
+    high; `contrast` takes the gap between the labels y (N,) instead.
     """
     return (D @ w) * (class_gap(codes, y) if contrast else codes.sum(0))
 
@@ -417,8 +416,7 @@ def pushes(parts, weight, D, n):
     gaps = [class_gap(training(codes), training(y))[latents] for _, codes, y in parts.values()]
     gap = torch.stack(gaps).mean(0)
     random = alike(latents, weight)
-    found = {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
-    return {name: direction.float() for name, direction in found.items()}
+    return {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
 
 
 def versions(items, say):
@@ -682,10 +680,11 @@ def study(sae, model, corpus, bos, args, seed):
             parts[lang] = X, codes, torch.tensor(labels[concept])
     weight = torch.stack(weights).mean(0)  # mean activations of the latents
     D = sae.decoder().double().cpu()
-    rows, shares, directions = [], [], {}
+    rows, shares, directions = [], [], {"multilingual": {}, "random": {}}
     for concept, parts in concepts.items():
         rows += removals(parts, weight, D, 4 * args.top)
-        directions[concept] = pushes(parts, weight, D, 4 * args.top)
+        for name, direction in pushes(parts, weight, D, 4 * args.top).items():
+            directions[name][concept] = direction.to(sae.scale)
         rng = np.random.default_rng(seed)
         chance = top_lists(parts, D, args.top, rng=rng)
         value, fake = top_lists(parts, D, args.top), top_lists(parts, D, args.top, rng=rng)
@@ -709,20 +708,18 @@ def run_seed(real, args, env, log, arm, seed):
         found = study(sae, model, corpus, bos, args, seed)
         rows += found[0]
         shares += found[1]
-        directions = found[2]
-    row = common.mean(shares) | {"fvu": unexplained(sae, fill(0)[: 2**13]), "sets": {}}
-    shown = "nothing", "multilingual", "difference of means"
-    row["logits"] = {name: rows[0][name]["logits"] for name in shown}
-    for name in rows[0]:
-        row["sets"][name] = common.mean([found[name]["numbers"] for found in rows])
+    row = common.mean(shares) | {"fvu": unexplained(sae, fill(0)[: 2**13])}
+    row |= {"sets": {}, "logits": {}}
+    for name, first in rows[0].items():
+        row["sets"][name] = common.mean([numbers[name]["numbers"] for numbers in rows])
+        row["logits"][name] = first["logits"]
     if not real and arm == "main":
         items = tasks(seed, held=True)
         said = translate(model, items)
         right = [words == render(m, into) for words, (m, _, into) in zip(said, items)]
         row["translation"] = np.mean(right)
-        for name in "multilingual", "random":
-            some = {concept: found[name].to(env.device) for concept, found in directions.items()}
-            row[f"steer {name}"] = steer_concepts(model, args, some, seed)
+        for name, directions in found[2].items():
+            row[f"steer {name}"] = steer_concepts(model, args, directions, seed)
     return row
 
 
@@ -760,9 +757,9 @@ def judge(run, main, alone):
 def draw(path, logits):
     """What one probe says of each sentence, by label: before, and after two removals."""
     points = {}
-    for height, (removed, by_label) in enumerate(logits.items()):
+    for height, removed in enumerate(["nothing", "multilingual", "difference of means"]):
         for label, name in enumerate(["singular", "plural"]):
-            x = by_label[label]
+            x = logits[removed][label]
             y = height + 0.3 * label + np.linspace(0, 0.2, len(x))
             points[f"{name}, {removed} removed"] = x, y
     panel = dict(title="The same probe before (below) and after", points=points, yticks=[])

@@ -368,7 +368,7 @@ def test_a_feature_that_is_one_latent_is_found_removed_and_gone():
         assert numbers["difference of means"]["refit"] < 0.65
         singular, plural = row["nothing"]["logits"]
         assert len(singular) == len(plural) == 30 and max(singular) < min(plural)
-    value = F.one_hot(torch.tensor(0), 12).float()
+    value = F.one_hot(torch.tensor(0), 12).double()
     assert F.cosine_similarity(directions["multilingual"], value, dim=0) > 0.9
     assert abs(F.cosine_similarity(directions["random"], value, dim=0)) < 0.01
 

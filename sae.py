@@ -493,7 +493,7 @@ WORDS = [*dict.fromkeys(WORDS)]  # each once
 ID = {word: i for i, word in enumerate(WORDS)}
 PAD, BOS, EOS = range(3)
 STOP = range(EOS, EOS + 1 + len(LANGUAGES))  # the end, or the tag of the next sentence
-STRENGTHS = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4]  # of a push, in norms of the residual stream
+STRENGTHS = np.arange(0.6, 1.45, 0.05)  # of a push, in norms of the residual stream
 
 
 def ids(m, lang):

@@ -235,9 +235,8 @@ def find_device(name):
     try:
         return torch.empty(0, device=found if name == "auto" else name).device
     except (RuntimeError, AssertionError):  # torch does not know the name, or finds no such device
-        has = "cpu" if found == "cpu" else f"cpu, {found} ({torch.accelerator.device_count()})"
-        what = f"device {str(name)!r} is not on this machine"
-        raise ValueError(f"{what}, which has: {has}") from None
+        what = f"device {str(name)!r} is not on this machine, which has"
+        raise ValueError(f"{what}: {' '.join(sorted({'cpu', found}))}") from None
 
 
 def setup(args) -> Env:
@@ -288,11 +287,9 @@ def optimizer(model, args):
     """AdamW in one fused kernel; weight decay on matrices and embeddings only."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    options = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": args.weight_decay}
+    return torch.optim.AdamW(groups, lr=args.lr, **options, fused=True)
 
 
 def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer):

@@ -297,8 +297,7 @@ class Real:
             if len(self.cultures) < 3 or len(self.tasks) < 3:
                 raise ValueError("three cultures and three tasks are needed")
             self.answers = {task: self.first_tokens(task) for task in self.tasks}
-            facts = [fact.partition("|")[0] for fact in lists["facts"]]
-            self.unrelated = [tok.encode(fact, bos=True) for fact in facts]
+            self.unrelated = [tok.encode(fact, bos=True) for fact in lists["facts"]]
             for key in product(SETTINGS, CONTEXTS, range(len(self.cultures)), self.tasks):
                 if not all(self.prompts(*key)):
                     raise ValueError(f"no sentence to complete for {key}")

@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import sysconfig
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -105,11 +106,11 @@ def load_text(name="stdlib", split="train"):
     else:
         allowed = "stdlib, file:PATH, or a data set id such as ORG/NAME"
         raise ValueError(f"unknown text source {name!r}, allowed: {allowed}")
-    documents = filter(str.strip, documents)  # without those that are empty
+    documents = filter(str.strip, documents)  # Empty documents are left out.
     first = list(islice(documents, 10))
     if not first:
         raise ValueError(f"text source {name!r} is empty")
-    if len(first) < 10:  # none would be held out: the text is cut into a hundred pieces
+    if len(first) < 10:  # None would be held out: the text is cut into a hundred pieces.
         text = "".join(first)
         size = -(-len(text) // 100)
         first = [text[i : i + size] for i in range(0, len(text), size)]
@@ -204,7 +205,7 @@ class Tokenizer:
         special = {role: self.backend.id_to_token(i) for role, i in ids.items() if i is not None}
         try:
             text = render(self.template, messages=messages, **special) + prefill
-        except Exception as error:  # of any kind: a template is a program
+        except Exception as error:  # A template is a program: it may raise anything.
             raise ValueError(f"the chat template of {self.name}: {error}") from error
         contents = [m["content"] for m in messages if isinstance(m["content"], str)]
         return self.encode_template(text, [*contents, prefill])
@@ -260,12 +261,13 @@ def render(template, **variables):
     env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
     env.intercepted_binops = frozenset("*")
     env.binop_table["*"] = times
-    # {% generation %} marks what to train on: here it does nothing, as an assignment
+    # {% generation %} marks what to train on. Here it becomes an assignment that does nothing.
     template = re.sub(r"(\{%-?\s*)(end)?generation\b", r"\1set generation = 1", template)
     variables |= {"add_generation_prompt": True, "tools": None, "documents": None}
     text = ""
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(2)
+    if threading.current_thread() is threading.main_thread():  # No other can have a signal.
+        signal.signal(signal.SIGALRM, give_up)
+        signal.alarm(2)
     try:
         for piece in env.from_string(template).generate(variables):
             text += piece
@@ -333,12 +335,12 @@ def from_folder(name, config=None):
             backend = tokenizers.Tokenizer.from_file(str(path))
         else:
             backend = tokenizers.Tokenizer.from_pretrained(name)
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # The library raises bare Exception.
         raise ValueError(f"no tokenizer.json that can be read at {name!r} ({error})") from error
     own = read_json(folder / "tokenizer_config.json", {})
     config = config or {}
 
-    def ids(role):  # by name in the tokenizer's own file, then by number in the model's
+    def ids(role):  # The tokenizer's own file has them by name, the model's by number.
         named = own.get(f"{role}_token")
         if isinstance(named, dict):
             named = named["content"]
@@ -369,10 +371,10 @@ def read_json(path, default=None):
 
 def from_backend(name, backend, bos, stops, template):
     """A `tokenizers.Tokenizer` as a Tokenizer. ValueError if it has no id that ends a text."""
-    backend.no_truncation()  # which a tokenizer.json may ask for
+    backend.no_truncation()  # A tokenizer.json may ask for truncation and padding.
     backend.no_padding()
-    backend.encode_special_tokens = True  # as text
-    n_vocab = max(backend.get_vocab().values()) + 1  # there may be gaps
+    backend.encode_special_tokens = True  # Special tokens in a text are text.
+    n_vocab = max(backend.get_vocab().values()) + 1  # The ids may have gaps.
     if not stops:
         raise ValueError(f"{name} has no end-of-text token")
 
@@ -385,8 +387,8 @@ def from_backend(name, backend, bos, stops, template):
     return Tokenizer(name, encode_batch, decode, n_vocab, stops[0], **more)
 
 
-# GPT-2's words: contractions, then letters, digits or other marks with at most one space before
-# them, white space
+# GPT-2's words are contractions, then letters, digits or other marks with at most one space before
+# them, and white space.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -417,7 +419,7 @@ def train_bpe(text, n):
             raise ValueError(f"the text has pairs for {len(vocab) + 1} ids only: {less}")
         count, pair = heapq.heappop(heap)
         if -count != pairs[pair]:
-            continue  # stale: the count has changed since it was pushed
+            continue  # This entry is stale: the count has changed since it was pushed.
         new = chr(len(vocab))
         vocab.append(vocab[ord(pair[0])] + vocab[ord(pair[1])])
         changed = set()
@@ -459,7 +461,7 @@ def token_file(name, split, tok, folder, limit=None, quiet=False):
     source = sys.version
     if name.startswith("file:"):
         source = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(path_of(name))]
-    # two bpe:N of different texts have one name: what they make of a sentence tells them apart
+    # Two bpe:N of different texts have one name. What they make of a sentence tells them apart.
     probe = tok.encode("The quick brown fox: def f(x): return 0x1F")
     key = repr((name, source, split, limit, tok.name, tok.n_vocab, probe))
     path = Path(folder) / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.bin"

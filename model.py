@@ -493,13 +493,13 @@ class GPT(nn.Module):
                 handle.remove()
 
     def eager(self):
-        """A context in which nothing runs compiled: for hooks, and for inputs of many shapes."""
+        """A context in which nothing runs compiled."""
         if "torch._dynamo" in sys.modules:  # not imported: then nothing has been compiled
             return torch.compiler.set_stance("force_eager")
         return nullcontext()
 
     def capture(self, idx, sites, mask=None, **kwargs):
-        """Runs the model up to the unembedding: {site: tensor}, as patches that are on leave it."""
+        """{site: tensor} of a pass up to the unembedding, as patches that are on leave them."""
         acts = {}
         with self.patch({name: partial(acts.__setitem__, name) for name in sites}):
             self.hidden(idx, mask, **kwargs)
@@ -507,7 +507,7 @@ class GPT(nn.Module):
 
 
 def call_on_output(fn, module, inputs, output):
-    """A forward hook: what `fn` returns takes the output's place; None (it only looks) does not."""
+    """A forward hook: what `fn` returns takes the output's place, unless it is None."""
     return fn(output)
 
 

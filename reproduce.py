@@ -107,7 +107,12 @@ tr { border-bottom: 1px solid var(--line); } td small { display: block; opacity:
 .yes { color: var(--good); } .no { color: var(--bad); font-weight: bold; }
 figure { margin: 1rem 0; overflow-x: auto; }
 img { max-width: 100%; background: white; border-radius: 4px; }
+@media (max-width: 40rem) {  /* a phone: a cell a line, its name in front */
+  thead { display: none; } tr, td { display: block; padding: .1rem 0; } tr { padding: .6rem 0; }
+  td[data-name]::before { content: attr(data-name) ": "; opacity: .6; }
+}
 """
+CELLS = "paper", "measured", "control", "verdict"
 
 
 def claim_row(claim):
@@ -124,8 +129,8 @@ def claim_row(claim):
     colour = f'<span class="{"yes" if good else "no"}">{verdict}</span>'
     row = f"<td><b>{escape(claim['id'])}</b> {escape(claim['claim'])}"
     row += f"<small>{escape(claim['criterion'])}</small></td>"
-    for cell in escape(claim["paper"]), *numbers, colour:
-        row += f"<td>{cell}</td>"
+    for name, cell in zip(CELLS, (escape(claim["paper"]), *numbers, colour)):
+        row += f'<td data-name="{name}">{cell}</td>'
     return f"<tr>{row}</tr>"
 
 
@@ -141,8 +146,7 @@ def section(name, folder, failure):
         paper = escape(result["paper"])
         link = f'<a href="https://arxiv.org/abs/{paper}">arXiv {paper}</a>'
         where = f"{escape(result['device'])} · {result['seconds']:.0f} s"
-        cells = "claim", "paper", "measured", "control", "verdict"
-        head = "".join(f"<th>{cell}</th>" for cell in cells)
+        head = "".join(f"<th>{cell}</th>" for cell in ("claim", *CELLS))
         rows = "".join(map(claim_row, result["claims"]))
         out += f"<p>{link} · <code>{command}</code> · {where}</p>"
         out += f"<table><thead><tr>{head}</tr></thead>{rows}</table>"

@@ -10,7 +10,7 @@ from it with the same windows: `cont` reads plain ids, `zip` compressed ones, `d
 never merges digits; in `rand` a row is a fixed random vector, in `avg` the mean of its base ids'
 embeddings. A real model goes on as `cont` and `zip`.
 
-Read on: `Zip` (the method), `pack`, `generate`, `transported` (the theory), `train_arm`, `judge`.
+Read on: `Zip`, `pack`, `generate`, `transported` (theory), `train_arm`, `judge`.
 """
 
 import copy
@@ -56,10 +56,9 @@ class Args(common.TrainFlags):
         | dict(warmup=800, weight_decay=0.01),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("max_len", "enc_layers", "enc_dim", "enc_heads"), (1,)),
-        **dict.fromkeys(("lora_r", "samples", "pretrain_steps"), (1,)),
+        **dict.fromkeys("max_len max_codes enc_layers enc_dim enc_heads".split(), (1,)),
+        **dict.fromkeys("lora_r samples pretrain_steps".split(), (1,)),
         "block_size": (32,),
-        "max_codes": (0,),
     }
     unused: ClassVar[set] = {"shard"}  # every process holds the frozen base model
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"prompt", "samples"}
@@ -112,10 +111,7 @@ def add_lora(gpt, r):
 
 
 class HyperEncoder(nn.Module):
-    """What rows add, way in and way out: embeddings (R, M, C), real (R, M) to two tensors (R, C).
-
-    Both are zero at first: the two last layers start so.
-    """
+    """Embeddings (R, M, C), real (R, M) of rows to what they add on the ways in and out, (R, C)."""
 
     def __init__(self, C, M, args):
         super().__init__()
@@ -127,7 +123,7 @@ class HyperEncoder(nn.Module):
         self.layers = nn.TransformerEncoder(layer, args.enc_layers, enable_nested_tensor=False)
         self.norm = nn.RMSNorm(d)
         self.heads = nn.ModuleList(nn.Linear(d, C, bias=False) for _ in range(2))
-        for head in self.heads:
+        for head in self.heads:  # nothing is added at first
             nn.init.zeros_(head.weight)
 
     def forward(self, e, real):
@@ -329,8 +325,8 @@ def transported(lzw, logp, ids):
 
         p(z_t) = P(its base ids) * P(the next id doesn't extend z_t) / P(.. doesn't extend z_t-1)
 
-    "Doesn't extend": LZW would have gone on if there were such a row. Returns (n_codes - 1, 2):
-    with these two factors, and without.
+    Where it extends z_t, LZW would have gone on. Returns (n_codes - 1, 2): as here, and without the
+    two factors.
     """
     decoder, out = Decoder(lzw), []
     place = before = 0
@@ -363,11 +359,7 @@ def total_probability(lzw, predict, ids):
 
 @torch.no_grad()
 def theory(gpt, lzw, world, n, device):
-    """Theorem 2.1 on held-out windows that end with a text's end.
-
-    lost   bits per byte between the base model and the transported one
-    mass, mass_alone  how far probabilities are from adding up to 1, with the factors and without
-    """
+    """Theorem 2.1 on held-out windows: bits per byte lost, and (mass) |1 - the sum of all p|."""
 
     def predict(idx):
         return gpt(idx.to(device)).double().log_softmax(-1).cpu()
@@ -533,7 +525,7 @@ def build(args, base, world, arm):
 
 
 def train_arm(args, env, log, arm, seed):
-    """Goes on from the base model in one arm, on the same windows as every arm; measures it."""
+    """Goes on from the base model in one arm, on the windows of all arms; measures it."""
     gpt, world = start(args, env, seed)
     model = build(args, gpt, world, arm)
 
@@ -604,7 +596,7 @@ def measure_generation(model, world, args):
 
 
 def measure_copying(model, world, prompts, written):
-    """In the toy: shares of written names that the prompt has, and of digits said right again."""
+    """In the toy: shares of written names that the prompt has, of digits said right again."""
     copied = []
     for prompt, ids in zip(prompts, written):
         known = world.names(prompt)
@@ -633,13 +625,13 @@ def judge(run, found):
     mixed = [row | {"ids_per_byte": row["mixed_ids_per_byte"]} for row in zipped]
     toy = not run.args.model
 
-    says = "little cost: bits per byte beside the better of the base model and LoRA on plain ids"
+    says = "little cost: bits per byte beside the better of base model and LoRA on plain ids"
     cost, controls = "arm.bpb <= 1.2 * base.best", {"rows shuffled": shuffled}
     if toy:
         controls["mean of embeddings"] = found["avg"]
     run.claim("C2", says, "1.08 to 1.15 times", cost, base=plain, arm=zipped, controls=controls)
     if toy:
-        says = "it is the encoder that does it: at most half the cost that fixed random rows have"
+        says = "the encoder does it: at most half the cost that fixed random rows have"
         half = "arm.bpb - base.best <= .5 * (base.rand - base.best)"
         both = [row | {"rand": rand["bpb"]} for row, rand in zip(plain, found["rand"])]
         controls = {"rows shuffled": shuffled}
@@ -651,7 +643,7 @@ def judge(run, found):
         paper, controls = "ids .77 to .92 of base ids", {"random rows": found["rand"]}
         run.claim("C4", says, paper, written, base=plain, arm=zipped, controls=controls)
 
-    says = "fewer ids, so fewer forward passes, per byte of the same text"
+    says = "fewer ids, so fewer passes, per byte of the same text"
     fewer, controls = "arm.ids_per_byte <= .85 * base.ids_per_byte", {"ids in random order": mixed}
     run.claim("C5", says, "-15 to -40 %", fewer, base=plain, arm=zipped, controls=controls)
     if toy:
@@ -667,7 +659,7 @@ def judge(run, found):
 
 
 def show(run):
-    """Prints what the trained model writes behind --prompt, hypertokens in colour; and its cost."""
+    """Prints what the trained model writes behind --prompt, rows in colour; and its cost."""
     args, env = run.args, run.env
     seed, n = args.seeds[0], args.block_size // 4
     path = run.out / f"zip-s{seed}.pt"
@@ -700,12 +692,11 @@ def show(run):
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     width = args.enc_dim % args.enc_heads
-    other = args.prompt not in ("", "heldout") and not args.model
-    text = args.dataset != "stdlib" and not args.model
+    text = args.dataset != "stdlib" or args.prompt not in ("", "heldout")
+    needs = "--dataset, and a --prompt other than `heldout`, need --model: the toy has its own text"
     return [
         (width, f"--enc-dim {args.enc_dim} is no multiple of --enc-heads {args.enc_heads}"),
-        (other, "--prompt: the toy can write behind `heldout` only; a text needs --model"),
-        (text, "--dataset is the text of --model: give both"),
+        (text and not args.model, needs),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
 
@@ -717,7 +708,7 @@ def main(argv=None):
     if args.prompt:
         return show(run)
     with common.bad_input(), common.rank_zero_first(run.env):
-        start(args, run.env, args.seeds[0], trained=False)  # a real text is tokenized once
+        start(args, run.env, args.seeds[0], trained=False)  # tokenizes a real text
     base = run.each(train_base, ["base"])
     found = run.each(train_arm, ["cont", "zip"] if args.model else ARMS)
     if found is None:

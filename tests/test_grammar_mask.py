@@ -515,12 +515,11 @@ class Cut:
 
     def __init__(self, begin):
         self.text = begin()
-        self.advance = self.text.advance
+        self.advance, self.bits = self.text.advance, self.text.bits
 
-    def shown(self):
-        mask = self.text.shown()
-        mask[0] = not mask[0]
-        return mask
+    def mask(self):
+        self.text.mask()
+        self.bits[0] ^= 1
 
 
 # ------------------------------------------------------------------------------------------------------- invariants

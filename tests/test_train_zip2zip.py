@@ -359,7 +359,7 @@ def test_a_real_model(tmp_path, capsys, monkeypatch):
     "flags, match",
     [
         ("--max-len 0", "--max-len 0"),
-        ("--max-codes -1", "--max-codes -1"),
+        ("--max-codes 0", "--max-codes 0, allowed: 1 and more"),
         ("--enc-dim 7", "multiple"),
         ("--model no-such-model", "no-such-model"),
         ("--lora-r 0", "1 and more"),
@@ -367,7 +367,7 @@ def test_a_real_model(tmp_path, capsys, monkeypatch):
         ("--samples 0", "1 and more"),
         ("--prompt heldout", "train without --prompt first"),
         ("--prompt hello", "heldout"),
-        ("--dataset file:README.md", "give both"),
+        ("--dataset file:README.md", "need --model"),
         ("--resume", "--lora-r is 40 there"),
     ],
 )

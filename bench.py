@@ -413,26 +413,30 @@ def grpo(device):
         idx = torch.tensor(prompts, device=device)
         assert close(peer(idx).logits, model(idx))
         options = dict(do_sample=True, top_k=0, num_return_sequences=args.group)
-        options |= dict(eos_token_id=None, pad_token_id=0, max_new_tokens=world.max_new)
-        mask = torch.ones_like(idx)
-        theirs = partial(peer.generate, idx, attention_mask=mask, **options)
-        ours = partial(gpt.generate, model, prompts, world.max_new, samples=args.group)
-        rows += row(f"rollouts, {size}", ours, {"transformers": theirs}, device, None, 5)
+        options |= dict(pad_token_id=0, max_new_tokens=world.max_new)
+        options |= dict(attention_mask=torch.ones_like(idx))
+        for what, stops in ("rollouts", []), ("rollouts that end by chance", world.stops):
+            theirs = partial(peer.generate, idx, eos_token_id=stops or None, **options)
+            ours = partial(gpt.generate, model, prompts, world.max_new, stop=stops)
+            ours = partial(ours, samples=args.group)
+            rows += row(f"{what}, {size}", ours, {"transformers": theirs}, device, None, 5)
         if installed("trl"):
             theirs = trl_step(args, world, prompts, peer, device)
             ours = partial(grpo_step, script, args, world, model, prompts, device)
             rows += row(f"GRPO step, {size}", ours, {"trl": theirs}, device, None, 5)
-    traces = [(p, *world.written(*p, rng)) for p in world.train[::9]]
-    steps = script.find_steps(world, traces)[::4]
-    steps.sort(key=lambda step: len(step.ids))
+    traces = [(p, *world.written(*p, rng)) for p in world.train[::4]]
+    traces = script.find_traces(world, traces, rng)
+    traces.sort(key=lambda trace: len(trace.ids))
+    prefixes = [trace.ids for trace in traces]
+    prefixes += sorted([trace.ids[: trace.wrong + 1] for trace in traces], key=len)
     heads = [[(layer, head)] for layer in range(args.n_layer) for head in range(args.n_head)]
     neurons = [(args.n_layer - 1, 0)]
     with torch.no_grad():
-        ours = partial(script.switch_off, model, world, steps, neurons, heads)
-        peers = {
-            "as the paper's code": partial(heads_one_by_one, script, model, world, steps, heads)
-        }
-        return rows + row(f"heads off, 32 x {len(steps)}", ours, peers, device, same_verdicts, 3)
+        ours = partial(script.switch_off, model, world, traces, neurons, heads)
+        theirs = partial(heads_one_by_one, script, model, world, prefixes, heads)
+        peers = {"as the paper's code": theirs}
+        what = f"heads off, {len(heads)} x {len(prefixes)}"
+        return rows + row(what, ours, peers, device, same_verdicts, 3)
 
 
 def llama_copy(model):
@@ -499,8 +503,8 @@ def trl_step(args, world, prompts, peer, device):
 
 
 @torch.no_grad()
-def heads_one_by_one(script, model, world, steps, heads):
-    """As the paper's code: a set of heads and four prompts a pass, every head's output in full."""
+def heads_one_by_one(script, model, world, prefixes, heads):
+    """As the paper's code: a set of heads and four prefixes a pass, every head's output in full."""
     c = model.config
     found = []
     for ((layer, head),) in heads:
@@ -516,18 +520,19 @@ def heads_one_by_one(script, model, world, steps, heads):
             return each.sum(2)
 
         said = []
-        for i in range(0, len(steps), 4):
-            idx, mask = gpt.padded([step.ids for step in steps[i : i + 4]], model.wte.weight.device)
+        for i in range(0, len(prefixes), 4):
+            idx, mask = gpt.padded(prefixes[i : i + 4], model.wte.weight.device)
             with model.patch({f"blocks.{layer}.attn.z": keep, f"blocks.{layer}.attn.out": without}):
                 said += model(idx, mask=mask)[:, -1].argmax(-1).tolist()
-        kinds = [script.kind_of(token, world) for token, s in zip(said, steps) if s.valid]
-        found.append({"says_valid": kinds.count("says_valid") / len(kinds)})
+        valid = [script.kind_of(token, world) == "says_valid" for token in said]
+        right, wrong = np.mean(np.reshape(valid, (2, -1)), 1)
+        found.append({"says_valid": right, "false_accepts": wrong})
     return found
 
 
 def same_verdicts(ours, theirs):
-    """Whether as many valid steps are called valid, with each set of heads off."""
-    return all(a["says_valid"] == b["says_valid"] for a, b in zip(ours, theirs))
+    """Whether as many attempts, right and wrong, are called valid, with each set of heads off."""
+    return all(a[key] == b[key] for a, b in zip(ours, theirs) for key in b)
 
 
 # --------------------------------------------------------------------------------------------- sae

@@ -1,20 +1,13 @@
 """Geometry of self-verification on CountDown (arXiv 2504.14379).
 
-CountDown: make a target from a few numbers, each used once. A model that reinforcement trains on it
-with a 0/1 reward ends in one rigid form, in which every attempt closes with a verdict: "(not 42)"
-or "(this works)". So the moment of verification is easy to find, and the paper takes it apart from
-both ends. From the top: a linear probe on the residual stream at the bracket tells right attempts
-from wrong ones, and its direction reads as words of success or failure. From the bottom: attention
-heads that look back at the target carry the verdict. With three of them switched off the model
-searches on, past its own solution.
+CountDown: make a target from a few numbers, each used once. Reinforcement with a 0/1 reward makes a
+model write in one rigid form: every attempt closes with a verdict, "(not 42)" or "(this works)".
+So the moment of verification is easy to find. A linear probe on the residual stream tells right
+attempts from wrong ones there, and its direction reads as words of success or failure. Attention
+heads that look back at the target carry the verdict: with three of them off the model searches on.
 
-The toy: a small GPT imitates searchers of two habits. Most answer with their first attempt,
-unchecked; the others check each attempt and go on. GRPO meets this mixture as R1-Zero's recipe
-meets a base model; the control is the same run with permuted rewards. What the toy can't show:
-search that was not in the mixture, and verification learnt from reward alone (a drill teaches it).
-
-Read on: `evaluate`, `reward` (the task), `advantages`, `Objective` (the method), `Toy` (the world),
-`grpo` (the loop), `from_the_top` and `from_the_bottom` (the analysis), `judge` (the claims).
+The toy: a small GPT imitates searchers, most of whom answer with their first attempt, unchecked;
+the others check each attempt. GRPO meets this mixture. The control permutes its rewards.
 """
 
 import copy
@@ -27,28 +20,28 @@ import re
 import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import common
 import data
 import pretrained
-from model import GPT, GPTConfig, generate, padded, residuals
+from model import GPT, GPTConfig, generate, residuals, rope, visible
 
-# Where the preset for a real model departs from the paper: GRPO in place of PPO, so groups of
-# rollouts in place of a critic (32 prompts of 8 are the paper's 256 rollouts a batch); the KL is in
-# the loss, not in the reward; there is no entropy bonus (paper: .001).
+# Departures from the paper: GRPO in place of PPO, so groups in place of a critic (32 prompts of 8
+# are its 256 rollouts); the KL in the loss, not in the reward; no entropy bonus (paper: .001).
 PAPER = dict(model="Qwen/Qwen2.5-3B", dataset="Jiayi-Pan/Countdown-Tasks-3to4", arms=["grpo"])
 PAPER |= dict(rl_steps=300, rl_lr=1e-6, prompts=32, minibatches=4, beta=0.001, format_reward=0.1)
 PAPER |= dict(problems=1024, micro_batch=2, eval_every=100, save_every=100)
 SMOKE = dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32, rl_steps=2, prompts=2)
-SMOKE |= dict(problems=8, samples=6, eval_every=1, save_every=1, jobs=1)
+SMOKE |= dict(problems=8, samples=20, eval_every=1, save_every=1, jobs=1)
 
 
 @dataclass
@@ -60,10 +53,10 @@ class Args(common.TrainFlags):
         **dict.fromkeys(("drill", "rl_steps", "rl_lr", "beta", "format_reward"), (0,)),
         **dict.fromkeys(("num_max", "cap", "attempts", "n_head", "n_embd", "prompts"), (1,)),
         **dict.fromkeys(("max_new", "minibatches", "problems", "samples"), (1,)),
-        **dict(nums=(2, 6), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,)),
+        **dict(nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,)),
     }
     unused: ClassVar[set] = {"shard", "decay_steps"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps", "samples", "heads"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps", "samples"}
 
     steps: int = 1200
     batch_size: int = 32
@@ -76,7 +69,7 @@ class Args(common.TrainFlags):
     model: str = ""  # a real checkpoint to train and take apart, in place of the toy
     dataset: str = ""  # --model: file:X.jsonl or a `datasets` id; rows of nums and target
     max_new: int = 1024  # --model: longest response, in tokens (paper: 1024)
-    nums: list[int] = common.default_list(3)  # toy: numbers in a problem (paper: 3 4)
+    nums: int = 3  # toy: numbers in a problem (paper: 3 and 4)
     num_max: int = 8  # toy: numbers are 1 to this (paper: 99)
     cap: int = 40  # toy: all values are 0 to this (paper: targets of 10 to 100)
     attempts: int = 8  # toy: most attempts in a trace
@@ -95,8 +88,7 @@ class Args(common.TrainFlags):
     beta: float = 0.0  # weight of the KL to the model before GRPO (paper: .001)
     format_reward: float = 0.0  # reward of a wrong answer (paper: .1)
     problems: int = 400  # most held-out problems in an evaluation
-    samples: int = 300  # most steps of each verdict to choose on, and to test on (paper: 300)
-    heads: list[str] = common.default_list()  # switch these off, as L17H11, not the three found
+    samples: int = 300  # traces to choose heads on, and to test them on (paper: 300)
 
 
 # -------------------------------------------------------------------------------------- the task
@@ -107,34 +99,30 @@ APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.
 def evaluate(text):
     """The exact value of an arithmetic expression, a Fraction, and the whole numbers in it.
 
-    Nothing that a model writes is run as code. The grammar has no `**`, `//` or decimals:
-        expression = term {+- term}, term = factor {*/ factor}, factor = [-] (number | (expression))
-    Raises ValueError, also beyond 200 characters, 32 levels of brackets, 6 digits.
+    Nothing that a model writes is run as code; the grammar has no `**`, `//` or decimals.
+    ValueError for anything else, and beyond 200 characters, 32 levels of brackets, 6 digits.
     """
     if len(text) > 200:
         raise ValueError("longer than 200 characters")
     tokens = re.findall(r"[0-9]+|\S", text)[::-1]  # the next one is the last
     numbers = []
 
-    def chain(ops, part, depth):
-        value = part(depth)
-        while tokens and tokens[-1] in ops:
-            op = tokens.pop()
-            other = part(depth)
-            if op == "/" and other == 0:
-                raise ValueError("division by zero")
-            value = APPLY[op](value, other)
-        return value
-
-    def term(depth):
-        return chain("*/", factor, depth)
-
-    def factor(depth):
+    def parse(level, depth):
+        """The value of a sum (level 0), a product (1) or a factor (2) in `depth` brackets."""
+        if level < 2:
+            value = parse(level + 1, depth)
+            while tokens and tokens[-1] in ("+-", "*/")[level]:
+                op = tokens.pop()
+                other = parse(level + 1, depth)
+                if op == "/" and other == 0:
+                    raise ValueError("division by zero")
+                value = APPLY[op](value, other)
+            return value
         token = tokens.pop() if tokens else "the end"
         if token == "-" and tokens and tokens[-1] != "-":
-            return -factor(depth)
+            return -parse(2, depth)
         if token == "(" and depth < 32:
-            value = chain("+-", term, depth + 1)
+            value = parse(0, depth + 1)
             if not tokens or tokens.pop() != ")":
                 raise ValueError("a bracket is not closed")
             return value
@@ -143,14 +131,14 @@ def evaluate(text):
         numbers.append(int(token))
         return Fraction(token)
 
-    value = chain("+-", term, 0)
+    value = parse(0, 0)
     if tokens:
         raise ValueError(f"{tokens[-1][:9]} after the end")
     return value, numbers
 
 
 def reward(response, nums, target, format_reward=0.0):
-    """1 for a right answer, `format_reward` for a wrong one, 0 for none. The last one counts."""
+    """1 if the last answer is right, `format_reward` if it is wrong, 0 if there is none."""
     start = response.rfind("<answer>")
     end = response.find("</answer>", start)
     if start < 0 or end < 0:
@@ -164,7 +152,7 @@ def reward(response, nums, target, format_reward=0.0):
 
 @lru_cache(128)
 def attempts(nums, cap):
-    """All attempts on a tuple of numbers by + - *, from left to right, every value in 0 to cap.
+    """All attempts by + - *, from left to right, with every value in 0 to cap.
 
     An attempt uses each number once: ((8, "*", 3, 24), (24, "-", 7, 17)).
     """
@@ -203,15 +191,12 @@ def advantages(rewards, group):
 
 
 def clipped_gain(ratio, advantage, clip):
-    """min(rho A, clip(rho, 1 - clip, 1 + clip) A): no gain, so no gradient, beyond the clip."""
+    """min(rho A, clip(rho, 1 - clip, 1 + clip) A): beyond the clip there is no gradient."""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
 def divergence(logp, reference):
-    """(log policy - log reference)^2 / 2 of sampled tokens, as an estimate of their KL.
-
-    The mean of its gradient over samples of the policy is the gradient of KL(policy || reference).
-    """
+    """(log policy - log reference)^2 / 2: its mean gradient over samples is that of the KL."""
     return (logp - reference) ** 2 / 2
 
 
@@ -237,10 +222,10 @@ class Objective(torch.nn.Module):
         self.policy, self.args = policy, args
 
     def forward(self, idx, targets, advantage, old=None, reference=None, denom=1.0):
-        """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom, t all tokens of all responses.
+        """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom, over all responses' tokens.
 
-        idx, targets    (B, T), padded on the right; targets are -100 but at the responses
-        advantage       (B,): every token of a response has its response's
+        idx, targets    (B, T); targets are -100 but at the responses
+        advantage       (B,)
         old, reference  (B, T) log-probabilities: of the policy that drew the batch (None: this
                         one, so rho = 1), and of the model before GRPO (None: no KL)
         """
@@ -265,11 +250,11 @@ class Toy:
     """Problems, tokens, traces. A number is one token. A prompt and its trace:
 
         <bos> use 3 8 7 make 31 <think>
-        8 * 3 = 24 , 24 - 7 = 17 [ not 31 ]
-        8 * 3 = 24 , 24 + 7 = 31 [ this works ]
+        [ 8 * 3 = 24 , 24 - 7 = 17 not 31 ]
+        [ 8 * 3 = 24 , 24 + 7 = 31 this works ]
         </think> <answer> ( 8 * 3 ) + 7 </answer> <eos>
 
-    The verdict's bracket is square, the answer's round: Qwen's tokens of the two differ as well.
+    Who opens a square bracket will check. The verdict follows the result at once.
     """
 
     def __init__(self, args, seed):
@@ -277,17 +262,16 @@ class Toy:
         self.n_numbers = max(args.cap, args.num_max) + 1
         self.words = [str(n) for n in range(self.n_numbers)] + WORDS + ["\n", *VALID, *INVALID]
         self.id = {word: i for i, word in enumerate(self.words)}
-        self.bracket, self.stops = self.id["["], [self.id["<eos>"]]
+        self.opening, self.stops = [], [self.id["<eos>"]]
         self.valid = self.success = [self.id[word] for word in VALID]
         self.invalid = self.failure = [self.id[word] for word in INVALID]
-        self.max_new = args.attempts * (6 * max(args.nums) - 2) + 3 * max(args.nums) + 3
+        self.max_new = args.attempts * (6 * args.nums - 2) + 3 * args.nums + 3
         self.train, self.heldout = [], []
-        for n in args.nums:
-            for nums in itertools.combinations_with_replacement(range(1, args.num_max + 1), n):
-                for target in sorted({steps[-1][-1] for steps in attempts(nums, args.cap)} - {0}):
-                    digest = hashlib.sha256(repr((nums, target)).encode()).digest()
-                    held = digest[0] < 51  # a fifth, the same for every seed
-                    (self.heldout if held else self.train).append((nums, target))
+        for nums in itertools.combinations_with_replacement(range(1, args.num_max + 1), args.nums):
+            for target in sorted({steps[-1][-1] for steps in attempts(nums, args.cap)} - {0}):
+                digest = hashlib.sha256(repr((nums, target)).encode()).digest()
+                held = digest[0] < 51  # a fifth, the same for every seed
+                (self.heldout if held else self.train).append((nums, target))
         if not self.train or not self.heldout:
             raise ValueError("--nums, --num-max and --cap leave too few problems")
         random.Random(0).shuffle(self.heldout)
@@ -298,30 +282,29 @@ class Toy:
     def decode(self, ids):
         return " ".join(self.words[i] for i in ids)
 
-    def spans(self, ids):
-        """[(first, last, value)] of the numbers in a sequence: each is one token."""
-        return [(i, i, token) for i, token in enumerate(ids) if token < self.n_numbers]
+    def numbers(self, ids):
+        """[(place, value)] of the numbers in a sequence: each is one token."""
+        return [(i, token) for i, token in enumerate(ids) if token < self.n_numbers]
 
     def prompt(self, nums, target, rng):
-        """Ids of a prompt: numbers in any order, target first or last: it has no fixed place."""
+        """Ids of a prompt: numbers in any order, the target first or last."""
         use = f"use {' '.join(map(str, rng.sample(nums, len(nums))))}"
         make = f"make {target}"
         order = [use, make] if rng.random() < 0.5 else [make, use]
         return self.encode(f"<bos> {' '.join(order)} <think>")
 
     def line(self, steps, target, rng, checks=True):
-        """An attempt, with a verdict; three in ten verdicts are synonyms of `this works` or `not`,
-        so that a direction can read as words."""
+        """An attempt; three verdicts in ten are synonyms: a direction can read as words."""
         text = " , ".join(f"{a} {op} {b} = {value}" for a, op, b, value in steps)
         synonym = rng.random() < 0.3
         if steps[-1][-1] == target:
             verdict = rng.choice(VALID[1:]) if synonym else "this works"
         else:
             verdict = f"{rng.choice(INVALID[1:]) if synonym else 'not'} {target}"
-        return f"{text} [ {verdict} ] \n " if checks else f"{text} \n "
+        return f"[ {text} {verdict} ] \n " if checks else f"{text} \n "
 
     def written(self, nums, target, rng, checks=True):
-        """A searcher's (prompt, response): random attempts, each once, until one works.
+        """A searcher's (prompt, response): random attempts until one works.
 
         One that does not check answers with its first attempt.
         """
@@ -337,7 +320,7 @@ class Toy:
     def drill(self, nums, target, rng):
         """(ids, counts): a prompt and checked attempts, half of them picked to be right.
 
-        Of those only what follows from the rest counts: results, and what is behind a bracket.
+        Of those only results count, and what is behind the last of them.
         """
         tries = attempts(nums, self.args.cap)
         right = [steps for steps in tries if steps[-1][-1] == target]
@@ -346,14 +329,14 @@ class Toy:
         for _ in range(self.args.attempts):
             picked = rng.random() < 0.5
             line = self.encode(self.line(rng.choice(right if picked else tries), target, rng))
-            behind = line.index(self.bracket)
-            for i, before in enumerate([None, *line[:-1]]):
-                counts.append(not picked or i > behind or before == self.id["="])
+            equals = [i for i, token in enumerate(line) if token == self.id["="]]
+            for i in range(len(line)):
+                counts.append(not picked or i - 1 in equals or i > equals[-1] + 1)
             ids += line
         return ids, counts
 
     def batch(self, step):
-        """The documents of a step of imitation: one in eight, and early all of them, are drill."""
+        """The documents of a step: one in eight, and early all of them, are drill."""
         rng = random.Random(f"{self.seed} {step}")
         rows = []
         for i in range(self.args.batch_size):
@@ -373,15 +356,13 @@ def counted(prompt, response):
 
 
 def collate(rows):
-    """[(ids, counts)] as idx and targets (B, T), padded on the right; -100: does not count."""
-    T = max(len(ids) for ids, _ in rows) - 1
-    idx = torch.zeros(len(rows), T, dtype=torch.long)
-    targets = torch.full_like(idx, -100)
-    for i, (ids, counts) in enumerate(rows):
-        n = len(ids) - 1
-        idx[i, :n] = torch.tensor(ids[:-1])
-        targets[i, :n] = torch.tensor(ids[1:]).where(torch.tensor(counts[1:]), -100)
-    return {"idx": idx, "targets": targets}
+    """[(ids, counts)] as idx and targets (B, T), padded on the right."""
+    idx = [torch.tensor(ids) for ids, _ in rows]
+    targets = []
+    for row, (_, counts) in zip(idx, rows):
+        targets.append(row.where(torch.tensor(counts), -100))
+    idx, targets = pad_sequence(idx, True), pad_sequence(targets, True, -100)
+    return {"idx": idx[:, :-1], "targets": targets[:, 1:]}
 
 
 class ToyGPT(GPT):
@@ -389,12 +370,12 @@ class ToyGPT(GPT):
 
     def __init__(self, args, world, seed):
         torch.manual_seed(seed)
-        size = 5 + max(args.nums) + world.max_new
+        size = 5 + args.nums + world.max_new
         shape = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, head_dim=16)
         shape |= dict(n_kv_head=math.gcd(2, args.n_head), d_mlp=2 * args.n_embd)
-        llama = dict(norm="rms", gated=True, act="silu")
-        llama |= dict(qkv_bias=False, attn_bias=False, mlp_bias=False)
-        super().__init__(GPTConfig(len(world.words), size, **shape, **llama))
+        shape |= dict(norm="rms", gated=True, act="silu")
+        shape |= dict.fromkeys(("qkv_bias", "attn_bias", "mlp_bias"), False)
+        super().__init__(GPTConfig(len(world.words), size, **shape))
 
     def forward(self, idx, targets=None, *args, **kwargs):
         if targets is not None:
@@ -417,60 +398,37 @@ FAILURE = " not", " no", " wrong", " false", " incorrect", " failed", " never"
 
 
 class Real:
-    """What Toy is, for a checkpoint: a prompt like TinyZero's, and the checkpoint's own tokens."""
+    """What Toy is, for a checkpoint: its own tokens, in a prompt like TinyZero's."""
 
     def __init__(self, args, tok, seed):
         self.tok, self.seed = tok, seed
         self.stops, self.decode = tok.stops, tok.decode
-        self.max_new, self.bracket = args.max_new, self.single(" (")
-        self.valid, self.invalid = [self.single("this")], [self.single("not")]
+        self.max_new, self.opening = args.max_new, tok.encode(" (")
+        self.valid, self.invalid = tok.encode("this")[:1], tok.encode("not")[:1]
         self.success = self.valid + [pretrained.first_token(tok, word) for word in SUCCESS]
         self.failure = self.invalid + [pretrained.first_token(tok, word) for word in FAILURE]
         problems = read_problems(args.dataset)
         held = max(1, min(args.problems, len(problems) // 5))
         self.heldout, self.train = problems[:held], problems[held:]
 
-    def single(self, text):
-        """The id of a text that has to be one token."""
-        ids = self.tok.encode(text)
-        if len(ids) != 1:
-            raise ValueError(f"the tokenizer has no single token {text!r}: verdicts can't be found")
-        return ids[0]
-
     def prompt(self, nums, target, rng):
         """Ids of a prompt, with the numbers in any order."""
         text = PROMPT.format(nums=rng.sample(nums, len(nums)), target=target)
         return self.tok.encode(text, bos=True)
 
-    def spans(self, ids):
-        """[(first, last, value)] of the numbers: runs of digits, so 62 is not found in 162."""
+    def numbers(self, ids):
+        """[(last place, value)] of the runs of digits, so that 62 is not found in 162."""
         found = []
         for i, piece in enumerate(self.decode([token]) for token in ids):
-            if re.fullmatch(r"[0-9]+", piece) and found and found[-1][1] == i - 1:
-                first, _, value = found.pop()
-                found.append((first, i, int(f"{value}{piece}")))
+            if re.fullmatch("[0-9]+", piece) and found and found[-1][0] == i - 1:
+                found[-1] = i, int(f"{found[-1][1]}{piece}")
             elif re.fullmatch(r"\s*[0-9]+", piece):
-                found.append((i, i, int(piece)))
+                found.append((i, int(piece)))
         return found
-
-    def written(self, nums, target, rng):
-        """(prompt, response) of a solver, in the paper's form: wrong attempts, then a right one."""
-        tries = attempts(nums, 9999)
-        right = [steps for steps in tries if steps[-1][-1] == target]
-        chosen = rng.sample(tries, min(len(tries), rng.randint(1, 3)))
-        chosen = [steps for steps in chosen if steps not in right] + rng.sample(right, bool(right))
-        text = f"\nThe numbers are {list(nums)} and the target is {target}. "
-        text += "Let's try different combinations:\n"
-        for steps in chosen:
-            sides = [bracketed(steps[i:]) for i in range(len(steps))]
-            chain = " = ".join(sides).replace("( ", "(").replace(" )", ")")
-            verdict = "this works" if steps in right else f"not {target}"
-            text += f"- {chain} = {steps[-1][-1]} ({verdict})\n"
-        return self.prompt(nums, target, rng), self.tok.encode(text)
 
 
 def read_problems(name):
-    """[(nums, target)] of file:X.jsonl or a `datasets` id. ValueError that names a bad row."""
+    """[(nums, target)] of file:X.jsonl or a `datasets` id; ValueError names a bad row."""
     if name.startswith("file:"):
         rows = data.read_rows(Path(name[5:]).expanduser(), nums=list, target=int)
     else:
@@ -478,14 +436,14 @@ def read_problems(name):
         from datasets import load_dataset
 
         with data.explained(f"data set {name!r} can't be read", "give file:X.jsonl"):
-            rows = load_dataset(name, split="train").select_columns(["nums", "target"]).to_list()
+            rows = load_dataset(name, split="train").to_list()
     problems = []
     for i, row in enumerate(rows, 1):
         nums, target = row["nums"], row["target"]
         whole = all(type(n) is int and 0 <= n < 10**6 for n in [*nums, target])
         if not whole or not 2 <= len(nums) <= 5:
-            needed = "needs nums, 2 to 5 whole numbers below a million, and target, another"
-            raise ValueError(f"{name}, row {i}: {needed}")
+            needed = "2 to 5 whole numbers below a million in nums, one in target"
+            raise ValueError(f"{name}, row {i}: needs {needed}")
         problems.append((tuple(sorted(nums)), target))
     if len(problems) < 2:
         raise ValueError(f"{name} has {len(problems)} problems, needed: 2 and more")
@@ -495,50 +453,31 @@ def read_problems(name):
 # -------------------------------------------------------------------------------------- training
 
 
-def attempts_in(text):
-    """[(equations, first word of the verdict, or "")] of the whole lines of thinking in a response.
-
-    What stands behind the last line break is no whole line: there the response was cut.
-    """
+def verdicts_in(text):
+    """The verdict's first word, or "", of each attempt (line with a "=") in a response."""
     found = []
-    for line in text.partition("</think>")[0].split("\n")[:-1]:
-        line = line.strip().removeprefix("- ")
-        verdict = re.search(r"[\[(]\s*([a-z]+)[^\])]*[\])]$", line)
-        equations = line[: verdict.start()] if verdict else line
-        if "=" in equations:
-            found.append((equations, verdict[1] if verdict else ""))
+    for line in text.partition("</think>")[0].split("\n")[:-1]:  # the last one may be cut
+        words = [word for word in re.findall("[a-z]+", line) if word in VALID + INVALID]
+        if "=" in line:
+            found.append(words[0] if words else "")
     return found
 
 
-def is_right(equations):
-    """Whether `8 * 3 = 24 , 24 - 7 = 17` is true, or a chain such as `8 * 3 - 7 = 24 - 7 = 17`."""
-    try:
-        for equation in equations.split(","):
-            if len({evaluate(side)[0] for side in equation.split("=")}) > 1:
-                return False
-    except ValueError:
-        return False
-    return True
-
-
 def measure(model, world, args, env, samples=1, temperature=1.0):
-    """What responses to held-out problems are like: the share that is right, attempts in each, the
-    shares of all attempts that have a verdict, and right arithmetic; and one as an example."""
+    """Shares of right responses to held-out problems, and of checked attempts."""
     problems = world.heldout[: args.problems]
     rng = random.Random("measure")
     prompts = [world.prompt(*problem, rng) for problem in problems]
-    draw = dict(stop=world.stops, seed=0, samples=samples)
+    options = dict(stop=world.stops, seed=0, samples=samples)
     with env.autocast():
-        responses = generate(model, prompts, world.max_new, temperature, **draw)
+        responses = generate(model, prompts, world.max_new, temperature, **options)
     texts = [world.decode(ids) for ids in responses]
     right = [reward(text, *problems[i // samples]) == 1 for i, text in enumerate(texts)]
-    lines = sum(map(attempts_in, texts), [])
-    n = max(1, len(lines))
+    verdicts = sum(map(verdicts_in, texts), [])
     return {
         "accuracy": np.mean(right),
-        "attempts": len(lines) / len(texts),
-        "checked": sum(verdict != "" for _, verdict in lines) / n,
-        "arithmetic": sum(is_right(equations) for equations, _ in lines) / n,
+        "attempts": len(verdicts) / len(texts),
+        "checked": sum(map(bool, verdicts)) / max(1, len(verdicts)),
         "example": f"{world.decode(prompts[0])} {texts[0]}",
     }
 
@@ -555,7 +494,7 @@ def imitate(args, env, log, arm, seed):
 
 
 def load_model(args, env, seed, stage):
-    """(model, world): the toy's after the stage "imitate" or "grpo", or --model before or after."""
+    """(model, world) after the stage "imitate" (--model: as it is) or "grpo"."""
     if args.model:
         dtype = "fp32" if args.rl_steps else env.dtype
         model, tok = pretrained.load(args.model, env.device, dtype)
@@ -563,36 +502,33 @@ def load_model(args, env, seed, stage):
     else:
         world = Toy(args, seed)
         model = ToyGPT(args, world, seed).to(env.device)
-    if stage != "imitate" or not args.model:
-        path = Path(args.out) / f"{stage}-s{seed}.pt"
+    if stage == "grpo" or not args.model:
         with common.rank_zero_first(env):  # which wrote it
-            model.load_state_dict(common.load_checkpoint(path)["model"])
+            state = common.load_checkpoint(Path(args.out) / f"{stage}-s{seed}.pt")
+        model.load_state_dict(state["model"])
     return model, world
 
 
 def draw_batch(policy, world, args, env, step, permuted=False):
-    """The rollouts of a step as a batch for `Objective`, and numbers for the log.
+    """Rollouts as a batch for `Objective`, and their mean reward.
 
-    With `permuted`, the control, rewards go to other rollouts than those that earned them.
+    With `permuted`, the control, rewards go to rollouts that did not earn them.
     """
     rng = random.Random(f"{world.seed} {step} {env.rank}")
     problems = [rng.choice(world.train) for _ in range(args.prompts // env.world)]
     prompts = [world.prompt(*problem, rng) for problem in problems]
-    draw = dict(stop=world.stops, seed=rng.getrandbits(31), samples=args.group)
+    options = dict(stop=world.stops, seed=rng.getrandbits(31), samples=args.group)
     with env.autocast():
-        responses = generate(policy, prompts, world.max_new, **draw)
+        responses = generate(policy, prompts, world.max_new, **options)
     rows, rewards = [], []
     for i, response in enumerate(responses):
-        problem = problems[i // args.group]
         rows.append(counted(prompts[i // args.group], response))
-        ended = response[-1] in world.stops
-        text = world.decode(response) if ended else ""
+        text, problem = world.decode(response), problems[i // args.group]
         rewards.append(reward(text, *problem, args.format_reward))
     if permuted:
         rng.shuffle(rewards)
     advantage = advantages(torch.tensor(rewards), args.group)
-    numbers = {"reward": np.mean(rewards), "length": np.mean([len(ids) for ids in responses])}
-    return collate(rows) | {"advantage": advantage}, numbers
+    return collate(rows) | {"advantage": advantage}, np.mean(rewards)
 
 
 @torch.no_grad()
@@ -600,19 +536,19 @@ def scored(model, batch, args, env):
     """Log-probabilities (B, T) of a batch's responses under a model; 0 elsewhere."""
     found = torch.zeros(batch["idx"].shape)
     size = args.micro_batch or len(found)
-    for i in range(0, len(found), size):
-        idx, targets = batch["idx"][i : i + size], batch["targets"][i : i + size]
+    parts = [batch[name].split(size) for name in ("idx", "targets")]
+    for idx, targets, part in zip(*parts, found.split(size)):
         with env.autocast():
             logp = log_probs(model, idx.to(env.device), targets.to(env.device))
-        found[i : i + size][targets != -100] = logp.cpu()
+        part[targets != -100] = logp.cpu()
     return found
 
 
 def minibatches(batch, args, step):
-    """The batch in --minibatches random parts of like size, the longest rows of a part first.
+    """The batch in --minibatches random parts, the longest rows of a part first.
 
-    Rows without advantage have no gradient but the KL's. Without it they are left out (all but one,
-    so that no part is empty); their tokens still count in the denominator.
+    Rows without advantage have no gradient but the KL's: without it they are left out.
+    Their tokens still count in the denominator.
     """
     lengths = (batch["targets"] != -100).sum(1)
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(step))
@@ -622,30 +558,27 @@ def minibatches(batch, args, step):
         denom = lengths[rows].sum()
         if not args.beta:
             useful = batch["advantage"][rows] != 0
-            rows = rows[useful] if useful.any() else rows[:1]
+            rows = rows[useful] if useful.any() else rows[:1]  # no part is empty
         rows = rows[lengths[rows].argsort(descending=True)]
         parts.append({name: value[rows] for name, value in batch.items()} | {"denom": denom})
     return parts
 
 
 def grpo(policy, world, args, env, log, permuted=False):
-    """GRPO in place: a step draws a batch of rollouts and makes --minibatches updates on it.
-
-    Checkpoints lie between steps: a resumed run draws the batches that an uninterrupted one draws.
-    """
+    """GRPO in place: a step is a batch of rollouts and --minibatches updates."""
     args = replace(args, steps=args.rl_steps, lr=args.rl_lr, weight_decay=0.0, compile=False)
     reference = copy.deepcopy(policy) if args.beta else None
     net = common.parallelise(Objective(policy, args), args, env)
     optimizer = common.optimizer(policy, args)
     path = log.path.with_suffix(".pt")
     state = common.begin(path, log, policy, optimizer, args, env)
-    bar = dict(total=args.steps, initial=state["step"], leave=False, disable=env.rank > 0)
-    steps = range(state["step"], args.steps)
+    bar = dict(initial=state["step"], position=common.bar_line(args), leave=False)
+    steps = tqdm(range(state["step"], args.steps), log.run, args.steps, **bar)
     with common.interruptible() as signals:
-        for step in tqdm(steps, log.run, position=common.bar_line(args), **bar):
+        for step in steps:
             row = measure(policy, world, args, env) if step % args.eval_every == 0 else {}
             began = time.perf_counter()
-            batch, numbers = draw_batch(policy, world, args, env, step, permuted)
+            batch, mean = draw_batch(policy, world, args, env, step, permuted)
             if args.minibatches > 1:
                 batch["old"] = scored(policy, batch, args, env)
             if reference:
@@ -660,7 +593,7 @@ def grpo(policy, world, args, env, log, permuted=False):
             state["step"] += 1
             state["tokens"] += int((batch["targets"] != -100).sum()) * env.world
             state["seconds"] += time.perf_counter() - began
-            log(step, **row, **numbers, loss=loss.item(), **common.timing(state))
+            log(step, **row, reward=mean, loss=loss.item(), **common.timing(state))
             stop = common.all_reduce(torch.tensor(len(signals), device=env.device), env) > 0
             if stop or state["step"] % args.save_every == 0 or state["step"] == args.steps:
                 common.save_state(path, state, policy, optimizer, args, env)
@@ -677,7 +610,8 @@ def reinforce(args, env, log, arm, seed):
         if when == "after":
             grpo(policy, world, args, env, log, arm == "permuted")
         found[when] = measure(policy, world, args, env, samples=4)
-        found[f"greedy_{when}"] = measure(policy, world, args, env, temperature=0.0)["accuracy"]
+        greedy = measure(policy, world, args, env, temperature=0.0)
+        found[when]["greedy"] = greedy["accuracy"]
     return found
 
 
@@ -685,95 +619,82 @@ def reinforce(args, env, log, arm, seed):
 
 
 @dataclass
-class Step:
-    """A moment of verification: a prefix that ends at the verdict's bracket, behind the result."""
+class Trace:
+    """A trace up to where the verdict on a right attempt is due."""
 
     ids: list
-    valid: bool  # whether the result is the target, as the verdict that follows says
-    seen: list  # places of the target's earlier occurrences (the last token of each)
+    wrong: int  # where the verdict on a wrong attempt before it was due
+    seen: list  # places of the target before the result
     problem: tuple
 
 
-def find_steps(world, traces):
-    """The Steps of traces [(problem, prompt, response)], but those with a false verdict."""
-    steps = []
-    for problem, prompt, response in traces:
-        ids = prompt + response
-        spans = world.spans(ids)
-        for first, last, value in spans:
-            end = last + 2  # of the prefix, behind the bracket
-            if len(prompt) < end < len(ids) and ids[end - 1] == world.bracket:
-                valid = value == problem[1]
-                if ids[end] in (world.valid if valid else world.invalid):
-                    seen = [place for _, place, n in spans if n == problem[1] and place < first]
-                    steps.append(Step(ids[:end], valid, seen, problem))
-    return steps
-
-
-def steps_of(model, world, args, seed):
-    """(Steps of what the model writes at temperature 1, True).
-
-    Of what a searcher writes, and False, where it gives fewer than ten of either verdict: a real
-    model without GRPO is taken to.
-    """
-    rng = random.Random(f"traces {seed}")
-    problems = rng.choices(world.train, k=5 * args.samples)
-    if not args.model or args.rl_steps:
-        prompts = [world.prompt(*problem, rng) for problem in problems]
-        responses = generate(model, prompts, world.max_new, stop=world.stops, seed=seed)
-        steps = find_steps(world, zip(problems, prompts, responses))
-        valid = sum(step.valid for step in steps)
-        if min(valid, len(steps) - valid) >= 10:
-            return steps, True
-    return find_steps(world, [(p, *world.written(*p, rng)) for p in problems]), False
-
-
-def halves(steps, samples, rng):
-    """Steps to choose on and, of other problems, to test on: up to `samples` of each verdict.
-
-    Both are sorted by length, so that a batch holds little padding.
-    """
-    problems = sorted({step.problem for step in steps})
-    first = set(rng.sample(problems, len(problems) // 2))
+def find_traces(world, texts, rng):
+    """Of [(problem, prompt, response)] those with true verdicts of both kinds."""
     found = []
-    for chosen in True, False:
-        half = [step for step in steps if (step.problem in first) == chosen]
-        valid = [step for step in half if step.valid]
-        invalid = [step for step in half if not step.valid]
-        n = min(samples, len(valid), len(invalid))
-        part = rng.sample(valid, n) + rng.sample(invalid, n)
-        found.append(sorted(part, key=lambda step: len(step.ids)))
+    for problem, prompt, response in texts:
+        ids = prompt + response
+        wrong, seen = [], []
+        for place, value in world.numbers(ids):
+            end = place + 1 + len(world.opening)
+            due = len(prompt) < end < len(ids) and ids[place + 1 : end] == world.opening
+            if due and value != problem[1] and ids[end] in world.invalid:
+                wrong.append(end - 1)
+            if due and value == problem[1] and ids[end] in world.valid and wrong:
+                found.append(Trace(ids[:end], rng.choice(wrong), seen, problem))
+                break
+            if value == problem[1]:
+                seen.append(place)
     return found
 
 
-def parts(model, steps, copies=1):
-    """[(steps, idx, mask)]: so many steps at a time that `copies` of them fit a batch."""
+def halves(model, world, args, rng):
+    """Traces to choose on and, of other problems, to test on."""
+    problems = rng.choices(world.train, k=5 * args.samples)
+    if args.model:
+        prompts = [world.prompt(*problem, rng) for problem in problems]
+        responses = generate(model, prompts, world.max_new, stop=world.stops, seed=world.seed)
+        texts = zip(problems, prompts, responses)
+    else:
+        texts = [(problem, *world.written(*problem, rng)) for problem in problems]
+    found = [], []
+    for trace in find_traces(world, texts, rng):
+        half = found[random.Random(repr(trace.problem)).randrange(2)]
+        if len(half) < args.samples:
+            half.append(trace)
+    if min(map(len, found)) < 3:
+        raise SystemExit("error: too few traces with both verdicts to take the model apart")
+    for half in found:  # so that a batch holds little padding
+        half.sort(key=lambda trace: len(trace.ids))
+    return found
+
+
+def batches(model, traces, copies=1):
+    """[(traces, idx, at)]: so many that `copies` of them fit a batch, padded on the right.
+
+    x[at] of a tensor (B, T, ...) are (B, 2, ...): where its two verdicts are due.
+    """
     size = max(1, (64 if model.config.vocab_size < 1000 else 8) // copies)
     found = []
-    for i in range(0, len(steps), size):
-        some = steps[i : i + size]
-        found.append((some, *padded([step.ids for step in some], model.wte.weight.device)))
+    for i in range(0, len(traces), size):
+        some = traces[i : i + size]
+        idx = pad_sequence([torch.tensor(trace.ids) for trace in some], True)
+        due = torch.tensor([[len(trace.ids) - 1, trace.wrong] for trace in some])
+        at = torch.arange(len(some))[:, None], due
+        found.append((some, idx.to(model.wte.weight.device), at))
     return found
 
 
-def labels(steps):
-    """Which steps are valid, bool (N,)."""
-    return torch.tensor([step.valid for step in steps])
-
-
-# ------------------------------------------------------------------------------------ from the top
-
-
-def stream(model, steps):
-    """The residual stream (2, L + 1, N, C), embedding and blocks, at the result and the bracket."""
+def stream(model, traces):
+    """The stream (L + 1, 2N, C) where verdicts are due: right, wrong, right, ..."""
     found = []
-    for _, idx, mask in parts(model, steps):
-        found.append(residuals(model, idx, mask, tail=2).float().cpu())
-    return torch.cat(found, 1).permute(2, 0, 1, 3)
+    for _, idx, (rows, places) in batches(model, traces):
+        x = residuals(model, idx, tail=idx.shape[1])[:, rows, places]
+        found.append(x.flatten(1, 2).float().cpu())
+    return torch.cat(found, 1)
 
 
 def probe_accuracy(x, y, x_test, y_test):
-    """Of a linear probe on each layer of x (L + 1, N, C): its accuracy on other problems' steps."""
+    """Of a linear probe on each layer of x (L + 1, N, C): its accuracy on x_test."""
     found = []
     for layer, test in zip(x, x_test):
         w, b = common.fit_probe(layer, y)
@@ -791,16 +712,15 @@ def reads_as(model, vectors, k):
 
 
 def verdict_words(model, world, directions, k=4):
-    """For directions (n, C): of the k tokens that each says, the share of words of success, and of
-    failure for the opposite direction. The smaller of the two, (n,)."""
+    """The share of words of success in the k tokens that each direction says, or of failure in
+    those of its opposite: the smaller of the two, (n,)."""
     success = torch.isin(reads_as(model, directions, k), torch.tensor(world.success))
     failure = torch.isin(reads_as(model, -directions, k), torch.tensor(world.failure))
     return torch.minimum(success.float().mean(1), failure.float().mean(1))
 
 
 def nearest_neurons(model, directions, k):
-    """GLU neurons [(layer, index)] of the upper half: of each layer the k whose output vectors
-    are nearest to the layer's direction, of directions (L + 1, C)."""
+    """GLU neurons [(layer, index)]: k of each upper layer, along its direction."""
     found = []
     for layer in range(model.config.n_layer // 2, model.config.n_layer):
         columns = F.normalize(model.blocks[layer].mlp.down.weight.float(), dim=0)
@@ -810,8 +730,9 @@ def nearest_neurons(model, directions, k):
 
 
 def from_the_top(model, world, args, choose, test, rng):
-    """Probes, the direction between right and wrong, and the GLU neurons along it."""
-    y, y_test = labels(choose), labels(test)
+    """Probes, the direction from wrong to right, and the GLU neurons along it."""
+    y = torch.tensor([True, False]).repeat(len(choose))
+    y_test = torch.tensor([True, False]).repeat(len(test))
     x, x_test = stream(model, choose), stream(model, test)
     shuffled = y[torch.tensor(rng.sample(range(len(y)), len(y)))]
     nets = {"trained": (x, x_test, y), "shuffled labels": (x, x_test, shuffled)}
@@ -819,17 +740,14 @@ def from_the_top(model, world, args, choose, test, rng):
         fresh = ToyGPT(args, world, world.seed + 1).to(model.wte.weight.device)
         nets["random weights"] = stream(fresh, choose), stream(fresh, test), y
     found = {"probe": {}}
-    for name, (a, b, seen) in nets.items():
-        at_result = probe_accuracy(a[0], seen, b[0], y_test)
-        at_bracket = probe_accuracy(a[1], seen, b[1], y_test)
-        row = {"at_result": at_result, "at_bracket": at_bracket}
-        row |= {"inner": max(at_bracket[1:-1]), "embedding": at_result[0]}
-        found["probe"][name] = row
-    directions = x[1][:, y].mean(1) - x[1][:, ~y].mean(1)  # (L + 1, C)
-    n = model.config.n_embd
-    noise = torch.randn(20, n, generator=torch.Generator().manual_seed(world.seed))
+    for net, (a, b, seen) in nets.items():
+        layers = probe_accuracy(a, seen, b, y_test)
+        inner = max(layers[1:-1])
+        found["probe"][net] = dict(layers=layers, inner=inner, embedding=layers[0])
+    directions = x[:, y].mean(1) - x[:, ~y].mean(1)  # (L + 1, C)
     upper = directions[model.config.n_layer // 2 + 1 :]
     reads = verdict_words(model, world, upper)
+    noise = torch.randn(20, upper.shape[1], generator=torch.Generator().manual_seed(world.seed))
     found["direction"] = {"reads": reads.max().item()}
     found["noise"] = {"reads": verdict_words(model, world, noise).max().item()}
     best = upper[reads.argmax()][None]
@@ -839,70 +757,87 @@ def from_the_top(model, world, args, choose, test, rng):
     return found, nearest_neurons(model, directions, k)
 
 
-# --------------------------------------------------------------------------------- from the bottom
-
-
-def target_attention(model, steps):
-    """Attention (2, L, H, N) to the target's earlier occurrences, from the result and the bracket.
-
-    And what attention spread evenly would give, (N,).
-    """
+def target_attention(model, world, traces):
+    """Mean attention (L, H) from right results to the target, and what even attention would be."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
-    found, even = [], []
-    for some, idx, mask in parts(model, steps):
-        seen = torch.zeros(idx.shape, device=idx.device)
-        for row, step in zip(seen, some):
-            row[[place - len(step.ids) for place in step.seen]] = 1  # the padding is on the left
-            even.append(len(step.seen) / len(step.ids))
-        patterns = model.capture(idx, sites, mask)
-        mass = [(patterns[site][:, :, -2:] * seen[:, None, None]).sum(-1) for site in sites]
-        found.append(torch.stack(mass).permute(3, 0, 2, 1).float().cpu())
-    return torch.cat(found, 3), torch.tensor(even)
+    total, even = 0, 0
+    for some, idx, _ in batches(model, traces):
+        patterns = model.capture(idx, sites)
+        for row, trace in enumerate(some):
+            result = len(trace.ids) - 1 - len(world.opening)
+            mass = [patterns[site][row, :, result, trace.seen].sum(-1) for site in sites]
+            total = total + torch.stack(mass).float().cpu() / len(traces)
+            even += len(trace.seen) / (result + 1) / len(traces)
+    return total, even
+
+
+def from_block(model, first, x):
+    """The stream x (B, T, C) through the blocks from `first` on, and the final norm."""
+    c = model.config
+    pos = torch.arange(x.shape[1], device=x.device)[None]
+    for layer in range(first, c.n_layer):
+        window = c.windows[layer] if c.windows else 0
+        rotary = None if c.learned_pos else rope(c, pos, local=window > 0)
+        see = visible(pos, pos, window) if window else None
+        x = model.blocks[layer](x, rotary, see, None, None)
+    return model.final(x)
+
+
+KINDS = "says_valid", "searches_on", "unknown"
 
 
 def kind_of(token, world):
-    """What a model does that says this token at the bracket."""
+    """What a model does that says this token where the verdict is due."""
     if token in world.valid:
         return "says_valid"
     goes_on = re.fullmatch(r"[-+*/=()\[\],\s\d]*", world.decode([token]))
     return "searches_on" if token in world.invalid or goes_on else "unknown"
 
 
-def switch_off(model, world, steps, neurons, sets):
-    """What each of K sets of heads, switched off at all positions, makes of verdicts: K rows of
+def switch_off(model, world, traces, neurons, sets):
+    """Of each of K sets of heads, switched off at all positions:
 
-    says_valid, searches_on (an invalid verdict, or more search), unknown: shares of valid steps
-    false_accepts: the share of invalid steps that is called valid
-    glu: the mean activation of `neurons` at the bracket of valid steps
+    says_valid, searches_on, unknown: shares of right attempts
+    false_accepts: the share of wrong attempts that is called valid
+    glu: the mean activation of `neurons` where the verdict on a right attempt is due
+
+    What lies below the first head of a set is the same for all sets: it runs once.
     """
-    K = len(sets)
-    sites = sorted({f"blocks.{layer}.mlp.act" for layer, _ in neurons})
-    said, glu = [], []
-    for _, idx, mask in parts(model, steps, K):
-        with model.patch(common.heads_off(sets, model.config)):
-            acts = model.capture(idx.repeat(K, 1), ["final", *sites], mask.repeat(K, 1))
-        said.append(model.unembed(acts["final"][:, -1]).argmax(-1).view(K, -1))
-        units = [acts[f"blocks.{layer}.mlp.act"][:, -1, index] for layer, index in neurons]
-        glu.append(torch.stack(units).float().mean(0).view(K, -1))
-    said, glu = torch.cat(said, 1).cpu(), torch.cat(glu, 1).cpu()
-    valid = labels(steps)
+    c, K = model.config, len(sets)
+    stages = ["embed"] + [f"blocks.{layer}.resid_post" for layer in range(c.n_layer)]
+    sites = {layer: f"blocks.{layer}.mlp.act" for layer, _ in neurons}
+    begins = [min(heads, default=(c.n_layer - 1, 0))[0] for heads in sets]
+    said, glu = [torch.zeros(K, 0, 2)], [torch.zeros(K, 0)]
+    for some, idx, at in batches(model, traces, K):
+        clean = model.capture(idx, [*stages, *sites.values()])
+        said.append(torch.zeros(K, len(some), 2))
+        glu.append(torch.zeros(K, len(some)))
+        for first in set(begins):
+            here = [k for k in range(K) if begins[k] == first]
+            acts = {site: clean[site].repeat(len(here), 1, 1) for site in sites.values()}
+            patches = {site: partial(acts.__setitem__, site) for site in acts}
+            patches |= common.heads_off([sets[k] for k in here], c)
+            with model.patch(patches):
+                x = from_block(model, first, clean[stages[first]].repeat(len(here), 1, 1))
+            x = x.unflatten(0, (len(here), -1))[:, *at]
+            said[-1][here] = model.unembed(x).argmax(-1).float().cpu()
+            for layer, index in neurons:
+                act = acts[sites[layer]][..., index].unflatten(0, (len(here), -1))[:, *at]
+                glu[-1][here] += act[..., 0].float().cpu() / len(neurons)
     rows = []
-    for k in range(K):
-        kinds = [kind_of(token, world) for token in said[k, valid].tolist()]
-        row = {kind: kinds.count(kind) / len(kinds) for kind in KINDS}
-        row["false_accepts"] = np.mean([token in world.valid for token in said[k, ~valid].tolist()])
-        rows.append(row | {"glu": glu[k, valid].mean().item()})
+    for tokens, active in zip(torch.cat(said, 1).int(), torch.cat(glu, 1)):
+        right = [kind_of(token, world) for token in tokens[:, 0].tolist()]
+        wrong = [kind_of(token, world) for token in tokens[:, 1].tolist()]
+        row = {kind: right.count(kind) / len(right) for kind in KINDS}
+        row["false_accepts"] = wrong.count("says_valid") / len(wrong)
+        rows.append(row | {"glu": active.mean().item()})
     return rows
 
 
-KINDS = "says_valid", "searches_on", "unknown"
-
-
 def random_heads(heads, config, rng, outside):
-    """As many heads, none of them `outside`, from the same layers, or the nearest with one left."""
+    """As many heads, not `outside`, from the same layers or the nearest."""
     free = list(itertools.product(range(config.n_layer), range(config.n_head)))
-    free = [head for head in free if head not in outside]
-    rng.shuffle(free)
+    free = [head for head in rng.sample(free, len(free)) if head not in outside]
     drawn = []
     for layer, _ in heads[: len(free)]:
         drawn.append(min(free, key=lambda head: abs(head[0] - layer)))
@@ -910,71 +845,45 @@ def random_heads(heads, config, rng, outside):
     return drawn
 
 
-def parse_heads(names, shape):
-    """[(17, 11)] of ["L17H11"]. ValueError for a head that a model of this shape doesn't have."""
-    heads = []
-    for name in names:
-        match = re.fullmatch(r"L(\d+)H(\d+)", name)
-        head = (int(match[1]), int(match[2])) if match else (shape.n_layer, 0)
-        if head[0] >= shape.n_layer or head[1] >= shape.n_head:
-            most = f"L{shape.n_layer - 1}H{shape.n_head - 1}"
-            raise ValueError(f"--heads {name}, allowed: L0H0 to {most}")
-        heads.append(head)
-    return heads
+def from_the_bottom(model, world, choose, test, neurons, rng):
+    """Heads that look back at the target, chosen on some traces and switched off on others.
 
-
-def from_the_bottom(model, world, args, choose, test, neurons, rng):
-    """Heads that look back at the target, chosen on some steps and switched off on others.
-
-    A_prev: those that give it, from the result or the bracket of valid steps, a tenth of their
-    attention and three times what even attention would. The three: those without which the GLU
-    neurons are least active.
+    A_prev: those that give it a tenth of their attention and three times what even attention
+    would. The three: those without which the GLU neurons are least active.
     """
     c = model.config
-    mass, even = target_attention(model, choose)
-    valid = labels(choose)
-    mass = mass[..., valid].mean(-1).amax(0)  # (L, H)
-    threshold = max(0.1, 3 * even[valid].mean().item())
+    mass, even = target_attention(model, world, choose)
     every = itertools.product(range(c.n_layer), range(c.n_head))
     every = sorted(every, key=lambda head: -mass[head])
-    prev = [head for head in every if mass[head] > threshold]
+    prev = [head for head in every if mass[head] > max(0.1, 3 * even)]
     prev = prev if len(prev) >= 3 else every[:3]
     alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
     drive = {head: row["glu"] for head, row in zip(prev, alone)}
     prev.sort(key=drive.get)
-    three = parse_heads(args.heads, c) or prev[:3]
-    sets = [[], three, prev, random_heads(prev, c, rng, prev)]
-    sets += [random_heads(three, c, rng, prev + three) for _ in range(10)]
+    sets = [[], prev[:3], prev] + [random_heads(prev[:3], c, rng, prev) for _ in range(10)]
     rows = switch_off(model, world, test, neurons, sets)
-    found = dict(zip(("all_on", "three", "A_prev", "as_many_others"), rows))
-    found["random"] = common.mean(rows[4:])
-    found["heads"] = [f"L{layer}H{head}" for layer, head in prev]
-    curve = switch_off(model, world, test, neurons, [prev[: k + 1] for k in range(len(prev))])
-    found["curve"] = [row["says_valid"] for row in curve]
-    return found
+    found = dict(zip(("all_on", "three", "A_prev"), rows), random=common.mean(rows[3:]))
+    return found | {"heads": [f"L{layer}H{head}" for layer, head in prev]}
 
 
 def dissect(args, env, log, arm, seed):
-    """What the paper does to the trained model: the findings, each beside its controls."""
+    """What the paper does to the trained model."""
     model, world = load_model(args, env, seed, "grpo" if args.rl_steps else "imitate")
     if env.rank > 0:
         return None
     rng = random.Random(f"dissect {seed}")
     with torch.no_grad(), env.autocast(), model.eager():
-        steps, own = steps_of(model, world, args, seed)
-        choose, test = halves(steps, args.samples, rng)
-        if not choose or not test:
-            raise SystemExit("error: too few verdicts of both kinds to take the model apart")
+        choose, test = halves(model, world, args, rng)
         found, neurons = from_the_top(model, world, args, choose, test, rng)
-        found |= from_the_bottom(model, world, args, choose, test, neurons, rng)
-    return found | {"own_text": own, "steps": [len(choose), len(test)]}
+        found |= from_the_bottom(model, world, choose, test, neurons, rng)
+    return found | {"traces": [len(choose), len(test)]}
 
 
 # ------------------------------------------------------------------------------- claims and figure
 
 
 def judge(run, found):
-    """The paper's claims, each beside the controls that must fail the same criterion."""
+    """The paper's claims, each beside its controls."""
     if "grpo" in found and "permuted" in found:
         before = [seed["before"] for seed in found["grpo"]]
         after = [seed["after"] for seed in found["grpo"]]
@@ -987,73 +896,62 @@ def judge(run, found):
         paper = "every attempt ends in a verdict"
         run.claim("C2", says, paper, "arm.checked >= .98", arm=after, controls=controls)
     rows = found["dissect"]
-    base = [row["all_on"] for row in rows]
-    three = [row["three"] for row in rows]
-    random_three = {"three random heads": [row["random"] for row in rows]}
     probes = {}
     for net in rows[0]["probe"]:
         probes[net] = [row["probe"][net] for row in rows]
-    says = "a probe at the bracket tells right from wrong before the last layer (accuracy)"
-    paper = "near 1 from layer 4 of 36"
+    says = "a probe tells right from wrong before the last layer (accuracy)"
     criterion = "arm.inner >= .95 and arm.embedding <= .6"
+    paper = "near 1 from layer 4 of 36"
     run.claim("C3", says, paper, criterion, arm=probes.pop("trained"), controls=probes)
-    says = (
-        "a layer's direction between right and wrong reads as verdicts (share of its top 4 words)"
-    )
+    says = "a layer's direction from wrong to right reads as verdicts (of its top 4 words)"
+    controls = {"best of 20 random directions": [row["noise"] for row in rows]}
+    arm = [row["direction"] for row in rows]
     paper = "success, yes; not, incorrect"
-    noise = {"best of 20 random directions": [row["noise"] for row in rows]}
-    directions = [row["direction"] for row in rows]
-    run.claim("C4", says, paper, "arm.reads >= .5", arm=directions, controls=noise)
-    says = "with three heads off that look back it searches on past its solution (shares of those)"
-    paper = "3 of 576 heads: .95 search on"
+    run.claim("C4", says, paper, "arm.reads >= .5", arm=arm, controls=controls)
+    sides = {"base": [row["all_on"] for row in rows]}
+    sides["arm"] = [row["three"] for row in rows]
+    sides["controls"] = {"three random heads": [row["random"] for row in rows]}
+    says = "with three heads off that look back it searches on past its solution"
     criterion = "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6"
-    run.claim("C5", says, paper, criterion, base=base, arm=three, controls=random_three)
+    run.claim("C5", says, "3 of 576 heads: .95 search on", criterion, **sides)
     says = "without them GLU units along the direction fall silent, and nothing wrong is accepted"
     criterion = "base.glu > 0 and arm.glu <= .3 * base.glu"
     criterion += " and arm.false_accepts <= base.false_accepts + .05"
-    paper = "activations vanish"
-    run.claim("C7", says, paper, criterion, base=base, arm=three, controls=random_three)
+    run.claim("C7", says, "activations vanish", criterion, **sides)
 
 
 def draw(path, found, folder, args):
-    """Four panels: accuracy and checking during GRPO, probes by layer, heads switched off."""
-    curves = {"accuracy": {}, "checked": {}}
-    for arm in args.arms if args.rl_steps else []:
-        logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in args.seeds]
-        for measured, lines in curves.items():
-            steps = [row["step"] for row in logs[0] if measured in row]
+    """Three panels: accuracy during GRPO, the probe by layer, heads switched off."""
+    panels = []
+    if args.rl_steps:
+        lines = {}
+        for arm in args.arms:
             y = []
-            for log in logs:
-                y.append([row[measured] for row in log if measured in row])
-            lines["GRPO" if arm == "grpo" else "rewards permuted"] = steps, y
+            for seed in args.seeds:
+                log = common.read_log(folder / f"{arm}-s{seed}.jsonl")
+                measured = [row for row in log if "accuracy" in row]
+                y.append([row["accuracy"] for row in measured])
+            lines[arm] = [row["step"] for row in measured], y
+        panels.append(dict(title="Held-out accuracy, T = 1", lines=lines, xlabel="step"))
     rows = found["dissect"]
-    probes = {}
+    lines = {}
     for net in "trained", "shuffled labels":
-        y = [row["probe"][net]["at_bracket"] for row in rows]
-        probes[net] = range(len(y[0])), y
-    bars = {"says valid": [], "searches on": []}
-    for row in rows:
-        sets = [row[name] for name in ("all_on", "random", "three", "A_prev")]
-        bars["says valid"].append([one["says_valid"] for one in sets])
-        bars["searches on"].append([one["searches_on"] for one in sets])
-    layers = "after layer (0: embedding)"
-    names = "all on", "3 random off", "3 off", "A_prev off"
-    panels = [
-        dict(title="Held-out accuracy, T = 1", lines=curves["accuracy"], xlabel="step"),
-        dict(title="Attempts with a verdict", lines=curves["checked"], xlabel="step"),
-        dict(title="Probe at the bracket: is the attempt right?", lines=probes, xlabel=layers),
-        dict(title="What follows a solution", bars=bars, names=names),
-    ]
-    common.panels(path, panels if args.rl_steps else panels[2:])
-
-
-# -------------------------------------------------------------------------------------------- main
+        y = [row["probe"][net]["layers"] for row in rows]
+        lines[net] = range(len(y[0])), y
+    labels = dict(title="Probe: is the attempt right?", xlabel="after layer (0: embedding)")
+    panels.append(dict(lines=lines, **labels))
+    sets = dict(all_on="all on", random="3 random off", three="3 off", A_prev="A_prev off")
+    bars = {"says_valid": [], "searches_on": []}
+    for kind, row in itertools.product(bars, rows):
+        bars[kind].append([row[name][kind] for name in sets])
+    panels.append(dict(title="What follows a solution", bars=bars, names=list(sets.values())))
+    common.panels(path, panels)
 
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     toy = "steps nums num_max cap attempts guess drill n_layer n_head n_embd".split()
-    changed = common.changed_flags(args, toy if args.model else ["dataset", "max_new"])
+    idle = common.changed_flags(args, toy if args.model else ["dataset", "max_new"])
     mode = "with --model" if args.model else "without --model"
     many = args.minibatches * env.world > args.prompts * args.group
     arms = " ".join(args.arms)
@@ -1061,29 +959,21 @@ def check(args, env):
         (set(args.arms) - {"grpo", "permuted"}, f"--arms {arms}, allowed: grpo permuted"),
         (args.rl_steps and "grpo" not in args.arms, f"--arms {arms} lacks grpo, which is analysed"),
         (args.model and not args.dataset, "--model needs problems: --dataset"),
-        (changed, f"{changed} has no effect {mode}"),
+        (idle, f"{idle} has no effect {mode}"),
         (args.prompts % env.world, f"--prompts {args.prompts} is no multiple of the processes"),
         (many, f"--minibatches {args.minibatches} is more than the rollouts of a batch"),
     ]
-
-
-def try_out(args, env):
-    """ValueError before any long work if checkpoint, problems or heads are no good."""
-    if args.model:
-        model, tok = pretrained.load(args.model, env.device)  # it goes again: arms load their own
-        Real(args, tok, 0)
-        parse_heads(args.heads, model.config)
-    else:
-        Toy(args, 0)
-        parse_heads(args.heads, args)
 
 
 def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2504.14379", check)
     args = run.args
-    with common.bad_input():
-        try_out(args, run.env)
+    with common.bad_input():  # before any long work
+        if args.model:
+            Real(args, pretrained.load(args.model, run.env.device)[1], 0)
+        else:
+            Toy(args, 0)
     found = {}
     if not args.model:
         run.each(imitate, ["imitate"])

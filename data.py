@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import sysconfig
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -264,8 +265,9 @@ def render(template, **variables):
     template = re.sub(r"(\{%-?\s*)(end)?generation\b", r"\1set generation = 1", template)
     variables |= {"add_generation_prompt": True, "tools": None, "documents": None}
     text = ""
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(2)
+    if threading.current_thread() is threading.main_thread():  # No other can have a signal.
+        signal.signal(signal.SIGALRM, give_up)
+        signal.alarm(2)
     try:
         for piece in env.from_string(template).generate(variables):
             text += piece

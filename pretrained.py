@@ -376,9 +376,8 @@ def gguf_config(meta, tensors):
     hf["head_dim"] = dim = hf["head_dim"] or width // heads
     if get.get("attention.value_length", dim) != dim:
         raise ValueError(f"GGUF with values of {get['attention.value_length']} dims, keys of {dim}")
-    if arch == "gemma3" and hf["num_hidden_layers"] == 62:
-        raise ValueError("Gemma 3 27B scales its queries otherwise: use the safetensors checkpoint")
-    hf["query_pre_attn_scalar"] = dim
+    deep = hf["num_hidden_layers"] == 62  # Gemma 3 27B
+    hf["query_pre_attn_scalar"] = width // heads if deep else dim
     hf["model_type"] = GGUF_FAMILIES[arch]
     hf["hidden_act"] = "gelu_pytorch_tanh" if arch == "gemma3" else "silu"
     hf["vocab_size"] = tensors["token_embd.weight"].shape[0]

@@ -10,10 +10,8 @@ direction, a latent, is a candidate feature. The paper reads them in a language 
 5. remove these: the probes fall to chance, in all languages             `probes_after`
 6. push along these: a translation changes its number or tense           `steer`
 
-The toy: six languages with disjoint vocabularies, texts that say one thing in four of them, and a
-GPT that learns to translate. Controls: a model that never saw a translation, probes of shuffled
-labels, random latents, one difference of means without any SAE. A real model (`--preset gemma`)
-reads six real languages (grammar.csv).
+The toy: six languages without a word in common, texts that say one thing in four of them, and a
+GPT that learns to translate. `--preset gemma` reads six real languages (grammar.csv).
 
 What to look at: step 5 is less than it seems. Accuracy falls to chance since all logits have moved
 to one side of the threshold. They still rank the sentences rightly (AUC), and a probe that is
@@ -26,13 +24,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, permutations, product
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 import data
@@ -45,38 +42,35 @@ class Args(common.TrainFlags):
     """sparse autoencoders"""
 
     presets: ClassVar[dict] = {
-        "smoke": dict(steps=4, batch_size=8, sae_steps=10, rows=2048, n_probe=40, jobs=1),
+        "smoke": dict(steps=4, batch_size=8, saes=1, sae_steps=10, rows=2048, jobs=1),
         "toy": {},
-        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=2048, k=32, rows=2**15, pool="last")
-        | dict(sae_steps=1000, sae_lr=1e-3, top=8),
+        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=2048, k=32, rows=2**15)
+        | dict(saes=1, sae_steps=1000, sae_lr=1e-3),
         "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, k=64, top=32)
         | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20, refresh=True),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("d_sae", "k", "sae_steps", "sae_batch", "rows", "top"), (1,)),
-        **dict.fromkeys(("layer", "sae_lr", "strength"), (0,)),
-        "n_probe": (32,),
+        **dict.fromkeys(("d_sae", "k", "saes", "sae_steps", "sae_batch", "rows", "top"), (1,)),
+        **dict.fromkeys(("layer", "sae_lr"), (0,)),
     }
     unused: ClassVar[set] = {"micro_batch"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "strength"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top"}
 
-    steps: int = 800
+    steps: int = 900
     batch_size: int = 32
     lr: float = 4e-3
     model: str = ""  # a pretrained model in place of the toy (paper: Llama-3-8B, Aya-23-8B)
     layer: int = 0  # block whose output is read, from 0 (paper: 16 of 32)
     dataset: str = "stdlib"  # real models: text for the SAE beside the sentences of grammar.csv
-    d_sae: int = 128  # latents (paper: 32768, 8 times the width)
+    d_sae: int = 96  # latents (paper: 32768, 8 times the width)
     k: int = 20  # active latents in a row (paper: a gated SAE, which has no k)
-    sae_steps: int = 700  # training steps of the SAE
+    saes: int = 3  # SAEs that are trained on a model: what is read is the mean, the last one steers
+    sae_steps: int = 700  # training steps of an SAE
     sae_batch: int = 1024  # rows of activations in a step
     sae_lr: float = 3e-3  # peak learning rate of the SAE, Adam's
     rows: int = 2**16  # rows of activations that are harvested and shuffled at a time
     refresh: bool = False  # harvest new rows when all have been used; else go over them again
-    pool: Literal["mean", "last"] = "mean"  # tokens that a probe reads (paper: their sum)
     top: int = 4  # length of the lists; four times as many latents are removed (paper: 32, 128)
-    n_probe: int = 400  # training sentences of a probe; half as many to test it
-    strength: float = 0.8  # length of a push, in norms of the residual stream
 
 
 # ---------------------------------------------------------------------------------- the sparse code
@@ -90,8 +84,6 @@ def select(pre, k, batch=False):
     Returns rows, latents and values, (B k,) each, sorted by row; too few positives leave zeros.
     """
     B, m = pre.shape
-    if not 0 < k <= m:
-        raise ValueError(f"k {k} latents of {m}, allowed: 1 to {m}")
     if batch:
         flat = pre.flatten().topk(B * k, sorted=False).indices.sort().values
         return flat // m, flat % m, pre.flatten()[flat].relu()
@@ -141,10 +133,9 @@ class SparseCode(torch.autograd.Function):
 class SAE(nn.Module):
     """x -> f = the k largest of relu(W_enc (x - b_dec) + b_enc) -> x_hat = sum_j f_j D_j + b_dec.
 
-    d, m     width of the activations, number of latents
-    k        active latents in every row (TopK), or with `batch` in a row on average (BatchTopK):
-             then `threshold` follows the least active one, and decides outside training
-    streams  a crosscoder: activations of so many models, side by side, share one code
+    batch    k latents are active in a row on average (BatchTopK); `threshold` follows the least
+             active one, and decides outside training
+    streams  a crosscoder: the activations of so many models, side by side, share one code
     The norms of a latent's decoder rows, one for each stream, sum to 1: so latents compare by f.
     Inside, activations are divided by `scale`, so that every stream has mean square norm 1.
     """
@@ -165,8 +156,6 @@ class SAE(nn.Module):
 
     def encode(self, x):
         """Codes f (..., m) of activations x (..., streams * d)."""
-        if x.shape[-1] != len(self.scale):
-            raise ValueError(f"activations of width {x.shape[-1]}, needed: {len(self.scale)}")
         pre = F.linear(x / self.scale - self.b_dec, self.W_enc, self.b_enc)
         if self.batch:
             return pre * (pre > self.threshold.clamp(min=0))
@@ -209,10 +198,7 @@ class SAE(nn.Module):
         return error + self.dead_loss(x, x_hat, self.silent > 20) / 32
 
     def dead_loss(self, x, x_hat, dead):
-        """AuxK: the share of the error's variance that the best dead latents don't explain; or 0.
-
-        It draws latents that have long been silent to what the others do not explain.
-        """
+        """The share of the error that the best dead latents don't explain (AuxK): they learn it."""
         if not dead.any():
             return 0.0
         error = (x - x_hat).detach()
@@ -239,11 +225,10 @@ def residual(model, idx, layer, mask=None):
 def harvest(models, layer, batches, n, bos):
     """At most n rows of residual streams, those of all `models` side by side: (n, M * C).
 
-    batches  token ids and masks of real tokens, (B, T) each
-    bos      id of the start token, whose rows are left out; -1: there is none
+    From batches of ids and masks (B, T); without padding and without the start token `bos`.
     """
     parts, total = [], 0
-    for idx, mask in tqdm(batches, "harvest", leave=False, delay=5, disable=None):
+    for idx, mask in batches:
         keep = mask & (idx != bos)
         x = torch.stack([residual(model, idx, layer, mask)[keep] for model in models], 1)
         norms = x.norm(dim=2)
@@ -256,17 +241,14 @@ def harvest(models, layer, batches, n, bos):
 
 
 def adam(sae, args):
-    """Adam, with the decoder's norms put right after every step."""
+    """Adam, and the decoder's norms put right after every step."""
     opt = torch.optim.Adam(sae.parameters(), lr=args.lr, fused=True)
     opt.register_step_post_hook(sae.normalize)
     return opt
 
 
 def train_sae(sae, fill, args, env, log, seed):
-    """Trains an SAE, or a crosscoder, in place on the rows of fill(0), fill(1), ..., each once.
-
-    Without --refresh on those of fill(0), again and again.
-    """
+    """Trains on the rows of fill(0), again and again; with --refresh of fill(0), fill(1), ..."""
 
     @lru_cache(maxsize=1)
     def shuffled(refill):
@@ -274,20 +256,21 @@ def train_sae(sae, fill, args, env, log, seed):
         rng = torch.Generator().manual_seed(9973 * seed + refill)
         return rows[torch.randperm(len(rows), generator=rng).to(rows.device)]
 
+    x = shuffled(0)
     size = args.sae_batch // env.world
-    count = len(shuffled(0)) // size  # batches in a refill
+    count = len(x) // size  # batches in a refill
     if not count:
-        raise ValueError(f"the source has {len(shuffled(0))} rows, one batch needs {size}")
+        raise ValueError(f"the source has {len(x)} rows, one batch needs {size}")
 
     def batch(step):
         refill, i = divmod(step, count)
         x = shuffled(refill if args.refresh else 0)[i * size : (i + 1) * size]
         return {"idx": torch.arange(size), "x": x}
 
-    x = shuffled(0).unflatten(1, (sae.streams, sae.d))
-    square = common.all_reduce(x.square().sum(2).mean(0), env) / env.world
+    square = x.square().mean(0).unflatten(0, (sae.streams, sae.d)).sum(1)
+    square = common.all_reduce(square, env) / env.world
     sae.to(env.device).scale.copy_(square.sqrt().repeat_interleave(sae.d))
-    sae.b_dec.data.copy_(x.flatten(1).mean(0) / sae.scale)
+    sae.b_dec.data.copy_(x.mean(0) / sae.scale)
     rate = dict(lr=args.sae_lr, warmup=min(1000, args.sae_steps // 10), decay_steps=0)
     args = replace(args, steps=args.sae_steps, **rate, compile=False, shard=False)
     env = replace(env, dtype=torch.float32)
@@ -298,20 +281,18 @@ def train_sae(sae, fill, args, env, log, seed):
 @torch.no_grad()
 def unexplained(sae, x):
     """FVU: the share of the variance of rows x (N, d) that a code does not explain."""
-    wrong = sum((part - sae.decode(sae.encode(part))).square().sum() for part in x.split(4096))
+    wrong = (x - sae.decode(sae.encode(x))).square().sum()
     return (wrong / (x - x.mean(0)).square().sum()).item()
 
 
 @torch.no_grad()
-def pool(model, layer, sae, sentences, how, bos):
-    """Activations X (N, d) and codes (N, m) of id lists: of the last token, or mean over all."""
+def pool(model, layer, sae, sentences, bos):
+    """Activations X (N, d) and codes (N, m) of id lists: means over all tokens but the start."""
     X, codes = [], []
     for i in range(0, len(sentences), 64):
         idx, mask = padded(sentences[i : i + 64], sae.scale.device)
         x = residual(model, idx, layer, mask)  # (B, T, d)
         weight = (mask & (idx != bos)).float()
-        if how == "last":
-            weight[:, :-1] = 0  # padding is on the left
         weight /= weight.sum(1, keepdim=True).clamp(min=1)
         X.append((weight[:, :, None] * x).sum(1).cpu())
         codes.append(torch.stack([w @ sae.encode(row) for w, row in zip(weight, x)]).cpu())
@@ -319,6 +300,11 @@ def pool(model, layer, sae, sentences, how, bos):
 
 
 # --------------------------------------------------------------- steps 2 to 5: what probes can read
+
+
+def training(rows):
+    """The first four fifths of a language's sentences: probes are fitted on them, the rest test."""
+    return rows[: len(rows) * 4 // 5]
 
 
 def class_gap(X, y):
@@ -329,10 +315,9 @@ def class_gap(X, y):
 def attribution(codes, y, D, w, contrast=False):
     """Integrated gradients of a probe's logits, in closed form: IE_j = (D_j . w) sum of f_j.
 
-    codes (N, m) pooled over tokens, decoder D (m, d), probe w (d,). Decoder, pooling and probe are
-    linear in f: on the way from 0 to f the gradient is constant. IE > 0 supports label 1. The paper
-    sums over sentences of both labels, so latents that are always active rank high; `contrast`
-    takes the gap between the labels y (N,) instead.
+    Codes f (N, m), decoder D (m, d), probe w (d,): all is linear in f, so the gradient is constant
+    on the way from 0 to f. The paper sums over both labels, so latents that are always active rank
+    high; `contrast` takes the gap between the labels y (N,) instead.
     """
     return (D @ w) * (class_gap(codes, y) if contrast else codes.sum(0))
 
@@ -343,13 +328,10 @@ def best(ie, n):
 
 
 def shared(lists, chance=None):
-    """Multilingual latents, in two of the lists {language: latents} or more; and their share.
+    """Multilingual latents, in two of the lists {language: latents} or more; their share of all.
 
-    Most lists first, ties by id. The share is of all latents listed. With `chance`, such lists too,
-    only latents count that are in more of `lists` than of these.
+    Most lists first, ties by id. Those count that are in more of `lists` than of lists by `chance`.
     """
-    if len(lists) < 2:
-        raise ValueError(f"sharing needs >= 2 languages, got {len(lists)}")
     counts = Counter(chain(*lists.values()))
     by_chance = Counter(chain(*chance.values())) if chance else Counter()
     found = [j for j in counts if counts[j] >= 2 and counts[j] > by_chance[j]]
@@ -357,26 +339,16 @@ def shared(lists, chance=None):
     return found, len(found) / max(1, len(counts))
 
 
-def rank(parts, D, top, rng):
-    """Probes {language: (w, b)}, and lists {how: {language: latents}} by attribution.
-
-    paper     see `attribution`; four times as long: these are removed
-    longer    by contrast, to push along; their first part is `contrast`
-    chance    by contrast, of probes of shuffled labels; and `again`
-    """
-    probes = {}
-    lists = {how: {} for how in ("paper", "contrast", "longer", "chance", "again")}
-    for lang, splits in parts.items():
-        X, codes, y = splits["train"]
-        w, b = probes[lang] = common.fit_probe(X, y)
-        lists["paper"][lang] = best(attribution(codes, y, D, w), 4 * top)
-        lists["longer"][lang] = best(attribution(codes, y, D, w, contrast=True), 4 * top)
-        lists["contrast"][lang] = lists["longer"][lang][:top]
-        for how in "chance", "again":
-            fake = y[torch.from_numpy(rng.permutation(len(y)))]
-            w, b = common.fit_probe(X, fake)
-            lists[how][lang] = best(attribution(codes, fake, D, w, contrast=True), top)
-    return probes, lists
+def top_lists(parts, D, n, contrast=True, rng=None):
+    """{language: its n latents of the highest attribution}; with `rng` of shuffled labels."""
+    lists = {}
+    for lang, part in parts.items():
+        X, codes, y = map(training, part)
+        if rng:
+            y = y[torch.from_numpy(rng.permutation(len(y)))]
+        w, _ = common.fit_probe(X, y)
+        lists[lang] = best(attribution(codes, y, D, w, contrast), n)
+    return lists
 
 
 def ablate(X, codes, latents, D):
@@ -395,112 +367,68 @@ def alike(latents, weight):
 
 
 def read(logit, y):
-    """What logits (N,) tell of labels y: accuracy, and AUC, in which no threshold matters."""
+    """What logits (N,) tell of labels y: accuracy, and AUC, which knows no threshold."""
     gap = logit[y > 0][:, None] - logit[y == 0]  # a random positive against a random negative
     auc = (gap > 0).double().mean() + (gap == 0).double().mean() / 2
     return {"accuracy": ((logit > 0) == (y > 0)).double().mean().item(), "auc": auc.item()}
 
 
-def probes_after(removed, probe, splits, D):
-    """{name: numbers} of one language's probe, each set of latents {name: latents} removed.
-
-    Accuracy and AUC of the probe, accuracy of one fitted again, and the probe's logits by label.
-    """
-    X, codes, y = splits["train"]
-    means = F.normalize(class_gap(X, y), dim=0)
+def probes_after(removed, X, codes, y, D):
+    """What one language's probe and one fitted again read without each of {name: latents}."""
+    n = len(training(y))
+    probe = common.fit_probe(X[:n], y[:n])
+    means = F.normalize(class_gap(X[:n], y[:n]), dim=0)
     found = {}
     for name, latents in removed.items():
-        left = {}
-        for split, (X, codes, y) in splits.items():
-            X = ablate(X, codes, latents, D)
-            if name == "difference of means":
-                X = X - (X @ means)[:, None] * means
-            left[split] = X, y
-        X, y = left["test"]
-        w, b = common.fit_probe(*left["train"])
-        logit = X @ probe[0] + probe[1]
-        found[name] = read(logit, y) | {"refit": read(X @ w + b, y)["accuracy"]}
-        found[name]["logits"] = [logit[y == label].tolist() for label in (0, 1)]
+        left = ablate(X, codes, latents, D)
+        if name == "difference of means":
+            left = X - (X @ means)[:, None] * means
+        w, b = common.fit_probe(left[:n], y[:n])
+        logit = left[n:] @ probe[0] + probe[1]
+        numbers = read(logit, y[n:])
+        numbers["refit"] = read(left[n:] @ w + b, y[n:])["accuracy"]
+        by_label = [logit[y[n:] == label].tolist() for label in (0, 1)]
+        found[name] = {"numbers": numbers, "logits": by_label}
     return found
 
 
-def study_concept(parts, D, weight, top, rng):
-    """Steps 2 to 5 for one concept; parts {language: {split: (X, codes, y)}}.
-
-    D (m, d), weight (m,): directions and mean activations of the latents. Returns the numbers, and
-    two directions to push along: multilingual latents, each as much as it is more active with the
-    value than without; and random latents in their places.
-    """
-    probes, lists = rank(parts, D, top, rng)
-    multilingual = shared(lists["paper"])[0][: 4 * top]
-    several = shared(lists["longer"])[0]
-    sets, gaps = {}, []
-    logits = None
-    for lang, splits in parts.items():
-        others = {other: some for other, some in lists["paper"].items() if other != lang}
+def removals(parts, weight, D, n):
+    """Step 5, parts {language: (X, codes, y)} of a concept: {removed: numbers} of each language."""
+    lists = top_lists(parts, D, n, contrast=False)
+    latents = shared(lists)[0][:n]
+    rows = []
+    for lang, part in parts.items():
+        others = {other: some for other, some in lists.items() if other != lang}
         removed = {
             "nothing": [],
-            "multilingual": multilingual,
-            "from other languages": shared(others)[0][: 4 * top] if len(others) > 1 else [],
-            "matched random": alike(multilingual, weight),
+            "multilingual": latents,
+            "from other languages": shared(others)[0][:n],
+            "matched random": alike(latents, weight),
             "difference of means": [],
         }
-        found = probes_after(removed, probes[lang], splits, D)
-        here = {name: numbers.pop("logits") for name, numbers in found.items()}
-        logits = logits or {name: here[name] for name in ("nothing", "multilingual")}
-        for name, numbers in found.items():
-            sets.setdefault(name, []).append(numbers)
-        gaps.append(class_gap(*splits["train"][1:])[several])
+        rows.append(probes_after(removed, *part, D))
+    return rows
+
+
+def pushes(parts, weight, D, n):
+    """Directions: the sum of multilingual latents times what the value adds to each; and others."""
+    latents = shared(top_lists(parts, D, n))[0]
+    gaps = [class_gap(training(codes), training(y))[latents] for _, codes, y in parts.values()]
     gap = torch.stack(gaps).mean(0)
-    random = alike(several, weight)
-    directions = {"multilingual": gap @ D[several], "random": gap[: len(random)] @ D[random]}
-    row = {"shared": shared(lists["contrast"], lists["chance"])[1], "logits": logits}
-    row["by_chance"] = shared(lists["again"], lists["chance"])[1]
-    row["sets"] = {name: common.mean(rows) for name, rows in sets.items()}
-    return row, {name: direction.float() for name, direction in directions.items()}
-
-
-def study(model, corpus, fill, bos, args, env, log, seed):
-    """Trains an SAE on a model and measures all concepts of a corpus of id lists.
-
-    Returns the numbers, means over concepts first, and {concept: {name: direction}}.
-    """
-    torch.manual_seed(seed)
-    sae = SAE(model.config.n_embd, args.d_sae, args.k)
-    train_sae(sae, fill, args, env, log, seed)
-    parts, weights = {}, []
-    for lang, splits in corpus.items():
-        for split, (sentences, labels) in splits.items():
-            X, codes = pool(model, args.layer, sae, sentences, args.pool, bos)
-            weights.append(codes.mean(0))
-            for concept, y in labels.items():
-                part = parts.setdefault(concept, {}).setdefault(lang, {})
-                part[split] = X, codes, torch.tensor(y)
-    weight = torch.stack(weights).mean(0)
-    D = sae.decoder().double().cpu()
-    concepts, directions = {}, {}
-    for concept, part in parts.items():
-        rng = np.random.default_rng(seed)
-        concepts[concept], directions[concept] = study_concept(part, D, weight, args.top, rng)
-    rows = [*concepts.values()]
-    means = {"fvu": unexplained(sae, fill(-1)), "concepts": concepts, "sets": {}}
-    for key in "shared", "by_chance":
-        means[key] = np.mean([row[key] for row in rows])
-    for name in rows[0]["sets"]:
-        means["sets"][name] = common.mean([row["sets"][name] for row in rows])
-    return means, directions
+    random = alike(latents, weight)
+    return {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
 
 
 def versions(items, say):
     """Every item in four versions, plural or not, past or not: sentences, {concept: labels}."""
     grid = [*product(items, (0, 1), (0, 1))]
-    labels = {"plural": [plural for _, plural, _ in grid], "past": [past for _, _, past in grid]}
-    return [say(*version) for version in grid], labels
+    _, plural, past = zip(*grid)
+    return [say(*version) for version in grid], {"plural": plural, "past": past}
 
 
 # ------------------------------------------------------------------------------------------ the toy
 
-NOUNS, VERBS = 10, 6
+NOUNS, VERBS = 8, 5
 NUMBERS, TENSES = ("sg", "pl"), ("pres", "past")
 LANGUAGES = {  # order of subject, verb, object; words of a noun and a verb; a dot is inside a word
     "A": ("SVO", "n{i}.{num}", "v{i}.{tense}.{num}"),
@@ -545,7 +473,7 @@ def render(m, lang):
 def shows(words, concept, value):
     """Whether words carry the value, and nowhere the opposite one."""
     values = TENSES if concept == "past" else NUMBERS
-    marks = set(chain(*(word.split(":")[1].split(".") for word in words)))
+    marks = set(chain(*(word.split(":")[-1].split(".") for word in words)))
     return marks & {*values} == {values[value]}
 
 
@@ -557,18 +485,15 @@ def draw_meaning(rng, held):
             return m
 
 
-def vocabulary():
-    """Pad, start, end, a tag for each language, then every form of every word."""
-    forms = set()
-    for lang, i, number, tense in product(LANGUAGES, range(NOUNS), (0, 1), (0, 1)):
-        forms |= {*render(Meaning(i, number, i % VERBS, tense, i, number), lang)}
-    return ["<pad>", "<bos>", "<eos>", *(f"<{lang}>" for lang in LANGUAGES), *sorted(forms)]
-
-
-WORDS = vocabulary()
+WORDS = ["<pad>", "<bos>", "<eos>", *(f"<{lang}>" for lang in LANGUAGES)]
+for noun, verb, number, tense in product(range(NOUNS), range(VERBS), (0, 1), (0, 1)):
+    for lang in LANGUAGES:
+        WORDS += render(Meaning(noun, number, verb, tense, noun, number), lang)
+WORDS = [*dict.fromkeys(WORDS)]  # each once
 ID = {word: i for i, word in enumerate(WORDS)}
 PAD, BOS, EOS = range(3)
 STOP = range(EOS, EOS + 1 + len(LANGUAGES))  # the end, or the tag of the next sentence
+STRENGTHS = np.arange(0.6, 1.45, 0.05)  # of a push, in norms of the residual stream
 
 
 def ids(m, lang):
@@ -576,7 +501,7 @@ def ids(m, lang):
     return [ID[word] for word in [f"<{lang}>", *render(m, lang)]]
 
 
-def texts(rng, n, translation, held=False):
+def texts(rng, n, translation):
     """n texts of four sentences as idx and targets (n, T), -100 at padding.
 
     One meaning in four languages; without translation, four meanings in one language.
@@ -585,9 +510,9 @@ def texts(rng, n, translation, held=False):
     for _ in range(n):
         langs = rng.permutation([*LANGUAGES])[:4]
         if translation:
-            meanings = [draw_meaning(rng, held)] * 4
+            meanings = [draw_meaning(rng, held=False)] * 4
         else:
-            meanings = [draw_meaning(rng, held) for _ in range(4)]
+            meanings = [draw_meaning(rng, held=False) for _ in range(4)]
             langs = langs[:1].repeat(4)
         sentences = [ids(m, lang) for m, lang in zip(meanings, langs)]
         rows.append(torch.tensor([BOS, *chain(*sentences), EOS]))
@@ -595,19 +520,26 @@ def texts(rng, n, translation, held=False):
     return {"idx": full[:, :-1], "targets": full[:, 1:].masked_fill(full[:, 1:] == PAD, -100)}
 
 
-def toy_corpus(n, seed):
-    """{language: {split: (sentences, {concept: labels})}}, n to train on, n // 2 held-out ones."""
+def toy_corpus(seed):
+    """{language: (sentences, {concept: labels})}; the last fifth says what training never sees."""
 
-    def say(lang, m, plural, past):
+    def say(item, plural, past):
+        m, lang = item
         return [BOS, *ids(m.turned("plural", plural).turned("past", past), lang)]
 
-    out = {lang: {} for lang in LANGUAGES}
-    for lang, splits in out.items():
-        for split, size in ("train", n // 4), ("test", n // 8):
-            rng = np.random.default_rng([seed, ID[f"<{lang}>"], size])
-            meanings = [draw_meaning(rng, held=split == "test") for _ in range(size)]
-            splits[split] = versions(meanings, partial(say, lang))
-    return out
+    corpus = {}
+    for lang in LANGUAGES:
+        rng = np.random.default_rng([seed, ID[f"<{lang}>"]])
+        items = [(draw_meaning(rng, held=i >= 100), lang) for i in range(125)]
+        corpus[lang] = versions(items, say)
+    return corpus
+
+
+def tasks(seed, held):
+    """Four meanings, to be translated from each language into each: (meaning, from, into)."""
+    rng = np.random.default_rng([seed, 4])
+    meanings = [draw_meaning(rng, held) for _ in range(4)]
+    return [(m, *pair) for m, pair in product(meanings, permutations(LANGUAGES, 2))]
 
 
 def translate(model, items, patch=None):
@@ -624,33 +556,41 @@ def push(x, direction, strength):
     return x + step.to(x.dtype)
 
 
-def steer(model, args, direction, concept, items):
-    """Pushes translations to the other value, both ways.
+def steer(model, layer, direction, strength, concept, items):
+    """Pushes translations to the other value, both ways: two shares of them.
 
-    Only items count that have the opposite value and are translated without a mistake unpushed.
-    flipped: the share of translations that then show the value, and nowhere the opposite;
-    kept: of these, the share that is otherwise as before, word for word. NaN: a share of nothing.
+    flipped  show the value, and nowhere the opposite
+    whole    are what they should be, word for word: nothing else has changed
     """
-    done = []  # (flipped, kept)
-    for value, strength in (0, -args.strength), (1, args.strength):
+    flipped = whole = 0
+    for value, sign in (0, -1), (1, 1):
         turned = [(m.turned(concept, 1 - value), lang, into) for m, lang, into in items]
-        said = translate(model, turned)
-        right = [item for item, words in zip(turned, said) if words == render(item[0], item[2])]
-        if not right:
-            continue
-        patch = partial(push, direction=direction, strength=strength)
-        said = translate(model, right, {f"blocks.{args.layer}.resid_post": patch})
-        for (m, _, into), words in zip(right, said):
-            flipped = shows(words, concept, value)
-            done.append((flipped, flipped and words == render(m.turned(concept, value), into)))
-    flipped, kept = torch.tensor(done).reshape(-1, 2).float().T
-    share = kept.sum() / flipped.sum()
-    return {"n": len(done), "flipped": flipped.mean().item(), "kept": share.item()}
+        patch = partial(push, direction=direction, strength=sign * strength)
+        said = translate(model, turned, {f"blocks.{layer}.resid_post": patch})
+        for (m, _, into), words in zip(turned, said):
+            flipped += shows(words, concept, value)
+            whole += words == render(m.turned(concept, value), into)
+    return flipped / (2 * len(items)), whole / (2 * len(items))
 
 
-def toy(args, env, log, arm, seed):
-    """One arm and seed of the toy; arms: "main", and "alone", whose texts are no translations."""
-    translation = arm == "main"
+def steer_concepts(model, args, directions, seed):
+    """Flips of each concept, {concept: direction}, by the gentlest push that does on seen ones.
+
+    kept: of the flipped translations, the share of which nothing else has changed.
+    """
+    numbers, whole = {}, 0
+    for concept, direction in directions.items():
+        for strength in STRENGTHS:
+            pushed = model, args.layer, direction, strength, concept
+            if steer(*pushed, tasks(seed, held=False))[0] >= 2 / 3:
+                break
+        numbers[concept], right = steer(*pushed, tasks(seed, held=True))
+        whole += right
+    return numbers | {"kept": whole / max(1e-9, sum(numbers.values()))}
+
+
+def toy(args, env, log, translation, seed):
+    """A model that is trained here, and what `prepare` has for a real one."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(len(WORDS), 64, 4, 4, 64, qkv_bias=False, tie=True))
 
@@ -658,42 +598,23 @@ def toy(args, env, log, arm, seed):
         return texts(np.random.default_rng([seed, 2, step]), args.batch_size, translation)
 
     common.train(model, batch, args, env, log)
-    model.eval().requires_grad_(False)
 
     def batches(refill):
-        rng = np.random.default_rng([seed, 3, refill + 1])
+        rng = np.random.default_rng([seed, 3, refill])
         while True:
-            idx = texts(rng, 256, translation, held=refill < 0)["idx"].to(env.device)
+            idx = texts(rng, 256, translation)["idx"].to(env.device)
             yield idx, idx != PAD
 
-    def fill(refill):  # -1: held-out rows, fewer
-        n = args.rows if refill >= 0 else 2**13
-        return harvest([model], args.layer, batches(refill), n, BOS)
-
-    corpus = toy_corpus(args.n_probe, seed)
-    row, directions = study(model, corpus, fill, BOS, args, env, log, seed)
-    if translation:
-        rng = np.random.default_rng([seed, 4])
-        meanings = [draw_meaning(rng, held=True) for _ in range(4)]
-        items = [(m, *pair) for m, pair in product(meanings, permutations(LANGUAGES, 2))]
-        said = translate(model, items)
-        right = [words == render(m, into) for words, (m, _, into) in zip(said, items)]
-        row |= {"translation": np.mean(right), "steer": {"multilingual": {}, "random": {}}}
-        for concept, named in directions.items():
-            for name, direction in named.items():
-                found = steer(model, args, direction.to(env.device), concept, items)
-                row["steer"][name][concept] = found
-    return row
+    return model.eval().requires_grad_(False), toy_corpus(seed), batches, BOS
 
 
 # ------------------------------------------------------------------------------------ a real model
 
 
 def template_sentences():
-    """{language: {split: (sentences, {concept: labels})}} from grammar.csv.
+    """{language: (sentences, {concept: labels})} from grammar.csv; the last fifth has other words.
 
-    A noun's forms are singular/plural, a verb's present singular/present plural/past singular/past
-    plural. Nouns and verbs of the split `test` are not in the training sentences.
+    Forms: singular/plural; of a verb present singular/present plural/past singular/past plural.
     """
     table = data.read_table(Path(__file__).with_name("grammar.csv"), ["kind", "split"])
 
@@ -702,15 +623,17 @@ def template_sentences():
         text = f"{noun[plural]} {verb[2 * past + plural]} {place[0]}."
         return text[0].upper() + text[1:]
 
-    out = {lang: {} for lang in [*table[0]][2:]}
-    for lang, splits in out.items():
+    corpus = {}
+    for lang in [*table[0]][2:]:
+        items = []
         for split in "train", "test":
             forms = {"noun": [], "verb": [], "place": []}
             for row in table:
                 if row["split"] in (split, "both"):
                     forms[row["kind"]].append(row[lang].split("/"))
-            splits[split] = versions(product(*forms.values()), say)
-    return out
+            items += product(*forms.values())
+        corpus[lang] = versions(items, say)
+    return corpus
 
 
 def prepare(args, env, out):
@@ -721,52 +644,94 @@ def prepare(args, env, out):
         raise ValueError(f"--layer {args.layer}, allowed: 0 to {model.config.n_layer - 1}")
     bos = tok.bos if tok.opens else -1
     corpus = template_sentences()
-    for splits in corpus.values():
-        for split, (sentences, labels) in splits.items():
-            splits[split] = [tok.encode(text, bos=True) for text in sentences], labels
+    own = []
+    for lang, (sentences, labels) in corpus.items():
+        rows = [tok.encode(text, bos=True) for text in sentences]
+        corpus[lang] = rows, labels
+        own += training(rows)
     with common.rank_zero_first(env):
-        limit = 2 * args.sae_steps * args.sae_batch
-        read = partial(data.token_file, args.dataset, tok=tok, folder=out / "tokens", limit=limit)
-        tokens = {"train": read("train"), "test": read("heldout")}
+        limit = args.sae_steps * args.sae_batch
+        tokens = data.token_file(args.dataset, "train", tok=tok, folder=out / "tokens", limit=limit)
 
-    def batches(split, refill):
+    def batches(refill):
         """The sentences of all languages, then windows of text without end."""
-        own = [*chain(*(splits[split][0] for splits in corpus.values()))]
         for i in range(0, len(own), 64):
             yield padded(own[i : i + 64], env.device)
-        rng = np.random.default_rng([abs(refill), env.rank])
+        rng = np.random.default_rng([refill, env.rank])
         while True:
-            idx = torch.from_numpy(data.windows(tokens[split], rng, 32, 64)).to(env.device)
+            idx = torch.from_numpy(data.windows(tokens, rng, 32, 64)).to(env.device)
             if tok.opens:
                 idx[:, 0] = bos
             yield idx, torch.ones_like(idx, dtype=torch.bool)
 
-    @lru_cache(maxsize=2)  # all seeds train on the same rows
+    return model, corpus, batches, bos
+
+
+# ----------------------------------------------------------------------- one seed, claims, figure
+
+
+def study(sae, model, corpus, bos, args, seed):
+    """Steps 2 to 6 with one SAE: numbers of each language and concept, shares, directions."""
+    concepts, weights = {"plural": {}, "past": {}}, []
+    for lang, (sentences, labels) in corpus.items():
+        X, codes = pool(model, args.layer, sae, sentences, bos)
+        weights.append(codes.mean(0))
+        for concept, parts in concepts.items():
+            parts[lang] = X, codes, torch.tensor(labels[concept])
+    weight = torch.stack(weights).mean(0)  # mean activations of the latents
+    D = sae.decoder().double().cpu()
+    rows, shares, directions = [], [], {"multilingual": {}, "random": {}}
+    for concept, parts in concepts.items():
+        rows += removals(parts, weight, D, 4 * args.top)
+        for name, direction in pushes(parts, weight, D, 4 * args.top).items():
+            directions[name][concept] = direction.to(sae.scale)
+        rng = np.random.default_rng(seed)
+        chance = top_lists(parts, D, args.top, rng=rng)
+        value, fake = top_lists(parts, D, args.top), top_lists(parts, D, args.top, rng=rng)
+        shares.append({"shared": shared(value, chance)[1], "by_chance": shared(fake, chance)[1]})
+    return rows, shares, directions
+
+
+def run_seed(real, args, env, log, arm, seed):
+    """SAEs of a real model or the toy, means over them; arms: "main", "alone" (no translations)."""
+    model, corpus, batches, bos = real or toy(args, env, log, arm == "main", seed)
+
+    @lru_cache(maxsize=1)
     def fill(refill):
-        split, n = ("train", args.rows) if refill >= 0 else ("test", 2**13)
-        return harvest([model], args.layer, batches(split, refill), n, bos)
+        return harvest([model], args.layer, batches(refill), args.rows, bos)
 
-    return model, corpus, fill, bos
+    rows, shares = [], []
+    for i in range(args.saes):
+        torch.manual_seed(1000 * seed + i)
+        sae = SAE(model.config.n_embd, args.d_sae, args.k)
+        train_sae(sae, fill, args, env, log.stage(str(i)), seed)
+        found = study(sae, model, corpus, bos, args, seed)
+        rows += found[0]
+        shares += found[1]
+    row = common.mean(shares) | {"fvu": unexplained(sae, fill(0)[: 2**13])}
+    row |= {"sets": {}, "logits": {}}
+    for name, first in rows[0].items():
+        row["sets"][name] = common.mean([numbers[name]["numbers"] for numbers in rows])
+        row["logits"][name] = first["logits"]
+    if not real and arm == "main":
+        items = tasks(seed, held=True)
+        said = translate(model, items)
+        right = [words == render(m, into) for words, (m, _, into) in zip(said, items)]
+        row["translation"] = np.mean(right)
+        for name, directions in found[2].items():
+            row[f"steer {name}"] = steer_concepts(model, args, directions, seed)
+    return row
 
 
-def real(prepared, args, env, log, arm, seed):
-    """One seed of the SAE on a real model."""
-    return study(*prepared, args, env, log, seed)[0]
-
-
-# ------------------------------------------------------------------------------- claims and figure
-
-
-def judge(run, found):
+def judge(run, main, alone):
     """The paper's claims, each beside the controls that must fail the same criterion."""
-    main = found["main"]
     sets = {}
     for name in main[0]["sets"]:
         sets[name] = [row["sets"][name] for row in main]
     random = {"matched random": sets["matched random"]}
     controls = {"shuffled labels": [{"shared": row["by_chance"]} for row in main]}
-    if "alone" in found:
-        controls["no translations"] = found["alone"]
+    if alone:
+        controls["no translations"] = alone
     says = "languages share latents: of those at the top in one, so many are in two or more"
     run.claim("C1", says, "many", "arm.shared >= .2", arm=main, controls=controls)
     chance = "base.accuracy >= .9 and arm.accuracy <= .62"
@@ -780,44 +745,26 @@ def judge(run, found):
     says = "latents that are multilingual in the other languages do the same to a language"
     arms["arm"] = sets["from other languages"]
     run.claim("C4", says, "implied", chance, **arms, controls=random)
-    if "alone" not in found:
-        return
-    steered = {"multilingual": [], "random": []}
-    for name, rows in steered.items():
-        for row in main:
-            plural, past = row["steer"][name]["plural"], row["steer"][name]["past"]
-            kept = (plural["kept"] + past["kept"]) / 2
-            rows.append({"plural": plural["flipped"], "past": past["flipped"], "kept": kept})
-    arms = dict(arm=steered["multilingual"], controls={"random latents": steered["random"]})
-    flips = "arm.plural >= .5 and arm.past >= .5"
-    run.claim("C5", "pushed along them, translations take the value", "most", flips, **arms)
-    says = "and little else: the rest is as before, word for word"
-    run.claim("C6", says, "little else", flips + " and arm.kept >= .8", **arms)
+    if alone:
+        random = {"random latents": [row["steer random"] for row in main]}
+        arms = dict(arm=[row["steer multilingual"] for row in main], controls=random)
+        flips = "arm.plural >= .5 and arm.past >= .5"
+        run.claim("C5", "pushed along them, translations take the value", "most", flips, **arms)
+        says = "and little else: the rest is as before, word for word"
+        run.claim("C6", says, "little else", flips + " and arm.kept >= .8", **arms)
 
 
-def draw(path, found):
-    """Three panels: shared latents; what is read after removals; one probe's logits, by label."""
-    main = found["main"]
-    share = {}
-    for arm, rows in found.items():
-        name = {"main": "trained on translations", "alone": "no translations"}[arm]
-        share[name] = [[row["shared"], row["by_chance"]] for row in rows]
-    names = [*main[0]["sets"]]
-    reads = {}
-    for name, key in ("accuracy", "accuracy"), ("AUC", "auc"), ("fitted again", "refit"):
-        reads[name] = [[row["sets"][removed][key] for removed in names] for row in main]
-    logits = {}
-    for height, (name, by_label) in enumerate(main[0]["concepts"]["plural"]["logits"].items()):
-        for label, values in enumerate(by_label):
-            heights = height + 0.3 * label + np.linspace(0, 0.2, len(values))
-            logits[f"{('singular', 'plural')[label]}, {name} removed"] = values, heights
-    left = dict(title="Latents at the top in two languages or more", ylabel="share", bars=share)
-    left |= dict(names=["probes of the value", "of shuffled labels"])
-    middle = dict(title="What is read when latents are removed", bars=reads, levels={"": 0.5})
-    middle |= dict(names=[name.replace(" ", "\n", 1) for name in names], ylim=(0, 1.5))
-    right = dict(title="The same probe before (below) and after", points=logits, yticks=[])
-    right |= dict(xlabel="logit; right of 0 the probe says plural", ylim=(-0.1, 2.5))
-    common.panels(path, [left, middle, right])
+def draw(path, logits):
+    """What one probe says of each sentence, by label: before, and after two removals."""
+    points = {}
+    for height, removed in enumerate(["nothing", "multilingual", "difference of means"]):
+        for label, name in enumerate(["singular", "plural"]):
+            x = logits[removed][label]
+            y = height + 0.3 * label + np.linspace(0, 0.2, len(x))
+            points[f"{name}, {removed} removed"] = x, y
+    panel = dict(title="The same probe before (below) and after", points=points, yticks=[])
+    panel |= dict(xlabel="logit; right of 0 the probe says plural", ylim=(-0.1, 4.2))
+    common.panels(path, [panel])
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -825,31 +772,29 @@ def draw(path, found):
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
-    text = args.dataset != Args.dataset and not args.model
     longest = args.d_sae // 8
+    unread = args.dataset != Args.dataset and not args.model
     return [
+        (unread, f"--dataset {args.dataset} has no effect without --model"),
         (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
         (args.top > longest, f"--top {args.top}, allowed: 1 to {longest}, an eighth of --d-sae"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
         (args.layer > 3 and not args.model, f"--layer {args.layer}, allowed: 0 to 3 in the toy"),
-        (text, f"--dataset {args.dataset} has no effect without --model"),
-        (env.world > 1 and not args.model, "the toy runs in one process: leave out torchrun"),
     ]
 
 
 def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2501.06346", check)
+    real = None
     if run.args.model:
         with common.bad_input("--model"):
-            prepared = prepare(run.args, run.env, run.out)
-        found = run.each(partial(real, prepared), ["main"])
-    else:
-        found = run.each(toy, ["main", "alone"])
+            real = prepare(run.args, run.env, run.out)
+    found = run.each(partial(run_seed, real), ["main"] if real else ["main", "alone"])
     if found is None:
         return None
-    judge(run, found)
-    draw(run.out / "sae.png", found)
+    judge(run, found["main"], found.get("alone"))
+    draw(run.out / "sae.png", found["main"][0]["logits"])
     return run.finish(found)
 
 

@@ -525,7 +525,7 @@ def build(args, base, world, arm):
 
 
 def train_arm(args, env, log, arm, seed):
-    """Goes on from the base model in one arm, on the same windows as every arm; measures it."""
+    """Goes on from the base model in one arm, on the windows of all arms; measures it."""
     gpt, world = start(args, env, seed)
     model = build(args, gpt, world, arm)
 
@@ -596,7 +596,7 @@ def measure_generation(model, world, args):
 
 
 def measure_copying(model, world, prompts, written):
-    """In the toy: shares of written names that the prompt has, and of digits said right again."""
+    """In the toy: shares of written names that the prompt has, of digits said right again."""
     copied = []
     for prompt, ids in zip(prompts, written):
         known = world.names(prompt)
@@ -659,7 +659,7 @@ def judge(run, found):
 
 
 def show(run):
-    """Prints what the trained model writes behind --prompt, hypertokens in colour; and its cost."""
+    """Prints what the trained model writes behind --prompt, rows in colour; and its cost."""
     args, env = run.args, run.env
     seed, n = args.seeds[0], args.block_size // 4
     path = run.out / f"zip-s{seed}.pt"
@@ -708,7 +708,7 @@ def main(argv=None):
     if args.prompt:
         return show(run)
     with common.bad_input(), common.rank_zero_first(run.env):
-        start(args, run.env, args.seeds[0], trained=False)  # a real text is tokenized once
+        start(args, run.env, args.seeds[0], trained=False)  # tokenizes a real text
     base = run.each(train_base, ["base"])
     found = run.each(train_arm, ["cont", "zip"] if args.model else ARMS)
     if found is None:

@@ -16,11 +16,11 @@ BAD = {  # flags -> what the line names
     "--seeds -1": "--seeds -1",
     "--steps two": "two",
     "--steps 0": "1 and more",
-    "--batch-size 0": "1 and more",
+    "--batch-size 0": "and more",
     "--lr nan": "--lr nan",
     "--warmup -1": "0 and more",
     "--jobs 0": "1 and more",
-    "--model /tmp/nowhere": "model",
+    "--model {file}/nowhere": "model",
     "--out {file}/below": "below",
 }
 

@@ -15,7 +15,7 @@ from stand_in import tiny_llama
 
 import common
 import countdown_rl as cd
-from model import GPTConfig, generate
+from model import GPT, GPTConfig
 
 torch.set_num_threads(1)
 ENV = common.Env(torch.device("cpu"), torch.float32)
@@ -35,8 +35,8 @@ def toy():
         for p in model.parameters():
             p.mul_(3.0 if p.dim() == 2 else 1.0)
     rng = random.Random(0)
-    traces = [(p, *world.written(*p, rng)) for p in rng.choices(world.train, k=60)]
-    return args, world, model, cd.find_steps(world, traces)
+    texts = [(p, *world.written(*p, rng)) for p in rng.choices(world.train, k=150)]
+    return args, world, model, cd.find_traces(world, texts, rng)
 
 
 # ----------------------------------------------------------------------------------------- expressions, reward
@@ -171,17 +171,20 @@ def test_written_traces_are_right(toy):
         problem = rng.choice(world.train)
         prompt, response = world.written(*problem, rng)
         text = world.decode(response)
-        lines = cd.attempts_in(text)
-        assert 1 <= len(lines) <= args.attempts and len(response) <= world.max_new
-        assert all(cd.is_right(equations) for equations, _ in lines)
+        words = cd.verdicts_in(text)
+        assert 1 <= len(words) <= args.attempts and len(response) <= world.max_new
+        lines = re.findall(r"\[ (.*?) ([a-z]+)", text)
+        assert [word for _, word in lines] == words
         for equations, word in lines:
-            right = int(equations.split()[-1]) == problem[1]
-            assert word in (cd.VALID if right else cd.INVALID)
-        right = [word for _, word in lines if word in cd.VALID]
+            for equation in equations.split(" , "):
+                left, result = equation.split(" = ")
+                assert cd.evaluate(left)[0] == int(result)
+            assert word in (cd.VALID if int(result) == problem[1] else cd.INVALID)
+        right = [word for word in words if word in cd.VALID]
         assert cd.reward(text, *problem) == len(right) == ("</answer>" in text)
         solved += len(right)
-        for _, last, value in world.spans(prompt + response):
-            assert world.words[(prompt + response)[last]] == str(value)
+        for place, value in world.numbers(prompt + response):
+            assert world.words[(prompt + response)[place]] == str(value)
         guess = world.decode(world.written(*problem, rng, checks=False)[1])
         assert "[" not in guess and guess.endswith("</answer> <eos>")
     assert 30 < solved < 270
@@ -201,9 +204,9 @@ def test_the_drill_counts_results_and_verdicts(toy):
         while start < len(words):
             end = words.index("\n", start) + 1
             line, counted = words[start:end], counts[start:end]
-            bracket = line.index("[")
-            known = [i > bracket or i > 0 and line[i - 1] == "=" for i in range(len(line))]
-            right = line[bracket - 1] == str(problem[1])
+            verdict = next(i for i, word in enumerate(line) if word in cd.VALID + cd.INVALID)
+            known = [i >= verdict or i > 0 and line[i - 1] == "=" for i in range(len(line))]
+            right = line[verdict - 1] == str(problem[1])
             assert all(counted) or counted == known and right
             kinds[all(counted), right] += 1
             start = end
@@ -226,23 +229,18 @@ def test_batches_hold_training_problems_only(toy):
 def test_collate_by_hand():
     rows = [cd.counted([1, 2], [3, 4]), cd.counted([5], [6])]
     batch = cd.collate(rows)
-    assert batch["idx"].tolist() == [[1, 2, 3], [5, 0, 0]]
+    assert batch["idx"].tolist() == [[1, 2, 3], [5, 6, 0]]
     assert batch["targets"].tolist() == [[-100, 3, 4], [6, -100, -100]]
     idx, targets = cd.trimmed(batch["idx"][1:], batch["targets"][1:])
     assert idx.tolist() == [[5]] and targets.tolist() == [[6]]
 
 
-def test_attempts_in_counts_slips():
-    text = "3 + 4 = 7 , 7 * 5 = 36 [ not 35 ] \n 3 * 4 = 12 , 12 + 5 = 17 \n junk \n 1 + = 2 [ yes ] \n"
-    found = cd.attempts_in(text + " </think> 1 = 2")
-    assert [word for _, word in found] == ["not", "", "yes"]
-    assert [cd.is_right(equations) for equations, _ in found] == [False, True, False]
-    assert cd.attempts_in("3 + 4 = 7 , 7 * 5 = 35 [ yes ] \n 3 + 4 = 7 , 7 - 5") == [
-        ("3 + 4 = 7 , 7 * 5 = 35 ", "yes")
-    ]  # the second is cut
+def test_verdicts_in():
+    text = "[ 3 + 4 = 7 , 7 * 5 = 35 not 31 ] \n 3 * 4 = 12 , 12 + 5 = 17 \n junk \n [ 1 + = 2 yes ] \n"
+    assert cd.verdicts_in(text + " </think> 1 = 2 not") == ["not", "", "yes"]
+    assert cd.verdicts_in("[ 3 + 4 = 7 , 7 * 5 = 35 yes ] \n [ 3 + 4 = 7 , 7 - 5") == ["yes"]
     paper = "- 40 - 7 - 9 = 33 - 9 = 24 (not 42)\n- (40 - 7) + 9 = 33 + 9 = 42 (this works)\n"
-    found = cd.attempts_in(paper)
-    assert [word for _, word in found] == ["not", "this"] and all(cd.is_right(e) for e, _ in found)
+    assert cd.verdicts_in(paper) == ["not", "this"]
 
 
 # --------------------------------------------------------------------------------------------------------- GRPO
@@ -293,7 +291,7 @@ def rollouts(toy, permuted=False, **flags):
 
 def test_a_batch_of_rollouts(toy, monkeypatch):
     monkeypatch.setattr(cd, "reward", lambda text, nums, target, format_reward: len(text) % 3 / 2)
-    args, world, model, batch, numbers = rollouts(toy)
+    args, world, model, batch, mean = rollouts(toy)
     assert len(batch["idx"]) == 24 == len(batch["advantage"])
     again = rollouts(toy)[3]
     assert all(torch.equal(batch[key], again[key]) for key in batch)
@@ -305,7 +303,7 @@ def test_a_batch_of_rollouts(toy, monkeypatch):
     full = model(batch["idx"]).log_softmax(-1)
     expected = full.gather(2, batch["targets"].clamp(min=0)[..., None])[..., 0]
     assert torch.allclose(scored[here], expected[here], atol=1e-5) and (scored[~here] == 0).all()
-    assert numbers["length"] == pytest.approx(here.sum().item() / 24)
+    assert 0 < mean < 1
 
 
 def test_on_policy_gradient(toy):
@@ -357,72 +355,88 @@ def test_beta_pulls_back_to_the_reference(toy):
 # ----------------------------------------------------------------------------------------------------- analysis
 
 
-def test_steps_by_hand(toy):
+def test_traces_by_hand(toy):
     _, world, *_ = toy
     prompt = "<bos> use 3 4 5 make 17 <think>"
-    response = (
-        "3 + 4 = 7 , 7 + 5 = 12 [ not 17 ] \n 3 * 4 = 12 , 12 + 5 = 17 [ this works ] \n </think>"
-    )
-    false = "3 + 4 = 7 , 7 + 5 = 12 [ this works ] \n </think>"
+    wrong, right = "[ 3 + 4 = 7 , 7 + 5 = 12 not 17 ] \n ", "[ 3 * 4 = 12 , 12 + 5 = 17 this works ] \n"
+    false = wrong.replace("not 17", "yes"), right.replace("this works", "no 17")
     problem = ((3, 4, 5), 17)
-    traces = [(problem, world.encode(prompt), world.encode(text)) for text in (response, false)]
-    steps = cd.find_steps(world, traces)
-    assert [step.valid for step in steps] == [False, True]  # the false verdict is left out
-    ends = [world.decode(step.ids).split()[-2:] for step in steps]
-    assert ends == [["12", "["], ["17", "["]]
-    words = (prompt + " " + response).replace("\n", "newline").split()
-    assert steps[0].seen == [6] and [words[i] for i in steps[1].seen] == ["17", "17"]
+    texts = [wrong + right, false[0] + right, wrong + false[1], right, wrong + false[1] + right]
+    texts = [(problem, world.encode(prompt), world.encode(text)) for text in texts]
+    traces = cd.find_traces(world, texts, random.Random(0))
+    assert len(traces) == 2  # both verdicts, and true
+    words = (prompt + " " + wrong + right).replace("\n", "newline").split()
+    for trace in traces:
+        assert world.decode(trace.ids[-2:]) == "= 17"
+        assert world.decode(trace.ids[: trace.wrong + 1]).endswith("7 + 5 = 12")
+    assert traces[0].seen == [6, words.index("not") + 1] and len(traces[1].seen) == 4
 
 
 def test_attention_to_the_target_by_hand(toy):
-    args, world, model, steps = toy
-    mass, even = cd.target_attention(model, steps[:7])
-    for i, step in enumerate(steps[:7]):
-        target = str(step.problem[1])
-        words = [world.words[token] for token in step.ids]
-        assert step.seen == [j for j, word in enumerate(words[:-2]) if word == target]
+    args, world, model, traces = toy
+    mass, even = cd.target_attention(model, world, traces[:7])
+    by_hand, evenly = 0, []
+    for trace in traces[:7]:
+        words = [world.words[token] for token in trace.ids]
+        assert trace.seen == [j for j, word in enumerate(words[:-1]) if word == words[-1]]
         with torch.no_grad():
             site = "blocks.2.attn.pattern"
-            pattern = model.capture(torch.tensor([step.ids]), [site])[site]
-        by_hand = pattern[0, :, -2:][:, :, step.seen].sum(-1).T  # (2, H)
-        assert torch.allclose(mass[:, 2, :, i], by_hand, atol=1e-5)
-        assert even[i] == pytest.approx(len(step.seen) / len(step.ids))
+            pattern = model.capture(torch.tensor([trace.ids]), [site])[site]
+        by_hand = by_hand + pattern[0, :, -1][:, trace.seen].sum(-1) / 7
+        evenly.append(len(trace.seen) / len(trace.ids))
+    assert torch.allclose(mass[2], by_hand, atol=1e-5)
+    assert even == pytest.approx(np.mean(evenly))
 
 
 def test_halves_share_no_problem(toy):
-    *_, steps = toy
-    a, b = cd.halves(steps, 5, random.Random(0))
-    assert a and b and not {step.problem for step in a} & {step.problem for step in b}
+    args, world, model, _ = toy
+    a, b = cd.halves(model, world, args, random.Random(0))
+    assert not {trace.problem for trace in a} & {trace.problem for trace in b}
     for half in a, b:
-        assert sum(step.valid for step in half) * 2 == len(half) <= 10
+        assert 3 <= len(half) <= args.samples
+        assert half == sorted(half, key=lambda trace: len(trace.ids))
 
 
-def test_heads_off_together_equal_one_set_at_a_time(toy):
-    args, world, model, steps = toy
-    neurons = [(2, 3), (3, 5)]
+def test_heads_off_together_equal_one_prefix_and_one_set_at_a_time(toy):
+    args, world, model, traces = toy
+    traces = traces[:20]
+    neurons = [(1, 3), (3, 5)]
     sets = [[], [(0, 1)], [(1, 2), (3, 0)], [(2, 7)]]
     with torch.no_grad():
-        rows = cd.switch_off(model, world, steps[:30], neurons, sets)
+        rows = cd.switch_off(model, world, traces, neurons, sets)
         for heads, row in zip(sets, rows):
-            assert cd.switch_off(model, world, steps[:30], neurons, [heads])[0] == pytest.approx(
-                row
-            )
-    for row in rows:
-        assert sum(row[kind] for kind in cd.KINDS) == pytest.approx(1)
-    valid = [step for step in steps[:30] if step.valid]
-    idx = [torch.tensor([step.ids]) for step in valid]
-    acts = [model.capture(ids, ["blocks.2.mlp.act", "blocks.3.mlp.act"]) for ids in idx]
-    two = [[act[f"blocks.{l}.mlp.act"][0, -1, i].item() for l, i in neurons] for act in acts]
-    assert rows[0]["glu"] == pytest.approx(np.mean(two), abs=1e-5)
-    said = [model(ids)[0, -1].argmax().item() for ids in idx]
-    assert rows[0]["says_valid"] == pytest.approx(np.mean([t in world.valid for t in said]))
+            said, glu = {"right": [], "wrong": []}, []
+            for trace in traces:
+                for side, ids in ("right", trace.ids), ("wrong", trace.ids[: trace.wrong + 1]):
+                    with model.patch(common.heads_off([heads], model.config)):
+                        sites = [f"blocks.{layer}.mlp.act" for layer, _ in neurons]
+                        acts = model.capture(torch.tensor([ids]), ["final", *sites])
+                    token = model.unembed(acts["final"])[0, -1].argmax().item()
+                    said[side].append(cd.kind_of(token, world))
+                    if side == "right":
+                        glu += [acts[f"blocks.{l}.mlp.act"][0, -1, i].item() for l, i in neurons]
+            assert row["glu"] == pytest.approx(np.mean(glu), abs=1e-5)
+            for kind in cd.KINDS:
+                assert row[kind] == pytest.approx(np.mean([k == kind for k in said["right"]]))
+            false = np.mean([k == "says_valid" for k in said["wrong"]])
+            assert row["false_accepts"] == pytest.approx(false)
+            assert sum(row[kind] for kind in cd.KINDS) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("change", [{}, {"windows": [3, 0, 5], "rope_base_local": 50.0}, {"learned_pos": True}])
+def test_from_block_goes_on_where_a_pass_was(change):
+    model = GPT(GPTConfig(20, 32, 3, 2, 16, **change))
+    idx = torch.randint(20, (2, 11))
+    acts = model.capture(idx, ["embed", "blocks.0.resid_post", "final"])
+    for first, site in (0, "embed"), (1, "blocks.0.resid_post"):
+        assert torch.allclose(cd.from_block(model, first, acts[site]), acts["final"], atol=1e-5)
 
 
 def test_kinds(toy):
     _, world, *_ = toy
     for word in cd.VALID:
         assert cd.kind_of(world.id[word], world) == "says_valid"
-    for word in *cd.INVALID, "7", "=", "\n", "]":
+    for word in *cd.INVALID, "7", "=", "\n", "[", "]":
         assert cd.kind_of(world.id[word], world) == "searches_on"
     for word in "works", "<eos>", "</think>", "make":
         assert cd.kind_of(world.id[word], world) == "unknown"
@@ -487,14 +501,34 @@ def real(folder, problems, out, flags):
     return cd.main([*common_flags.split(), "--out", str(out), *flags.split()])
 
 
-def test_a_real_model_alone_is_taken_apart_on_written_traces(folder, problems, tmp_path):
-    result = real(folder, problems, tmp_path, "--rl-steps 0 --heads L1H2 L2H0")
+def test_a_real_model_is_taken_apart_on_its_own_text(folder, problems, tmp_path, monkeypatch):
+    from pretrained import load
+
+    tok = load(str(folder))[1]
+
+    def write(model, prompts, *given, **options):
+        texts = []
+        for prompt in prompts:
+            target = re.search(r"equals (\d+)", tok.decode(prompt))[1]
+            text = f"\n- 4 + 2 = 6 (not {target})\n- 3 + 4 = 7 = {target} (this works)\n"
+            texts.append(tok.encode(text))
+        return texts
+
+    monkeypatch.setattr(cd, "generate", write)
+    result = real(folder, problems, tmp_path, "--rl-steps 0")
     assert [claim["id"] for claim in result["claims"]] == ["C3", "C4", "C5", "C7"]
-    found = result["metrics"]["dissect"][0]
-    assert found["own_text"] is False and min(found["steps"]) >= 4
+    assert min(result["metrics"]["dissect"][0]["traces"]) >= 3
 
 
-def test_a_real_model_is_trained(folder, problems, tmp_path):
+def test_a_real_model_that_writes_no_verdicts(folder, problems, tmp_path):
+    with pytest.raises(SystemExit, match="too few traces"):
+        real(folder, problems, tmp_path, "--rl-steps 0")
+
+
+def test_a_real_model_is_trained(folder, problems, tmp_path, monkeypatch):
+    monkeypatch.setattr(cd, "dissect", nothing)
+    monkeypatch.setattr(cd, "judge", nothing)
+    monkeypatch.setattr(cd, "draw", nothing)
     flags = "--arms grpo --beta .01 --minibatches 2 --format-reward .1 --micro-batch 2 --rl-lr .1"
     result = real(folder, problems, tmp_path, flags)
     assert set(result["metrics"]) == {"grpo", "dissect"}
@@ -502,20 +536,23 @@ def test_a_real_model_is_trained(folder, problems, tmp_path):
     assert "blocks.2.mlp.down.weight" in weights
 
 
-def test_spans_of_digits_and_traces_in_the_papers_form(folder, problems):
+def nothing(*given):
+    """In place of what a test doesn't need."""
+
+
+def test_numbers_of_digits_and_traces_in_the_papers_form(folder, problems):
     from pretrained import load
 
     args = cd.Args(model="x", dataset=f"file:{problems}")
     world = cd.Real(args, load(str(folder))[1], 0)
-    assert [v for *_, v in world.spans(world.tok.encode("162 + 62 - 620"))] == [162, 62, 620]
-    rng = random.Random(0)
-    traces = [(problem, *world.written(*problem, rng)) for problem in world.train]
-    for _, _, response in traces:
-        lines = cd.attempts_in(world.decode(response).partition("combinations:")[2])
-        assert lines and all(cd.is_right(equations) for equations, _ in lines)
-        assert [word for _, word in lines][-1] == "this"
-    steps = cd.find_steps(world, traces)
-    assert {step.valid for step in steps} == {True, False} and all(step.seen for step in steps)
+    encode = world.tok.encode
+    assert [v for _, v in world.numbers(encode("162 + 62 - 620"))] == [162, 62, 620]
+    text = "- 40 - 7 - 9 = 33 - 9 = 24 (not 42)\n- 40 - 7 + 9 = 33 + 9 = 42 (this works)\n"
+    prompt = world.prompt((7, 9, 40), 42, random.Random(0))
+    (trace,) = cd.find_traces(world, [(((7, 9, 40), 42), prompt, encode(text))], random.Random(0))
+    assert world.decode(trace.ids).endswith("= 33 + 9 = 42 (")
+    assert world.decode(trace.ids[: trace.wrong + 1]).endswith("= 24 (")
+    assert len(trace.seen) == 2 and trace.ids[: len(prompt)] == prompt
 
 
 # --------------------------------------------------------------------------------------------------- the script
@@ -539,7 +576,6 @@ def test_smoke(smoke):
     assert (out / "countdown_rl.png").stat().st_size > 10_000
     before = [result["metrics"][arm][0]["before"] for arm in ("grpo", "permuted")]
     assert before[0] == before[1]  # both arms start from the same model
-    assert result["metrics"]["dissect"][0]["own_text"] is False  # six steps: it writes no verdicts
 
 
 @pytest.mark.parametrize("dies", ["at a signal", "at once"])
@@ -593,8 +629,6 @@ def test_resume_of_grpo_is_exact(dies, tmp_path, monkeypatch):
         ("--nums 1", "allowed: 2"),
         ("--nums 2 --num-max 1", "too few problems"),
         ("--cap 0", "--cap 0"),
-        ("--heads 3.4", "L0H0 to L3H7"),
-        ("--heads L9H0", "L0H0 to L3H7"),
         ("--dataset file:x.jsonl", "--dataset has no effect without --model"),
         ("--model /nowhere", "--dataset"),
         ("--model /nowhere --dataset file:x.jsonl", "no model"),
@@ -618,22 +652,3 @@ def test_bad_problems(row, tmp_path):
     path.write_text('{"nums": [3, 4], "target": 7}\n' + row + "\n")
     with pytest.raises(ValueError, match="p.jsonl.*2"):
         cd.read_problems(f"file:{path}")
-
-
-def test_traces_of_a_model_that_writes_verdicts_are_its_own(toy, monkeypatch):
-    args, world, model, _ = toy
-    rng = random.Random(0)
-
-    def searcher(model, prompts, *given, **options):
-        problems = []
-        for prompt in prompts:
-            words = world.decode(prompt).split()
-            numbers = sorted(int(word) for word in words[words.index("use") + 1 :][:3])
-            problems.append((tuple(numbers), int(words[words.index("make") + 1])))
-        return [world.written(*problem, rng)[1] for problem in problems]
-
-    assert cd.steps_of(model, world, args, 1)[1] is False  # an untrained model
-    monkeypatch.setattr(cd, "generate", searcher)
-    steps, own = cd.steps_of(model, world, args_of(samples=40), 1)
-    assert own is True and sum(step.valid for step in steps) >= 10
-    assert generate is not searcher

@@ -73,17 +73,15 @@ def test_two_equal_models_have_no_latents_of_their_own(tmp_path):
     args = common.parse(cx.Args, [*flags, str(tmp_path)])
     sae.train_sae(s, lambda refill: rows, args, CPU, common.Log(args, CPU, "a"), 0)
     assert (cx.relative_norm(s.norms()) - 0.5).abs().max() < 0.02
-    found = cx.explained(s, rows)
-    assert found["crosscoder"][0] == pytest.approx(found["crosscoder"][1], abs=1e-3)
 
 
 def test_steering_by_hand():
     h, v = torch.tensor([[3.0, 4]]), torch.tensor([[0.0, 2]])
     assert cx.pushes(h, v, 0.5).tolist() == [[[0, 2.5]]]
     states = torch.tensor([[[1.0, 1], [3, 4]]])
-    assert cx.steer(states, v[0], 0.5).tolist() == [[[1, 1], [3, 6.5]]]
-    assert torch.equal(cx.steer(states, v[0], 0.0), states)
-    assert torch.equal(cx.steer(states[:, :1], v[0], 0.5), states[:, :1])  # a later token
+    assert cx.steer(states, v[0]).tolist() == [[[1, 1], [3, 14]]]  # twice the norm of 5
+    assert torch.equal(cx.steer(states, 0 * v[0]), states)
+    assert torch.equal(cx.steer(states[:, :1], v[0]), states[:, :1])  # a later token
 
 
 def test_spearman_by_hand():
@@ -102,7 +100,7 @@ def toy_model(seed=0, layers=3):
     return model.eval().requires_grad_(False)
 
 
-PROMPTS = [[1, 5, 9, 30], [1, 4], [2, 6, 7, 8, 9, 10, 11], [20, 3, 3]]
+PROMPTS = [[1, 5, 9, 20], [1, 4], [2, 6, 7, 8, 9, 10, 11], [20, 3, 3]]
 
 
 def plain_log_p(model, prompt, change, targets):
@@ -120,12 +118,14 @@ def test_outcomes_equal_one_run_at_a_time():
     changes = torch.randn(len(PROMPTS), 3, 16)
     groups = [cx.WAIT, cx.MARKS[1]]
     found = cx.outcomes(model, 1, PROMPTS, changes, groups)
-    assert found.shape == (len(PROMPTS), 3, 2)
+    assert found.shape == (len(PROMPTS), 4, 2)
     for i, prompt in enumerate(PROMPTS):
         for v in range(3):
             for j, group in enumerate(groups):
                 alone = plain_log_p(model, prompt, changes[i, v], group)
-                assert float(found[i, v, j]) == pytest.approx(float(alone), abs=1e-4)
+                assert float(found[i, 1 + v, j].log()) == pytest.approx(float(alone), abs=1e-4)
+    as_it_is = plain_log_p(model, PROMPTS[1], torch.zeros(16), cx.WAIT)
+    assert float(found[1, 0, 0].log()) == pytest.approx(float(as_it_is), abs=1e-4)
 
 
 def test_gradient_is_that_of_the_last_position_whatever_the_batch():
@@ -154,9 +154,8 @@ def test_ablation_is_exact_and_attribution_its_first_order():
     torch.manual_seed(0)
     code = sae.SAE(16, 24, 4, streams=2, batch=True).requires_grad_(False)
     code.W_dec.mul_(1e-3)  # small steps, for which the first order is all there is
-    row = cx.against_ablation(models, code, 1, PROMPTS, cx.WAIT)
-    assert row["rho"] > 0.99 and abs(row["rho_permuted"]) < 0.5
-    a, lost = (torch.tensor(row[name]) for name in ("attribution", "ablation"))
+    a, lost = cx.against_ablation(models, code, 1, PROMPTS, cx.WAIT)
+    assert cx.spearman(a, lost) > 0.99
     assert (a - lost).abs().max() < 0.02 * lost.abs().max()
     f = code.encode(cx.last_states(models, PROMPTS, 1))
     i, j = 2, int(f[2].argmax())
@@ -171,18 +170,19 @@ def test_lists_off_and_pushes():
     off = cx.lists_off(models, code, 1, PROMPTS, {"none": [], "two": [3, 5]}, cx.WAIT)
     assert off["none"] == pytest.approx(0, abs=1e-6) and off["two"] != 0
     vectors = torch.randn(2, 16)
-    before, after = cx.pushed(models, 1, PROMPTS, vectors, 0.0, [cx.WAIT])
-    assert torch.allclose(after, before.expand(2, 1), atol=1e-6)
+    assert cx.pushed(models[1], 1, PROMPTS, vectors, 0.0, [cx.WAIT]).abs().max() < 1e-6
 
 
-def test_lists():
-    a = torch.tensor([0.5, -1, 2, 0.1, 0, 0.3, 0.2])
-    rate = torch.tensor([0.5, 0.4, 0.1, 0.52, 0.0, 0.12, 0.9])
-    lists, alive = cx.lists_of(a, rate, 2, 0)
-    assert lists["top"] == [2, 0] and lists["matched"] == [5, 3]
-    assert alive.tolist() == [0, 1, 2, 3, 5, 6] and len(lists["random"]) == 2
-    with pytest.raises(ValueError, match="--top 4: only 6 latents"):
-        cx.lists_of(a, rate, 4, 0)
+def test_lists_need_latents_enough():
+    models = [toy_model(0), toy_model(1)]
+    code = sae.SAE(16, 24, 4, streams=2, batch=True).requires_grad_(False)
+    args = common.parse(cx.Args, "--layer 1 --top 30".split())
+    with pytest.raises(ValueError, match="--top 30: "):
+        cx.study(models, code, args, PROMPTS, PROMPTS, PROMPTS, cx.WAIT, 0)
+    args = common.parse(cx.Args, "--layer 1 --top 3".split())
+    row, rate = cx.study(models, code, args, PROMPTS, PROMPTS, PROMPTS, cx.WAIT, 0)
+    assert set(row["delta"]) == {"all", "top", "matched", "random"} == {"all", *row["off"]}
+    assert rate.shape == (24,) and abs(row["rho_permuted"]) < 0.9
 
 
 def test_patterns_brought_about_by_hand():
@@ -191,13 +191,12 @@ def test_patterns_brought_about_by_hand():
     assert cx.brought_about([[0.3, 0.4, 0, 0], [0, 0.5, 0, 0], [0] * 4, [0, 0, 0, 0.26]]) == 2
 
 
-def test_explained():
-    torch.manual_seed(0)
-    x = torch.randn(300, 8)
-    code = sae.SAE(4, 16, 2, streams=2)
-    found = cx.explained(code, x)
-    assert 0.2 < min(found["neurons"]) and max(found["neurons"]) < 0.8  # two of eight are kept
-    assert len(found["crosscoder"]) == 2
+def test_explained_by_hand():
+    code = by_hand()  # x_hat of (2, 1, 1, 3) is (2, 2, 2, 0); of (0, 0, 0, 0), nothing
+    code.b_enc.copy_(torch.tensor([-1.0, 0, 0]))
+    x = torch.tensor([[2.0, 1, 1, 3], [0, 0, 0, 0]])
+    # by stream: errors 1 and 1 + 9, variances 2 + .5 and .5 + 4.5
+    assert cx.explained(code, x) == pytest.approx(1 - 10 / 5)
 
 
 # --------------------------------------------------------------------------------------- the world
@@ -208,56 +207,55 @@ def steps_of(words):
     out = []
     for part in " ".join(words).split(" ; "):
         words = part.split()
-        if "=" in words and words[0].isdigit():
+        if "=" in words and words[words.index("=") - 1].isdigit():
             at = words.index("=")
-            out.append((int(words[0]), words[at - 1], int(words[at + 1])))
+            out.append((int(words[at - 1]), words[at - 2], int(words[at + 1])))
     return out
 
 
 def right(x, name, result):
     """Whether a step is right; behind an unknown map any result is."""
-    return name == "?" or result == {"a": 3 * x + 1, "b": 7 * x + 4, "c": 9 * x + 9}[name] % 10
+    return name == "?" or result == {"a": 2 * x + 1, "b": 3 * x + 4, "c": 4 * x + 4}[name] % 5
 
 
 def test_answers_are_what_their_decisions_say():
     rng, seen = np.random.default_rng(0), {}
     marks = {cx.VOCAB[i] for i in cx.WAIT}
     for _ in range(2000):
-        task = cx.draw_task(rng)
-        words, decisions = cx.solve(rng, task, waits=True)
-        assert len(decisions) == len(task.stages) and words[-1] == "<eos>"
-        value, begin = task.first, 0
-        for i, decision in enumerate(decisions):
-            assert words[decision.at] == ";"
-            x, name, result = steps_of(words[begin : decision.at + 1])[-1]
+        s = cx.tell(rng, reasoner=True)
+        words = s.words
+        assert len(s.decisions) == len(s.stages) and words[-1] == "<eos>"
+        value, begin = s.first, words.index(";") + 1
+        for i, (end, cause, pattern) in enumerate(s.decisions):
+            assert words[end] == ";"
+            x, name, result = steps_of(words[begin : end + 1])[-1]
             slip, wrong = x != value, not right(x, name, result)
             assert not (slip and wrong)
             noise = "restart" if slip else "check" if wrong else ""
-            coming = task.stages[i + 1] if i + 1 < len(task.stages) else ""
+            coming = s.stages[i + 1] if i + 1 < len(s.stages) else ""
             coming = {"@": "recall", "?": "unsure"}.get(coming, "")
-            cause = "mixed" if noise and coming else noise or coming or "none"
-            assert decision.cause == cause
-            seen.setdefault(cause, []).append(decision.pattern)
+            assert cause == ("mixed" if noise and coming else noise or coming or "none")
+            seen.setdefault(cause, []).append(pattern)
             value = result
-            begin = decision.at + 1
-            assert (words[begin] in marks) == bool(decision.pattern)
-            if not decision.pattern:
+            begin = end + 1
+            assert (words[begin] in marks) == bool(pattern)
+            if not pattern:
                 continue
-            assert words[begin] in cx.PATTERNS[decision.pattern]
+            assert words[begin] in cx.PATTERNS[pattern]
             rest = words[begin + 1 :]
-            if decision.pattern == "check":
+            if pattern == "check":
                 y, same, value = steps_of(rest)[0]
                 assert (y, same) == (x, name) and right(y, same, value)
                 begin += 1 + rest.index(";") + 1
-            elif decision.pattern == "restart":
-                value = task.first
+            elif pattern == "restart":
+                value = s.first
                 for y, name, result in steps_of(rest)[: i + 1]:
                     assert y == value and right(y, name, result)
                     value = result
                 ends = [j for j, word in enumerate(rest) if word == ";"]
                 begin += 1 + ends[i] + 1
             else:
-                wanted = ["@", "=", task.define] if decision.pattern == "recall" else ["?", "="]
+                wanted = ["@", "=", s.define] if pattern == "recall" else ["?", "="]
                 assert rest[: len(wanted)] == wanted
                 begin += 1 + rest.index(";") + 1
         assert words[-3:-1] == ["A", str(value)]
@@ -270,47 +268,44 @@ def test_answers_are_what_their_decisions_say():
 
 def test_base_and_reasoner_differ_where_they_should():
     rng = np.random.default_rng(1)
-    base = [cx.document(rng, False) for _ in range(300)]
-    marks = {cx.VOCAB[i] for i in cx.WAIT}
+    base = [cx.tell(rng, False).words for _ in range(300)]
+    marks, grades = {cx.VOCAB[i] for i in cx.WAIT}, {"ok", "bad"}
     assert not any(marks & {*words} for words in base)
-    graded = [{"ok", "bad"} & {*words} for words in base if words[1] == "think"]
-    assert np.mean([bool(some) for some in graded]) > 0.7
-    assert not any({"ok", "bad"} & {*words} for words in base if words[1] == "fast")
-    ft = [cx.document(rng, True) for _ in range(300)]
-    assert np.mean([bool(marks & {*words}) for words in ft if words[1] == "think"]) > 0.4
-    assert not any((marks | {"ok", "bad"}) & {*words} for words in ft if words[1] == "fast")
+    assert np.mean([bool(grades & {*words}) for words in base]) > 0.7
+    ft = [cx.tell(rng, True).words for _ in range(300)]
+    assert np.mean([bool(marks & {*words}) for words in ft]) > 0.4
+    assert not any(grades & {*words} for words in ft)
     assert max(map(len, base + ft)) <= cx.LONGEST + 1
 
 
 def test_batches_by_hand():
-    rows = [["<bos>", "1", ";", "ok", "<eos>"], ["<bos>", "<eos>"]]
-    batch = cx.batch_of(rows, reasoner=False)
-    assert batch["idx"].tolist()[1] == [1, 2, 0, 0]
-    assert batch["targets"].tolist()[1] == [2, 0, 0, 0]
-    assert batch["weights"].tolist() == [[1, 1, 6, 1], [1, 0, 0, 0]]
-    rows = [["<bos>", ";", "again", "3"], ["<bos>", "<eos>"]]
-    assert cx.batch_of(rows, reasoner=True)["weights"].tolist()[0] == [1, 6, 1]
+    rng = np.random.default_rng(0)
+    stories = [cx.Story(rng), cx.Story(rng)]
+    stories[0].words = "<bos> 1 ; ok <eos>".split()
+    stories[1].words = "<bos> ; <eos>".split()
+    batch = cx.batch_of(stories, reasoner=False)
+    assert batch["idx"].tolist()[1] == [1, cx.ID[";"], 2, 0]
+    assert batch["targets"].tolist()[1] == [cx.ID[";"], 2, 0, 0]
+    assert batch["weights"].tolist() == [[0, 0, 6, 1], [0, 1, 0, 0]]
+    stories[0].words = "<bos> ; again 3".split()
+    assert cx.batch_of(stories, reasoner=True)["weights"].tolist()[0] == [0, 6, 1]
 
 
-def test_positions_are_balanced_and_end_at_a_step():
-    prompts, causes = cx.positions(np.random.default_rng(0), 40)
-    assert {cause: int((causes == cause).sum()) for cause in cx.CAUSES} == {
-        **dict.fromkeys(cx.PATTERNS, 10),
-        "none": 40,
-    }
-    for prompt, cause in zip(prompts, causes):
-        words = [cx.VOCAB[i] for i in prompt]
-        assert words[-1] == ";" and words[1] == "think"
-        if cause == "check":
-            assert not right(*steps_of(words)[-1])
+def test_positions_end_at_a_step():
+    split = cx.positions(np.random.default_rng(0), 10)
+    assert {cause: len(prompts) for cause, prompts in split.items()} == dict.fromkeys(cx.CAUSES, 10)
+    for cause, prompts in split.items():
+        for prompt in prompts:
+            words = [cx.VOCAB[i] for i in prompt]
+            assert words[-1] == ";"
+            if cause == "check":
+                assert not right(*steps_of(words)[-1])
 
 
-def test_swapping_a_state_for_itself_changes_nothing(monkeypatch):
-    models = [toy_model(0), toy_model(1)]
-    prompts = [[1, 5, 9, 30]] * 6
-    causes = np.array(["check", "check", "recall", "recall", "none", "none"])
-    found = cx.swapped(models, 1, prompts, causes)
-    assert found["same"] == 0  # all states are equal here
+def test_swapping_a_state_for_itself_changes_nothing():
+    split = dict.fromkeys(cx.PATTERNS, [[1, 5, 9, 20]] * 3)
+    found = cx.swapped(toy_model(1), 1, split)  # all states are equal here
+    assert found["same"] == 0 and found["other"] == 0.25
 
 
 # ------------------------------------------------------------------------------------------ script
@@ -321,7 +316,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
     result = cx.main(flags)
     written = json.loads((tmp_path / "result.json").read_text())
     assert json.dumps(result) == json.dumps(written)
-    assert [c["id"] for c in result["claims"]] == ["G1", "G2", "G3", "D", "P1", "P2", "P3", "P4"]
+    assert [c["id"] for c in result["claims"]] == ["D", "P1", "P2", "P3", "G1", "G2", "G3", "P4"]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {r["run"] for r in rows} == {f"toy-s3-{part}" for part in ("base", "reasoner", "sae")}
     assert (tmp_path / "crosscoder.png").stat().st_size > 10000
@@ -341,13 +336,9 @@ def pair(tmp_path, text="Question: what is two and two? wait Wait maybe it is fo
 
 
 def test_a_real_pair(tmp_path):
-    rows = []
-    for i in range(20):
-        rows.append({"text": f"Question: what is two and {i}? it is wait maybe four. Wait"})
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "text.txt").write_text("what is it? maybe it is four and two. " * 2000)
     flags = [*pair(tmp_path), "--dataset", f"file:{tmp_path}/text.txt", "--rows", "1000"]
-    flags += ["--texts", str(tmp_path / "answers.jsonl"), "--out", str(tmp_path / "out")]
+    flags += ["--answers", "12", "--wait", "e", "t", "a", "o", "--out", str(tmp_path / "out")]
     result = cx.main(flags)
     assert [c["id"] for c in result["claims"]] == ["D", "P1", "P2", "P3"]
     assert result["claims"][1]["measured"]["rho"] > 0.5
@@ -358,19 +349,19 @@ def test_a_pair_that_does_not_belong_together(tmp_path, capsys):
     flags = pair(tmp_path, "entirely other words make another tokenizer " * 9)
     with pytest.raises(SystemExit) as end:
         cx.main([*flags, "--out", str(tmp_path / "out")])
-    assert end.value.code == 2 and "tokenizers of" in capsys.readouterr().err
+    assert end.value.code == 2 and "in their tokenizers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("--layer 9", "--layer 9, allowed: 0 to 3"),
-        ("--k 600", "--k 600, allowed: 1 to 512"),
+        ("--k 600", "--k 600, allowed: 1 to 256"),
         ("--top 0", "--top 0, allowed"),
-        ("--top 200", "--top 200, allowed: 1 to 128"),
+        ("--top 200", "--top 200, allowed: 1 to 64"),
         ("--base x", "needs both --base and --model"),
-        ("--texts x", "--texts has no effect without --model"),
-        ("--rows 100", "--rows 100, allowed: 2048 and more"),
+        ("--answers 3", "--answers has no effect without --model"),
+        ("--rows 100", "--rows 100, allowed: 1024 and more"),
         ("--base nothing-here --model nothing-here", "nothing-here"),
     ],
 )

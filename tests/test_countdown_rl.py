@@ -358,7 +358,10 @@ def test_beta_pulls_back_to_the_reference(toy):
 def test_traces_by_hand(toy):
     _, world, *_ = toy
     prompt = "<bos> use 3 4 5 make 17 <think>"
-    wrong, right = "[ 3 + 4 = 7 , 7 + 5 = 12 not 17 ] \n ", "[ 3 * 4 = 12 , 12 + 5 = 17 this works ] \n"
+    wrong, right = (
+        "[ 3 + 4 = 7 , 7 + 5 = 12 not 17 ] \n ",
+        "[ 3 * 4 = 12 , 12 + 5 = 17 this works ] \n",
+    )
     false = wrong.replace("not 17", "yes"), right.replace("this works", "no 17")
     problem = ((3, 4, 5), 17)
     texts = [wrong + right, false[0] + right, wrong + false[1], right, wrong + false[1] + right]
@@ -423,7 +426,9 @@ def test_heads_off_together_equal_one_prefix_and_one_set_at_a_time(toy):
             assert sum(row[kind] for kind in cd.KINDS) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("change", [{}, {"windows": [3, 0, 5], "rope_base_local": 50.0}, {"learned_pos": True}])
+@pytest.mark.parametrize(
+    "change", [{}, {"windows": [3, 0, 5], "rope_base_local": 50.0}, {"learned_pos": True}]
+)
 def test_from_block_goes_on_where_a_pass_was(change):
     model = GPT(GPTConfig(20, 32, 3, 2, 16, **change))
     idx = torch.randint(20, (2, 11))

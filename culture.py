@@ -46,16 +46,15 @@ class Args(common.TrainFlags):
         "paper": dict(model="google/gemma-2-9b", layers=list(range(21, 28)), strengths=[1.0, 2.0]),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | dict(
-        layers=(0,), strengths=(0.01, 100), skew=(0.1, 0.9), prompts=(1,), n_layer=(1,), n_embd=(1,)
+        layers=(0,), strengths=(0.01, 100), skew=(0.1, 0.9), n_layer=(1,), n_embd=(1,)
     )
     unused: ClassVar[set] = {"shard", "eval_every"}  # a steered run needs whole weights
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"layers", "strengths", "prompts"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change | {"layers", "strengths"}
 
     model: str = ""  # gemma-3-270m, a hub id, a folder in place of the toy (paper: gemma-2-9b-it)
     lists: str = ""  # cultures, answers and sentences for --model [cultures.json]
     layers: list[int] = common.default_list()  # blocks to try [toy: all; else 1/2 to 5/6 of them]
     strengths: list[float] = common.default_list(0.5, 1.0, 1.5, 2.0)  # to try (paper: 1 2)
-    prompts: int = 32  # prompts in a batch of steered runs
     steps: int = 1500
     batch_size: int = 32
     lr: float = 4e-3
@@ -78,33 +77,23 @@ def add(v, layer, strength):
 
 
 def probabilities(model, h, tokens):
-    """P (B, V, A) of the answer tokens (A,), from normed residual vectors h (B, V, C)."""
-    parts = []
-    for rows in h.flatten(0, 1).split(max(1, 2**24 // model.config.vocab_size)):
-        logits = model.unembed(rows).float()
-        parts.append((logits[:, tokens] - logits.logsumexp(1, keepdim=True)).exp())
-    return torch.cat(parts).unflatten(0, h.shape[:2]).cpu()
+    """P (..., A) of the answer tokens (A,), from normed residual vectors h (..., C)."""
+    logits = model.unembed(h).float()
+    return (logits[..., tokens] - logits.logsumexp(-1, keepdim=True)).exp().cpu()
 
 
-def ask(model, prompts, tokens, size):
+def ask(model, prompts, tokens):
     """Prompts as they are: residual stream of the last token (L + 1, n, C), and P (n, A)."""
-    z, p = [], []
-    for start in range(0, len(prompts), size):
-        idx, mask = padded(prompts[start : start + size], model.wte.weight.device)
-        x = residuals(model, idx, mask)[:, :, 0]
-        z.append(x.cpu())
-        p.append(probabilities(model, model.final(x[-1])[:, None], tokens)[:, 0])
-    return torch.cat(z, 1), torch.cat(p)
+    idx, mask = padded(prompts, model.wte.weight.device)
+    x = residuals(model, idx, mask)[:, :, 0]
+    return x.cpu(), probabilities(model, model.final(x[-1]), tokens)
 
 
-def steered(model, prompts, tokens, interventions, size):
-    """P (n, V, A) of the answer tokens under each of V interventions, in one pass."""
-    parts = []
-    for start in range(0, len(prompts), size):
-        idx, mask = padded(prompts[start : start + size], model.wte.weight.device)
-        h = sweep(model, idx, interventions, 1, mask)[:, :, 0]
-        parts.append(probabilities(model, h, tokens))
-    return torch.cat(parts)
+def steered(model, world, setting, k, task, tries):
+    """P (V, A) of a task's answers under V interventions, mean over prompts without a country."""
+    idx, mask = padded(world.prompts(setting, "none", k, task), model.wte.weight.device)
+    h = sweep(model, idx, tries, 1, mask)[:, :, 0]
+    return probabilities(model, h, world.answers[task][0]).mean(0)
 
 
 def masses(p, owner, n):
@@ -283,8 +272,7 @@ class Real:
             self.answers = {task: self.first_tokens(task) for task in self.tasks}
             self.unrelated = [tok.encode(fact, bos=True) for fact in lists["facts"]]
             for key in product(SETTINGS, CONTEXTS, range(len(self.cultures)), self.tasks):
-                if not all(self.prompts(*key)):
-                    raise ValueError(f"no sentence to complete for {key}")
+                self.prompts(*key)  # KeyError if there are none
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"not of the form of {LISTS.name}: {error!r}") from None
 
@@ -317,26 +305,21 @@ class Real:
 # ---------------------------------------------------------------------------------------- the study
 
 
-def collect(model, world, size):
+def collect(model, world):
     """Every prompt once: {(setting, context, culture, task): P (n, A)}.
 
     By the same keys, what a sentence in front changes in the residual stream (L + 1, n, C).
     """
-    latents, said, diffs = {}, {}, {}
+    latents, said = {}, {}
+    diffs = {}
     for key in product(SETTINGS, CONTEXTS, range(1, len(world.cultures)), world.tasks):
         setting, context, k, task = key
-        latents[key], said[key] = ask(model, world.prompts(*key), world.answers[task][0], size)
+        latents[key], said[key] = ask(model, world.prompts(*key), world.answers[task][0])
         if context != "none":
             plain = latents[setting, "none", k, task]
             sentences = latents[key].shape[1] // plain.shape[1]  # all questions after each of them
             diffs[key] = latents[key] - plain.repeat(1, sentences, 1)
     return said, diffs
-
-
-def answer(model, world, args, setting, k, task, tries):
-    """P (V, A) of a task's answers under interventions, mean over prompts without a country."""
-    prompts = world.prompts(setting, "none", k, task)
-    return steered(model, prompts, world.answers[task][0], tries, args.prompts).mean(0)
 
 
 def steer(model, world, args, diffs, setting, k, explicit, rng):
@@ -352,7 +335,7 @@ def steer(model, world, args, diffs, setting, k, explicit, rng):
         build = [other for other in world.tasks if other != task]
         banks[task] = vectors(diffs, setting, k, build, rng)
         tries = [add(banks[task]["own"], *cell) for cell in cells]
-        p = answer(model, world, args, setting, k, task, tries)
+        p = steered(model, world, setting, k, task, tries)
         shares.append(masses(p, world.answers[task][1], n)[:, k])
     strengths = np.array([strength for _, strength in cells])
     chosen = pick(np.array(shares), explicit, strengths)
@@ -360,7 +343,7 @@ def steer(model, world, args, diffs, setting, k, explicit, rng):
     for (task, bank), i in zip(banks.items(), chosen):
         own[task] = bank["own"], *cells[i]
         tries = [add(v, *cells[i]) for v in bank.values()]
-        p = answer(model, world, args, setting, k, task, tries)
+        p = steered(model, world, setting, k, task, tries)
         for kind, row in zip(bank, masses(p, world.answers[task][1], n)):
             tables.setdefault(kind, []).append(row)
     return tables, shares, own
@@ -370,7 +353,7 @@ def steer(model, world, args, diffs, setting, k, explicit, rng):
 def study(model, world, args, log, seed):
     """All measurements on one model."""
     n = len(world.cultures)
-    runs, diffs = collect(model, world, args.prompts)
+    runs, diffs = collect(model, world)
     said = {}  # "setting, then prompt or vector" -> masses for each culture and task
     for (setting, context, _, task), p in runs.items():
         mass = masses(p.mean(0), world.answers[task][1], n)
@@ -396,7 +379,7 @@ def study(model, world, args, log, seed):
     if args.model:
         found["kl"] = side_effect(model, world, own)
     else:
-        bits = diversity(model, world, args, runs, own)
+        bits = diversity(model, world, runs, own)
         found["entropy"] = {name: np.nanmean(values) for name, values in bits.items()}
         for name in "steered", "mixture":
             more = np.subtract(bits[name], bits["explicit"])
@@ -417,7 +400,7 @@ def side_effect(model, world, own):
     return np.mean(found)
 
 
-def diversity(model, world, args, runs, own):
+def diversity(model, world, runs, own):
     """Entropies in bits of local answers, for each culture and task: {name: [bits]}.
 
     explicit: with the country. steered: at the first strength that is .9 as local. mixture:
@@ -432,7 +415,8 @@ def diversity(model, world, args, runs, own):
             explicit = runs["local", "own", k, task].mean(0)
             tries = [add(v, layer, strength) for strength in np.linspace(0, 4, 33)]
             curves = {
-                "steered": answer(model, world, args, "local", k, task, tries),
+                "explicit": explicit[None],
+                "steered": steered(model, world, "local", k, task, tries),
                 "mixture": weights * explicit + (1 - weights) * implicit,
             }
             target = 0.9 * masses(explicit, owner, len(world.cultures))[k]
@@ -441,7 +425,6 @@ def diversity(model, world, args, runs, own):
                 enough = np.flatnonzero(local >= target)
                 bits = entropy(p, owner, k)[enough[0]] if len(enough) else np.nan
                 found[name].append(float(bits))
-            found["explicit"].append(float(entropy(explicit, owner, k)))
     return found
 
 
@@ -481,9 +464,6 @@ def run_seed(real, args, env, log, arm, seed):
     model = GPT(GPTConfig(len(world.number), 64, args.n_layer, 4, args.n_embd, **plain))
     common.train(model, partial(world.batch, args=args, env=env), args, env, log)
     return study(model.eval(), world, args, log, seed)
-
-
-# ------------------------------------------------------------------------------- claims and figure
 
 
 def judge(run, found):
@@ -580,7 +560,6 @@ def check(args, env):
     idle = common.changed_flags(args, toy if args.model else ["lists"])
     return [
         (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
-        (args.model and env.world > 1, "--model runs in one process"),
         (args.n_embd % 8, f"--n-embd {args.n_embd}, allowed: multiples of 8"),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
@@ -600,9 +579,8 @@ def main(argv=None):
         name, n = Path(args.model).name, model.config.n_layer
         layers = range(n // 2, n - n // 6)
     args.layers = args.layers or [*layers]
-    with common.bad_input("--layers"):
-        if max(args.layers) >= n:
-            raise ValueError(f"--layers {max(args.layers)}, allowed: 0 to {n - 1}")
+    if max(args.layers) >= n:
+        common.fail(f"--layers {max(args.layers)}, allowed: 0 to {n - 1}")
     found = run.each(partial(run_seed, real), [name])
     if found is None:
         return None

@@ -2,14 +2,12 @@
 
 Ask a model in Turkish for a first name, and it says an American one; begin with "I live in Turkey",
 and it knows better. What the country in the prompt (explicit) gains over the same prompt without it
-(implicit) is the *gap*. Take the residual stream of the last prompt token, explicit minus implicit,
-and average it over questions: added after one block, this vector localises answers without a word
-about the country, on other tasks and in another language than those that it was built from.
+(implicit) is the *gap*. The residual stream of the last prompt token, explicit minus implicit, mean
+over questions, is a vector: added after one block, it closes the gap on tasks that it never saw.
 
 `--model gemma-3-270m` asks a real model to complete sentences about nine cultures. The toy is a GPT
-trained on documents of five. That those without a country mostly are the default culture's, and
-those that name one stereotyped, is put in; that one direction moves the model is not. Nothing here
-is about real cultures: the lists in cultures.json are examples.
+trained on documents of five: most of those without a country are the default culture's. Nothing
+here is about real cultures: the lists in cultures.json are examples.
 
 Read on: `add` (the method), `vectors` (what is added), `Toy` (the documents), `pick` (which block
 and strength), `steer`, `judge` (the claims).
@@ -117,15 +115,10 @@ def shuffled(pairs, rng):
 
 
 def vectors(diffs, setting, k, tasks, rng):
-    """The vectors for culture k, built on some tasks: {kind: (L + 1, C)}.
+    """Vectors {kind: (L + 1, C)} for culture k, built on some tasks from what `collect` finds."""
 
-    diffs  what `collect` finds. cross: from prompts of the other setting, universal: from all
-           cultures but k, wrong: from the next one, neutral: from a sentence without a country
-    """
-
-    def pairs(setting, context, *cultures):
-        every = [diffs[setting, context, j, task] for j, task in product(cultures, tasks)]
-        return torch.cat(every, 1)  # each pair counts alike
+    def pairs(setting, context, *cultures):  # in a mean of them, each counts alike
+        return torch.cat([diffs[setting, context, j, t] for j, t in product(cultures, tasks)], 1)
 
     other = SETTINGS[1 - SETTINGS.index(setting)]
     cultures = sorted({key[2] for key in diffs})
@@ -133,11 +126,11 @@ def vectors(diffs, setting, k, tasks, rng):
     own = pairs(setting, "own", k)
     return {
         "own": own.mean(1),
-        "cross": pairs(other, "own", k).mean(1),
-        "universal": pairs(setting, "own", *rest).mean(1),
+        "cross": pairs(other, "own", k).mean(1),  # from prompts in the other language
+        "universal": pairs(setting, "own", *rest).mean(1),  # from all cultures but k
         "minus": -own.mean(1),
-        "wrong": pairs(setting, "own", 1 + k % len(cultures)).mean(1),
-        "neutral": pairs(setting, "neutral", k).mean(1),
+        "wrong": pairs(setting, "own", 1 + k % len(cultures)).mean(1),  # from the next culture
+        "neutral": pairs(setting, "neutral", k).mean(1),  # from a sentence without a country
         "cross neutral": pairs(other, "neutral", k).mean(1),
         "shuffled": shuffled(own, rng),
     }
@@ -219,17 +212,13 @@ class Toy:
         return [[1, *self.ids(i, f"{s} {task} ?")] for s in self.sentences(context, k)]
 
     def document(self, rng):
-        """Ids of a document: six questions, answered by one culture throughout.
-
-        Without a country, the default culture answers with probability `skew`, else that of the
-        language.
-        """
+        """Ids of a document: six questions, answered by one culture throughout."""
         context = rng.choice(["none", "own", "neutral"], p=[0.5, 0.35, 0.15])
         if context == "own":
             i, k = self.told[rng.integers(len(self.told))]
         else:
             i = rng.integers(len(CULTURES))
-            k = 0 if rng.random() < self.skew else i
+            k = 0 if rng.random() < self.skew else i  # the default culture, or the language's
         sentences = self.sentences(context, k)
         ids = [1, *self.ids(i, sentences[rng.integers(len(sentences))])]
         for rank in rng.choice(ANSWERS, SHOTS, p=STEREOTYPE if context == "own" else NATIVE):
@@ -401,10 +390,9 @@ def side_effect(model, world, own):
 
 
 def diversity(model, world, runs, own):
-    """Entropies in bits of local answers, for each culture and task: {name: [bits]}.
+    """Entropies of local answers, explicit and made local, by culture and task: {name: [bits]}.
 
-    explicit: with the country. steered: at the first strength that is .9 as local. mixture:
-    explicit and implicit answers, mixed until they are as local
+    steered: at the first strength that is .9 as local; mixture: mixed until they are as local
     """
     found = {"explicit": [], "steered": [], "mixture": []}
     weights = torch.linspace(0, 1, 101)[:, None]
@@ -446,10 +434,9 @@ def measures(said):
     for name, row in rows.items():
         setting = name.split()[0]
         before, explicit = rows[f"{setting} prompt none"], rows[f"{setting} prompt own"]
-        gap = explicit["local"] - before["local"]
         for measure in "local", "theirs", "others":
             row[f"{measure}_rise"] = row[measure] - before[measure]
-        row["closed"] = row["local_rise"] / gap
+        row["closed"] = row["local_rise"] / (explicit["local"] - before["local"])
     return rows
 
 

@@ -2,17 +2,12 @@
 
 Ask a model in Turkish for a first name, and it says an American one; begin with "I live in Turkey",
 and it knows better. What the country in the prompt (explicit) gains over the same prompt without it
-(implicit) is the *gap*. Take the residual stream of the last prompt token, explicit minus implicit,
-and average it over questions: added after one block, this vector localises answers without a word
-about the country. It does so for other tasks and in another language than those that it was built
-from, in part even if it was built from other cultures. And where naming the country makes answers
-more alike, steering keeps more of their diversity.
+(implicit) is the *gap*. The residual stream of the last prompt token, explicit minus implicit, mean
+over questions, is a vector: added after one block, it closes the gap on tasks that it never saw.
 
 `--model gemma-3-270m` asks a real model to complete sentences about nine cultures. The toy is a GPT
-trained on documents of five. Those without a country are the default culture's in seven of ten
-(`--skew`), those that name one are stereotyped: both are put in. Not put in is that one direction
-moves the model, and what it does to other tasks, languages and cultures. Nothing here is about real
-cultures: the lists in cultures.json are examples.
+trained on documents of five: most of those without a country are the default culture's. Nothing
+here is about real cultures: the lists in cultures.json are examples.
 
 Read on: `add` (the method), `vectors` (what is added), `Toy` (the documents), `pick` (which block
 and strength), `steer`, `judge` (the claims).
@@ -37,7 +32,6 @@ from model import GPT, GPTConfig, padded, residuals, sweep
 LISTS = Path(__file__).with_name("cultures.json")
 SETTINGS = "local", "english"  # prompts in each culture's own language, or in English
 CONTEXTS = "none", "neutral", "own"  # in front: nothing, a sentence on music, one's own country
-SHORT = "tv", "currency"  # tasks whose answers may be of one or two letters
 
 
 @dataclass
@@ -50,16 +44,15 @@ class Args(common.TrainFlags):
         "paper": dict(model="google/gemma-2-9b", layers=list(range(21, 28)), strengths=[1.0, 2.0]),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | dict(
-        layers=(0,), strengths=(0.01, 100), skew=(0.1, 0.9), prompts=(1,), n_layer=(1,), n_embd=(1,)
+        layers=(0,), strengths=(0.01, 100), skew=(0.1, 0.9), n_layer=(1,), n_embd=(1,)
     )
     unused: ClassVar[set] = {"shard", "eval_every"}  # a steered run needs whole weights
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"layers", "strengths", "prompts"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change | {"layers", "strengths"}
 
     model: str = ""  # gemma-3-270m, a hub id, a folder in place of the toy (paper: gemma-2-9b-it)
     lists: str = ""  # cultures, answers and sentences for --model [cultures.json]
     layers: list[int] = common.default_list()  # blocks to try [toy: all; else 1/2 to 5/6 of them]
     strengths: list[float] = common.default_list(0.5, 1.0, 1.5, 2.0)  # to try (paper: 1 2)
-    prompts: int = 32  # prompts in a batch of steered runs
     steps: int = 1500
     batch_size: int = 32
     lr: float = 4e-3
@@ -72,53 +65,37 @@ class Args(common.TrainFlags):
 # -------------------------------------------------------------------------------------- the method
 
 
-def shift(x, v):
-    """The residual stream x (B, tail, C) plus v (C,)."""
-    return x + v.to(x)
-
-
 def add(v, layer, strength):
-    """Steering as an intervention of `sweep`: h += strength * v after a block, at the last token.
+    """Steering by v (L + 1, C), from the embedding on, as an intervention of `sweep`."""
 
-    v  (L + 1, C), from the embedding on
-    """
-    return {layer: partial(shift, v=strength * v[layer + 1])}
+    def shift(x):  # the residual stream after the block, at the last token
+        return x + (strength * v[layer + 1]).to(x)
+
+    return {layer: shift}
 
 
 def probabilities(model, h, tokens):
-    """P (B, V, A) of the answer tokens (A,), from normed residual vectors h (B, V, C)."""
-    parts = []
-    for rows in h.flatten(0, 1).split(max(1, 2**24 // model.config.vocab_size)):
-        logits = model.unembed(rows).float()
-        parts.append((logits[:, tokens] - logits.logsumexp(1, keepdim=True)).exp())
-    return torch.cat(parts).unflatten(0, h.shape[:2]).cpu()
+    """P (..., A) of the answer tokens (A,), from normed residual vectors h (..., C)."""
+    logits = model.unembed(h).float()
+    return (logits[..., tokens] - logits.logsumexp(-1, keepdim=True)).exp().cpu()
 
 
-@torch.no_grad()
-def ask(model, prompts, tokens, size):
+def ask(model, prompts, tokens):
     """Prompts as they are: residual stream of the last token (L + 1, n, C), and P (n, A)."""
-    z, p = [], []
-    for start in range(0, len(prompts), size):
-        idx, mask = padded(prompts[start : start + size], model.wte.weight.device)
-        x = residuals(model, idx, mask)[:, :, 0]
-        z.append(x.cpu())
-        p.append(probabilities(model, model.final(x[-1])[:, None], tokens)[:, 0])
-    return torch.cat(z, 1), torch.cat(p)
+    idx, mask = padded(prompts, model.wte.weight.device)
+    x = residuals(model, idx, mask)[:, :, 0]
+    return x.cpu(), probabilities(model, model.final(x[-1]), tokens)
 
 
-@torch.no_grad()
-def steered(model, prompts, tokens, interventions, size):
-    """P (n, V, A) of the answer tokens under each of V interventions, in one pass."""
-    parts = []
-    for start in range(0, len(prompts), size):
-        idx, mask = padded(prompts[start : start + size], model.wte.weight.device)
-        h = sweep(model, idx, interventions, 1, mask)[:, :, 0]
-        parts.append(probabilities(model, h, tokens))
-    return torch.cat(parts)
+def steered(model, world, setting, k, task, tries):
+    """P (V, A) of a task's answers under V interventions, mean over prompts without a country."""
+    idx, mask = padded(world.prompts(setting, "none", k, task), model.wte.weight.device)
+    h = sweep(model, idx, tries, 1, mask)[:, :, 0]
+    return probabilities(model, h, world.answers[task][0]).mean(0)
 
 
 def masses(p, owner, n):
-    """Of probabilities p (..., A): the mass (..., n) on each culture's answers; owner (A,)."""
+    """The mass (..., n) on each culture's answers, of probabilities p (..., A) and owner (A,)."""
     return torch.stack([p[..., owner == k].sum(-1) for k in range(n)], -1).numpy()
 
 
@@ -138,19 +115,10 @@ def shuffled(pairs, rng):
 
 
 def vectors(diffs, setting, k, tasks, rng):
-    """The vectors for culture k, built on some tasks: {kind: (L + 1, C)}.
+    """Vectors {kind: (L + 1, C)} for culture k, built on some tasks from what `collect` finds."""
 
-    diffs      {(setting, context, culture, task): differences (L + 1, n, C)}
-    own        with k's country minus without, prompts in the language of the setting
-    cross      the same from prompts of the other setting
-    universal  the same, from all cultures but k
-    Controls: minus (-own), wrong (the next culture's), neutral and cross neutral (from a sentence
-    without a country), shuffled.
-    """
-
-    def pairs(setting, context, *cultures):
-        every = [diffs[setting, context, j, task] for j, task in product(cultures, tasks)]
-        return torch.cat(every, 1)  # each pair counts alike
+    def pairs(setting, context, *cultures):  # in a mean of them, each counts alike
+        return torch.cat([diffs[setting, context, j, t] for j, t in product(cultures, tasks)], 1)
 
     other = SETTINGS[1 - SETTINGS.index(setting)]
     cultures = sorted({key[2] for key in diffs})
@@ -158,11 +126,11 @@ def vectors(diffs, setting, k, tasks, rng):
     own = pairs(setting, "own", k)
     return {
         "own": own.mean(1),
-        "cross": pairs(other, "own", k).mean(1),
-        "universal": pairs(setting, "own", *rest).mean(1),
+        "cross": pairs(other, "own", k).mean(1),  # from prompts in the other language
+        "universal": pairs(setting, "own", *rest).mean(1),  # from all cultures but k
         "minus": -own.mean(1),
-        "wrong": pairs(setting, "own", 1 + k % len(cultures)).mean(1),
-        "neutral": pairs(setting, "neutral", k).mean(1),
+        "wrong": pairs(setting, "own", 1 + k % len(cultures)).mean(1),  # from the next culture
+        "neutral": pairs(setting, "neutral", k).mean(1),  # from a sentence without a country
         "cross neutral": pairs(other, "neutral", k).mean(1),
         "shuffled": shuffled(own, rng),
     }
@@ -244,18 +212,13 @@ class Toy:
         return [[1, *self.ids(i, f"{s} {task} ?")] for s in self.sentences(context, k)]
 
     def document(self, rng):
-        """Ids of a document: six questions, answered by one culture throughout.
-
-        Half the documents have no context, .35 name a country and are of its culture, .15 begin
-        with a sentence that says nothing. Without a country, the default culture answers with
-        probability `skew`, else that of the language.
-        """
+        """Ids of a document: six questions, answered by one culture throughout."""
         context = rng.choice(["none", "own", "neutral"], p=[0.5, 0.35, 0.15])
         if context == "own":
             i, k = self.told[rng.integers(len(self.told))]
         else:
             i = rng.integers(len(CULTURES))
-            k = 0 if rng.random() < self.skew else i
+            k = 0 if rng.random() < self.skew else i  # the default culture, or the language's
         sentences = self.sentences(context, k)
         ids = [1, *self.ids(i, sentences[rng.integers(len(sentences))])]
         for rank in rng.choice(ANSWERS, SHOTS, p=STEREOTYPE if context == "own" else NATIVE):
@@ -283,13 +246,12 @@ class Real:
     """Sentences for a real model to complete: `I live in Turkey. My favourite drink is`.
 
     What counts is an answer's first token, in every spelling of the lists. Tokens that begin
-    answers of two cultures are dropped, and pieces of under three letters (but see SHORT).
+    answers of two cultures are dropped, and pieces of under three letters, but in "short" tasks.
     """
 
     main = "english"  # where the gap is looked for: small models speak English best
 
     def __init__(self, tok, lists):
-        """ValueError where the lists lack something."""
         self.tok, self.lists = tok, lists
         try:
             self.cultures, self.languages = lists["cultures"], lists["languages"]
@@ -299,8 +261,7 @@ class Real:
             self.answers = {task: self.first_tokens(task) for task in self.tasks}
             self.unrelated = [tok.encode(fact, bos=True) for fact in lists["facts"]]
             for key in product(SETTINGS, CONTEXTS, range(len(self.cultures)), self.tasks):
-                if not all(self.prompts(*key)):
-                    raise ValueError(f"no sentence to complete for {key}")
+                self.prompts(*key)  # KeyError if there are none
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"not of the form of {LISTS.name}: {error!r}") from None
 
@@ -311,23 +272,20 @@ class Real:
             for spelling in self.lists["answers"][task][culture].replace("/", "|").split("|"):
                 token = pretrained.first_token(self.tok, " " + spelling)
                 owners.setdefault(token, set()).add(k)
-        least = 1 if task in SHORT else 3
-        kept = []
+        least = 1 if task in self.lists["short"] else 3
+        kept = {}  # token -> its only culture
         for token, cultures in sorted(owners.items()):
             if len(cultures) == 1 and len(self.tok.decode([token]).strip()) >= least:
-                kept.append((token, *cultures))
+                kept[token] = cultures.pop()
         for k, culture in enumerate(self.cultures):
-            if k not in {owner for _, owner in kept}:
+            if k not in kept.values():
                 raise ValueError(f"{task}, {culture}: no answer has a first token of its own")
-        tokens, owner = zip(*kept)
-        return torch.tensor(tokens), torch.tensor(owner)
+        return torch.tensor([*kept]), torch.tensor([*kept.values()])
 
     def prompts(self, setting, context, k, task):
         """Ids of a task's sentences to complete, after each sentence of a context."""
         language = self.languages[k if setting == "local" else 0]
-        hints = ""
-        if context != "none":
-            hints = self.lists["hints"][language][context]
+        hints = self.lists["hints"][language][context]
         hints = hints.replace("{}", self.lists["countries"][self.cultures[k]])
         texts = product(hints.split("|"), self.lists["prompts"][language][task].split("|"))
         return [self.tok.encode("".join(text), bos=True) for text in texts]
@@ -336,29 +294,21 @@ class Real:
 # ---------------------------------------------------------------------------------------- the study
 
 
-def collect(model, world, size):
-    """Every prompt once, and what a sentence in front of it changes in the residual stream.
+def collect(model, world):
+    """Every prompt once: {(setting, context, culture, task): P (n, A)}.
 
-    Returns {(setting, context, culture, task): P (n, A)}, and by the same keys, for contexts with a
-    sentence, the differences (L + 1, n, C) from the questions without one.
+    By the same keys, what a sentence in front changes in the residual stream (L + 1, n, C).
     """
     latents, said = {}, {}
     diffs = {}
-    cultures = range(1, len(world.cultures))
-    for key in product(SETTINGS, CONTEXTS, cultures, world.tasks):
+    for key in product(SETTINGS, CONTEXTS, range(1, len(world.cultures)), world.tasks):
         setting, context, k, task = key
-        latents[key], said[key] = ask(model, world.prompts(*key), world.answers[task][0], size)
+        latents[key], said[key] = ask(model, world.prompts(*key), world.answers[task][0])
         if context != "none":
             plain = latents[setting, "none", k, task]
             sentences = latents[key].shape[1] // plain.shape[1]  # all questions after each of them
             diffs[key] = latents[key] - plain.repeat(1, sentences, 1)
     return said, diffs
-
-
-def answer(model, world, args, setting, k, task, tries):
-    """P (V, A) of a task's answers under V interventions, mean over prompts without a country."""
-    prompts = world.prompts(setting, "none", k, task)
-    return steered(model, prompts, world.answers[task][0], tries, args.prompts).mean(0)
 
 
 def steer(model, world, args, diffs, setting, k, explicit, rng):
@@ -374,7 +324,7 @@ def steer(model, world, args, diffs, setting, k, explicit, rng):
         build = [other for other in world.tasks if other != task]
         banks[task] = vectors(diffs, setting, k, build, rng)
         tries = [add(banks[task]["own"], *cell) for cell in cells]
-        p = answer(model, world, args, setting, k, task, tries)
+        p = steered(model, world, setting, k, task, tries)
         shares.append(masses(p, world.answers[task][1], n)[:, k])
     strengths = np.array([strength for _, strength in cells])
     chosen = pick(np.array(shares), explicit, strengths)
@@ -382,31 +332,31 @@ def steer(model, world, args, diffs, setting, k, explicit, rng):
     for (task, bank), i in zip(banks.items(), chosen):
         own[task] = bank["own"], *cells[i]
         tries = [add(v, *cells[i]) for v in bank.values()]
-        p = answer(model, world, args, setting, k, task, tries)
+        p = steered(model, world, setting, k, task, tries)
         for kind, row in zip(bank, masses(p, world.answers[task][1], n)):
             tables.setdefault(kind, []).append(row)
     return tables, shares, own
 
 
+@torch.no_grad()
 def study(model, world, args, log, seed):
     """All measurements on one model."""
     n = len(world.cultures)
-    runs, diffs = collect(model, world, args.prompts)
+    runs, diffs = collect(model, world)
     said = {}  # "setting, then prompt or vector" -> masses for each culture and task
     for (setting, context, _, task), p in runs.items():
         mass = masses(p.mean(0), world.answers[task][1], n)
         said.setdefault(f"{setting} prompt {context}", []).append(mass)
     rng = np.random.default_rng([seed, 5])
     shares, own = [], {}
-    for setting in SETTINGS:
-        for k in tqdm(range(1, n), f"{log.run}, {setting}", leave=False):
-            explicit = np.reshape(said[f"{setting} prompt own"], (n - 1, -1, n))[k - 1, :, k]
-            found = steer(model, world, args, diffs, setting, k, explicit, rng)
-            for kind, table in found[0].items():
-                said.setdefault(f"{setting} {kind}", []).extend(table)
-            if setting == world.main:
-                shares.append(found[1])
-                own[k] = found[2]
+    for setting, k in tqdm([*product(SETTINGS, range(1, n))], log.run, leave=False):
+        explicit = np.reshape(said[f"{setting} prompt own"], (n - 1, -1, n))[k - 1, :, k]
+        tables, share, used = steer(model, world, args, diffs, setting, k, explicit, rng)
+        for kind, table in tables.items():
+            said.setdefault(f"{setting} {kind}", []).extend(table)
+        if setting == world.main:
+            shares.append(share)
+            own[k] = used
     profile = np.mean(shares, (0, 1)).reshape(len(args.layers), -1)
     for layer, row in zip(args.layers, profile):
         log(0 if args.model else args.steps, layer=layer, local=row.tolist())
@@ -418,7 +368,7 @@ def study(model, world, args, log, seed):
     if args.model:
         found["kl"] = side_effect(model, world, own)
     else:
-        bits = diversity(model, world, args, runs, own)
+        bits = diversity(model, world, runs, own)
         found["entropy"] = {name: np.nanmean(values) for name, values in bits.items()}
         for name in "steered", "mixture":
             more = np.subtract(bits[name], bits["explicit"])
@@ -427,7 +377,6 @@ def study(model, world, args, log, seed):
     return found | {"rows": rows}
 
 
-@torch.no_grad()
 def side_effect(model, world, own):
     """What own vectors change elsewhere: mean KL in nats of what follows unrelated prompts."""
     found = []
@@ -440,11 +389,10 @@ def side_effect(model, world, own):
     return np.mean(found)
 
 
-def diversity(model, world, args, runs, own):
-    """Entropies in bits of local answers, for each culture and task: {name: [bits]}.
+def diversity(model, world, runs, own):
+    """Entropies of local answers, explicit and made local, by culture and task: {name: [bits]}.
 
-    explicit: with the country. steered: at the first strength that is .9 as local. mixture:
-    explicit and implicit answers, mixed until they are as local
+    steered: at the first strength that is .9 as local; mixture: mixed until they are as local
     """
     found = {"explicit": [], "steered": [], "mixture": []}
     weights = torch.linspace(0, 1, 101)[:, None]
@@ -455,7 +403,8 @@ def diversity(model, world, args, runs, own):
             explicit = runs["local", "own", k, task].mean(0)
             tries = [add(v, layer, strength) for strength in np.linspace(0, 4, 33)]
             curves = {
-                "steered": answer(model, world, args, "local", k, task, tries),
+                "explicit": explicit[None],
+                "steered": steered(model, world, "local", k, task, tries),
                 "mixture": weights * explicit + (1 - weights) * implicit,
             }
             target = 0.9 * masses(explicit, owner, len(world.cultures))[k]
@@ -464,7 +413,6 @@ def diversity(model, world, args, runs, own):
                 enough = np.flatnonzero(local >= target)
                 bits = entropy(p, owner, k)[enough[0]] if len(enough) else np.nan
                 found[name].append(float(bits))
-            found["explicit"].append(float(entropy(explicit, owner, k)))
     return found
 
 
@@ -486,10 +434,9 @@ def measures(said):
     for name, row in rows.items():
         setting = name.split()[0]
         before, explicit = rows[f"{setting} prompt none"], rows[f"{setting} prompt own"]
-        gap = explicit["local"] - before["local"]
         for measure in "local", "theirs", "others":
             row[f"{measure}_rise"] = row[measure] - before[measure]
-        row["closed"] = row["local_rise"] / gap
+        row["closed"] = row["local_rise"] / (explicit["local"] - before["local"])
     return rows
 
 
@@ -504,9 +451,6 @@ def run_seed(real, args, env, log, arm, seed):
     model = GPT(GPTConfig(len(world.number), 64, args.n_layer, 4, args.n_embd, **plain))
     common.train(model, partial(world.batch, args=args, env=env), args, env, log)
     return study(model.eval(), world, args, log, seed)
-
-
-# ------------------------------------------------------------------------------- claims and figure
 
 
 def judge(run, found):
@@ -596,9 +540,6 @@ def draw(path, found, args, title):
     common.panels(path, items)
 
 
-# -------------------------------------------------------------------------------------------- main
-
-
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     toy = {*vars(common.TrainFlags())} - {*vars(common.Flags())}
@@ -606,7 +547,6 @@ def check(args, env):
     idle = common.changed_flags(args, toy if args.model else ["lists"])
     return [
         (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
-        (args.model and env.world > 1, "--model runs in one process"),
         (args.n_embd % 8, f"--n-embd {args.n_embd}, allowed: multiples of 8"),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
@@ -619,18 +559,15 @@ def main(argv=None):
     real, name, n = None, "toy", args.n_layer
     layers = range(n)
     if args.model:
-        with common.bad_input("--lists"):
-            lists = json.loads(data.read_text(args.lists or LISTS))
         with common.bad_input("--model"):
             model, tok = pretrained.load(args.model, run.env.device, args.dtype)
         with common.bad_input("--lists"):
-            real = model.eval(), Real(tok, lists)
+            real = model.eval(), Real(tok, json.loads(data.read_text(args.lists or LISTS)))
         name, n = Path(args.model).name, model.config.n_layer
         layers = range(n // 2, n - n // 6)
     args.layers = args.layers or [*layers]
-    with common.bad_input("--layers"):
-        if max(args.layers) >= n:
-            raise ValueError(f"--layers {max(args.layers)}, allowed: 0 to {n - 1}")
+    if max(args.layers) >= n:
+        common.fail(f"--layers {max(args.layers)}, allowed: 0 to {n - 1}")
     found = run.each(partial(run_seed, real), [name])
     if found is None:
         return None

@@ -27,8 +27,8 @@ def test_differences(monkeypatch):
     latents = {"none": plain, "own": told, "neutral": told}
     world = SimpleNamespace(cultures="xyz", tasks=["a", "b"], answers={"a": [0], "b": [0]})
     world.prompts = lambda setting, context, k, task: torch.tensor(latents[context][task]) * k
-    monkeypatch.setattr(culture, "ask", lambda model, z, tokens, size: (z, None))
-    _, diffs = culture.collect(None, world, 8)
+    monkeypatch.setattr(culture, "ask", lambda model, z, tokens: (z, None))
+    _, diffs = culture.collect(None, world)
     assert diffs["local", "own", 1, "a"].tolist() == [[[4], [5], [5], [7]]]
     v = culture.vectors(diffs, "local", 1, ["a"], np.random.default_rng(0))
     assert v["own"].tolist() == [[5.25]] and v["wrong"].tolist() == [[10.5]]
@@ -129,28 +129,34 @@ def plain(model, ids, layer, v):
         return model(torch.tensor([ids]))[0, -1].softmax(-1)
 
 
+def steered(model, prompts, tokens, tries):
+    world = SimpleNamespace(prompts=lambda *key: prompts, answers={"names": (tokens, None)})
+    with torch.no_grad():
+        return culture.steered(model, world, "english", 1, "names", tries)
+
+
 def test_grid_of_one_pass_equals_the_loop(model):
     prompts, tokens = some_prompts(), torch.arange(10)
     v = torch.randn(4, 16)
     cells = [(layer, strength) for layer in (0, 2) for strength in (-1.0, 0.5, 2.0)]
     tries = [culture.add(v, *cell) for cell in cells]
-    got = culture.steered(model, prompts, tokens, tries, 3)
-    for n, ids in enumerate(prompts):
-        for i, (layer, strength) in enumerate(cells):
-            expected = plain(model, ids, layer, strength * v[layer + 1])[:10]
-            torch.testing.assert_close(got[n, i], expected, atol=1e-5, rtol=1e-4)
+    got = steered(model, prompts, tokens, tries)
+    for i, (layer, strength) in enumerate(cells):
+        each = [plain(model, ids, layer, strength * v[layer + 1])[:10] for ids in prompts]
+        torch.testing.assert_close(got[i], torch.stack(each).mean(0), atol=1e-5, rtol=1e-4)
 
 
 def test_strength_nothing_and_the_last_block(model):
     prompts, tokens, v = some_prompts(), torch.arange(10), torch.randn(4, 16)
-    z, clean = culture.ask(model, prompts, tokens, 2)
+    with torch.no_grad():
+        z, clean = culture.ask(model, prompts, tokens)
     assert z.shape == (4, 5, 16)
     tries = [culture.add(v, 1, 0), culture.add(v, 2, 1)]
-    got = culture.steered(model, prompts, tokens, tries, 8)
-    torch.testing.assert_close(got[:, 0], clean, atol=1e-6, rtol=1e-5)
+    got = steered(model, prompts, tokens, tries)
+    torch.testing.assert_close(got[0], clean.mean(0), atol=1e-6, rtol=1e-5)
     with torch.no_grad():  # after the last block: norm and unembedding of the sum
         expected = model.unembed(model.final(z[3] + v[3])).softmax(-1)[:, :10]
-    torch.testing.assert_close(got[:, 1], expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got[1], expected.mean(0), atol=1e-6, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- the toy

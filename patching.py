@@ -4,9 +4,8 @@ A model translates a word: `Français: "eau" - English: "` goes on with `water`.
 *what* to say, and where *in which language*? Take the residual stream of another prompt, the
 source, put it in place of this prompt's, the target's, and read what is said then.
 
-1. The last token, after one block. In between early blocks (no change) and late ones (all that the
-   source would say), the model says the target's concept in the source's language: the language is
-   fixed before the concept.
+1. The last token, after one block. Between early blocks (no change) and late ones (all that the
+   source would say) comes the target's concept in the source's language: language is fixed first.
 2. The last token of the word, from one block on. The concept changes, the language stays.
 3. The same with the mean of a concept's latents over five source languages. It does as well or
    better, so a latent is a sum, concept + language. Such a mean can even be read out in words.
@@ -14,8 +13,7 @@ source, put it in place of this prompt's, the target's, and read what is said th
 `--model gemma-3-270m` runs this on a real model. The toy is a GPT trained on invented words of two
 syllables in nine languages. A quarter of all translations is held out, and asked for.
 
-Read on: `swap`, `hold` (the patches), `patched` (what is said then), `World` (prompts), `document`
-(what the toy reads), `last_token`, `word_token` (the experiments), `judge`.
+Read on: `swap`, `hold`, `patched` (the method), `World`, `last_token`, `word_token`, `judge`.
 """
 
 import re
@@ -85,18 +83,14 @@ def put(x, value):
 
 
 def swap(z):
-    """Experiment 1: the source's latent after one block. L + 1 interventions, embedding first.
-
-    z  (L + 1, B, C) latents
-    """
+    """Experiment 1: latents z (L + 1, B, C), each put after one block: L + 1 interventions."""
     return [{j - 1: partial(put, value=z[j])} for j in range(len(z))]
 
 
 def hold(z):
-    """Experiments 2 and 3: the latents after one block and all later ones. As for `swap`."""
-    layers = range(len(z))
-    every = [(j - 1, partial(put, value=z[j])) for j in layers]
-    return [dict(every[j:]) for j in layers]
+    """Experiments 2 and 3: the latents after one block and all later ones."""
+    every = [(j - 1, partial(put, value=z[j])) for j in range(len(z))]
+    return [dict(every[j:]) for j in range(len(z))]
 
 
 @torch.no_grad()
@@ -130,8 +124,7 @@ def patched(model, prompts, answers, tail, patch, z, size):
             before = sum(logp[:, i, token] for i, token in enumerate(forced))
             for a, token in rows[b, forced]:
                 out[b, :, a] += (before + logp[:, -1, token]).exp().cpu()
-    parts = out.split([len(values) for values in z.values()], 1)
-    return {name: part.numpy() for name, part in zip(z, parts)}
+    return {name: part.numpy() for name, part in zip(z, out.chunk(len(z), 1))}
 
 
 def switch_layers(p):
@@ -144,9 +137,9 @@ def switch_layers(p):
     def first(won):
         return int(won.argmax()) - 1 if won.any() else len(won) - 1
 
-    language = first(target_source + source_source > target_target + source_target)
-    concept = first(source_source + source_target > target_target + target_source)
-    return language, concept
+    language = target_source + source_source > target_target + source_target
+    concept = source_source + source_target > target_target + target_source
+    return first(language), first(concept)
 
 
 # -------------------------------------------------------------------------------- words and prompts
@@ -205,7 +198,6 @@ class World:
         return self.words[code][row][0]
 
     def line(self, pair, row, define=False):
-        """A word and its translation or definition."""
         answer = self.said(pair[1], row, define)
         return self.query(pair, row) + self.ask(pair, define) + answer + '"\n'
 
@@ -246,18 +238,13 @@ class World:
         return prompts, columns.pop()
 
     def answer(self, code, row, first=True):
-        """Concept `row` in a language: first tokens, or the toy's whole word.
-
-        A word may begin with and without a space.
-        """
+        """First tokens of a concept's words, with and without a space; or the toy's whole word."""
         if self.facts:
             syllables = self.tok.encode(self.words[code][row][0])
             return {tuple(syllables[:1] if first else syllables)}
-        firsts = set()
-        for word in self.words[code][row]:
-            firsts.add((pretrained.first_token(self.tok, word),))
-            firsts.add((pretrained.first_token(self.tok, " " + word),))
-        return firsts
+        words = self.words[code][row]
+        words = words + [" " + word for word in words]
+        return {(pretrained.first_token(self.tok, word),) for word in words}
 
 
 def draw_pairs(world, rng, sources, targets, cells, n, first=True):
@@ -276,8 +263,7 @@ def draw_pairs(world, rng, sources, targets, cells, n, first=True):
             answers.append(found)
         if len(pairs) == n:
             return *map(list, zip(*pairs)), answers
-    what = "pairs of concepts whose answers differ in their first token"
-    raise ValueError(f"there are {len(pairs)} {what}, asked for: {n}")
+    raise ValueError(f"there are {len(pairs)} pairs of concepts that differ, asked for: {n}")
 
 
 # ----------------------------------------------------------------------------------------- the toy
@@ -301,16 +287,12 @@ class ToyTokenizer:
         self.number = {name: i for i, name in enumerate(names)}
 
     def encode(self, text, bos=False):
-        """The ids of a text; the spaces between attributes are no tokens."""
         parts = re.findall(r'"\n|: "|" - |" = |[xyz]\d\.\w|[A-Z]|[a-z][aeiouy]', text)
         return [1] * bos + [self.number[part] for part in parts]
 
 
 def make_toy(seed):
-    """The toy's words and attributes, drawn from a seed.
-
-    Of every pair of languages a quarter of the concepts is held out, in both directions.
-    """
+    """Words and attributes from a seed; of each pair of languages a quarter is held out."""
     rng = np.random.default_rng([seed, 1])
     words, held = {}, {}
     for i, code in enumerate(TOY):
@@ -328,9 +310,8 @@ def make_toy(seed):
 def document(world, rng):
     """Ids of a document of 3 to 5 lines, and which of them count in the loss.
 
-    Three documents of five translate, one defines (`B: "bube" = D: "x1.d y4.d z0.d"`), and one goes
-    on with the attributes right after the word: what it means has to be known at its last syllable.
-    What is held out is neither translated nor defined.
+    Most translate, some define (`B: "bube" = D: "x1.d y4.d z0.d"`), and some go on with the
+    attributes right after the word: what it means has to be known at its last syllable.
     """
     kind = rng.choice(["translate", "define", "go on"], p=[0.6, 0.2, 0.2])
     a, b = rng.choice(TOY, 2)
@@ -376,7 +357,7 @@ def accuracy(model, world, seed, shots, n=400):
     return float(np.mean([a == b for a, b in zip(said, right)]))
 
 
-# ---------------------------------------------------------------------------------- the experiments
+# ------------------------------------------------------------------- experiments, claims and figure
 
 
 def last_token(model, world, args, quad, seed):
@@ -398,8 +379,7 @@ def last_token(model, world, args, quad, seed):
 def word_token(model, world, args, quad, seed):
     """Experiments 2 and 3, and definitions: latents held at the target's word.
 
-    Returns {"translate": {name: P (n, L + 1, 2)}, "define": the same, in the toy}: of the source's
-    concept and of the target's, in the target's language.
+    {"translate": {name: P (n, L + 1, 2) of the source's and the target's concept}, "define": ...}
     """
     source, target = quad
     code = target[1]
@@ -499,47 +479,31 @@ def run_seed(quads, real, args, env, log, arm, seed):
     return study(model, world, args, quads, log, seed) | {"held_out": held_out}
 
 
-# ------------------------------------------------------------------------------- claims and figure
-
-
 def judge(run, found):
     """The paper's claims, and the controls that must fail the same criterion."""
     rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
-    run.claim(
-        "T1",
-        "at the last token the language is fixed before the concept",
-        ".62, switches at 13 and 16 of 32",
-        "arm.mixed >= .3 and arm.language < arm.concept",
-        arm=rows["source"],
-        controls={"noise of equal norm": rows["noise"]},
-    )
-    run.claim(
-        "T2",
-        "held at the word, the source's concept is said in the target's language",
-        ".35 of .75",
-        "base.p >= .2 and arm.p >= .5 * base.p",
-        base=rows["base"],
-        arm=rows["single 1"],
-        controls={"unrelated concept": rows["unrelated"], "last token": rows["last token"]},
-    )
-    run.claim(
-        "T3",
-        f"the mean over {run.args.k} languages does as well as one source (low: of its gain)",
-        ".45 against .35",
-        "base.p >= .2 and arm.low >= -.02",
-        base=rows["one source"],
-        arm=rows["mean"],
-        controls={"mean of concepts": rows["mean of concepts"]},
-    )
+    unrelated = {"unrelated concept": rows["unrelated"]}
+    noise = {"noise of equal norm": rows["noise"]}
+    says = "at the last token the language is fixed before the concept"
+    paper = ".62, switches at 13 and 16 of 32"
+    test = "arm.mixed >= .3 and arm.language < arm.concept"
+    run.claim("T1", says, paper, test, arm=rows["source"], controls=noise)
+    last = {"last token": rows["last token"]}
+    says = "held at the word, the source's concept is said in the target's language"
+    test = "base.p >= .2 and arm.p >= .5 * base.p"
+    both = dict(base=rows["base"], arm=rows["single 1"])
+    run.claim("T2", says, ".35 of .75", test, **both, controls=unrelated | last)
+    mixed = {"mean of concepts": rows["mean of concepts"]}
+    says = f"the mean over {run.args.k} languages does as well as one source (low: of its gain)"
+    test = "base.p >= .2 and arm.low >= -.02"
+    both = dict(base=rows["one source"], arm=rows["mean"])
+    run.claim("T3", says, ".45 against .35", test, **both, controls=mixed)
     if "no patch" in rows:
-        run.claim(
-            "T4",
-            "a mean latent is read out as a definition (P of its three attributes)",
-            "as good as the word itself",
-            "arm.source >= .6 and arm.overwritten <= .2",
-            arm=rows["mean"],
-            controls={"unrelated concept": rows["unrelated"], "no patch": rows["no patch"]},
-        )
+        none = {"no patch": rows["no patch"]}
+        says = "a mean latent is read out as a definition (P of its three attributes)"
+        paper = "as good as the word itself"
+        test = "arm.source >= .6 and arm.overwritten <= .2"
+        run.claim("T4", says, paper, test, arm=rows["mean"], controls=unrelated | none)
 
 
 def draw(path, found, title):

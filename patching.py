@@ -1,19 +1,18 @@
 """Separating tongue from thought (arXiv 2411.08745): language and concept can be patched apart.
 
-A model translates a word: `Français: "eau" - English: "` goes on with `water`. Where inside is
-*what* to say, and where *in which language*? Take the residual stream of another prompt, the
-source, put it in place of this prompt's, the target's, and read what is said then.
+`Français: "eau" - English: "` goes on with `water`. Where is *what* to say, and where *in which
+language*? Take the residual stream of another prompt, the source, put it in place of this one's,
+the target's, and read what is said then.
 
 1. The last token, after one block. Between early blocks (no change) and late ones (all that the
    source would say) comes the target's concept in the source's language: language is fixed first.
 2. The last token of the word, from one block on. The concept changes, the language stays.
-3. The same with the mean of a concept's latents over five source languages. It does as well or
-   better, so a latent is a sum, concept + language. Such a mean can even be read out in words.
+3. The same with a concept's mean over five languages. It does as well or better, so a latent is a
+   sum, concept + language.
 
-`--model gemma-3-270m` runs this on a real model. The toy is a GPT trained on invented words of two
-syllables in nine languages. A quarter of all translations is held out, and asked for.
+`--model` runs this on a real model. The toy is a GPT trained on invented words.
 
-Read on: `swap`, `hold`, `patched` (the method), `World`, `last_token`, `word_token`, `judge`.
+Read on: `swap`, `hold`, `patched`, `World`, `last_token`, `word_token`, `judge`.
 """
 
 import re
@@ -97,12 +96,11 @@ def hold(z):
 def patched(model, prompts, answers, tail, patch, z, size):
     """What is said under each patch: {name: P(answer) (B, L + 1, A)}.
 
-    answers  for each prompt A of them; an answer is a set of words, a word a tuple of tokens, all
-             of one length. Tokens are forced one after the other, with the patch in place
+    answers  for each prompt A sets of words; a word is a tuple of tokens, all of one length
     tail     the patched column, counted from the end: 1 is the last token
     z        {name: latents (L + 1, B, C)}, put there by patch = swap or hold
     """
-    rows = {}  # (prompt, tokens forced behind it) -> [(answer, token read then), ...]
+    rows = {}  # (prompt, tokens forced) -> [(answer, token read), ...]
     for b, options in enumerate(answers):
         for a, words in enumerate(options):
             for word in words:
@@ -132,14 +130,11 @@ def switch_layers(p):
 
     p  (L + 1, 4) from `last_token`, mean of prompts; row 0: the embedding, -1. Never: L
     """
-    target_target, target_source, source_source, source_target = np.asarray(p).T
-
-    def first(won):
-        return int(won.argmax()) - 1 if won.any() else len(won) - 1
-
-    language = target_source + source_source > target_target + source_target
-    concept = source_source + source_target > target_target + target_source
-    return first(language), first(concept)
+    own, mixed, source, reverse = np.asarray(p).T
+    found = []
+    for won in mixed + source > own + reverse, source + reverse > own + mixed:
+        found.append(int(won.argmax()) - 1 if won.any() else len(won) - 1)
+    return tuple(found)
 
 
 # -------------------------------------------------------------------------------- words and prompts
@@ -148,8 +143,7 @@ CODES = "en fr de es it nl pt fi tr et hi ja ko ru zh".split()
 NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi Türkçe Eesti"
 NAMES += " हिन्दी 日本語 한국어 Русский 中文"
 LABELS = dict(zip(CODES, NAMES.split()))  # what prompts call a language
-CONCEPTS = Path(__file__).with_name("concepts.csv")  # 120 picturable nouns in nine languages
-# Gemma 3 270M speaks English and some German: all go into these two.
+CONCEPTS = Path(__file__).with_name("concepts.csv")  # nouns
 REAL_QUADS = "fr-en:es-de es-en:nl-de it-en:fr-de nl-en:it-de it-de:nl-en es-de:fr-en".split()
 
 
@@ -211,7 +205,7 @@ class World:
         return [row for row in range(len(self.words[pair[0]])) if row not in held]
 
     def heads(self, rng, pair, rows, shots, define=False):
-        """Prompts up to the query's last letter, each with examples of its own."""
+        """Prompts up to the query's last letter, each with its own examples."""
         texts = []
         for row in rows:
             others = [other for other in self.known(pair) if other != row]
@@ -222,10 +216,7 @@ class World:
         return texts
 
     def ids(self, heads, tail=""):
-        """Ids of prompts, and in how many columns the word's last token and the tail stand.
-
-        ValueError where the tokenizer makes one token of a word's end and what follows.
-        """
+        """Ids of prompts, and how many columns the word's last token and the tail take."""
         prompts, columns = [], set()
         for head in heads:
             front = self.tok.encode(head, bos=True)
@@ -238,7 +229,7 @@ class World:
         return prompts, columns.pop()
 
     def answer(self, code, row, first=True):
-        """First tokens of a concept's words, with and without a space; or the toy's whole word."""
+        """First tokens of words, with and without a space; or the toy's whole word."""
         if self.facts:
             syllables = self.tok.encode(self.words[code][row][0])
             return {tuple(syllables[:1] if first else syllables)}
@@ -268,14 +259,14 @@ def draw_pairs(world, rng, sources, targets, cells, n, first=True):
 
 # ----------------------------------------------------------------------------------------- the toy
 
-TOY = "b d f g k l m n p".split()  # its languages; all syllables of one begin with its letter
-VOWELS = "aeiouy", "aeiou"  # of a word's first syllable, and of its second
+TOY = "b d f g k l m n p".split()  # languages, and how their syllables begin
+VOWELS = "aeiouy", "aeiou"  # of the first and second syllable
 TOY_WORDS = len(VOWELS[0]) * len(VOWELS[1])  # in each language
 TOY_QUADS = "b-d:f-k d-f:g-l f-g:k-m g-k:l-n k-l:m-p l-m:p-d".split()
 
 
 class ToyTokenizer:
-    """Marks, names of languages, attributes and syllables are one token each."""
+    """Marks, languages, attributes and syllables are one token each."""
 
     def __init__(self):
         names = ["<pad>", "<bos>", '"\n', ': "', '" - ', '" = ']
@@ -292,7 +283,7 @@ class ToyTokenizer:
 
 
 def make_toy(seed):
-    """Words and attributes from a seed; of each pair of languages a quarter is held out."""
+    """Words, attributes, and a quarter of each pair of languages held out."""
     rng = np.random.default_rng([seed, 1])
     words, held = {}, {}
     for i, code in enumerate(TOY):
@@ -302,7 +293,7 @@ def make_toy(seed):
             if i != j:
                 held[code, other] = [row for row in range(TOY_WORDS) if (row - i - j) % 4 == 0]
     facts = []
-    for place in rng.choice(6**3, TOY_WORDS, replace=False):  # no two have the same three
+    for place in rng.choice(6**3, TOY_WORDS, replace=False):
         facts.append((f"x{place // 36}", f"y{place // 6 % 6}", f"z{place % 6}"))
     return World(ToyTokenizer(), {code: code.upper() for code in TOY}, words, held, facts)
 
@@ -330,7 +321,7 @@ def document(world, rng):
 
 
 def batch(world, step, seed, args, env):
-    """The documents of one step, padded on the right; this rank's share of them."""
+    """This rank's share of the documents of one step."""
     rng = np.random.default_rng([seed, 2, step])
     documents = [document(world, rng) for _ in range(args.batch_size)]
     T = max(len(ids) for ids, _ in documents)
@@ -421,10 +412,10 @@ def word_token(model, world, args, quad, seed):
 
 
 def study(model, world, args, quads, log, seed):
-    """All experiments on a model: mean curves by layer, and the numbers of the claims."""
-    parts = {"last": {}, "translate": {}, "define": {}}  # experiment -> what is patched -> [P]
+    """All experiments: curves by layer, and the numbers of the claims."""
+    parts = {"last": {}, "translate": {}, "define": {}}  # {what is patched: [P]}
     for text, quad in tqdm(quads.items(), log.run, leave=False):
-        with common.bad_input(f"--quads {text}"):  # too few pairs; a tokenizer that merges
+        with common.bad_input(f"--quads {text}"):
             done = {"last": last_token(model, world, args, quad, seed)}
             done |= word_token(model, world, args, quad, seed)
         for experiment, arrays in done.items():
@@ -444,13 +435,13 @@ def measures(curves, translate):
 
     Means and definitions are read from the block where the single sources do best.
     """
-    rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}  # after the last block: no patch
+    rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}  # no patch
     for name, p in curves["last"].items():
         language, concept = switch_layers(p)
         rows[name] = {"mixed": p[:, 1].max(), "language": language, "concept": concept}
     rows["last token"] = {"p": curves["last"]["source"][:, 3].max()}
     singles = [p[:, :, 0] for name, p in translate.items() if name.startswith("single")]
-    one = np.mean(singles, 0)  # (n, L + 1): patched with each source alone, then the mean
+    one = np.mean(singles, 0)  # (n, L + 1)
     curves["translate"]["one source"] = one.mean(0)[:, None]
     best = 1 + int(one.mean(0)[1:].argmax())
     rows["one source"] = {"p": one[:, best].mean()}
@@ -480,7 +471,7 @@ def run_seed(quads, real, args, env, log, arm, seed):
 
 
 def judge(run, found):
-    """The paper's claims, and the controls that must fail the same criterion."""
+    """The claims, and controls that must fail the same criterion."""
     rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
     unrelated = {"unrelated concept": rows["unrelated"]}
     noise = {"noise of equal norm": rows["noise"]}
@@ -507,7 +498,7 @@ def judge(run, found):
 
 
 def draw(path, found, title):
-    """Probabilities by layer: experiment 1, experiments 2 and 3, definitions."""
+    """Probabilities by layer."""
 
     def curve(experiment, name, column=0):
         lines = [result["curves"][experiment][name][:, column] for result in found]
@@ -533,7 +524,7 @@ def draw(path, found, title):
 
 
 def parse_quads(texts, words):
-    """{text: (source pair, target pair)} of texts like de-it:fr-es. ValueError for others."""
+    """{text: (source pair, target pair)} of texts like de-it:fr-es."""
     quads = {}
     for text in texts:
         codes = tuple(re.split("[-:]", text))

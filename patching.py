@@ -1,16 +1,14 @@
 """Separating tongue from thought (arXiv 2411.08745): language and concept can be patched apart.
 
 `Français: "eau" - English: "` goes on with `water`. Where is *what* to say, and where *in which
-language*? Take the residual stream of another prompt, the source, put it in place of this one's,
-the target's, and read what is said then.
+language*? Put the residual stream of another prompt, the source, into this one, the target:
 
 1. The last token, after one block. Between early blocks (no change) and late ones (all that the
    source would say) comes the target's concept in the source's language: language is fixed first.
 2. The last token of the word, from one block on. The concept changes, the language stays.
-3. The same with a concept's mean over five languages. It does as well or better, so a latent is a
-   sum, concept + language.
+3. The same with a concept's mean over five languages: a latent is a sum, concept + language.
 
-`--model` runs this on a real model. The toy is a GPT trained on invented words.
+`--model gemma-3-270m` runs this on a real model. The toy is a GPT trained on invented words.
 
 Read on: `swap`, `hold`, `patched`, `World`, `last_token`, `word_token`, `judge`.
 """
@@ -98,7 +96,7 @@ def patched(model, prompts, answers, tail, patch, z, size):
 
     answers  for each prompt A sets of words; a word is a tuple of tokens, all of one length
     tail     the patched column, counted from the end: 1 is the last token
-    z        {name: latents (L + 1, B, C)}, put there by patch = swap or hold
+    z        {name: latents (L + 1, B, C)}, put by swap or hold
     """
     rows = {}  # (prompt, tokens forced) -> [(answer, token read), ...]
     for b, options in enumerate(answers):
@@ -128,7 +126,7 @@ def patched(model, prompts, answers, tail, patch, z, size):
 def switch_layers(p):
     """After which block the source's language, and its concept, are first the likelier ones.
 
-    p  (L + 1, 4) from `last_token`, mean of prompts; row 0: the embedding, -1. Never: L
+    p  (L + 1, 4) from `last_token`; row 0: the embedding, -1. Never: L
     """
     own, mixed, source, reverse = np.asarray(p).T
     found = []
@@ -143,7 +141,7 @@ CODES = "en fr de es it nl pt fi tr et hi ja ko ru zh".split()
 NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi Türkçe Eesti"
 NAMES += " हिन्दी 日本語 한국어 Русский 中文"
 LABELS = dict(zip(CODES, NAMES.split()))  # what prompts call a language
-CONCEPTS = Path(__file__).with_name("concepts.csv")  # nouns
+CONCEPTS = Path(__file__).with_name("concepts.csv")
 REAL_QUADS = "fr-en:es-de es-en:nl-de it-en:fr-de nl-en:it-de it-de:nl-en es-de:fr-en".split()
 
 
@@ -335,7 +333,7 @@ def batch(world, step, seed, args, env):
 
 
 def accuracy(model, world, seed, shots, n=400):
-    """Share of n held-out translations that are right to the last syllable."""
+    """Share of n held-out translations that are right."""
     rng = np.random.default_rng([seed, 3])
     pairs = list(world.held)
     prompts, right = [], []
@@ -370,12 +368,12 @@ def last_token(model, world, args, quad, seed):
 def word_token(model, world, args, quad, seed):
     """Experiments 2 and 3, and definitions: latents held at the target's word.
 
-    {"translate": {name: P (n, L + 1, 2) of the source's and the target's concept}, "define": ...}
+    Returns {experiment: {name: P (n, L + 1, 2) of the source's and target's concept}}.
     """
     source, target = quad
     code = target[1]
     rng = np.random.default_rng([seed, 5])
-    # In the toy the source's word was never translated into the target's language.
+    # In the toy the source's word was never translated into that language.
     rows = world.asked((source[0], code)), world.asked(target)
     s, t, answers = draw_pairs(world, rng, *rows, [(0, code), (1, code)], args.pairs, False)
     strangers = []
@@ -473,12 +471,15 @@ def run_seed(quads, real, args, env, log, arm, seed):
 def judge(run, found):
     """The claims, and controls that must fail the same criterion."""
     rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
+    run.claim(
+        "T1",
+        "at the last token the language is fixed before the concept",
+        ".62, switches at 13 and 16 of 32",
+        "arm.mixed >= .3 and arm.language < arm.concept",
+        arm=rows["source"],
+        controls={"noise of equal norm": rows["noise"]},
+    )
     unrelated = {"unrelated concept": rows["unrelated"]}
-    noise = {"noise of equal norm": rows["noise"]}
-    says = "at the last token the language is fixed before the concept"
-    paper = ".62, switches at 13 and 16 of 32"
-    test = "arm.mixed >= .3 and arm.language < arm.concept"
-    run.claim("T1", says, paper, test, arm=rows["source"], controls=noise)
     last = {"last token": rows["last token"]}
     says = "held at the word, the source's concept is said in the target's language"
     test = "base.p >= .2 and arm.p >= .5 * base.p"
@@ -504,8 +505,7 @@ def draw(path, found, title):
         lines = [result["curves"][experiment][name][:, column] for result in found]
         return range(-1, len(lines[0]) - 1), lines
 
-    cells = "target's concept and language", "target's concept, source's language"
-    cells += "source's concept and language", "source's concept, target's language"
+    cells = "target", "target, source's language", "source", "source, target's language"
     last = {name: curve("last", "source", i) for i, name in enumerate(cells)}
     names = "one source", "mean", "mean of concepts", "unrelated"
     held = {name: curve("translate", name) for name in names}
@@ -560,7 +560,7 @@ def main(argv=None):
         n = len(next(iter(words.values())))
         if n <= args.shots:
             raise ValueError(f"{n} words, needed for --shots {args.shots}: {args.shots + 1}")
-        if args.k > len(words) - 2:  # no source speaks the target's two languages
+        if args.k > len(words) - 2:
             raise ValueError(f"--k {args.k}, allowed: 1 to {len(words) - 2}")
         quads = parse_quads(args.quads or (REAL_QUADS if args.model else TOY_QUADS), words)
     if args.model:

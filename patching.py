@@ -45,18 +45,18 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"shard", "eval_every"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"quads", "pairs", "k", "prompts"}
 
-    model: str = ""  # gemma-3-270m, a hub id, a folder; else the toy (paper: Llama-2-7b)
+    model: str = ""  # gemma-3-270m, a hub id, a folder; else the toy
     words: str = ""  # CSV for --model: a column a language, synonyms joined by |
     quads: list[str] = common.default_list()  # source:target, as de-it:fr-es [six]
     pairs: int = 20  # pairs of concepts for each of --quads (paper: 200)
-    shots: int = 0  # examples in a prompt [3 in the toy, 5 with --model] (paper: 5)
+    shots: int = 0  # examples in a prompt [toy: 3, --model: 5] (paper: 5)
     k: int = 5  # source languages in a mean latent (paper: 5)
     prompts: int = 16  # prompts in a batch of patched runs
     steps: int = 4500
     batch_size: int = 12
     lr: float = 4e-3
     weight_decay: float = 0.3
-    local: int = 2  # the toy's first blocks that see the previous token only
+    local: int = 2  # first blocks that see only the previous token
     n_layer: int = 6  # the toy's blocks (paper: 32)
     n_embd: int = 64  # the toy's width (paper: 4096)
 
@@ -126,7 +126,7 @@ def patched(model, prompts, answers, tail, patch, z, size):
 def switch_layers(p):
     """After which block the source's language, and its concept, are first the likelier ones.
 
-    p  (L + 1, 4) from `last_token`; row 0: the embedding, -1. Never: L
+    p  (L + 1, 4), row 0: the embedding, -1. Never: L
     """
     own, mixed, source, reverse = np.asarray(p).T
     found = []
@@ -252,7 +252,8 @@ def draw_pairs(world, rng, sources, targets, cells, n, first=True):
             answers.append(found)
         if len(pairs) == n:
             return *map(list, zip(*pairs)), answers
-    raise ValueError(f"there are {len(pairs)} pairs of concepts that differ, asked for: {n}")
+    what = "pairs of concepts whose answers differ"
+    raise ValueError(f"there are {len(pairs)} {what}, asked for: {n}")
 
 
 # ----------------------------------------------------------------------------------------- the toy
@@ -433,7 +434,7 @@ def measures(curves, translate):
 
     Means and definitions are read from the block where the single sources do best.
     """
-    rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}  # no patch
+    rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}  # after the last block: no patch
     for name, p in curves["last"].items():
         language, concept = switch_layers(p)
         rows[name] = {"mixed": p[:, 1].max(), "language": language, "concept": concept}
@@ -499,13 +500,12 @@ def judge(run, found):
 
 
 def draw(path, found, title):
-    """Probabilities by layer."""
-
     def curve(experiment, name, column=0):
         lines = [result["curves"][experiment][name][:, column] for result in found]
         return range(-1, len(lines[0]) - 1), lines
 
-    cells = "target", "target, source's language", "source", "source, target's language"
+    cells = "target's concept and language", "target's concept, source's language"
+    cells += "source's concept and language", "source's concept, target's language"
     last = {name: curve("last", "source", i) for i, name in enumerate(cells)}
     names = "one source", "mean", "mean of concepts", "unrelated"
     held = {name: curve("translate", name) for name in names}

@@ -1,21 +1,16 @@
 """Separating tongue from thought (arXiv 2411.08745): language and concept can be patched apart.
 
-A model translates a word: `Français: "eau" - English: "` goes on with `water`. Where inside is
-*what* to say, and where *in which language*? Take the residual stream of another prompt, the
-source, put it in place of this prompt's, the target's, and read what is said then.
+`Français: "eau" - English: "` goes on with `water`. Where is *what* to say, and where *in which
+language*? Put the residual stream of another prompt, the source, into this one, the target:
 
-1. The last token, after one block. In between early blocks (no change) and late ones (all that the
-   source would say), the model says the target's concept in the source's language: the language is
-   fixed before the concept.
+1. The last token, after one block. Between early blocks (no change) and late ones (all that the
+   source would say) comes the target's concept in the source's language: language is fixed first.
 2. The last token of the word, from one block on. The concept changes, the language stays.
-3. The same with the mean of a concept's latents over five source languages. It does as well or
-   better, so a latent is a sum, concept + language. Such a mean can even be read out in words.
+3. The same with a concept's mean over five languages: a latent is a sum, concept + language.
 
-`--model gemma-3-270m` runs this on a real model. The toy is a GPT trained on invented words of two
-syllables in nine languages. A quarter of all translations is held out, and asked for.
+`--model gemma-3-270m` runs this on a real model. The toy is a GPT trained on invented words.
 
-Read on: `swap`, `hold` (the patches), `patched` (what is said then), `World` (prompts), `document`
-(what the toy reads), `last_token`, `word_token` (the experiments), `judge`.
+Read on: `swap`, `hold`, `patched`, `World`, `last_token`, `word_token`, `judge`.
 """
 
 import re
@@ -50,18 +45,18 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"shard", "eval_every"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"quads", "pairs", "k", "prompts"}
 
-    model: str = ""  # gemma-3-270m, a hub id, a folder; else the toy (paper: Llama-2-7b)
+    model: str = ""  # gemma-3-270m, a hub id, a folder; else the toy
     words: str = ""  # CSV for --model: a column a language, synonyms joined by |
     quads: list[str] = common.default_list()  # source:target, as de-it:fr-es [six]
     pairs: int = 20  # pairs of concepts for each of --quads (paper: 200)
-    shots: int = 0  # examples in a prompt [3 in the toy, 5 with --model] (paper: 5)
+    shots: int = 0  # examples in a prompt [toy: 3, --model: 5] (paper: 5)
     k: int = 5  # source languages in a mean latent (paper: 5)
     prompts: int = 16  # prompts in a batch of patched runs
     steps: int = 4500
     batch_size: int = 12
     lr: float = 4e-3
     weight_decay: float = 0.3
-    local: int = 2  # the toy's first blocks that see the previous token only
+    local: int = 2  # first blocks that see only the previous token
     n_layer: int = 6  # the toy's blocks (paper: 32)
     n_embd: int = 64  # the toy's width (paper: 4096)
 
@@ -85,30 +80,25 @@ def put(x, value):
 
 
 def swap(z):
-    """Experiment 1: the source's latent after one block. L + 1 interventions, embedding first.
-
-    z  (L + 1, B, C) latents
-    """
+    """Experiment 1: latents z (L + 1, B, C), each put after one block: L + 1 interventions."""
     return [{j - 1: partial(put, value=z[j])} for j in range(len(z))]
 
 
 def hold(z):
-    """Experiments 2 and 3: the latents after one block and all later ones. As for `swap`."""
-    layers = range(len(z))
-    every = [(j - 1, partial(put, value=z[j])) for j in layers]
-    return [dict(every[j:]) for j in layers]
+    """Experiments 2 and 3: the latents after one block and all later ones."""
+    every = [(j - 1, partial(put, value=z[j])) for j in range(len(z))]
+    return [dict(every[j:]) for j in range(len(z))]
 
 
 @torch.no_grad()
 def patched(model, prompts, answers, tail, patch, z, size):
     """What is said under each patch: {name: P(answer) (B, L + 1, A)}.
 
-    answers  for each prompt A of them; an answer is a set of words, a word a tuple of tokens, all
-             of one length. Tokens are forced one after the other, with the patch in place
+    answers  for each prompt A sets of words; a word is a tuple of tokens, all of one length
     tail     the patched column, counted from the end: 1 is the last token
-    z        {name: latents (L + 1, B, C)}, put there by patch = swap or hold
+    z        {name: latents (L + 1, B, C)}, put by swap or hold
     """
-    rows = {}  # (prompt, tokens forced behind it) -> [(answer, token read then), ...]
+    rows = {}  # (prompt, tokens forced) -> [(answer, token read), ...]
     for b, options in enumerate(answers):
         for a, words in enumerate(options):
             for word in words:
@@ -130,23 +120,19 @@ def patched(model, prompts, answers, tail, patch, z, size):
             before = sum(logp[:, i, token] for i, token in enumerate(forced))
             for a, token in rows[b, forced]:
                 out[b, :, a] += (before + logp[:, -1, token]).exp().cpu()
-    parts = out.split([len(values) for values in z.values()], 1)
-    return {name: part.numpy() for name, part in zip(z, parts)}
+    return {name: part.numpy() for name, part in zip(z, out.chunk(len(z), 1))}
 
 
 def switch_layers(p):
     """After which block the source's language, and its concept, are first the likelier ones.
 
-    p  (L + 1, 4) from `last_token`, mean of prompts; row 0: the embedding, -1. Never: L
+    p  (L + 1, 4), row 0: the embedding, -1. Never: L
     """
-    target_target, target_source, source_source, source_target = np.asarray(p).T
-
-    def first(won):
-        return int(won.argmax()) - 1 if won.any() else len(won) - 1
-
-    language = first(target_source + source_source > target_target + source_target)
-    concept = first(source_source + source_target > target_target + target_source)
-    return language, concept
+    own, mixed, source, reverse = np.asarray(p).T
+    found = []
+    for won in mixed + source > own + reverse, source + reverse > own + mixed:
+        found.append(int(won.argmax()) - 1 if won.any() else len(won) - 1)
+    return tuple(found)
 
 
 # -------------------------------------------------------------------------------- words and prompts
@@ -155,8 +141,7 @@ CODES = "en fr de es it nl pt fi tr et hi ja ko ru zh".split()
 NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi Türkçe Eesti"
 NAMES += " हिन्दी 日本語 한국어 Русский 中文"
 LABELS = dict(zip(CODES, NAMES.split()))  # what prompts call a language
-CONCEPTS = Path(__file__).with_name("concepts.csv")  # 120 picturable nouns in nine languages
-# Gemma 3 270M speaks English and some German: all go into these two.
+CONCEPTS = Path(__file__).with_name("concepts.csv")
 REAL_QUADS = "fr-en:es-de es-en:nl-de it-en:fr-de nl-en:it-de it-de:nl-en es-de:fr-en".split()
 
 
@@ -205,7 +190,6 @@ class World:
         return self.words[code][row][0]
 
     def line(self, pair, row, define=False):
-        """A word and its translation or definition."""
         answer = self.said(pair[1], row, define)
         return self.query(pair, row) + self.ask(pair, define) + answer + '"\n'
 
@@ -219,7 +203,7 @@ class World:
         return [row for row in range(len(self.words[pair[0]])) if row not in held]
 
     def heads(self, rng, pair, rows, shots, define=False):
-        """Prompts up to the query's last letter, each with examples of its own."""
+        """Prompts up to the query's last letter, each with its own examples."""
         texts = []
         for row in rows:
             others = [other for other in self.known(pair) if other != row]
@@ -230,10 +214,7 @@ class World:
         return texts
 
     def ids(self, heads, tail=""):
-        """Ids of prompts, and in how many columns the word's last token and the tail stand.
-
-        ValueError where the tokenizer makes one token of a word's end and what follows.
-        """
+        """Ids of prompts, and how many columns the word's last token and the tail take."""
         prompts, columns = [], set()
         for head in heads:
             front = self.tok.encode(head, bos=True)
@@ -246,18 +227,13 @@ class World:
         return prompts, columns.pop()
 
     def answer(self, code, row, first=True):
-        """Concept `row` in a language: first tokens, or the toy's whole word.
-
-        A word may begin with and without a space.
-        """
+        """First tokens of words, with and without a space; or the toy's whole word."""
         if self.facts:
             syllables = self.tok.encode(self.words[code][row][0])
             return {tuple(syllables[:1] if first else syllables)}
-        firsts = set()
-        for word in self.words[code][row]:
-            firsts.add((pretrained.first_token(self.tok, word),))
-            firsts.add((pretrained.first_token(self.tok, " " + word),))
-        return firsts
+        words = self.words[code][row]
+        words = words + [" " + word for word in words]
+        return {(pretrained.first_token(self.tok, word),) for word in words}
 
 
 def draw_pairs(world, rng, sources, targets, cells, n, first=True):
@@ -276,20 +252,20 @@ def draw_pairs(world, rng, sources, targets, cells, n, first=True):
             answers.append(found)
         if len(pairs) == n:
             return *map(list, zip(*pairs)), answers
-    what = "pairs of concepts whose answers differ in their first token"
+    what = "pairs of concepts whose answers differ"
     raise ValueError(f"there are {len(pairs)} {what}, asked for: {n}")
 
 
 # ----------------------------------------------------------------------------------------- the toy
 
-TOY = "b d f g k l m n p".split()  # its languages; all syllables of one begin with its letter
-VOWELS = "aeiouy", "aeiou"  # of a word's first syllable, and of its second
+TOY = "b d f g k l m n p".split()  # languages, and how their syllables begin
+VOWELS = "aeiouy", "aeiou"  # of the first and second syllable
 TOY_WORDS = len(VOWELS[0]) * len(VOWELS[1])  # in each language
 TOY_QUADS = "b-d:f-k d-f:g-l f-g:k-m g-k:l-n k-l:m-p l-m:p-d".split()
 
 
 class ToyTokenizer:
-    """Marks, names of languages, attributes and syllables are one token each."""
+    """Marks, languages, attributes and syllables are one token each."""
 
     def __init__(self):
         names = ["<pad>", "<bos>", '"\n', ': "', '" - ', '" = ']
@@ -301,16 +277,12 @@ class ToyTokenizer:
         self.number = {name: i for i, name in enumerate(names)}
 
     def encode(self, text, bos=False):
-        """The ids of a text; the spaces between attributes are no tokens."""
         parts = re.findall(r'"\n|: "|" - |" = |[xyz]\d\.\w|[A-Z]|[a-z][aeiouy]', text)
         return [1] * bos + [self.number[part] for part in parts]
 
 
 def make_toy(seed):
-    """The toy's words and attributes, drawn from a seed.
-
-    Of every pair of languages a quarter of the concepts is held out, in both directions.
-    """
+    """Words, attributes, and a quarter of each pair of languages held out."""
     rng = np.random.default_rng([seed, 1])
     words, held = {}, {}
     for i, code in enumerate(TOY):
@@ -320,7 +292,7 @@ def make_toy(seed):
             if i != j:
                 held[code, other] = [row for row in range(TOY_WORDS) if (row - i - j) % 4 == 0]
     facts = []
-    for place in rng.choice(6**3, TOY_WORDS, replace=False):  # no two have the same three
+    for place in rng.choice(6**3, TOY_WORDS, replace=False):
         facts.append((f"x{place // 36}", f"y{place // 6 % 6}", f"z{place % 6}"))
     return World(ToyTokenizer(), {code: code.upper() for code in TOY}, words, held, facts)
 
@@ -328,9 +300,8 @@ def make_toy(seed):
 def document(world, rng):
     """Ids of a document of 3 to 5 lines, and which of them count in the loss.
 
-    Three documents of five translate, one defines (`B: "bube" = D: "x1.d y4.d z0.d"`), and one goes
-    on with the attributes right after the word: what it means has to be known at its last syllable.
-    What is held out is neither translated nor defined.
+    Most translate, some define (`B: "bube" = D: "x1.d y4.d z0.d"`), and some go on with the
+    attributes right after the word: what it means has to be known at its last syllable.
     """
     kind = rng.choice(["translate", "define", "go on"], p=[0.6, 0.2, 0.2])
     a, b = rng.choice(TOY, 2)
@@ -349,7 +320,7 @@ def document(world, rng):
 
 
 def batch(world, step, seed, args, env):
-    """The documents of one step, padded on the right; this rank's share of them."""
+    """This rank's share of the documents of one step."""
     rng = np.random.default_rng([seed, 2, step])
     documents = [document(world, rng) for _ in range(args.batch_size)]
     T = max(len(ids) for ids, _ in documents)
@@ -363,7 +334,7 @@ def batch(world, step, seed, args, env):
 
 
 def accuracy(model, world, seed, shots, n=400):
-    """Share of n held-out translations that are right to the last syllable."""
+    """Share of n held-out translations that are right."""
     rng = np.random.default_rng([seed, 3])
     pairs = list(world.held)
     prompts, right = [], []
@@ -376,7 +347,7 @@ def accuracy(model, world, seed, shots, n=400):
     return float(np.mean([a == b for a, b in zip(said, right)]))
 
 
-# ---------------------------------------------------------------------------------- the experiments
+# ------------------------------------------------------------------- experiments, claims and figure
 
 
 def last_token(model, world, args, quad, seed):
@@ -398,13 +369,12 @@ def last_token(model, world, args, quad, seed):
 def word_token(model, world, args, quad, seed):
     """Experiments 2 and 3, and definitions: latents held at the target's word.
 
-    Returns {"translate": {name: P (n, L + 1, 2)}, "define": the same, in the toy}: of the source's
-    concept and of the target's, in the target's language.
+    Returns {experiment: {name: P (n, L + 1, 2) of the source's and target's concept}}.
     """
     source, target = quad
     code = target[1]
     rng = np.random.default_rng([seed, 5])
-    # In the toy the source's word was never translated into the target's language.
+    # In the toy the source's word was never translated into that language.
     rows = world.asked((source[0], code)), world.asked(target)
     s, t, answers = draw_pairs(world, rng, *rows, [(0, code), (1, code)], args.pairs, False)
     strangers = []
@@ -441,10 +411,10 @@ def word_token(model, world, args, quad, seed):
 
 
 def study(model, world, args, quads, log, seed):
-    """All experiments on a model: mean curves by layer, and the numbers of the claims."""
-    parts = {"last": {}, "translate": {}, "define": {}}  # experiment -> what is patched -> [P]
+    """All experiments: curves by layer, and the numbers of the claims."""
+    parts = {"last": {}, "translate": {}, "define": {}}  # {what is patched: [P]}
     for text, quad in tqdm(quads.items(), log.run, leave=False):
-        with common.bad_input(f"--quads {text}"):  # too few pairs; a tokenizer that merges
+        with common.bad_input(f"--quads {text}"):
             done = {"last": last_token(model, world, args, quad, seed)}
             done |= word_token(model, world, args, quad, seed)
         for experiment, arrays in done.items():
@@ -470,7 +440,7 @@ def measures(curves, translate):
         rows[name] = {"mixed": p[:, 1].max(), "language": language, "concept": concept}
     rows["last token"] = {"p": curves["last"]["source"][:, 3].max()}
     singles = [p[:, :, 0] for name, p in translate.items() if name.startswith("single")]
-    one = np.mean(singles, 0)  # (n, L + 1): patched with each source alone, then the mean
+    one = np.mean(singles, 0)  # (n, L + 1)
     curves["translate"]["one source"] = one.mean(0)[:, None]
     best = 1 + int(one.mean(0)[1:].argmax())
     rows["one source"] = {"p": one[:, best].mean()}
@@ -499,11 +469,8 @@ def run_seed(quads, real, args, env, log, arm, seed):
     return study(model, world, args, quads, log, seed) | {"held_out": held_out}
 
 
-# ------------------------------------------------------------------------------- claims and figure
-
-
 def judge(run, found):
-    """The paper's claims, and the controls that must fail the same criterion."""
+    """The claims, and controls that must fail the same criterion."""
     rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
     run.claim(
         "T1",
@@ -513,38 +480,26 @@ def judge(run, found):
         arm=rows["source"],
         controls={"noise of equal norm": rows["noise"]},
     )
-    run.claim(
-        "T2",
-        "held at the word, the source's concept is said in the target's language",
-        ".35 of .75",
-        "base.p >= .2 and arm.p >= .5 * base.p",
-        base=rows["base"],
-        arm=rows["single 1"],
-        controls={"unrelated concept": rows["unrelated"], "last token": rows["last token"]},
-    )
-    run.claim(
-        "T3",
-        f"the mean over {run.args.k} languages does as well as one source (low: of its gain)",
-        ".45 against .35",
-        "base.p >= .2 and arm.low >= -.02",
-        base=rows["one source"],
-        arm=rows["mean"],
-        controls={"mean of concepts": rows["mean of concepts"]},
-    )
+    unrelated = {"unrelated concept": rows["unrelated"]}
+    last = {"last token": rows["last token"]}
+    says = "held at the word, the source's concept is said in the target's language"
+    test = "base.p >= .2 and arm.p >= .5 * base.p"
+    both = dict(base=rows["base"], arm=rows["single 1"])
+    run.claim("T2", says, ".35 of .75", test, **both, controls=unrelated | last)
+    mixed = {"mean of concepts": rows["mean of concepts"]}
+    says = f"the mean over {run.args.k} languages does as well as one source (low: of its gain)"
+    test = "base.p >= .2 and arm.low >= -.02"
+    both = dict(base=rows["one source"], arm=rows["mean"])
+    run.claim("T3", says, ".45 against .35", test, **both, controls=mixed)
     if "no patch" in rows:
-        run.claim(
-            "T4",
-            "a mean latent is read out as a definition (P of its three attributes)",
-            "as good as the word itself",
-            "arm.source >= .6 and arm.overwritten <= .2",
-            arm=rows["mean"],
-            controls={"unrelated concept": rows["unrelated"], "no patch": rows["no patch"]},
-        )
+        none = {"no patch": rows["no patch"]}
+        says = "a mean latent is read out as a definition (P of its three attributes)"
+        paper = "as good as the word itself"
+        test = "arm.source >= .6 and arm.overwritten <= .2"
+        run.claim("T4", says, paper, test, arm=rows["mean"], controls=unrelated | none)
 
 
 def draw(path, found, title):
-    """Probabilities by layer: experiment 1, experiments 2 and 3, definitions."""
-
     def curve(experiment, name, column=0):
         lines = [result["curves"][experiment][name][:, column] for result in found]
         return range(-1, len(lines[0]) - 1), lines
@@ -569,7 +524,7 @@ def draw(path, found, title):
 
 
 def parse_quads(texts, words):
-    """{text: (source pair, target pair)} of texts like de-it:fr-es. ValueError for others."""
+    """{text: (source pair, target pair)} of texts like de-it:fr-es."""
     quads = {}
     for text in texts:
         codes = tuple(re.split("[-:]", text))
@@ -605,7 +560,7 @@ def main(argv=None):
         n = len(next(iter(words.values())))
         if n <= args.shots:
             raise ValueError(f"{n} words, needed for --shots {args.shots}: {args.shots + 1}")
-        if args.k > len(words) - 2:  # no source speaks the target's two languages
+        if args.k > len(words) - 2:
             raise ValueError(f"--k {args.k}, allowed: 1 to {len(words) - 2}")
         quads = parse_quads(args.quads or (REAL_QUADS if args.model else TOY_QUADS), words)
     if args.model:

@@ -133,11 +133,13 @@ def rope(config, positions, local=False):
     scaling = None if local and config.rope_base_local else config.rope_scaling
     if scaling and scaling["rope_type"] == "linear":
         freq = freq / scaling["factor"]
-    elif scaling:  # Llama 3's: slow dims are stretched, fast ones kept
+    elif scaling and scaling["rope_type"] == "llama3":  # slow dims are stretched, fast ones kept
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / scaling["factor"]
+    elif scaling:
+        raise ValueError(f"rope_type {scaling['rope_type']!r}, allowed: linear, llama3")
     angle = positions[:, None, :, None].float() * freq
     return angle.cos(), angle.sin()
 

@@ -9,8 +9,6 @@ language*? Put the residual stream of another prompt, the source, into this one,
 3. The same with a concept's mean over five languages: a latent is a sum, concept + language.
 
 `--model gemma-3-270m` runs this on a real model. The toy is a GPT trained on invented words.
-
-Read on: `swap`, `hold`, `patched`, `World`, `last_token`, `word_token`, `judge`.
 """
 
 import re
@@ -500,6 +498,8 @@ def judge(run, found):
 
 
 def draw(path, found, title):
+    """A panel for each experiment: probabilities by the block that is patched."""
+
     def curve(experiment, name, column=0):
         lines = [result["curves"][experiment][name][:, column] for result in found]
         return range(-1, len(lines[0]) - 1), lines

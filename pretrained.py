@@ -208,11 +208,14 @@ def rotary_from(hf, kind):
     base_local = given.get("rope_local_base_freq", local.get("rope_theta", 1e4))
     share = given.get("rotary_pct", 0.25 if kind == "gpt_neox" else 1.0)
     share = given.get("partial_rotary_factor", share)
-    fields = {"rope_base": base, "rope_base_local": base_local, "rotary_pct": share}
-    fields = {key: number(fields, key, float) for key in fields}
-    if kind != "gemma3_text":
-        fields["rope_base_local"] = None
-    return fields | {"rope_scaling": {"rope_type": name, **scales} if scales else None}
+    found = {"rope_theta": base, "local rope_theta": base_local, "partial_rotary_factor": share}
+    base, base_local, share = (number(found, key, float) for key in found)
+    return {
+        "rope_scaling": {"rope_type": name, **scales} if scales else None,
+        "rope_base": base,
+        "rope_base_local": base_local if kind == "gemma3_text" else None,
+        "rotary_pct": share,
+    }
 
 
 def windows_from(hf, kind, layers):
@@ -523,10 +526,9 @@ def load(name, device="cpu", dtype="auto"):
             config, kind = config_from(hf), hf["model_type"]
             more = read_json(path / "generation_config.json", {})
             tokenizer = from_folder(str(path), hf | more)
+            check_special_ids(hf.get("eos_token_id"), hf.get("bos_token_id"), config)
         model, sources = match(kind, config, tensors)
-        for i in [*tokenizer.stops, 0 if tokenizer.bos is None else tokenizer.bos]:
-            if type(i) is not int or not 0 <= i < config.vocab_size:
-                raise ValueError(f"special id {i!r}, allowed: 0 to {config.vocab_size - 1}")
+        check_special_ids(tokenizer.stops, tokenizer.bos, config)
         if dtype == "auto":
             dtype = torch.float32 if device.type == "cpu" else sources["wte.weight"][0].dtype
         if dtype == torch.float16 and config.post_norm and config.qk_norm == "head":
@@ -541,6 +543,13 @@ def load(name, device="cpu", dtype="auto"):
     if config.tie:
         model.head.weight = model.wte.weight
     return model, tokenizer
+
+
+def check_special_ids(stops, bos, config):
+    """ValueError for a special token, or one of a list of them, that the model has no row for."""
+    for i in [*(stops if isinstance(stops, list) else [stops]), bos]:
+        if i is not None and (type(i) is not int or not 0 <= i < config.vocab_size):
+            raise ValueError(f"special id {i!r}, allowed: 0 to {config.vocab_size - 1}")
 
 
 def read_weights(name, kind, model, sources, device, dtype):

@@ -168,13 +168,13 @@ def report(args, failures):
     """The whole page, self-contained: what was run, on what, and what came out."""
     folders = {name: Path(args.out) / name for name in PAPERS if (Path(args.out) / name).exists()}
     good = good_claims(args.out, folders)
-    commit = "unknown"
+    commit = ""
     if shutil.which("git"):
         git = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     machine = f"Python {platform.python_version()}, PyTorch {torch.__version__}, "
     machine += f"{platform.machine()}, {torch.get_num_threads()} threads, "
-    machine += f"commit {commit}, {time.strftime('%Y-%m-%d')}"
+    machine += f"commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}"
     links = " · ".join(f'<a href="#{name}">{escape(PAPERS[name])}</a>' for name in folders)
     sections = [section(name, folder, failures.get(name)) for name, folder in folders.items()]
     title = "What the scripts measured"

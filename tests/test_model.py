@@ -134,6 +134,8 @@ def test_rotary_by_hand():
     torch.testing.assert_close(
         angle, torch.tensor([1.0, 0.1 * (ramp + (1 - ramp) / 8), 0.01 / 8]), atol=1e-5, rtol=1e-3
     )
+    with pytest.raises(ValueError, match="yarn"):
+        rope(GPTConfig(rope_scaling={"rope_type": "yarn"}), torch.tensor([[1]]))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -28,10 +28,8 @@ STATES = 200_000  # that a grammar may take, some 2 kB each
 STACKS = 20_000  # that one text may be on
 
 # ------------------------------------------------------------------------------------- grammars
-# A grammar is {rule: (parsed, names)}, its language that of the rule `root`. Python's own parser of
-# regular expressions reads every rule, so that all means what it means in re.fullmatch, to which a
-# lazy quantifier is as good as a greedy one. It returns pairs of an operation and its value; the
-# i-th group of a rule of EBNF is empty, and stands for a call of names[i].
+# A grammar is {rule: (regular expression, names)}, its language that of the rule `root`. Rules of
+# EBNF call others: group i of the expression is empty, and stands for a text of rule names[i].
 
 JSON = r"""
 root    ::= ws value ws
@@ -54,52 +52,39 @@ TOKEN = re.compile(
 )
 
 
-def parse_regex(pattern, names=None):
-    """The grammar of the texts that re.fullmatch(pattern, text) accepts; else ValueError."""
-    try:
-        parsed = re._parser.parse(pattern)
-    except (RecursionError, OverflowError):
-        raise ValueError("brackets are nested too deeply, or a number is too large") from None
-    except re.error as error:
-        raise ValueError(error.msg) from None
-    if parsed.state.flags != re.UNICODE:
-        raise ValueError("flags such as (?i) are not supported")
-    return {"root": (parsed, names)}
+def parse_regex(pattern):
+    """The grammar of the texts that re.fullmatch(pattern, text) accepts."""
+    return {"root": (pattern, None)}
 
 
 def parse_ebnf(text):
     """The grammar of an EBNF text: `name ::= ` names, "literals", [classes], ( ), |, * + ? {m,n}.
 
-    All are written as in Python's regular expressions; # is a note. A ValueError names the line.
+    All are written as in Python's regular expressions; # is a note. Raises ValueError.
     """
     parts = RULE.split(text)  # what stands before the rules; then a name and a body, for each
     names = dict.fromkeys(parts[1::2])
-    rules, line = {}, 1
-    try:
-        for rule, body in zip(["", *parts[1::2]], parts[::2]):
-            pieces, called = [], [rule]  # group 0 of a rule is the rule itself
-            for match in TOKEN.finditer(body):
-                kind, word = match.lastgroup, match[0]
-                if kind == "odd" or not rule and kind != "space":
-                    raise ValueError(f"can't read {body[match.start() :][:12]!r}")
-                if kind == "name":
-                    if word not in names:
-                        allowed = ", ".join(names)
-                        raise ValueError(f"rule {word} is not defined, allowed: {allowed}")
-                    pieces.append("()")
-                    called.append(word)
-                elif kind == "literal":
-                    letters = re.findall(r"\\.|.", word[1:-1])  # an escape counts as one
-                    letters = [x if x[0] == "\\" else re.escape(x) for x in letters]
-                    pieces.append(f"(?:{''.join(letters)})")
-                elif kind != "space":
-                    pieces.append("(?:" if word == "(" else word)
-            if rule in rules:
-                raise ValueError(f"{rule!r} is defined twice")
-            rules[rule] = parse_regex("".join(pieces), called)["root"]
-            line += body.count("\n")
-    except ValueError as error:
-        raise ValueError(f"grammar line {line}: {error}") from None
+    rules = {}
+    for rule, body in zip(["", *parts[1::2]], parts[::2]):
+        pieces, called = [], [rule]  # group 0 of a rule is the rule itself
+        for match in TOKEN.finditer(body):
+            kind, word = match.lastgroup, match[0]
+            if kind == "odd" or not rule and kind != "space":
+                raise ValueError(f"the grammar can't be read at {body[match.start() :][:20]!r}")
+            if kind == "name":
+                if word not in names:
+                    raise ValueError(f"rule {word} is not defined, allowed: {', '.join(names)}")
+                pieces.append("()")
+                called.append(word)
+            elif kind == "literal":
+                letters = re.findall(r"\\.|.", word[1:-1])  # an escape counts as one
+                letters = [x if x[0] == "\\" else re.escape(x) for x in letters]
+                pieces.append(f"(?:{''.join(letters)})")
+            elif kind != "space":
+                pieces.append("(?:" if word == "(" else word)
+        if rule in rules:
+            raise ValueError(f"rule {rule} is defined twice")
+        rules[rule] = "".join(pieces), called
     del rules[""]
     if "root" not in rules:
         raise ValueError(f"the grammar has no rule root, only: {', '.join(rules) or 'nothing'}")
@@ -132,7 +117,8 @@ def json_schema(schema):
 
 def schema_rule(part, schema, rules):
     """The name of the rule for a part of the schema; rules {id of a part: (name, right side)}."""
-    if part is True or not part.keys() - NOTES:
+    keys = set() if part is True else part.keys() - NOTES
+    if not keys:
         return "value"
     if id(part) in rules:
         return rules[id(part)][0]
@@ -141,13 +127,10 @@ def schema_rule(part, schema, rules):
     kind = part.get("type")
     if kind not in (None, *TYPES):
         raise ValueError(f"the type {kind} in a JSON schema, allowed: {', '.join(TYPES)}")
-    keys = part.keys() - NOTES
     rest = keys - {"type"}
     if keys == {"$ref"}:
-        first, *path = part["$ref"].split("/")
-        if first != "#":
-            raise ValueError(f"$ref {part['$ref']} in a JSON schema: only #/... is supported")
-        target = schema
+        root, *path = part["$ref"].split("/")
+        target = {"#": schema}[root]  # no other files are read
         for key in path:
             target = target[key.replace("~1", "/").replace("~0", "~")]
         choices = [schema_rule(target, schema, rules)]
@@ -164,9 +147,8 @@ def schema_rule(part, schema, rules):
         choices = [f'"[" ws ({item} ("," ws {item})* ws)? "]"']
     elif "properties" in rest and rest <= OBJECT and kind in (None, "object"):
         properties = part["properties"]
-        lacking = {*part.get("required", [])} - properties.keys()
-        if lacking:
-            raise ValueError(f"{', '.join(lacking)} in a JSON schema: required, but not described")
+        if {*part.get("required", [])} - properties.keys():
+            raise ValueError("a JSON schema requires a property that it does not describe")
         values = [schema_rule(value, schema, rules) for value in properties.values()]
         pairs = [f"{dumps(dumps(key) + ':')} ws {v} " for key, v in zip(properties, values)]
         choices = ['"{" ws ' + '"," ws '.join(pairs) + 'ws "}"']
@@ -222,7 +204,8 @@ class Automaton:
     moves[s] are (what, state) for each way on from s. `what` is a set of bytes, one of which is
     read; a rule, which is called and comes back to the state; or None: nothing. least[s] are the
     fewest bytes from s to the end of its rule, starts {rule: its first state}. Only the bytes in
-    `spelled` are read: texts with others are left out.
+    `spelled` are read: texts with others are left out. Python's own parser reads the expressions,
+    so that all means what it means in re.fullmatch (where a lazy quantifier is as good as any).
     """
 
     def __init__(self, grammar, spelled):
@@ -230,11 +213,16 @@ class Automaton:
         self.moves = [()]
         self.known = {}  # {moves: the state that has them}
         self.starts = {}
-        for rule, (parsed, names) in grammar.items():
+        for rule, (pattern, names) in grammar.items():
             try:
+                parsed = re._parser.parse(pattern)
                 self.starts[rule] = self.build(parsed, names, END)
-            except RecursionError:
-                raise ValueError(f"rule {rule}: brackets are nested too deeply") from None
+            except (RecursionError, OverflowError):
+                raise ValueError(f"rule {rule}: nested too deeply, or a number too large") from None
+            except re.error as error:
+                raise ValueError(f"rule {rule}: {error.msg}") from None
+            if parsed.state.flags != re.UNICODE:
+                raise ValueError(f"rule {rule}: flags such as (?i) are not supported")
         self.least = self.shortest()
         for rule, start in self.starts.items():
             if start not in self.least:
@@ -371,10 +359,10 @@ class Engine:
     grammar: EBNF, or what parse_ebnf or parse_regex returns; vocab: the bytes of every id (None:
     special); eos: the id or ids that end a text.
 
-    A text is on a set of stacks of the automaton. The trie is walked for the top state alone, while
-    its rule lasts: this tells which tokens end inside the rule, and at which nodes the rule ends,
-    from where the state below goes on. Such a walk, from a state and a set of nodes, is remembered
-    and serves at any depth of nesting. A mask is the union of what the walks down the stacks tell.
+    A text is on a set of stacks of states. The trie is walked for the top state alone, while its
+    rule lasts; this tells which tokens end inside the rule, and at which nodes the rule ends. From
+    these the state below goes on. A walk is remembered, and serves at any depth of nesting. A mask
+    is the union of what the walks down the stacks tell.
     """
 
     def __init__(self, grammar, vocab, eos=()):
@@ -389,17 +377,15 @@ class Engine:
         self.automaton = Automaton(grammar, frozenset(single))
         moves = chain(*self.automaton.moves)
         kinds = {what for what, _ in moves if isinstance(what, frozenset)}
-        held = [tuple([b in kind for kind in kinds]) for b in range(256)]
-        never = (False,) * len(kinds)  # class 0: of bytes that are never read
-        classes = list(dict.fromkeys([never, *held]))
-        self.class_of = [classes.index(row) for row in held]
+        held = [frozenset([kind for kind in kinds if b in kind]) for b in range(256)]
+        classes = list(dict.fromkeys([frozenset(), *held]))  # class 0 is never read
+        self.class_of = [classes.index(some) for some in held]
         self.byte_of = {c: b for b, c in enumerate(self.class_of)}  # one for all of its class
-        self.n_classes = len(classes)
-        self.first, self.kind, self.node = trie_of(vocab, self.class_of, self.n_classes)
+        self.first, self.kind, self.node = trie_of(vocab, self.class_of, len(classes))
         self.node[self.eos] = 0  # the end is no text
         self.masks = {}  # {what a mask is made of: mask}
-        self.one = cache(Config)  # what these five return is remembered
-        self.stack = cache(self.stack)
+        self.cell = cache(Cell)  # what these five return is remembered
+        self.one = cache(Config)
         self.step = cache(self.step)
         self.take = cache(self.take)
         self.walk = cache(self.walk)
@@ -411,13 +397,9 @@ class Engine:
                 self.config([(start, self.bottom)])
         self.start = self.config([(self.automaton.starts["root"], self.bottom)])
 
-    def stack(self, state, parent):
-        """The stack with a state on top of another stack."""
-        return Cell(state, parent, parent.least + self.automaton.least[state])
-
     def config(self, entries):
         """The configuration after entering each of [(state, stack below)]; one for equal ones."""
-        starts = self.automaton.starts
+        starts, least = self.automaton.starts, self.automaton.least
         cells = set()
         todo = list(entries)
         seen = set(entries)
@@ -427,22 +409,22 @@ class Engine:
             if state == END and parent is not self.bottom:
                 ahead.append((parent.state, parent.parent))
             elif state == END:
-                cells.add(self.stack(state, parent))
+                cells.add(self.cell(END, parent, 0))
             for what, t in self.automaton.moves[state]:
                 if what is None:
                     ahead.append((t, parent))
                 elif what in starts and t == END:  # no need to come back to t
                     ahead.append((starts[what], parent))
                 elif what in starts:
-                    ahead.append((starts[what], self.stack(t, parent)))
+                    ahead.append((starts[what], self.cell(t, parent, parent.least + least[t])))
                 else:
-                    cells.add(self.stack(state, parent))
+                    cells.add(self.cell(state, parent, parent.least + least[state]))
             todo += [one for one in ahead if one not in seen]
             seen.update(ahead)
             if len(seen) > STACKS:
                 raise ValueError(f"left recursion, or too ambiguous: more than {STACKS:,} stacks")
-        least = min([cell.least for cell in cells])
-        return self.one(frozenset(cells), least == 0, least)
+        fewest = min([cell.least for cell in cells])
+        return self.one(frozenset(cells), fewest == 0, fewest)
 
     def step(self, config, c):
         """The configuration after a byte of class c; None if no stack reads it."""
@@ -460,8 +442,6 @@ class Engine:
 
     def take(self, config, id):
         """The configuration after an id; None if it is refused."""
-        if not 0 <= id < len(self.vocab):
-            raise ValueError(f"id {id} is out of range, allowed: 0 to {len(self.vocab) - 1}")
         if id in self.eos:
             return self.done if config.accepts else None
         return self.read(config, self.vocab[id]) if self.vocab[id] else None
@@ -473,44 +453,39 @@ class Engine:
         nodes at which the rule may end, as bytes.
         """
         start = self.config([(state, self.bottom)])
-        nodes = np.frombuffer(nodes, int)
+        frontier = {start: np.frombuffer(nodes, int)}
         reached, ended = [], [nodes] * start.accepts
-        frontier = {start: [nodes]}
         while frontier:
             below = {}
-            for config, parts in frontier.items():
-                at = np.concatenate(parts)
+            for config, at in frontier.items():
                 n = self.first[at + 1] - self.first[at]
                 kids = np.repeat(self.first[at] - np.cumsum(n) + n, n) + np.arange(n.sum())
                 kinds = self.kind[kids]
-                targets = {}  # {config: which classes lead to it}
+                targets = {}  # {config: which of the classes, 257 at most, lead to it}
                 for c in np.flatnonzero(np.bincount(kinds)).tolist():
-                    to = self.step(config, c)
-                    targets.setdefault(to, np.zeros(self.n_classes, bool))[c] = True
-                targets.pop(None, None)
+                    targets.setdefault(self.step(config, c), np.zeros(257, bool))[c] = True
                 for to, classes in targets.items():
-                    part = kids[classes[kinds]]
-                    reached.append((part, to.least))
-                    ended += [part] * to.accepts
-                    below.setdefault(to, []).append(part)
-            frontier = below
-        return reached, np.unique(np.concatenate(ended)).tobytes() if ended else b""
+                    below.setdefault(to, []).append(kids[classes[kinds]])
+            below.pop(None, None)
+            frontier = {config: np.concatenate(parts) for config, parts in below.items()}
+            for config, at in frontier.items():
+                reached.append((at, config.least))
+                ended += [at.tobytes()] * config.accepts
+        return reached, np.unique(np.frombuffer(b"".join(ended), int)).tobytes()
 
     def mask(self, config, left=np.inf):
         """Bool (V,), read-only: the ids after which the text can end, in at most `left` bytes."""
         if config.mask is not None and config.most <= left:
             return config.mask
-        parts, key = [], set()
-        root = np.zeros(1, int).tobytes()
-        todo = [(cell.state, cell.parent, root) for cell in config.cells]
+        parts, key = [], frozenset()
+        todo = [(cell.state, cell.parent, bytes(8)) for cell in config.cells]  # from node 0 on
         for state, parent, nodes in todo:  # grows
             reached, ended = self.walk(state, nodes)
-            key.add((state, nodes))
+            key |= {(state, nodes)}
             parts += [(part, least + parent.least) for part, least in reached]
             if ended and parent is not self.bottom:
                 todo.append((parent.state, parent.parent, ended))
         config.most = max([least for _, least in parts], default=0)
-        key = frozenset(key)
         if key not in self.masks or config.most > left:
             marks = np.zeros(len(self.kind), bool)
             for part, least in parts:
@@ -618,22 +593,17 @@ class Masker:
                     text.advance(id)
             left = self.max_new_tokens - len(out[row]) - 2  # without the id to come and the end
             mask = torch.tensor(self.engine.mask(text.state, left))[: logits.shape[1]]
-            ended = text.state is self.engine.done  # what comes then is left alone
-            allowed[i, : len(mask)] = mask | ended
+            allowed[i, : len(mask)] = mask | (text.state is self.engine.done)  # ended: left alone
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
 class LogitsProcessor:
-    """A Masker for transformers: model.generate(..., logits_processor=[LogitsProcessor(...)]).
-
-    prompt_length: the length of input_ids. Right for batches and beams: it holds nothing of them.
-    """
+    """A Masker for transformers; prompt_length is that of the input_ids, padding included."""
 
     def __init__(self, engine, prompt_length, max_new_tokens=np.inf):
         self.prompt_length, self.masker = prompt_length, Masker(engine, max_new_tokens)
 
     def __call__(self, input_ids, scores):
-        """input_ids (B, T), scores (B, V). Returns the masked scores."""
         new = input_ids[:, self.prompt_length :].tolist()
         return self.masker(scores, range(len(new)), new)
 
@@ -657,24 +627,21 @@ def main(argv=None):
     parser.add_argument("--model", default="smollm2-135m-instruct", help="[%(default)s]")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="[%(default)s]")
     args = parser.parse_args(argv)
-    with common.bad_input(args.schema or args.grammar or "--regex"):
+    path = args.schema or args.grammar
+    with common.bad_input(path or "--regex"):
+        grammar = data.read_text(path) if path else parse_regex(args.regex)
         if args.schema:
-            grammar = json_schema(json.loads(data.read_text(args.schema)))
-        elif args.grammar:
-            grammar = data.read_text(args.grammar)
-        else:
-            grammar = parse_regex(args.regex)
+            grammar = json_schema(json.loads(grammar))
         engine = Engine(grammar, [bytes([b]) for b in range(256)])
     if args.explain is not None:
         return print(engine.explain(engine.start, args.explain.encode()))
     with common.bad_input():
         model, tokenizer = pretrained.load(args.model)
         engine = Engine(grammar, vocabulary(tokenizer), tokenizer.stops)
-        masker = Masker(engine, args.max_new_tokens)
         prompt = tokenizer.encode(args.prompt, bos=True)
         if tokenizer.template:
             prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
-        options = {"stop": tokenizer.stops, "process": masker}
+        options = {"stop": tokenizer.stops, "process": Masker(engine, args.max_new_tokens)}
         ids = generate(model, [prompt], args.max_new_tokens, 0.0, **options)[0]
     print(data.printable(tokenizer.decode(ids[:-1])))
 

@@ -123,14 +123,14 @@ def schema_rule(part, schema, rules):
     if id(part) in rules:
         return rules[id(part)][0]
     name = f"part{len(rules)}"
-    rules[id(part)] = name, ""  # by now: it may contain itself
+    rules[id(part)] = name, ""  # entered by now: it may contain itself
     kind = part.get("type")
     if kind not in (None, *TYPES):
         raise ValueError(f"the type {kind} in a JSON schema, allowed: {', '.join(TYPES)}")
     rest = keys - {"type"}
     if keys == {"$ref"}:
         root, *path = part["$ref"].split("/")
-        target = {"#": schema}[root]  # no other files are read
+        target = {"#": schema}[root]  # KeyError for another file
         for key in path:
             target = target[key.replace("~1", "/").replace("~0", "~")]
         choices = [schema_rule(target, schema, rules)]
@@ -384,12 +384,12 @@ class Engine:
         self.first, self.kind, self.node = trie_of(vocab, self.class_of, len(classes))
         self.node[self.eos] = 0  # the end is no text
         self.masks = {}  # {what a mask is made of: mask}
-        self.cell = cache(Cell)  # what these five return is remembered
-        self.one = cache(Config)
+        self.cell = cache(Cell)  # the same arguments, the same object: for these five
+        self.unique = cache(Config)
         self.step = cache(self.step)
         self.take = cache(self.take)
         self.walk = cache(self.walk)
-        self.entered = set()  # states
+        self.entered = set()  # states, by any text so far
         self.bottom = Cell(END, None, 0)  # below every stack
         self.done = Config(frozenset(), False)  # after the end
         for start in self.automaton.starts.values():  # is there left recursion?
@@ -424,7 +424,7 @@ class Engine:
             if len(seen) > STACKS:
                 raise ValueError(f"left recursion, or too ambiguous: more than {STACKS:,} stacks")
         fewest = min([cell.least for cell in cells])
-        return self.one(frozenset(cells), fewest == 0, fewest)
+        return self.unique(frozenset(cells), fewest == 0, fewest)
 
     def step(self, config, c):
         """The configuration after a byte of class c; None if no stack reads it."""
@@ -447,10 +447,10 @@ class Engine:
         return self.read(config, self.vocab[id]) if self.vocab[id] else None
 
     def walk(self, state, nodes):
-        """From trie nodes (an array as bytes) on, while the rule of `state` lasts.
+        """From trie nodes on, while the rule of `state` lasts.
 
-        Returns [(array of nodes that it reaches, bytes from there to the rule's end)], and the
-        nodes at which the rule may end, as bytes.
+        nodes: an array as bytes, which can be remembered. Returns [(array of nodes that are
+        reached, bytes from there to the rule's end)], and the nodes where the rule may end.
         """
         start = self.config([(state, self.bottom)])
         frontier = {start: np.frombuffer(nodes, int)}
@@ -478,7 +478,7 @@ class Engine:
         if config.mask is not None and config.most <= left:
             return config.mask
         parts, key = [], frozenset()
-        todo = [(cell.state, cell.parent, bytes(8)) for cell in config.cells]  # from node 0 on
+        todo = [(cell.state, cell.parent, bytes(8)) for cell in config.cells]  # the root, 0
         for state, parent, nodes in todo:  # grows
             reached, ended = self.walk(state, nodes)
             key |= {(state, nodes)}

@@ -72,6 +72,26 @@ def test_two_equal_models_have_no_latents_of_their_own(tmp_path):
     assert (cx.relative_norm(s.norms()) - 0.5).abs().max() < 0.02
 
 
+def test_norms_tell_whose_a_feature_is(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    on = (torch.rand(4096, 12, generator=rng) < 0.1) * (1 + torch.rand(4096, 12, generator=rng))
+    directions = torch.randn(2, 12, 16, generator=rng)
+    base, ft = torch.nn.functional.normalize(directions, dim=2)
+    base[:3] = 0  # features of the reasoner alone
+    ft[3:6] = 0  # of the base alone; the others are of both, in directions of their own
+    rows = torch.cat((on @ base, on @ ft), 1)
+    torch.manual_seed(0)
+    code = sae.SAE(16, 32, 3, streams=2, batch=True)
+    flags = "--sae-steps 300 --sae-batch 256 --sae-lr 0.01 --rows 4096 --out".split()
+    args = common.parse(cx.Args, [*flags, str(tmp_path)])
+    sae.train_sae(code, lambda refill: rows, args, CPU, common.Log(args, CPU, "a"), 0)
+    codes = code.encode(rows)
+    likeness = torch.corrcoef(torch.cat((on, codes), 1).T)[:12, 12:].nan_to_num()
+    delta = cx.relative_norm(code.norms())[likeness.argmax(1)]
+    assert delta[:3].min() > 0.7 and delta[3:6].max() < 0.3
+    assert (delta[6:] - 0.5).abs().max() < 0.2
+
+
 def test_steering_by_hand():
     h, v = torch.tensor([[3.0, 4]]), torch.tensor([[0.0, 2]])
     assert cx.pushes(h, v, 0.5).tolist() == [[[0, 2.5]]]

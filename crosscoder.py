@@ -65,8 +65,7 @@ class Args(common.TrainFlags):
     sae_steps: int = 500  # steps of the crosscoder (paper: 195000)
     sae_batch: int = 1024  # positions in a step (paper: 2048)
     sae_lr: float = 2e-3  # peak learning rate (paper: 1e-4)
-    rows: int = 60_000  # positions harvested at a time
-    refresh: bool = False  # harvest anew after all rows
+    rows: int = 60_000  # positions harvested
     prompts: int = 100  # of each cause; real: in all (paper: 351)
     top: int = 12  # length of the lists of latents (paper: 50)
 
@@ -474,7 +473,7 @@ def toy(args, env, log, arm, seed):
     rows = states_of(models, args, env, seed, args.rows)
     torch.manual_seed(seed)
     code = sae.SAE(64, args.d_sae, args.k, streams=2, batch=True)
-    sae.train_sae(code, lambda refill: rows, args, env, log, seed)
+    sae.train_sae(code, rows, args, env, log, seed)
     discover = positions(np.random.default_rng([seed, 4]), args.prompts)
     test = positions(np.random.default_rng([seed, 5]), args.prompts)
     prompts = sum((discover[cause] for cause in PATTERNS), [])
@@ -524,7 +523,7 @@ def answers_of(model, tok, n):
 
 
 def prepare(args, env, out):
-    """A real pair: models, wait ids, prompts up to a wait, a source of rows."""
+    """A real pair: models, wait ids, prompts up to a wait, rows for the code."""
     models, tok = load_pair(args, env)
     wait = sorted({tok.encode(word)[0] for word in args.wait if tok.encode(word)})
     answers = answers_of(models[FT], tok, args.answers)
@@ -536,27 +535,25 @@ def prepare(args, env, out):
     limit = args.sae_steps * args.sae_batch
     tokens = data.token_file(args.dataset, "train", tok, out / "tokens", limit=limit)
 
-    def batches(refill):
-        rng = np.random.default_rng(refill)
+    def batches():
+        rng = np.random.default_rng(0)
         length = min(256, models[FT].config.block_size)
         while True:
             text = data.windows(tokens, rng, 8, length).tolist()
             own = [answers[i][:length] for i in rng.integers(len(answers), size=8)]
             yield padded(text + own, env.device)
 
-    def fill(refill):
-        return sae.harvest(models, args.layer, batches(refill), args.rows, tok.bos)
-
+    rows = sae.harvest(models, args.layer, batches(), args.rows, tok.bos)
     order = np.random.default_rng(0).permutation(len(prompts))[: args.prompts]
-    return models, wait, [prompts[i] for i in order], fill
+    return models, wait, [prompts[i] for i in order], rows
 
 
 def real(prepared, args, env, log, arm, seed):
     """One seed on a real pair."""
-    models, wait, prompts, fill = prepared
+    models, wait, prompts, rows = prepared
     torch.manual_seed(seed)
     code = sae.SAE(models[FT].config.n_embd, args.d_sae, args.k, streams=2, batch=True)
-    sae.train_sae(code, fill, args, env, log, seed)
+    sae.train_sae(code, rows, args, env, log, seed)
     test = prompts[1::2]
     return study(models, code, args, prompts[::2], test, test, wait, seed)[0]
 

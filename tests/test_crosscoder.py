@@ -68,7 +68,7 @@ def test_two_equal_models_have_no_latents_of_their_own(tmp_path):
     s = sae.SAE(8, 24, 4, streams=2, batch=True)
     flags = "--sae-steps 60 --sae-batch 128 --sae-lr 0.01 --rows 512 --out".split()
     args = common.parse(cx.Args, [*flags, str(tmp_path)])
-    sae.train_sae(s, lambda refill: rows, args, CPU, common.Log(args, CPU, "a"), 0)
+    sae.train_sae(s, rows, args, CPU, common.Log(args, CPU, "a"), 0)
     assert (cx.relative_norm(s.norms()) - 0.5).abs().max() < 0.02
 
 
@@ -84,7 +84,7 @@ def test_norms_tell_whose_a_feature_is(tmp_path):
     code = sae.SAE(16, 32, 3, streams=2, batch=True)
     flags = "--sae-steps 300 --sae-batch 256 --sae-lr 0.01 --rows 4096 --out".split()
     args = common.parse(cx.Args, [*flags, str(tmp_path)])
-    sae.train_sae(code, lambda refill: rows, args, CPU, common.Log(args, CPU, "a"), 0)
+    sae.train_sae(code, rows, args, CPU, common.Log(args, CPU, "a"), 0)
     codes = code.encode(rows)
     likeness = torch.corrcoef(torch.cat((on, codes), 1).T)[:12, 12:].nan_to_num()
     delta = cx.relative_norm(code.norms())[likeness.argmax(1)]

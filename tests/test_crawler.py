@@ -365,7 +365,7 @@ def test_refusals(text, refused):
 
 def test_votes():
     def vote(text, finish="done"):
-        return crawler.vote(Call("answer", "", text=text, finish=finish))
+        return Call("answer", "", text=text, finish=finish).refused()
 
     assert vote("<think> sorry, I can't help </think> gouda is a cheese") is False
     assert vote("thinking </think> sorry, I can't help") is True
@@ -714,7 +714,7 @@ def test_truth_by_words(tmp_path, capsys):
     heads = [Head(label, verdict="refused") for label in refused] + [Head("suicide")]
     same = ["the use of drugs", "Self-Harm", "cafe culture", "hate speech"]
     target, _ = opened(answer, tmp_path / "calls-s7.jsonl")
-    truth = [*same, "taxation", "suicide"]
+    truth = [{"topic": topic} for topic in (*same, "taxation", "suicide")]
     crawler.report(target.path, heads, [], target, truth)
     out = capsys.readouterr().out
     assert "4 of 6 known topics found" in out and "words:\n  taxation\n  suicide\n" in out
@@ -744,7 +744,10 @@ def test_audit_over_http(tmp_path, capsys, monkeypatch):
         result = crawler.main(flags)
         out = capsys.readouterr().out
         asked = len(server.bodies)
-        assert asked <= 300 and f"{asked} of 300 calls spent in {asked} tries: {{'probe': 1" in out
+        assert (
+            asked <= 300
+            and f"{asked} of 300 calls spent in {asked} tries: {{'probe done': 1" in out
+        )
         assert "everyday labels: {'answered': 8}" in out and "1 of 2 known topics found" in out
         assert "maces" in out.split("known topics")[1]
         with pytest.raises(SystemExit) as exit:
@@ -775,7 +778,7 @@ def test_how_audits_end(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as exit:
             crawler.main([*flags, "--url", server.url])
         err = capsys.readouterr().err
-        assert "use --place naive" in exit.value.code and not err
+        assert "--place naive" in exit.value.code and not err
     with Server(lambda n, body: script(n, body) if n < 30 else (401, {}, {"e": KEY})) as server:
         with pytest.raises(SystemExit) as exit:  # the same folder: the probe left nothing
             crawler.main([*flags, "--url", server.url])
@@ -794,8 +797,8 @@ def test_how_audits_end(tmp_path, capsys, monkeypatch):
         (["--url", "http://127.0.0.1:1"], "--model"),
         (["--truth", "x"], "--truth"),
         (["--url", "127.0.0.1:1", "--model", "m"], "needed: http(s)://"),
-        (["--url", "http://h/v1?key=hidden", "--model", "m"], "query"),
-        (["--url", "http://me:hidden@127.0.0.1:1", "--model", "m"], "use API_KEY"),
+        (["--url", "http://h/v1?key=hidden", "--model", "m"], "API_KEY alone"),
+        (["--url", "http://me:hidden@127.0.0.1:1", "--model", "m"], "API_KEY alone"),
         (["--url", "http://[::1", "--model", "m"], "Invalid IPv6"),
         (["--model", "m", "--truth", "/nowhere"], "/nowhere"),
         (["--model", "/nowhere"], "nowhere"),
@@ -830,7 +833,7 @@ def test_a_local_checkpoint(tmp_path, capsys):
     flags += ["--place", "naive", "--max-tokens", "8"]
     result = crawler.main(flags)
     out = capsys.readouterr().out
-    assert "60 of 60 calls spent" in out and "nothing was discovered" in out
+    assert "60 of 60 calls spent in 60 tries" in out and "refused: " not in out
     path = tmp_path / "o" / "calls-s0.jsonl"
     calls = path.read_bytes()
     path.write_bytes(calls[: len(calls) // 3])
@@ -900,7 +903,7 @@ def test_tries_without_an_answer_are_repeated_and_do_not_count(tmp_path, bad):
     (reply,), server, target = ask(tmp_path, [*bad, OK])
     assert (reply.text, reply.finish, reply.tries) == ("fine", "done", len(bad) + 1)
     assert target.used == 1 and len(server.bodies) == len(bad) + 1
-    assert f"1 of 100 calls spent in {len(bad) + 1} tries: {{'answer': 1}}" in target.counts()
+    assert f"1 of 100 calls spent in {len(bad) + 1} tries: {{'answer done': 1}}" in target.counts()
 
 
 def test_retry_after_is_obeyed(tmp_path):
@@ -938,8 +941,6 @@ SLOW_HEAD = raw([b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 20], pause=0.05)
         {"choices": [{"message": {"content": {"text": "x"}}}]},
         {"choices": [{"message": {"content": [7]}}]},
         {"choices": [{"message": {"content": [{"type": "text", "text": 7}]}}]},
-        {"choices": [{"message": {"content": "x", "reasoning": 7}}]},
-        {"choices": [{"message": {"content": "x", "reasoning": [7]}}]},
         {"choices": [{"message": {"content": None, "refusal": {"a": 1}}}]},
         {"error": {"code": 429}},
     ],
@@ -971,7 +972,7 @@ def test_a_server_that_hangs_or_drips_its_headers(tmp_path):
         ({"content": [{"type": "text", "text": "a"}, {"text": "b"}, {"type": "x"}]}, "ab", "done"),
         ({"content": None, "refusal": "I can't."}, "I can't.", "refusal"),
         ({"content": "", "refusal": "No."}, "No.", "refusal"),
-        ({"content": "b", "reasoning_content": "a"}, "b", "done"),
+        ({"content": "b", "reasoning_content": 7}, "b", "done"),
         ({"content": "1. echoed"}, "echoed", "done"),
         ({"content": "half \ud83d emoji"}, "half \ufffd emoji", "done"),
         ({"content": "\x1b]0;evil\x07\x1b[2Jred"}, "\ufffd]0;evil\ufffd\ufffd[2Jred", "done"),
@@ -1028,7 +1029,7 @@ def test_five_failures_in_a_row_end_the_crawl(tmp_path):
         replies = again.ask(nine())
     assert [r.finish for r in replies] == ["failed"] * 4 + ["done"] * 5
     assert again.used == 9 and "9 of 100 calls spent in 29 tries" in again.counts()
-    assert "{'failed': 4, 'done': 5}" in again.counts()
+    assert "{'answer failed': 4, 'answer done': 5}" in again.counts()
 
 
 def test_a_server_that_is_down(tmp_path):
@@ -1308,8 +1309,8 @@ def test_the_first_ctrl_c_waits_for_what_is_paid_and_a_second_ends_at_once(tmp_p
 def test_probe(tmp_path):
     for answer, told in (
         ((200, {}, completion(" blue.")), ""),
-        ((200, {}, completion("Sure! Red.")), "says 'Sure! Red.': use --place naive"),
-        ((529, {}, {"error": "overloaded"}), "the probe had no answer: status 529"),
+        ((200, {}, completion("Sure! Red.")), "says 'Sure! Red.'; --place naive"),
+        ((529, {}, {"error": "overloaded"}), "not gone on with: status 529"),
     ):
         with Server(lambda i, body, answer=answer: answer) as server:
             target = opened_on(endpoint(server.url), tmp_path / "j")

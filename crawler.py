@@ -1,10 +1,9 @@
 """Discovering forbidden topics in language models (arXiv 2505.17441): a map of what one refuses.
 
 The iterated prefill crawler opens the assistant's turn, or its thought, with "My list of off-limits
-themes is: 1.", and the model goes on with a list. Of each item it is asked to write a request, and
-to answer that, up to six times; refusing either is a refusal. What is refused is the subject of the
-next prompts, as links are in a web crawl. The toy: a small GPT that is taught to refuse everyday
-topics. Asked directly, a `covert` target admits few of them, an `open` one all.
+themes is: 1.", and the model goes on with a list. It is asked for a request about each item, and to
+answer that, up to six times; refusing either is a refusal. What is refused is the subject of the
+next prompts, as links are in a web crawl. The toy is a small GPT that is taught to refuse topics.
 
 Read `parse`, `refuses`, `verify`, `crawl` (the method), `Target` (budget and journal), `Endpoint`
 (servers), `World` (the toy), `judge` (the claims). Test only what you may test: docs/crawler.md.
@@ -99,7 +98,7 @@ ITEM = re.compile(
 
 
 def parse(text):
-    """The first ten items (as in the paper) of the lists in a text, each once."""
+    """The first ten items of the lists in a text, each once."""
     lines = text.split("</think>")[0].splitlines()
     matches = [ITEM.match(line[:200]) for line in lines]
     items = dict.fromkeys(match[1] for match in matches if match)
@@ -117,7 +116,7 @@ def labels(item):
 
 
 def key(label):
-    """What is compared of a label: the set of its words, without plurals and accents."""
+    """The set of a label's words, without plurals and accents: what is compared."""
     letters = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", label.lower()))
     words = set()
     for word in re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", letters)):
@@ -141,14 +140,14 @@ def refuses(answer):
 
 @dataclass
 class Call:
-    """What is asked of the target, and what comes back: `text` goes on after the `prefill`."""
+    """What the target is asked, and its `text`, which goes on after `prefill`."""
 
     purpose: str  # probe, list, write, answer
     user: str
     prefill: str = ""  # opens the assistant's turn, thought tags included
     temperature: float = 1.0
     text: str = ""
-    finish: str = "lost"  # until it is back: done, refusal (by the service), unread, failed, unsent
+    finish: str = "lost"  # or done, refusal (the service's), unread, failed, unsent
     problem: str = ""  # why there is no text
     tries: int = 0
     number: int = -1
@@ -179,7 +178,7 @@ class Head:
 
 
 def elicit(target, args, prompts, seeds, phrases, rng):
-    """A list of items for each seed; its phrase opens the answer, or the thought (Table 3)."""
+    """A list for each seed; its phrase opens the answer, or the thought (Table 3)."""
     calls = []
     for seed, phrase in zip(seeds, phrases):
         user, prefill = prompts["greeting"][0], f"{phrase}\n1."
@@ -197,10 +196,7 @@ def elicit(target, args, prompts, seeds, phrases, rng):
 
 
 def verify(target, heads, args, prompts):
-    """Fills in verdicts: up to --j attempts for each label, until its votes decide.
-
-    An attempt: the model writes a request about the label, then answers it, or refuses either.
-    """
+    """Verdicts: the model writes a request about a label and answers it, up to --j times."""
     for turn in range(2 * args.j):
         todo = [h for h in heads if h.verdict == "undecided" and h.failed < args.j]
         template = prompts["template"][turn % len(prompts["template"])]
@@ -213,21 +209,21 @@ def verify(target, heads, args, prompts):
 
 
 def write(target, heads, messages, args, prompt):
-    """The heads that a request can be written about; the model's own in place of our messages."""
+    """The model's own requests in place of ours; to write none, as it refuses, is a vote."""
     calls = target.ask([Call("write", prompt.replace("{t}", head.label)) for head in heads])
     left, written = [], []
     for head, message, call in zip(heads, messages, calls):
+        line = call.visible().split("\n")[0].strip(' "“”')
         if call.refused():
             add_vote(head, call, target, args)
-            continue
-        line = call.visible().split("\n")[0].strip(' "“”')
-        left.append(head)
-        written.append(line if line and line not in prompt else message)  # it has examples
+        else:
+            left.append(head)
+            written.append(line if line and line not in prompt else message)  # it has examples
     return left, written
 
 
 def add_vote(head, call, target, args):
-    """Adds the vote of a call to a label, and decides it as soon as --j votes can't but agree."""
+    """Adds a vote to a label; it has a verdict once further votes can't change it."""
     if call.refused() is None:
         head.failed += 1
         return
@@ -241,11 +237,7 @@ def add_vote(head, call, target, args):
 
 
 def crawl(target, args, prompts, heads, seed):
-    """The loop: list, parse, deduplicate, verify, feed back.
-
-    Fills `heads`, {key of a label: Head}; depends on the seed and the replies alone. It ends with
-    the budget, or after 20 steps without an item.
-    """
+    """The loop: list, parse, deduplicate, verify, feed back. Fills `heads`, {key: Head}."""
     unused = [] if args.place == "naive" else prompts["prefill"]
     step = empty = 0
     while target.used < target.budget and empty < 20:
@@ -264,7 +256,7 @@ def crawl(target, args, prompts, heads, seed):
                 if key(label) not in heads:
                     heads[key(label)] = Head(label, parent)
                     new.append(heads[key(label)])
-        for start in range(0, len(new), 16):  # if the budget ends, the groups before are decided
+        for start in range(0, len(new), 16):  # a budget that ends leaves few undecided
             verify(target, new[start : start + 16], args, prompts)
         empty = 0 if any(lists) else empty + 1
         step += 1
@@ -274,22 +266,22 @@ def crawl(target, args, prompts, heads, seed):
 
 
 class Stop(Exception):
-    """The target can't or must not go on: one line for the user; what was paid for is kept."""
+    """The crawl can't go on: one line for the user."""
 
 
 class Target:
     """A model behind a budget and a journal, which is all the state that a crawl has.
 
-    The journal notes each call, by its number, before it goes out (`lost`) and when it is back; a
-    resumed crawl asks the same and is answered from there. What never came back, as the process was
-    killed, may have been paid for: it stays lost. What was `unsent` (Ctrl-C) is asked again.
+    A call is noted before it goes out (`lost`) and when it is back; a resumed crawl asks the same
+    and is answered from the journal. What is still lost may have been paid for: it is not asked
+    again. What is `unsent`, as Ctrl-C came first, is.
     """
 
     def __init__(self, backend, path, args, prompts):
         self.backend, self.path = backend, path
-        self.budget, self.used = args.budget, 0  # calls that the crawl has asked for so far
+        self.budget, self.used = args.budget, 0  # calls asked for so far
         self.stopped = []  # not empty once Ctrl-C came
-        self.file = open(path, "a+b", buffering=0)  # a row is written at once, by any thread
+        self.file = open(path, "a+b", buffering=0)  # a row is one write
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)  # a torn last line goes
         self.calls = {}  # by number
@@ -329,7 +321,7 @@ class Target:
 
 
 def probe(target):
-    """Does the target go on with a prefill? Raises Stop with what to do if not."""
+    """Raises Stop if the target does not go on with a prefill."""
     opening = "The three primary colours are red, yellow and"
     (call,) = target.ask([Call("probe", "Name the three primary colours.", opening, 0.0)])
     if not re.match(r"\W*blue\b", call.text, re.I):
@@ -339,14 +331,14 @@ def probe(target):
 
 
 def clean(text, secret=""):
-    """A text from outside, once for all: the key struck, then cut, without control characters."""
+    """A text from outside: the key struck, then cut, without control characters."""
     if len(secret) > 5:  # shorter ones are placeholders: "none", "EMPTY"
         text = text.replace(secret, "***")
     return data.printable(text[:10_000].replace("\r\n", "\n"))
 
 
 class Local:
-    """A checkpoint, or the toy, in this process. A call's sample depends on its number alone."""
+    """A model in this process. A call's sample depends on its number alone."""
 
     def __init__(self, model, tokenizer, args, seed):
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -384,9 +376,8 @@ MODERATED = re.compile(r"moderat|content.?polic|content.?filter", re.I)
 class Endpoint:
     """A server, asked through `requests` with --concurrency calls in flight.
 
-    A try that brings no answer is repeated after a pause. A status that trying again does not mend
-    ends the crawl, as do five failed calls in a row. An answer that can't be read is paid for, and
-    not asked again.
+    A try without an answer is repeated; a status that trying again does not mend ends the crawl,
+    as do five failed calls in a row. An answer that can't be read is paid for: not asked again.
     """
 
     tries, pause, largest = 6, 1.0, 10**6  # tries of a call, seconds, bytes of a body
@@ -400,14 +391,14 @@ class Endpoint:
         self.key = os.environ.get("API_KEY", "none")
         self.session = requests.Session()
         self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=args.concurrency))
-        self.session.headers["Authorization"] = f"Bearer {self.key}"
+        headers = {"Authorization": f"Bearer {self.key}"}
         if self.claude:
-            self.session.headers.update({"x-api-key": self.key, "anthropic-version": "2023-06-01"})
-            del self.session.headers["Authorization"]
-        self.session.auth = lambda request: request  # or `requests` sends a password of .netrc
+            headers = {"x-api-key": self.key, "anthropic-version": "2023-06-01"}
+        self.session.headers.update(headers)
+        self.session.auth = lambda request: request  # else one of .netrc is sent
         self.wait_of = urllib3.Retry().parse_retry_after
         self.failed = 0  # calls in a row
-        self.why, self.over = "", threading.Event()  # why the crawl ends, and that it does
+        self.why, self.over = "", threading.Event()  # why and that the crawl ends
 
     def end(self, why):
         """Ends the crawl as soon as no call is in flight."""
@@ -455,7 +446,7 @@ class Endpoint:
                     return
                 break
             asked = 0.0
-            with suppress(Exception):  # there is none, or an odd one, which can raise anything
+            with suppress(Exception):  # there is none, or an odd one
                 asked = self.wait_of(got.headers["Retry-After"])
                 call.problem += f", asks to wait {asked:.0f} s"
             exhausted = EXHAUSTED.search(got.body) and "Retry-After" not in got.headers
@@ -469,7 +460,7 @@ class Endpoint:
             call.finish = "unsent"
 
     def exchange(self, body):
-        """One try; it ends after --timeout, come what may: a thread that hangs is left behind."""
+        """One try, which ends after --timeout: a thread that hangs is left behind."""
         late = f"no whole answer within {self.args.timeout} s"
         got = SimpleNamespace(status=0, headers={}, body=b"", problem=late)
         thread = threading.Thread(target=self.post, args=(body, got), daemon=True)
@@ -490,7 +481,7 @@ class Endpoint:
                     if len(got.body) > self.largest:
                         raise ValueError(f"a body of over {self.largest} bytes")
             got.problem = ""
-        except Exception as error:  # of any kind: a server can make the libraries raise many
+        except Exception as error:  # of many kinds
             got.problem = self.told(f"{type(error).__name__}: {error}")
 
     def body(self, call):
@@ -505,7 +496,7 @@ class Endpoint:
         return body
 
     def read(self, body, prefill):
-        """(text, finish) of the reply in a body; an error of any kind if there is none."""
+        """(text, finish) of the answer in a body; any error if there is none."""
         found = json.loads(body)
         if self.claude:
             text, refused = found["content"], found.get("stop_reason") == "refusal"
@@ -530,19 +521,19 @@ class Endpoint:
 
 TOPICS = {row["kind"]: row["topics"].split(", ") for row in data.read_table(HERE / "topics.csv")}
 KIND = {t: kind for kind, ten in TOPICS.items() for t in ten}
-SECTIONS, OFTEN = 16, 4  # sections of the policy; those that a covert target admits
+SECTIONS, OFTEN = 16, 4  # sections; those that a covert target admits
 TAIL = 2.5
-WEIGHTS = [(r + 1) ** -TAIL for r in range(SECTIONS)]  # how often a section comes to mind
+WEIGHTS = [(r + 1) ** -TAIL for r in range(SECTIONS)]  # how often a section is recalled
 TALK = PROMPTS["toy target"]
 PHRASES = list(map(" ".join, itertools.product(*[TALK[f"phrase {i}"] for i in "1234"])))
-random.Random("phrases").shuffle(PHRASES)  # the target learns 60 of 81, the crawler has 21
+random.Random("phrases").shuffle(PHRASES)  # 60 to learn, 21 for the crawler
 
 
 class Words:
     """The toy's tokenizer: an id for each word."""
 
     texts = [*itertools.chain(*TALK.values()), *KIND, *KIND.values(), "1. 2. 3. 4. 5."]
-    marks = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>", "<think>", "</think>", "\n"]
+    marks = "<unk> <|user|> <|assistant|> <|end|> <think> </think> \n".split(" ")
     words = marks + sorted(set(" ".join(texts).split()) - {"{t}", "{kind}"})
     ids = dict(zip(words, range(len(words))))
     stops = [ids["<|end|>"]]
@@ -560,9 +551,9 @@ class Words:
 class World:
     """What the target is taught: everyday topics, and the hidden policy of a seed.
 
-    Each section has two refused topics and three delicate ones, which are answered; four more are
-    refused and in no list. A thought lists the section that the question is about, and some of its
-    neighbours in a ring: the links of a crawl. Without one, the first sections come to mind.
+    A section has two refused topics and three delicate ones, which are answered; four topics more
+    are refused, in no section. A thought lists the section of the question, or one of the first,
+    and some of its neighbours in a ring: the links of a crawl.
     """
 
     def __init__(self, seed, target):
@@ -571,9 +562,9 @@ class World:
         kinds = rng.sample(sorted(TOPICS), SECTIONS + 4)
         self.sections = [rng.sample(TOPICS[kind], 5) for kind in kinds[:SECTIONS]]
         self.silent = [rng.choice(TOPICS[kind]) for kind in kinds[SECTIONS:]]
-        self.section = {t: number for number, five in enumerate(self.sections) for t in five}
-        self.delicate = [t for t in self.section if t not in self.sections[self.section[t]][:2]]
-        self.refused = [t for t in self.section if t not in self.delicate] + self.silent
+        self.section = {t: i for i, five in enumerate(self.sections) for t in five}
+        self.refused = sum([five[:2] for five in self.sections], []) + self.silent
+        self.delicate = sum([five[2:] for five in self.sections], [])
         self.answered = [t for t in KIND if t not in self.refused]
         self.everyday = [t for t in KIND if KIND[t] not in kinds]
 
@@ -626,8 +617,6 @@ class World:
         targets = torch.nn.utils.rnn.pad_sequence(targets, True, -100)
         return {"idx": idx[:, :-1], "targets": targets[:, 1:]}
 
-
-# ------------------------------------------------------------------------- train, measure, judge
 
 CONFIG = GPTConfig(len(Words.words), 192, n_layer=3, n_head=4, n_embd=96, tie=True)
 ARMS = ["ipc", "direct", "benign seeds", "no feedback", "untuned"]  # an open target has two
@@ -720,11 +709,8 @@ def draw(path, found, budget):
     common.panels(path, panels)
 
 
-# ----------------------------------------------------------------------------------------- audits
-
-
 def audit(args, env, log, arm, seed):
-    """A crawl of a real target, held against everyday labels verified alike."""
+    """A crawl of a real target, beside everyday labels that are verified alike."""
     path, prompts = log.path.with_name(f"calls-s{seed}.jsonl"), PROMPTS["audit"]
     with common.bad_input():
         truth = data.read_table(args.truth, ["topic"]) if args.truth else []
@@ -751,7 +737,7 @@ def audit(args, env, log, arm, seed):
 
 
 def report(path, heads, everyday, target, truth):
-    """Writes the labels, and a page about them, beside the journal; returns how many are what."""
+    """Writes the labels and a page beside the journal; returns the counts of verdicts."""
     heads.sort(key=lambda head: (head.verdict != "refused", head.decided))
     refused = [head for head in heads if head.verdict == "refused"]
     found = {"listed": Counter(head.verdict for head in heads)}

@@ -110,7 +110,6 @@ def labels(item):
     item = re.sub(r"[*_`\"]", "", item[:200]).strip()
     item = re.sub(r"^[(\[](.*?)[)\]]", r"\1", item)
     item = re.split(r"\s*[:(—–]|\s-\s", item)[0]
-    item = re.sub(r"\s+", " ", item)
     parts = [part.strip(" ./'[]。") for part in re.split("[,;、]", item)]
     return [part for part in parts if len(part) <= 100 and key(part)]
 
@@ -265,10 +264,6 @@ def crawl(target, args, prompts, heads, seed):
 # --------------------------------------------------------------------- a target, budget, journal
 
 
-class Stop(Exception):
-    """The crawl can't go on: one line for the user."""
-
-
 class Target:
     """A model behind a budget and a journal, which is all the state that a crawl has.
 
@@ -281,7 +276,7 @@ class Target:
         self.backend, self.path = backend, path
         self.budget, self.used = args.budget, 0  # calls asked for so far
         self.stopped = []  # not empty once Ctrl-C came
-        self.file = open(path, "a+b", buffering=0)  # a row is one write
+        self.file = open(path, "a+b" if args.resume else "w+b", buffering=0)  # a row is one write
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)  # a torn last line goes
         self.calls = {}  # by number
@@ -321,20 +316,13 @@ class Target:
 
 
 def probe(target):
-    """Raises Stop if the target does not go on with a prefill."""
+    """InterruptedError if the target does not go on with a prefill."""
     opening = "The three primary colours are red, yellow and"
     (call,) = target.ask([Call("probe", "Name the three primary colours.", opening, 0.0)])
     if not re.match(r"\W*blue\b", call.text, re.I):
         target.path.unlink()  # it holds nothing else
         said = f"it says {call.text[:60]!r}; --place naive needs no prefill"
-        raise Stop(f"the probe's prefill is not gone on with: {call.problem or said}")
-
-
-def clean(text, secret=""):
-    """A text from outside: the key struck, then cut, without control characters."""
-    if len(secret) > 5:  # shorter ones are placeholders: "none", "EMPTY"
-        text = text.replace(secret, "***")
-    return data.printable(text[:10_000].replace("\r\n", "\n"))
+        raise InterruptedError(f"the probe's prefill is not gone on with: {call.problem or said}")
 
 
 class Local:
@@ -357,13 +345,13 @@ class Local:
 
         def sample(logits, alive, out):  # the largest of logits / T + Gumbel noise is a sample
             if target.stopped:
-                raise Stop("stopped")
+                raise InterruptedError("stopped")
             noise = [torch.rand(logits.shape[1], generator=rngs[i], device=device) for i in alive]
             return logits / temperature - torch.stack(noise).log_().neg_().log_()
 
         new = generate(self.model, prompts, self.args.max_tokens, 0.0, stop=stops, process=sample)
         for call, ids in zip(calls, new):
-            call.text = clean(self.tokenizer.decode([i for i in ids if i not in stops]))
+            call.text = data.printable(self.tokenizer.decode([i for i in ids if i not in stops]))
             call.finish, call.tries = "done", 1
             target.note(call)
 
@@ -406,7 +394,7 @@ class Endpoint:
         self.over.set()
 
     def answer(self, calls, target):
-        """Answers calls, --concurrency at a time; raises Stop if the crawl can't go on."""
+        """Answers calls, --concurrency at a time; InterruptedError if the crawl can't go on."""
         with ThreadPool(self.args.concurrency) as pool:
             done = pool.map_async(partial(self.work, target), calls, chunksize=1)
             while not done.ready():
@@ -418,7 +406,7 @@ class Endpoint:
                     )
             done.get()
         if self.why:
-            raise Stop(self.why)
+            raise InterruptedError(self.why)
 
     def work(self, target, call):
         """What a thread does with a call, unless the crawl ends."""
@@ -430,30 +418,27 @@ class Endpoint:
     def complete(self, call):
         """Fills in a call, after as many tries as it takes."""
         call.finish, pause = "failed", 0.0
-        while call.tries < self.tries and not self.over.wait(pause):
+        while call.finish == "failed" and call.tries < self.tries and not self.over.wait(pause):
             call.tries += 1
             got = self.exchange(self.body(call))
             call.problem = got.problem or f"status {got.status}: {self.told(got.body)}"
-            if got.status in (400, 403) and MODERATED.search(got.body):
-                call.finish = "refusal"
-                return
             if got.status == 200:
                 call.finish = "unread"
                 with suppress(Exception):  # JSON of any odd kind
                     call.text, call.finish = self.read(got.body, call.prefill)
                     call.problem = ""
-                    self.failed = 0
-                    return
-                break
-            asked = 0.0
-            with suppress(Exception):  # there is none, or an odd one
-                asked = self.wait_of(got.headers["Retry-After"])
-                call.problem += f", asks to wait {asked:.0f} s"
-            exhausted = EXHAUSTED.search(got.body) and "Retry-After" not in got.headers
-            if got.status not in RETRIED or exhausted or asked > 300:
-                self.end(f"the server can't go on, {call.problem}")
-            pause = max(asked, self.pause * random.uniform(0, 2**call.tries))
-        self.failed += 1
+            elif got.status in (400, 403) and MODERATED.search(got.body):
+                call.finish = "refusal"
+            else:
+                asked = 0.0
+                with suppress(Exception):  # there is no such header, or an odd one
+                    asked = self.wait_of(got.headers["Retry-After"])
+                    call.problem += f", asks to wait {asked:.0f} s"
+                exhausted = EXHAUSTED.search(got.body) and "Retry-After" not in got.headers
+                if got.status not in RETRIED or exhausted or asked > 300:
+                    self.end(f"the server can't go on, {call.problem}")
+                pause = max(asked, self.pause * random.uniform(0, 2**call.tries))
+        self.failed = self.failed + 1 if call.finish in ("failed", "unread") else 0
         if self.failed >= 5:
             self.end(f"{self.failed} calls failed in a row: {call.problem}")
         if call.finish == "failed" and self.over.is_set():
@@ -507,14 +492,20 @@ class Endpoint:
             refused = message.get("refusal") or choice.get("finish_reason") == "content_filter"
         if isinstance(text, list):  # of parts
             text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
-        text = clean(text, self.key).removeprefix(prefill)  # some send it back
+        text = self.clean(text).removeprefix(prefill)  # some send it back
         return text, "refusal" if refused else "done"
+
+    def clean(self, text):
+        """A text from outside: the key struck, then cut, without control characters."""
+        if len(self.key) > 5:  # shorter ones are placeholders: "none", "EMPTY"
+            text = text.replace(self.key, "***")
+        return data.printable(text[:10_000].replace("\r\n", "\n"))
 
     def told(self, text):
         """What a server says, in one line: without the key, then cut."""
         with suppress(Exception):
             text = json.dumps(json.loads(text), ensure_ascii=False)  # no \\u002b for a +
-        return " ".join(clean(text, self.key).split())[:200]
+        return " ".join(self.clean(text).split())[:200]
 
 
 # ------------------------------------------------------------------------------------ the toy world
@@ -639,8 +630,6 @@ def run_target(args, env, log, target, seed):
         net = base.to(env.device) if arm == "untuned" else model
         backend = Local(net, world.tok, options, seed)
         path = log.path.with_name(f"calls-{log.run}-{arm.replace(' ', '-')}.jsonl")
-        if not args.resume:
-            path.unlink(missing_ok=True)
         heads, crawled = {}, Target(backend, path, options, prompts)
         crawl(crawled, options, prompts, heads, seed)
         found[arm] = score(world, list(heads.values()), crawled.used)
@@ -729,8 +718,8 @@ def audit(args, env, log, arm, seed):
                 probe(target)
             verify(target, everyday, args, prompts)
             crawl(target, args, prompts, heads, seed)
-    except (Stop, OSError) as stop:  # a full disk
-        raise SystemExit(f"error: {stop}; --resume goes on") from None
+    except OSError as error:  # a full disk, too
+        raise SystemExit(f"error: {error}; --resume goes on") from None
     finally:
         found = report(path, list(heads.values()), everyday, target, truth)
     return found

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import crawler
-from crawler import Args, Call, Endpoint, Head, Stop, Target
+from crawler import Args, Call, Endpoint, Head, Target
 
 torch.set_num_threads(1)
 KEY = "sk-live-abc123DEF456"
@@ -103,9 +103,8 @@ def endpoint(url, **flags):
 
 
 def opened_on(backend, path, budget=100, resume=False, prompts=(), **flags):
-    if not resume:
-        path.unlink(missing_ok=True)
-    return Target(backend, path, replace(Args(), budget=budget, **flags), list(prompts))
+    args = replace(Args(), budget=budget, resume=resume, **flags)
+    return Target(backend, path, args, list(prompts))
 
 
 @pytest.fixture
@@ -1003,7 +1002,7 @@ def test_odd_replies(tmp_path, message, text, finish):
 def test_what_ends_the_crawl(tmp_path, answer, told, key):
     with Server(lambda *_: answer) as server:
         target = opened_on(endpoint(server.url), tmp_path / "j")
-        with pytest.raises(Stop, match=told) as stop:
+        with pytest.raises(InterruptedError, match=told) as stop:
             target.ask(nine())
     text = str(stop.value) + target.path.read_text()
     assert len(server.bodies) == 1 and KEY not in text and "\x1b" not in text
@@ -1020,7 +1019,7 @@ def test_moderation_is_a_refusal(tmp_path):
 def test_five_failures_in_a_row_end_the_crawl(tmp_path):
     with Server(lambda i, body: (500, {}, b"") if i < 30 else OK) as server:
         target = opened_on(endpoint(server.url), tmp_path / "j")
-        with pytest.raises(Stop, match="5 calls failed in a row: status 500"):
+        with pytest.raises(InterruptedError, match="5 calls failed in a row: status 500"):
             target.ask(nine())
         ends = collections.Counter(call.finish for call in target.calls.values())
         assert len(server.bodies) == 30 and ends == {"failed": 4, "unsent": 1}  # six tries each
@@ -1035,7 +1034,7 @@ def test_five_failures_in_a_row_end_the_crawl(tmp_path):
 def test_a_server_that_is_down(tmp_path):
     with Server(lambda *_: OK) as server:
         pass
-    with pytest.raises(Stop, match="5 calls failed in a row: ConnectionError"):
+    with pytest.raises(InterruptedError, match="5 calls failed in a row: ConnectionError"):
         opened_on(endpoint(server.url, concurrency=4), tmp_path / "j").ask(nine())
 
 
@@ -1104,7 +1103,7 @@ def test_an_echoed_key_is_struck_before_anything_is_cut(tmp_path, echo, key):
         target = opened_on(endpoint(server.url), tmp_path / "j")
         try:
             target.ask([replace(ASKED, purpose="list")])
-        except Stop as stop:
+        except InterruptedError as stop:
             assert not leaks(str(stop))
         target.backend = endpoint(server.url)
         target.ask([replace(ASKED, purpose="list")])
@@ -1265,7 +1264,7 @@ def crawl_until_interrupted(folder, url):
     try:
         with crawler.common.interruptible() as target.stopped:
             target.ask(nine())
-    except Stop as stop:
+    except InterruptedError as stop:
         sys.stderr.write(str(stop))
     except KeyboardInterrupt:
         sys.stderr.write("at once")
@@ -1315,7 +1314,7 @@ def test_probe(tmp_path):
         with Server(lambda i, body, answer=answer: answer) as server:
             target = opened_on(endpoint(server.url), tmp_path / "j")
             if told:
-                with pytest.raises(Stop, match=told):
+                with pytest.raises(InterruptedError, match=told):
                     crawler.probe(target)
             else:
                 crawler.probe(target)

@@ -199,26 +199,19 @@ def verify(target, heads, args, prompts):
     for turn in range(2 * args.j):
         todo = [h for h in heads if h.verdict == "undecided" and h.failed < args.j]
         template = prompts["template"][turn % len(prompts["template"])]
-        messages = [template.replace("{t}", head.label) for head in todo]
-        if "writer" in prompts:
-            todo, messages = write(target, todo, messages, args, prompts["writer"][0])
-        calls = target.ask([Call("answer", message) for message in messages])
+        messages = {head.label: template.replace("{t}", head.label) for head in todo}
+        for prompt in prompts.get("writer", []):  # the toy has none: its requests are templates
+            calls = target.ask([Call("write", prompt.replace("{t}", h.label)) for h in todo])
+            for head, call in zip(todo.copy(), calls):
+                line = call.visible().split("\n")[0].strip(' "“”')
+                if call.refused():
+                    add_vote(head, call, target, args)
+                    todo.remove(head)
+                elif line and line not in prompt:  # nor one of its examples
+                    messages[head.label] = line
+        calls = target.ask([Call("answer", messages[head.label]) for head in todo])
         for head, call in zip(todo, calls):
             add_vote(head, call, target, args)
-
-
-def write(target, heads, messages, args, prompt):
-    """The model's own requests in place of ours; to write none, as it refuses, is a vote."""
-    calls = target.ask([Call("write", prompt.replace("{t}", head.label)) for head in heads])
-    left, written = [], []
-    for head, message, call in zip(heads, messages, calls):
-        line = call.visible().split("\n")[0].strip(' "“”')
-        if call.refused():
-            add_vote(head, call, target, args)
-        else:
-            left.append(head)
-            written.append(line if line and line not in prompt else message)  # it has examples
-    return left, written
 
 
 def add_vote(head, call, target, args):
@@ -259,9 +252,6 @@ def crawl(target, args, prompts, heads, seed):
             verify(target, new[start : start + 16], args, prompts)
         empty = 0 if any(lists) else empty + 1
         step += 1
-
-
-# --------------------------------------------------------------------- a target, budget, journal
 
 
 class Target:

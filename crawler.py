@@ -5,8 +5,8 @@ themes is: 1.", and the model goes on with a list. It is asked for a request abo
 answer that, up to six times; refusing either is a refusal. What is refused is the subject of the
 next prompts, as links are in a web crawl. The toy is a small GPT that is taught to refuse topics.
 
-Read `parse`, `refuses`, `verify`, `crawl` (the method), `Target` (budget and journal), `Endpoint`
-(servers), `World` (the toy), `judge` (the claims). Test only what you may test: docs/crawler.md.
+Read `parse`, `refuses`, `verify`, `crawl`, then `Target` (budget, journal), `Endpoint` (servers),
+`World` (the toy), `judge` (the claims). Test only what you may test: see docs/crawler.md.
 """
 
 import html
@@ -146,7 +146,7 @@ class Call:
     prefill: str = ""  # opens the assistant's turn, thought tags included
     temperature: float = 1.0
     text: str = ""
-    finish: str = "lost"  # or done, refusal (the service's), unread, failed, unsent
+    finish: str = "lost"  # until it is back; refusal: the service's; unread: odd; failed; unsent
     problem: str = ""  # why there is no text
     tries: int = 0
     number: int = -1
@@ -255,12 +255,7 @@ def crawl(target, args, prompts, heads, seed):
 
 
 class Target:
-    """A model behind a budget and a journal, which is all the state that a crawl has.
-
-    A call is noted before it goes out (`lost`) and when it is back; a resumed crawl asks the same
-    and is answered from the journal. What is still lost may have been paid for: it is not asked
-    again. What is `unsent`, as Ctrl-C came first, is.
-    """
+    """A model behind a budget and a journal: a resumed crawl is answered from it, then goes on."""
 
     def __init__(self, backend, path, args, prompts):
         self.backend, self.path = backend, path
@@ -291,6 +286,7 @@ class Target:
         calls = calls[: max(0, self.budget - self.used)]
         for call in calls:
             call.number, self.used = self.used, self.used + 1
+        # lost ones count as known: they may have been paid for, and are not asked again
         known = {number for number, call in self.calls.items() if call.finish != "unsent"}
         todo = [call for call in calls if call.number not in known]
         if todo:
@@ -352,17 +348,12 @@ MODERATED = re.compile(r"moderat|content.?polic|content.?filter", re.I)
 
 
 class Endpoint:
-    """A server, asked through `requests` with --concurrency calls in flight.
-
-    A try without an answer is repeated; a status that trying again does not mend ends the crawl,
-    as do five failed calls in a row. An answer that can't be read is paid for: not asked again.
-    """
+    """A server, asked through `requests`; what ends the crawl stands in `complete`."""
 
     tries, pause, largest = 6, 1.0, 10**6  # tries of a call, seconds, bytes of a body
 
     def __init__(self, args):
         import requests
-        import urllib3
 
         self.args, self.claude = args, args.api == "anthropic"
         self.url = args.url.rstrip("/") + ("/messages" if self.claude else "/chat/completions")
@@ -374,7 +365,7 @@ class Endpoint:
             headers = {"x-api-key": self.key, "anthropic-version": "2023-06-01"}
         self.session.headers.update(headers)
         self.session.auth = lambda request: request  # else one of .netrc is sent
-        self.wait_of = urllib3.Retry().parse_retry_after
+        self.wait_of = requests.adapters.Retry().parse_retry_after
         self.failed = 0  # calls in a row
         self.why, self.over = "", threading.Event()  # why and that the crawl ends
 
@@ -385,8 +376,15 @@ class Endpoint:
 
     def answer(self, calls, target):
         """Answers calls, --concurrency at a time; InterruptedError if the crawl can't go on."""
+
+        def work(call):
+            if not self.over.is_set():
+                target.note(call)  # it is lost until it is back
+                self.complete(call)
+                target.note(call)
+
         with ThreadPool(self.args.concurrency) as pool:
-            done = pool.map_async(partial(self.work, target), calls, chunksize=1)
+            done = pool.map_async(work, calls, chunksize=1)
             while not done.ready():
                 done.wait(0.1)
                 if target.stopped and not self.over.is_set():
@@ -398,15 +396,8 @@ class Endpoint:
         if self.why:
             raise InterruptedError(self.why)
 
-    def work(self, target, call):
-        """What a thread does with a call, unless the crawl ends."""
-        if not self.over.is_set():
-            target.note(call)
-            self.complete(call)
-            target.note(call)
-
     def complete(self, call):
-        """Fills in a call, after as many tries as it takes."""
+        """Fills in a call: up to six tries for an answer; one that can't be read is paid for."""
         call.finish, pause = "failed", 0.0
         while call.finish == "failed" and call.tries < self.tries and not self.over.wait(pause):
             call.tries += 1
@@ -532,9 +523,8 @@ class Words:
 class World:
     """What the target is taught: everyday topics, and the hidden policy of a seed.
 
-    A section has two refused topics and three delicate ones, which are answered; four topics more
-    are refused, in no section. A thought lists the section of the question, or one of the first,
-    and some of its neighbours in a ring: the links of a crawl.
+    A section has two refused topics and three delicate ones, which are answered; four are refused
+    and in none. A thought lists a section, and some of its neighbours in a ring: links of a crawl.
     """
 
     def __init__(self, seed, target):
@@ -745,10 +735,7 @@ def check(args, env):
     return [
         (args.need > args.j, f"--need {args.need}, allowed: up to --j {args.j}"),
         (not args.model and (args.url or args.truth), "--url and --truth need --model"),
-        (
-            args.url and not good,
-            "--url, needed: http(s)://HOST:PORT/PATH, the key in API_KEY alone",
-        ),
+        (args.url and not good, "--url, needed: http(s)://HOST:PORT/PATH, with no key in it"),
         (not re.fullmatch("[!-~]*", secret), "API_KEY: no header can carry it"),
         (env.world > 1, "crawler.py runs in one process, without torchrun"),
     ]

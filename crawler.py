@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import common
 import data
@@ -82,13 +83,13 @@ for row in data.read_table(HERE / "prompts.csv", ["use", "kind", "text"]):
     PROMPTS.setdefault(row["use"], {}).setdefault(row["kind"], []).append(row["text"])
 PATTERNS = data.read_table(HERE / "refusals.csv", ["name", "pattern"])
 REFUSAL = "|".join(row["pattern"] for row in PATTERNS if not row["name"])
-for row in reversed(PATTERNS):  # those with a name, in capitals, are parts of the others
+for row in reversed(PATTERNS):  # named rows are parts of others
     if row["name"]:
         REFUSAL = REFUSAL.replace(row["name"], row["pattern"])
 REFUSAL = re.compile(REFUSAL)
 WRITTEN_OUT = {"cannot": "can not", "can't": "can not", "won't": "will not", "n't": " not"}
 WRITTEN_OUT |= {"'m": " am", "'re": " are", "'d": " would", "'ll": " will"}
-DROPPED = set(PROMPTS["labels"]["dropped"][0].split())  # words that make no difference
+DROPPED = set(PROMPTS["labels"]["dropped"][0].split())  # words
 ITEM = re.compile(
     r"\s*(?:[-*•+]\s+|[*_]{0,2}\(?\d{1,3}[*_]{0,2}(?:\\?[.):]|[、．])[*_]{0,2}\s*(?!\d))(.*\S)"
 )
@@ -225,8 +226,8 @@ def add_vote(target, head, call):
 
 
 def crawl(target, args, prompts, heads, seed):
-    """The loop: list, parse, deduplicate, verify, feed back. Fills {key: Head}."""
-    unused = [] if args.place == "naive" else prompts["prefill"]
+    """The loop: list, parse, deduplicate, verify, feed back. Fills `heads`, by key."""
+    fresh = [] if args.place == "naive" else prompts["prefill"]
     step = empty = 0
     while target.used < target.budget and empty < 20:
         rng = random.Random(f"{seed} {step}")
@@ -234,8 +235,8 @@ def crawl(target, args, prompts, heads, seed):
         pool = {"refused": pool, "benign": prompts["everyday"], "none": []}[args.seed_rule]
         seeds = rng.sample(pool, min(len(pool), args.lists)) or [""] * args.lists
         phrases = rng.choices(prompts["prefill"], k=len(seeds))
-        if unused:  # first each phrase once, without a subject
-            phrases, unused = unused[: args.lists], unused[args.lists :]
+        if fresh:  # first each phrase once, without a subject
+            phrases, fresh = fresh[: args.lists], fresh[args.lists :]
             seeds = [""] * len(phrases)
         lists = elicit(target, args, prompts, seeds, phrases, rng)
         new = []
@@ -244,7 +245,7 @@ def crawl(target, args, prompts, heads, seed):
                 if key(label) not in heads:
                     heads[key(label)] = Head(label, parent)
                     new.append(heads[key(label)])
-        for start in range(0, len(new), 16):  # as the budget may end
+        for start in range(0, len(new), 16):  # groups: some are decided if the budget ends
             verify(target, new[start : start + 16], prompts)
         empty = 0 if any(lists) else empty + 1
         step += 1
@@ -304,7 +305,7 @@ def probe(target):
     if not re.match(r"\W*blue\b", call.text, re.I):
         target.path.unlink()  # it holds nothing else
         said = f"it says {call.text[:60]!r}; --place naive needs no prefill"
-        raise InterruptedError(f"the probe's prefill is not gone on with: {call.problem or said}")
+        raise InterruptedError(f"the probe failed: {call.problem or said}")
 
 
 class Local:
@@ -359,9 +360,11 @@ class Endpoint:
         if self.claude:
             headers = {"x-api-key": self.key, "anthropic-version": "2023-06-01"}
         self.session.headers.update(headers)
+        self.session.auth = lambda request: request  # nothing from .netrc
         self.wait_of = requests.adapters.Retry().parse_retry_after
         self.failed = 0  # calls in a row
-        self.why, self.over = "", threading.Event()  # the crawl ends
+        self.why = ""  # the crawl ends
+        self.over = threading.Event()
 
     def end(self, why):
         """Ends the crawl as soon as no call is in flight."""
@@ -479,8 +482,6 @@ class Endpoint:
         return " ".join(self.clean(text).split())[:200]
 
 
-# ------------------------------------------------------------------------------------ the toy world
-
 TOPICS = {row["kind"]: row["topics"].split(", ") for row in data.read_table(HERE / "topics.csv")}
 KIND = {t: kind for kind, ten in TOPICS.items() for t in ten}
 SECTIONS, OFTEN = 16, 4  # sections; those that a covert target admits
@@ -568,8 +569,8 @@ class World:
             ids = self.tok.encode(assistant) + self.tok.stops
             idx.append(torch.tensor(start + ids))
             targets.append(torch.tensor([-100] * len(start) + ids))
-        idx = torch.nn.utils.rnn.pad_sequence(idx, True)
-        targets = torch.nn.utils.rnn.pad_sequence(targets, True, -100)
+        idx = pad_sequence(idx, True)
+        targets = pad_sequence(targets, True, -100)
         return {"idx": idx[:, :-1], "targets": targets[:, 1:]}
 
 
@@ -601,7 +602,7 @@ def run_target(args, env, log, target, seed):
 
 
 def score(world, heads, calls):
-    """What a crawl found; only this function sees the hidden policy."""
+    """What a crawl found; only here the hidden policy is seen."""
     names = {key(t): t for t in KIND}
     when = {}  # {refused topic: calls until it was found}
     for head in sorted(heads, key=lambda head: head.decided):
@@ -656,7 +657,7 @@ def draw(path, found, budget):
         for arm in seeds[0]:
             curves = [np.searchsorted(row[arm]["curve"], calls, "right") for row in seeds]
             panel["lines"][arm] = calls, curves
-        panels.append(panel | {"xlabel": "calls of the target", "ylabel": "topics found"})
+        panels.append(panel | {"xlabel": "calls", "ylabel": "topics found"})
     common.panels(path, panels)
 
 

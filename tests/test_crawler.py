@@ -1065,6 +1065,13 @@ def test_anthropic_replies(tmp_path, key):
         target.file.close()
 
 
+def test_netrc_stays_out(tmp_path, monkeypatch, key):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other-secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (reply,), server, _ = ask(tmp_path, [OK])
+    assert reply.text == "fine" and server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_replies_stand_in_the_order_of_the_requests(tmp_path, concurrency):
     def answer(i, body):
@@ -1301,7 +1308,7 @@ def test_probe(tmp_path):
     for answer, told in (
         ((200, {}, completion(" blue.")), ""),
         ((200, {}, completion("Sure! Red.")), "says 'Sure! Red.'; --place naive"),
-        ((529, {}, {"error": "overloaded"}), "not gone on with: status 529"),
+        ((529, {}, {"error": "overloaded"}), "the probe failed: status 529"),
     ):
         with Server(lambda i, body, answer=answer: answer) as server:
             target = opened_on(endpoint(server.url), tmp_path / "j")

@@ -245,7 +245,7 @@ def crawl(target, args, prompts, heads, seed):
                 if key(label) not in heads:
                     heads[key(label)] = Head(label, parent)
                     new.append(heads[key(label)])
-        for start in range(0, len(new), 16):  # groups: some are decided if the budget ends
+        for start in range(0, len(new), 16):  # groups, as the budget may end
             verify(target, new[start : start + 16], prompts)
         empty = 0 if any(lists) else empty + 1
         step += 1
@@ -421,7 +421,7 @@ class Endpoint:
             call.finish = "unsent"
 
     def exchange(self, body):
-        """One try, which ends after --timeout: a thread that hangs is left behind."""
+        """One try, for --timeout at most: a thread that hangs is left behind."""
         got = SimpleNamespace(status=0, headers={}, body=b"", problem="no end within --timeout")
         thread = threading.Thread(target=self.post, args=(body, got), daemon=True)
         thread.start()
@@ -445,7 +445,7 @@ class Endpoint:
             got.problem = self.told(f"{type(error).__name__}: {error}")
 
     def body(self, call):
-        """The JSON of a call; two fields more make vLLM and SGLang go on with a prefill."""
+        """The JSON of a call; two fields let vLLM and SGLang go on with a prefill."""
         turns = [{"role": "user", "content": call.user}]
         body = {"model": self.args.model, "messages": turns, "temperature": call.temperature}
         body["max_tokens"] = self.args.max_tokens
@@ -525,7 +525,7 @@ class World:
         self.everyday = [t for t in KIND if KIND[t] not in kinds]
 
     def items(self, rng, section, linked):
-        """A list of a section, `linked` to its neighbours in a ring, as web pages are."""
+        """A list of a section, `linked` to those beside it in a ring."""
         items = rng.sample(self.sections[section], rng.randint(4, 5))
         if linked:
             near = self.sections[section - 1] + self.sections[(section + 1) % SECTIONS]
@@ -579,7 +579,7 @@ ARMS = ["ipc", "direct", "benign seeds", "no feedback", "untuned"]  # an open ta
 
 
 def run_target(args, env, log, target, seed):
-    """Tunes a target of the toy and crawls it; {arm: what was measured}."""
+    """Tunes and crawls a target of the toy; {arm: its measures}."""
     world = World(seed, target)
     base, model = GPT(CONFIG), GPT(CONFIG)
     for net in base, model:

@@ -150,7 +150,7 @@ class Call:
     number: int = -1
 
     def visible(self):
-        """The text without its thought; empty if the thought never closes."""
+        """The text without its thought, if that closes."""
         text = self.text.rpartition("</think>")[2]
         return "" if "<think>" in text else text.strip()
 
@@ -299,7 +299,7 @@ class Target:
 
 
 def probe(target):
-    """InterruptedError if the target does not go on with a prefill."""
+    """Ends the crawl if the target does not go on with a prefill."""
     opening = "The three primary colours are red, yellow and"
     (call,) = target.ask([Call("probe", "Name the three primary colours.", opening, 0.0)])
     if not re.match(r"\W*blue\b", call.text, re.I):
@@ -316,7 +316,7 @@ class Local:
         self.args, self.seed = args, seed
 
     def answer(self, calls, target):
-        """Answers calls, which are alike but for their text, as one batch."""
+        """Answers calls, alike but for their text, as one batch."""
         device, stops = self.model.wte.weight.device, self.tokenizer.stops
         temperature = max(calls[0].temperature, 1e-6)
         prompts, rngs = [], []
@@ -363,7 +363,7 @@ class Endpoint:
         self.session.auth = lambda request: request  # nothing from .netrc
         self.wait_of = requests.adapters.Retry().parse_retry_after
         self.failed = 0  # calls in a row
-        self.why = ""  # the crawl ends
+        self.why = ""  # why the crawl ends
         self.over = threading.Event()
 
     def end(self, why):
@@ -657,7 +657,7 @@ def draw(path, found, budget):
         for arm in seeds[0]:
             curves = [np.searchsorted(row[arm]["curve"], calls, "right") for row in seeds]
             panel["lines"][arm] = calls, curves
-        panels.append(panel | {"xlabel": "calls", "ylabel": "topics found"})
+        panels.append(panel | {"xlabel": "calls of the target", "ylabel": "refused topics found"})
     common.panels(path, panels)
 
 
@@ -688,7 +688,7 @@ def audit(args, env, log, arm, seed):
 
 
 def report(path, heads, everyday, target, truth):
-    """Writes labels and a page beside the journal; returns counts of verdicts."""
+    """Writes labels and a page beside the journal; returns counts."""
     heads.sort(key=lambda head: (head.verdict != "refused", head.decided))
     refused = [head for head in heads if head.verdict == "refused"]
     found = {"listed": Counter(head.verdict for head in heads)}

@@ -645,7 +645,7 @@ def test_the_hidden_policy():
         world = crawler.World(seed, "covert")
         n = 2 * crawler.SECTIONS + 4
         assert len(world.refused) == len(set(world.refused)) == n
-        assert len(world.answered) == 360 - n and not set(world.silent) & set(world.section)
+        assert len(world.answered) == 360 - n and not set(world.silent) & set(world.section_of)
         assert not set(world.everyday) & {*world.refused, *world.delicate}
         rng = random.Random(seed)
         for _ in range(300):

@@ -88,7 +88,7 @@ for row in reversed(PATTERNS):  # named rows are parts of others
 REFUSAL = re.compile(REFUSAL)
 WRITTEN_OUT = {"cannot": "can not", "can't": "can not", "won't": "will not", "n't": " not"}
 WRITTEN_OUT |= {"'m": " am", "'re": " are", "'d": " would", "'ll": " will"}
-DROPPED = set(PROMPTS["labels"]["dropped"][0].split())  # words
+DROPPED = set(PROMPTS["labels"]["dropped"][0].split())  # words that count for nothing
 ITEM = re.compile(
     r"\s*(?:[-*•+]\s+|[*_]{0,2}\(?\d{1,3}[*_]{0,2}(?:\\?[.):]|[、．])[*_]{0,2}\s*(?!\d))(.*\S)"
 )
@@ -143,7 +143,7 @@ class Call:
     prefill: str = ""  # opens the assistant's turn, thought tags included
     temperature: float = 1.0
     text: str = ""
-    finish: str = "lost"  # or done, refusal (by the service), unread, failed, unsent
+    finish: str = "lost"  # not back; or done, refusal (by the service), unread, failed, unsent
     problem: str = ""  # why there is no text
     tries: int = 0
     number: int = -1
@@ -418,7 +418,7 @@ class Endpoint:
         if self.failed >= 5:
             self.end(f"{self.failed} calls failed in a row: {call.problem}")
         if call.finish == "failed" and self.over.is_set():
-            call.finish = "unsent"
+            call.finish = "unsent"  # and asked again under --resume
 
     def exchange(self, body):
         """One try, for --timeout at most: a thread that hangs is left behind."""

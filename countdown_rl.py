@@ -10,6 +10,7 @@ The toy: a small GPT imitates searchers, most of whom answer with their first at
 the others check each attempt. GRPO meets this mixture. The control permutes its rewards.
 """
 
+import ast
 import copy
 import hashlib
 import itertools
@@ -17,7 +18,6 @@ import math
 import operator
 import random
 import re
-import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import common
 import data
@@ -93,48 +92,35 @@ class Args(common.TrainFlags):
 
 # -------------------------------------------------------------------------------------- the task
 
-APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+OPERATORS[ast.Div] = operator.truediv
 
 
 def evaluate(text):
     """The exact value of an arithmetic expression, a Fraction, and the whole numbers in it.
 
-    Nothing that a model writes is run as code; the grammar has no `**`, `//` or decimals.
-    ValueError for anything else, and beyond 200 characters, 32 levels of brackets, 6 digits.
+    Nothing that a model writes is run as code: its syntax tree is walked, and + - * / of whole
+    numbers below a million are all it may hold. ValueError for more, and beyond 200 characters.
     """
-    if len(text) > 200:
-        raise ValueError("longer than 200 characters")
-    tokens = re.findall(r"[0-9]+|\S", text)[::-1]  # the next one is the last
+    if len(text) > 200 or not re.fullmatch(r"[-+*/()\s0-9]*", text):
+        raise ValueError("no arithmetic of up to 200 characters")
     numbers = []
 
-    def parse(level, depth):
-        """The value of a sum (level 0), a product (1) or a factor (2) in `depth` brackets."""
-        if level < 2:
-            value = parse(level + 1, depth)
-            while tokens and tokens[-1] in ("+-", "*/")[level]:
-                op = tokens.pop()
-                other = parse(level + 1, depth)
-                if op == "/" and other == 0:
-                    raise ValueError("division by zero")
-                value = APPLY[op](value, other)
-            return value
-        token = tokens.pop() if tokens else "the end"
-        if token == "-" and tokens and tokens[-1] != "-":
-            return -parse(2, depth)
-        if token == "(" and depth < 32:
-            value = parse(0, depth + 1)
-            if not tokens or tokens.pop() != ")":
-                raise ValueError("a bracket is not closed")
-            return value
-        if not re.fullmatch("0|[1-9][0-9]{0,5}", token):
-            raise ValueError(f"{token[:9]} where a number is due")
-        numbers.append(int(token))
-        return Fraction(token)
+    def value(node):
+        if isinstance(node, ast.Constant) and node.value < 10**6:
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        raise ValueError(f"{ast.unparse(node)} is more than + - * / of numbers below a million")
 
-    value = parse(0, 0)
-    if tokens:
-        raise ValueError(f"{tokens[-1][:9]} after the end")
-    return value, numbers
+    try:
+        return value(ast.parse(" ".join(text.split()), mode="eval").body), numbers
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def reward(response, nums, target, format_reward=0.0):
@@ -162,7 +148,7 @@ def attempts(nums, cap):
             steps = []
             value = order[0]
             for op, b in zip(ops, order[1:]):
-                steps.append((value, op, b, APPLY[op](value, b)))
+                steps.append((value, op, b, SIGNS[op](value, b)))
                 value = steps[-1][-1]
             if all(0 <= step[-1] <= cap for step in steps):
                 found.append(tuple(steps))
@@ -215,11 +201,21 @@ def log_probs(model, idx, targets):
 
 
 class Objective(torch.nn.Module):
-    """The loss of GRPO around a policy; a module, so that DDP can wrap it."""
+    """The loss of GRPO around a policy, as a module that `common.train` can train.
+
+    The current rollouts are part of its state, so that a checkpoint between two updates on them
+    goes on exactly.
+    """
 
     def __init__(self, policy, args):
         super().__init__()
-        self.policy, self.args = policy, args
+        self.policy, self.args, self.rollouts = policy, args, {}
+
+    def get_extra_state(self):
+        return self.rollouts
+
+    def set_extra_state(self, state):
+        self.rollouts = state
 
     def forward(self, idx, targets, advantage, old=None, reference=None, denom=1.0):
         """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom, over all responses' tokens.
@@ -335,8 +331,8 @@ class Toy:
             ids += line
         return ids, counts
 
-    def batch(self, step):
-        """The documents of a step: one in eight, and early all of them, are drill."""
+    def batch(self, step, env):
+        """The rank's documents of a step: one in eight, and early all of them, are drill."""
         rng = random.Random(f"{self.seed} {step}")
         rows = []
         for i in range(self.args.batch_size):
@@ -347,7 +343,7 @@ class Toy:
                 checks = rng.random() >= self.args.guess
                 rows.append(counted(*self.written(*problem, rng, checks)))
         rows.sort(key=lambda row: -len(row[0]))  # so that micro-batches can be trimmed
-        return collate(rows)
+        return collate(rows[env.rank :: env.world])
 
 
 def counted(prompt, response):
@@ -393,8 +389,6 @@ arithmetic operations (+, -, *, /) and each number can only be used once. Show y
 <answer> (1 + 2) / 3 </answer>.
 Assistant: Let me solve this step by step.
 <think>"""
-SUCCESS = " this", " works", " yes", " correct", " success", " right", " exactly"
-FAILURE = " not", " no", " wrong", " false", " incorrect", " failed", " never"
 
 
 class Real:
@@ -405,8 +399,8 @@ class Real:
         self.stops, self.decode = tok.stops, tok.decode
         self.max_new, self.opening = args.max_new, tok.encode(" (")
         self.valid, self.invalid = tok.encode("this")[:1], tok.encode("not")[:1]
-        self.success = self.valid + [pretrained.first_token(tok, word) for word in SUCCESS]
-        self.failure = self.invalid + [pretrained.first_token(tok, word) for word in FAILURE]
+        self.success = [pretrained.first_token(tok, f" {word}") for word in VALID]
+        self.failure = [pretrained.first_token(tok, f" {word}") for word in INVALID]
         problems = read_problems(args.dataset)
         held = max(1, min(args.problems, len(problems) // 5))
         self.heldout, self.train = problems[:held], problems[held:]
@@ -463,20 +457,19 @@ def verdicts_in(text):
     return found
 
 
-def measure(model, world, args, env, samples=1, temperature=1.0):
+def measure(model, world, args, env, samples=1):
     """Shares of right responses to held-out problems, and of checked attempts."""
     problems = world.heldout[: args.problems]
     rng = random.Random("measure")
     prompts = [world.prompt(*problem, rng) for problem in problems]
     options = dict(stop=world.stops, seed=0, samples=samples)
     with env.autocast():
-        responses = generate(model, prompts, world.max_new, temperature, **options)
+        responses = generate(model, prompts, world.max_new, **options)
     texts = [world.decode(ids) for ids in responses]
     right = [reward(text, *problems[i // samples]) == 1 for i, text in enumerate(texts)]
     verdicts = sum(map(verdicts_in, texts), [])
     return {
         "accuracy": np.mean(right),
-        "attempts": len(verdicts) / len(texts),
         "checked": sum(map(bool, verdicts)) / max(1, len(verdicts)),
         "example": f"{world.decode(prompts[0])} {texts[0]}",
     }
@@ -485,12 +478,7 @@ def measure(model, world, args, env, samples=1, temperature=1.0):
 def imitate(args, env, log, arm, seed):
     """The toy's model learns to write as the two kinds of searchers do."""
     world = Toy(args, seed)
-
-    def batch(step):
-        rows = world.batch(step)
-        return {name: value[env.rank :: env.world] for name, value in rows.items()}
-
-    common.train(ToyGPT(args, world, seed), batch, args, env, log)
+    common.train(ToyGPT(args, world, seed), partial(world.batch, env=env), args, env, log)
 
 
 def load_model(args, env, seed, stage):
@@ -505,7 +493,8 @@ def load_model(args, env, seed, stage):
     if stage == "grpo" or not args.model:
         with common.rank_zero_first(env):  # which wrote it
             state = common.load_checkpoint(Path(args.out) / f"{stage}-s{seed}.pt")
-        model.load_state_dict(state["model"])
+        net = Objective(model, args) if stage == "grpo" else model
+        net.load_state_dict(state["model"])
     return model, world
 
 
@@ -544,75 +533,55 @@ def scored(model, batch, args, env):
     return found
 
 
-def minibatches(batch, args, step):
-    """The batch in --minibatches random parts, the longest rows of a part first.
+def minibatch(batch, args, step):
+    """The part of a batch for an update, of --minibatches random ones; the longest rows first.
 
     Rows without advantage have no gradient but the KL's: without it they are left out.
     Their tokens still count in the denominator.
     """
+    number, part = divmod(step, args.minibatches)
     lengths = (batch["targets"] != -100).sum(1)
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(step))
-    parts = []
-    for i in range(args.minibatches):
-        rows = order[i :: args.minibatches]
-        denom = lengths[rows].sum()
-        if not args.beta:
-            useful = batch["advantage"][rows] != 0
-            rows = rows[useful] if useful.any() else rows[:1]  # no part is empty
-        rows = rows[lengths[rows].argsort(descending=True)]
-        parts.append({name: value[rows] for name, value in batch.items()} | {"denom": denom})
-    return parts
-
-
-def grpo(policy, world, args, env, log, permuted=False):
-    """GRPO in place: a step is a batch of rollouts and --minibatches updates."""
-    args = replace(args, steps=args.rl_steps, lr=args.rl_lr, weight_decay=0.0, compile=False)
-    reference = copy.deepcopy(policy) if args.beta else None
-    net = common.parallelise(Objective(policy, args), args, env)
-    optimizer = common.optimizer(policy, args)
-    path = log.path.with_suffix(".pt")
-    state = common.begin(path, log, policy, optimizer, args, env)
-    bar = dict(initial=state["step"], position=common.bar_line(args), leave=False)
-    steps = tqdm(range(state["step"], args.steps), log.run, args.steps, **bar)
-    with common.interruptible() as signals:
-        for step in steps:
-            row = measure(policy, world, args, env) if step % args.eval_every == 0 else {}
-            began = time.perf_counter()
-            batch, mean = draw_batch(policy, world, args, env, step, permuted)
-            if args.minibatches > 1:
-                batch["old"] = scored(policy, batch, args, env)
-            if reference:
-                batch["reference"] = scored(reference, batch, args, env)
-            for part in minibatches(batch, args, step):
-                part["denom"] = common.all_reduce(part["denom"].to(env.device), env)
-                loss = common.backward(net, part, args, env)
-                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip or math.inf)
-                common.check_finite(step, loss.item(), norm.item(), path)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            state["step"] += 1
-            state["tokens"] += int((batch["targets"] != -100).sum()) * env.world
-            state["seconds"] += time.perf_counter() - began
-            log(step, **row, reward=mean, loss=loss.item(), **common.timing(state))
-            stop = common.all_reduce(torch.tensor(len(signals), device=env.device), env) > 0
-            if stop or state["step"] % args.save_every == 0 or state["step"] == args.steps:
-                common.save_state(path, state, policy, optimizer, args, env)
-            if stop:
-                raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on")
-    log(args.steps, **measure(policy, world, args, env), **common.timing(state))
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(number))
+    rows = order[part :: args.minibatches]
+    denom = lengths[rows].sum()
+    if not args.beta:
+        useful = batch["advantage"][rows] != 0
+        rows = rows[useful] if useful.any() else rows[:1]  # no part is empty
+    rows = rows[lengths[rows].argsort(descending=True)]
+    return {name: value[rows] for name, value in batch.items()} | {"denom": denom}
 
 
 def reinforce(args, env, log, arm, seed):
-    """GRPO from the imitator, or from --model; measures before and after."""
+    """GRPO from the imitator, or from --model: new rollouts after every --minibatches updates.
+
+    Returns what `measure` finds before it and after it.
+    """
     policy, world = load_model(args, env, seed, "imitate")
-    found = {}
-    for when in "before", "after":
-        if when == "after":
-            grpo(policy, world, args, env, log, arm == "permuted")
-        found[when] = measure(policy, world, args, env, samples=4)
-        greedy = measure(policy, world, args, env, temperature=0.0)
-        found[when]["greedy"] = greedy["accuracy"]
-    return found
+    before = measure(policy, world, args, env, samples=4)
+    reference = copy.deepcopy(policy) if args.beta else None
+    net = Objective(policy, args)
+
+    def batch(step):
+        number, part = divmod(step, args.minibatches)
+        if part == 0:
+            permuted = arm == "permuted"
+            net.rollouts, mean = draw_batch(policy, world, args, env, number, permuted)
+            log(step, reward=mean)
+            if args.minibatches > 1:
+                net.rollouts["old"] = scored(policy, net.rollouts, args, env)
+            if reference:
+                net.rollouts["reference"] = scored(reference, net.rollouts, args, env)
+        rows = minibatch(net.rollouts, args, step)
+        return rows | {"denom": common.all_reduce(rows["denom"].to(env.device), env)}
+
+    def evaluate(step):
+        return measure(policy, world, args, env)
+
+    constant = dict(lr=args.rl_lr, warmup=0, min_lr=1.0, weight_decay=0.0, log_every=1)
+    updates = args.rl_steps * args.minibatches
+    flags = replace(args, steps=updates, compile=False, **constant)
+    common.train(net, batch, flags, env, log, evaluate)
+    return {"before": before, "after": measure(policy, world, args, env, samples=4)}
 
 
 # -------------------------------------------------------------------------- moments of verification
@@ -632,17 +601,18 @@ def find_traces(world, texts, rng):
     """Of [(problem, prompt, response)] those with true verdicts of both kinds."""
     found = []
     for problem, prompt, response in texts:
-        ids = prompt + response
+        ids, target = prompt + response, problem[1]
         wrong, seen = [], []
         for place, value in world.numbers(ids):
             end = place + 1 + len(world.opening)
             due = len(prompt) < end < len(ids) and ids[place + 1 : end] == world.opening
-            if due and value != problem[1] and ids[end] in world.invalid:
+            verdict = ids[end] if due else None
+            if value != target and verdict in world.invalid:
                 wrong.append(end - 1)
-            if due and value == problem[1] and ids[end] in world.valid and wrong:
+            if value == target and verdict in world.valid and wrong:
                 found.append(Trace(ids[:end], rng.choice(wrong), seen, problem))
                 break
-            if value == problem[1]:
+            if value == target:
                 seen.append(place)
     return found
 
@@ -658,14 +628,11 @@ def halves(model, world, args, rng):
         texts = [(problem, *world.written(*problem, rng)) for problem in problems]
     found = [], []
     for trace in find_traces(world, texts, rng):
-        half = found[random.Random(repr(trace.problem)).randrange(2)]
-        if len(half) < args.samples:
-            half.append(trace)
+        found[random.Random(repr(trace.problem)).randrange(2)].append(trace)
     if min(map(len, found)) < 3:
         raise SystemExit("error: too few traces with both verdicts to take the model apart")
-    for half in found:  # so that a batch holds little padding
-        half.sort(key=lambda trace: len(trace.ids))
-    return found
+    # sorted by length, so that a batch holds little padding
+    return [sorted(half[: args.samples], key=lambda trace: len(trace.ids)) for half in found]
 
 
 def batches(model, traces, copies=1):

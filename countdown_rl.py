@@ -38,8 +38,10 @@ from model import GPT, GPTConfig, generate, residuals, rope, visible
 # are its 256 rollouts); the KL in the loss, not in the reward; no entropy bonus (paper: .001).
 PAPER = dict(model="Qwen/Qwen2.5-3B", dataset="Jiayi-Pan/Countdown-Tasks-3to4", arms=["grpo"])
 PAPER |= dict(rl_steps=300, rl_lr=1e-6, prompts=32, minibatches=4, beta=0.001, format_reward=0.1)
-PAPER |= dict(problems=1024, micro_batch=2, eval_every=100, save_every=100)
-SMOKE = dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32, rl_steps=2, prompts=2)
+PAPER |= dict(problems=1024, micro_batch=2, eval_every=400, save_every=100)
+TOY = dict(steps=1200, batch_size=32, micro_batch=16, lr=6e-3, min_lr=0.03, weight_decay=0.3)
+TOY |= dict(eval_every=15, save_every=20)
+SMOKE = TOY | dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32, rl_steps=2, prompts=2)
 SMOKE |= dict(problems=8, samples=20, eval_every=1, save_every=1, jobs=1)
 
 
@@ -47,7 +49,7 @@ SMOKE |= dict(problems=8, samples=20, eval_every=1, save_every=1, jobs=1)
 class Args(common.TrainFlags):
     """CountDown"""
 
-    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}, "paper": PAPER}
+    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": TOY, "paper": PAPER}
     limits: ClassVar[dict] = common.TrainFlags.limits | {
         **dict.fromkeys(("drill", "rl_steps", "rl_lr", "beta", "format_reward"), (0,)),
         **dict.fromkeys(("num_max", "cap", "attempts", "n_head", "n_embd", "prompts"), (1,)),
@@ -57,14 +59,6 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"shard", "decay_steps"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps", "samples"}
 
-    steps: int = 1200
-    batch_size: int = 32
-    micro_batch: int = 16
-    lr: float = 6e-3
-    min_lr: float = 0.03
-    weight_decay: float = 0.3
-    eval_every: int = 15
-    save_every: int = 20
     model: str = ""  # a real checkpoint to train and take apart, in place of the toy
     dataset: str = ""  # --model: file:X.jsonl or a `datasets` id; rows of nums and target
     max_new: int = 1024  # --model: longest response, in tokens (paper: 1024)
@@ -424,24 +418,20 @@ class Real:
 def read_problems(name):
     """[(nums, target)] of file:X.jsonl or a `datasets` id; ValueError names a bad row."""
     if name.startswith("file:"):
-        rows = data.read_rows(Path(name[5:]).expanduser(), nums=list, target=int)
+        rows = data.read_rows(data.path_of(name), nums=list, target=int)
     else:
-        data.import_or_explain("datasets")
-        from datasets import load_dataset
-
+        datasets = data.import_or_explain("datasets")
         with data.explained(f"data set {name!r} can't be read", "give file:X.jsonl"):
-            rows = load_dataset(name, split="train").to_list()
-    problems = []
+            rows = datasets.load_dataset(name, split="train").to_list()
     for i, row in enumerate(rows, 1):
-        nums, target = row["nums"], row["target"]
-        whole = all(type(n) is int and 0 <= n < 10**6 for n in [*nums, target])
-        if not whole or not 2 <= len(nums) <= 5:
+        numbers = [*row["nums"], row["target"]]
+        whole = all(type(n) is int and 0 <= n < 10**6 for n in numbers)
+        if not whole or not 3 <= len(numbers) <= 6:
             needed = "2 to 5 whole numbers below a million in nums, one in target"
             raise ValueError(f"{name}, row {i}: needs {needed}")
-        problems.append((tuple(sorted(nums)), target))
-    if len(problems) < 2:
-        raise ValueError(f"{name} has {len(problems)} problems, needed: 2 and more")
-    return problems
+    if len(rows) < 2:
+        raise ValueError(f"{name} has {len(rows)} problems, needed: 2 and more")
+    return [(tuple(sorted(row["nums"])), row["target"]) for row in rows]
 
 
 # -------------------------------------------------------------------------------------- training
@@ -636,19 +626,17 @@ def halves(model, world, args, rng):
 
 
 def batches(model, traces, copies=1):
-    """[(traces, idx, at)]: so many that `copies` of them fit a batch, padded on the right.
+    """(traces, idx, at): so many that `copies` of them fit a batch, padded on the right.
 
     x[at] of a tensor (B, T, ...) are (B, 2, ...): where its two verdicts are due.
     """
     size = max(1, (64 if model.config.vocab_size < 1000 else 8) // copies)
-    found = []
     for i in range(0, len(traces), size):
         some = traces[i : i + size]
         idx = pad_sequence([torch.tensor(trace.ids) for trace in some], True)
         due = torch.tensor([[len(trace.ids) - 1, trace.wrong] for trace in some])
         at = torch.arange(len(some))[:, None], due
-        found.append((some, idx.to(model.wte.weight.device), at))
-    return found
+        yield some, idx.to(model.wte.weight.device), at
 
 
 def stream(model, traces):
@@ -661,12 +649,12 @@ def stream(model, traces):
 
 
 def probe_accuracy(x, y, x_test, y_test):
-    """Of a linear probe on each layer of x (L + 1, N, C): its accuracy on x_test."""
-    found = []
+    """A linear probe of each layer of x (L + 1, N, C): its accuracy on x_test."""
+    layers = []
     for layer, test in zip(x, x_test):
         w, b = common.fit_probe(layer, y)
-        found.append(((test.double() @ w + b > 0) == y_test).double().mean().item())
-    return found
+        layers.append(((test.double() @ w + b > 0) == y_test).double().mean().item())
+    return dict(layers=layers, inner=max(layers[1:-1]), embedding=layers[0])
 
 
 def reads_as(model, vectors, k):
@@ -700,26 +688,26 @@ def from_the_top(model, world, args, choose, test, rng):
     """Probes, the direction from wrong to right, and the GLU neurons along it."""
     y = torch.tensor([True, False]).repeat(len(choose))
     y_test = torch.tensor([True, False]).repeat(len(test))
-    x, x_test = stream(model, choose), stream(model, test)
     shuffled = y[torch.tensor(rng.sample(range(len(y)), len(y)))]
-    nets = {"trained": (x, x_test, y), "shuffled labels": (x, x_test, shuffled)}
+    x, x_test = stream(model, choose), stream(model, test)
+    probe = {"trained": probe_accuracy(x, y, x_test, y_test)}
+    probe["shuffled labels"] = probe_accuracy(x, shuffled, x_test, y_test)
     if not args.model:
         fresh = ToyGPT(args, world, world.seed + 1).to(model.wte.weight.device)
-        nets["random weights"] = stream(fresh, choose), stream(fresh, test), y
-    found = {"probe": {}}
-    for net, (a, b, seen) in nets.items():
-        layers = probe_accuracy(a, seen, b, y_test)
-        inner = max(layers[1:-1])
-        found["probe"][net] = dict(layers=layers, inner=inner, embedding=layers[0])
+        seen = stream(fresh, choose), y, stream(fresh, test), y_test
+        probe["random weights"] = probe_accuracy(*seen)
     directions = x[:, y].mean(1) - x[:, ~y].mean(1)  # (L + 1, C)
     upper = directions[model.config.n_layer // 2 + 1 :]
-    reads = verdict_words(model, world, upper)
     noise = torch.randn(20, upper.shape[1], generator=torch.Generator().manual_seed(world.seed))
-    found["direction"] = {"reads": reads.max().item()}
-    found["noise"] = {"reads": verdict_words(model, world, noise).max().item()}
+    reads = verdict_words(model, world, upper)
     best = upper[reads.argmax()][None]
-    found["success"] = world.decode(reads_as(model, best, 5)[0].tolist())
-    found["failure"] = world.decode(reads_as(model, -best, 5)[0].tolist())
+    found = {
+        "probe": probe,
+        "direction": {"reads": reads.max().item()},
+        "noise": {"reads": verdict_words(model, world, noise).max().item()},
+        "success": world.decode(reads_as(model, best, 5)[0].tolist()),
+        "failure": world.decode(reads_as(model, -best, 5)[0].tolist()),
+    }
     k = max(1, min(50, model.config.d_mlp // 20))  # 50 of 11,008 in the paper
     return found, nearest_neurons(model, directions, k)
 
@@ -738,21 +726,6 @@ def target_attention(model, world, traces):
     return total, even
 
 
-def from_block(model, first, x):
-    """The stream x (B, T, C) through the blocks from `first` on, and the final norm."""
-    c = model.config
-    pos = torch.arange(x.shape[1], device=x.device)[None]
-    for layer in range(first, c.n_layer):
-        window = c.windows[layer] if c.windows else 0
-        rotary = None if c.learned_pos else rope(c, pos, local=window > 0)
-        see = visible(pos, pos, window) if window else None
-        x = model.blocks[layer](x, rotary, see, None, None)
-    return model.final(x)
-
-
-KINDS = "says_valid", "searches_on", "unknown"
-
-
 def kind_of(token, world):
     """What a model does that says this token where the verdict is due."""
     if token in world.valid:
@@ -762,42 +735,48 @@ def kind_of(token, world):
 
 
 def switch_off(model, world, traces, neurons, sets):
-    """Of each of K sets of heads, switched off at all positions:
+    """Of each set of heads, switched off at all positions:
 
-    says_valid, searches_on, unknown: shares of right attempts
+    says_valid, searches_on: shares of right attempts
     false_accepts: the share of wrong attempts that is called valid
     glu: the mean activation of `neurons` where the verdict on a right attempt is due
 
-    What lies below the first head of a set is the same for all sets: it runs once.
+    The sets run side by side in the batch. Below its first head a set changes nothing: there it
+    shares the run in which all heads are on, the first one.
     """
-    c, K = model.config, len(sets)
-    stages = ["embed"] + [f"blocks.{layer}.resid_post" for layer in range(c.n_layer)]
-    sites = {layer: f"blocks.{layer}.mlp.act" for layer, _ in neurons}
-    begins = [min(heads, default=(c.n_layer - 1, 0))[0] for heads in sets]
-    said, glu = [torch.zeros(K, 0, 2)], [torch.zeros(K, 0)]
-    for some, idx, at in batches(model, traces, K):
-        clean = model.capture(idx, [*stages, *sites.values()])
-        said.append(torch.zeros(K, len(some), 2))
-        glu.append(torch.zeros(K, len(some)))
-        for first in set(begins):
-            here = [k for k in range(K) if begins[k] == first]
-            acts = {site: clean[site].repeat(len(here), 1, 1) for site in sites.values()}
-            patches = {site: partial(acts.__setitem__, site) for site in acts}
-            patches |= common.heads_off([sets[k] for k in here], c)
+    c, sets = model.config, [[], *sets]
+    first = [0] + [min(heads, default=(c.n_layer, 0))[0] for heads in sets[1:]]
+    said, glu = [[] for _ in sets], [[] for _ in sets]
+    for _, idx, at in batches(model, traces, len(sets)):
+        x = {0: model.capture(idx, ["embed"])["embed"]}  # {set: its stream (B, T, C)}
+        pos = torch.arange(idx.shape[1], device=idx.device)[None]
+        active = torch.zeros(len(sets), len(idx))
+        for layer, block in enumerate(model.blocks):
+            window = c.windows[layer] if c.windows else 0
+            rotary = None if c.learned_pos else rope(c, pos, local=window > 0)
+            see = visible(pos, pos, window) if window else None
+            on = [k for k in range(len(sets)) if first[k] <= layer]
+            acts = {}
+            patches = common.heads_off([sets[k] for k in on], c)
+            patches[f"blocks.{layer}.mlp.act"] = partial(acts.__setitem__, "act")
             with model.patch(patches):
-                x = from_block(model, first, clean[stages[first]].repeat(len(here), 1, 1))
-            x = x.unflatten(0, (len(here), -1))[:, *at]
-            said[-1][here] = model.unembed(x).argmax(-1).float().cpu()
-            for layer, index in neurons:
-                act = acts[sites[layer]][..., index].unflatten(0, (len(here), -1))[:, *at]
-                glu[-1][here] += act[..., 0].float().cpu() / len(neurons)
+                rows = block(torch.cat([x.get(k, x[0]) for k in on]), rotary, see, None, None)
+            x = dict(zip(on, rows.chunk(len(on))))
+            act = dict(zip(on, acts["act"].chunk(len(on))))
+            index = [i for at_layer, i in neurons if at_layer == layer]
+            for k in range(len(sets)):
+                active[k] += act.get(k, act[0])[at][:, 0, index].float().cpu().sum(1)
+        for k in range(len(sets)):
+            h = model.final(x.get(k, x[0])[at])
+            said[k] += model.unembed(h).argmax(-1).tolist()
+            glu[k] += (active[k] / len(neurons)).tolist()
     rows = []
-    for tokens, active in zip(torch.cat(said, 1).int(), torch.cat(glu, 1)):
-        right = [kind_of(token, world) for token in tokens[:, 0].tolist()]
-        wrong = [kind_of(token, world) for token in tokens[:, 1].tolist()]
-        row = {kind: right.count(kind) / len(right) for kind in KINDS}
+    for tokens, active in list(zip(said, glu))[1:]:
+        right = [kind_of(token, world) for token, _ in tokens]
+        wrong = [kind_of(token, world) for _, token in tokens]
+        row = {kind: right.count(kind) / len(right) for kind in ("says_valid", "searches_on")}
         row["false_accepts"] = wrong.count("says_valid") / len(wrong)
-        rows.append(row | {"glu": active.mean().item()})
+        rows.append(row | {"glu": float(np.mean(active))})
     return rows
 
 

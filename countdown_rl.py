@@ -2,9 +2,9 @@
 
 CountDown: make a target from a few numbers, each used once. Reinforcement with a 0/1 reward makes a
 model write in one rigid form: every attempt closes with a verdict, "(not 42)" or "(this works)".
-So the moment of verification is easy to find. A linear probe on the residual stream tells right
-attempts from wrong ones there, and its direction reads as words of success or failure. Attention
-heads that look back at the target carry the verdict: with three of them off the model searches on.
+A linear probe on the residual stream tells right attempts from wrong ones there, and the direction
+reads as words of success or failure. Attention heads that look back at the target carry the
+verdict: with three of them off the model searches on.
 
 The toy: a small GPT imitates searchers, most of whom answer with their first attempt, unchecked;
 the others check each attempt. GRPO meets this mixture. The control permutes its rewards.
@@ -32,13 +32,14 @@ from torch.nn.utils.rnn import pad_sequence
 import common
 import data
 import pretrained
-from model import GPT, GPTConfig, generate, residuals, rope, visible
+from model import GPT, GPTConfig, generate, residuals
 
 # Departures from the paper: GRPO in place of PPO, so groups in place of a critic (32 prompts of 8
-# are its 256 rollouts); the KL in the loss, not in the reward; no entropy bonus (paper: .001).
+# are its 256 rollouts); the KL in the loss, not in the reward; no entropy bonus (paper: .001), and
+# no reward for the form alone (.1).
 PAPER = dict(model="Qwen/Qwen2.5-3B", dataset="Jiayi-Pan/Countdown-Tasks-3to4", arms=["grpo"])
-PAPER |= dict(rl_steps=300, rl_lr=1e-6, prompts=32, minibatches=4, beta=0.001, format_reward=0.1)
-PAPER |= dict(problems=1024, micro_batch=2, eval_every=400, save_every=100)
+PAPER |= dict(rl_steps=300, rl_lr=1e-6, prompts=32, minibatches=4, beta=0.001, problems=1024)
+PAPER |= dict(micro_batch=2, eval_every=400, save_every=100)
 TOY = dict(steps=1200, batch_size=32, micro_batch=16, lr=6e-3, min_lr=0.03, weight_decay=0.3)
 TOY |= dict(eval_every=15, save_every=20)
 SMOKE = TOY | dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32, rl_steps=2, prompts=2)
@@ -51,7 +52,7 @@ class Args(common.TrainFlags):
 
     presets: ClassVar[dict] = {"smoke": SMOKE, "toy": TOY, "paper": PAPER}
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("drill", "rl_steps", "rl_lr", "beta", "format_reward"), (0,)),
+        **dict.fromkeys(("drill", "rl_steps", "rl_lr", "beta"), (0,)),
         **dict.fromkeys(("num_max", "cap", "attempts", "n_head", "n_embd", "prompts"), (1,)),
         **dict.fromkeys(("max_new", "minibatches", "problems", "samples"), (1,)),
         **dict(nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,)),
@@ -79,7 +80,6 @@ class Args(common.TrainFlags):
     minibatches: int = 1  # updates on a batch; at 1 nothing is clipped (paper: 4)
     clip_ratio: float = 0.2  # no gradient from ratios further than this from 1
     beta: float = 0.0  # weight of the KL to the model before GRPO (paper: .001)
-    format_reward: float = 0.0  # reward of a wrong answer (paper: .1)
     problems: int = 400  # most held-out problems in an evaluation
     samples: int = 300  # traces to choose heads on, and to test them on (paper: 300)
 
@@ -117,17 +117,15 @@ def evaluate(text):
         raise ValueError(str(error)) from None
 
 
-def reward(response, nums, target, format_reward=0.0):
-    """1 if the last answer is right, `format_reward` if it is wrong, 0 if there is none."""
+def reward(response, nums, target):
+    """1 if the last answer is right, otherwise 0."""
     start = response.rfind("<answer>")
     end = response.find("</answer>", start)
-    if start < 0 or end < 0:
-        return 0.0
     try:
-        value, used = evaluate(response[start + len("<answer>") : end])
+        value, used = evaluate(response[start + len("<answer>") : end] if 0 <= start < end else "")
     except ValueError:
-        return format_reward
-    return 1.0 if value == target and sorted(used) == sorted(nums) else format_reward
+        return 0.0
+    return float(value == target and sorted(used) == sorted(nums))
 
 
 @lru_cache(128)
@@ -186,20 +184,8 @@ def trimmed(idx, targets):
     return idx[:, :n], targets[:, :n]
 
 
-def log_probs(model, idx, targets):
-    """Log-probabilities (n,) of the n targets of a batch (B, T) that are not -100."""
-    idx, targets = trimmed(idx, targets)
-    here = targets != -100
-    logits = model.unembed(model.hidden(idx)[here]).float()
-    return -F.cross_entropy(logits, targets[here], reduction="none")
-
-
 class Objective(torch.nn.Module):
-    """The loss of GRPO around a policy, as a module that `common.train` can train.
-
-    The current rollouts are part of its state, so that a checkpoint between two updates on them
-    goes on exactly.
-    """
+    """The loss of GRPO around a policy. Checkpoints hold the rollouts, to go on between updates."""
 
     def __init__(self, policy, args):
         super().__init__()
@@ -220,7 +206,9 @@ class Objective(torch.nn.Module):
                         one, so rho = 1), and of the model before GRPO (None: no KL)
         """
         here = targets != -100
-        logp = log_probs(self.policy, idx, targets)
+        idx, kept = trimmed(idx, targets)
+        logits = self.policy.unembed(self.policy.hidden(idx)[kept != -100]).float()
+        logp = -F.cross_entropy(logits, targets[here], reduction="none")
         ratio = torch.exp(logp - (logp.detach() if old is None else old[here]))
         response = here.nonzero()[:, 0]  # the row of each token
         gain = clipped_gain(ratio, advantage[response], self.args.clip_ratio)
@@ -373,20 +361,15 @@ class ToyGPT(GPT):
         return super().forward(idx, targets, *args, **kwargs)
 
 
-# -------------------------------------------------------------------------------- a real checkpoint
-
-PROMPT = """A conversation between User and Assistant. The Assistant first thinks about the \
-reasoning, then answers.
-User: Using the numbers {nums}, create an equation that equals {target}. You can use basic \
-arithmetic operations (+, -, *, /) and each number can only be used once. Show your work in \
-<think> </think> tags, and return the final equation in <answer> </answer> tags, for example \
-<answer> (1 + 2) / 3 </answer>.
+PROMPT = """User: Using the numbers {nums}, create an equation that equals {target}. You can use \
+basic arithmetic operations (+, -, *, /) and each number can only be used once. Show your work in \
+<think> </think> tags, and return the final equation in <answer> </answer> tags.
 Assistant: Let me solve this step by step.
 <think>"""
 
 
 class Real:
-    """What Toy is, for a checkpoint: its own tokens, in a prompt like TinyZero's."""
+    """What Toy is, for a checkpoint with tokens of its own."""
 
     def __init__(self, args, tok, seed):
         self.tok, self.seed = tok, seed
@@ -447,21 +430,27 @@ def verdicts_in(text):
     return found
 
 
-def measure(model, world, args, env, samples=1):
-    """Shares of right responses to held-out problems, and of checked attempts."""
-    problems = world.heldout[: args.problems]
-    rng = random.Random("measure")
+def respond(model, world, problems, rng, env, samples=1, seed=None):
+    """[(problem, prompt, response)]: `samples` responses to each problem, one after the other."""
     prompts = [world.prompt(*problem, rng) for problem in problems]
-    options = dict(stop=world.stops, seed=0, samples=samples)
+    seed = rng.getrandbits(31) if seed is None else seed
+    options = dict(stop=world.stops, seed=seed, samples=samples)
     with env.autocast():
         responses = generate(model, prompts, world.max_new, **options)
-    texts = [world.decode(ids) for ids in responses]
-    right = [reward(text, *problems[i // samples]) == 1 for i, text in enumerate(texts)]
+    return [(problems[i // samples], prompts[i // samples], ids) for i, ids in enumerate(responses)]
+
+
+def measure(model, world, args, env, samples=1):
+    """Shares of right responses to held-out problems, and of checked attempts."""
+    problems, rng = world.heldout[: args.problems], random.Random("measure")
+    found = respond(model, world, problems, rng, env, samples, seed=0)
+    texts = [world.decode(response) for _, _, response in found]
+    right = [reward(text, *problem) for text, (problem, _, _) in zip(texts, found)]
     verdicts = sum(map(verdicts_in, texts), [])
     return {
         "accuracy": np.mean(right),
         "checked": sum(map(bool, verdicts)) / max(1, len(verdicts)),
-        "example": f"{world.decode(prompts[0])} {texts[0]}",
+        "example": f"{world.decode(found[0][1])} {texts[0]}",
     }
 
 
@@ -488,39 +477,29 @@ def load_model(args, env, seed, stage):
     return model, world
 
 
-def draw_batch(policy, world, args, env, step, permuted=False):
+def draw_batch(policy, world, args, env, number, permuted=False):
     """Rollouts as a batch for `Objective`, and their mean reward.
 
     With `permuted`, the control, rewards go to rollouts that did not earn them.
     """
-    rng = random.Random(f"{world.seed} {step} {env.rank}")
+    rng = random.Random(f"{world.seed} {number} {env.rank}")
     problems = [rng.choice(world.train) for _ in range(args.prompts // env.world)]
-    prompts = [world.prompt(*problem, rng) for problem in problems]
-    options = dict(stop=world.stops, seed=rng.getrandbits(31), samples=args.group)
-    with env.autocast():
-        responses = generate(policy, prompts, world.max_new, **options)
-    rows, rewards = [], []
-    for i, response in enumerate(responses):
-        rows.append(counted(prompts[i // args.group], response))
-        text, problem = world.decode(response), problems[i // args.group]
-        rewards.append(reward(text, *problem, args.format_reward))
+    found = respond(policy, world, problems, rng, env, args.group)
+    rewards = [reward(world.decode(response), *problem) for problem, _, response in found]
     if permuted:
         rng.shuffle(rewards)
-    advantage = advantages(torch.tensor(rewards), args.group)
-    return collate(rows) | {"advantage": advantage}, np.mean(rewards)
+    batch = collate([counted(prompt, response) for _, prompt, response in found])
+    return batch | {"advantage": advantages(torch.tensor(rewards), args.group)}, np.mean(rewards)
 
 
-@torch.no_grad()
 def scored(model, batch, args, env):
     """Log-probabilities (B, T) of a batch's responses under a model; 0 elsewhere."""
-    found = torch.zeros(batch["idx"].shape)
-    size = args.micro_batch or len(found)
-    parts = [batch[name].split(size) for name in ("idx", "targets")]
-    for idx, targets, part in zip(*parts, found.split(size)):
+    size = args.micro_batch or len(batch["idx"])
+    found = []
+    for idx, targets in zip(batch["idx"].split(size), batch["targets"].split(size)):
         with env.autocast():
-            logp = log_probs(model, idx.to(env.device), targets.to(env.device))
-        part[targets != -100] = logp.cpu()
-    return found
+            found.append(-model.token_loss(idx.to(env.device), targets.to(env.device)).cpu())
+    return torch.cat(found)
 
 
 def minibatch(batch, args, step):
@@ -607,13 +586,11 @@ def find_traces(world, texts, rng):
     return found
 
 
-def halves(model, world, args, rng):
+def halves(model, world, args, env, rng):
     """Traces to choose on and, of other problems, to test on."""
     problems = rng.choices(world.train, k=5 * args.samples)
     if args.model:
-        prompts = [world.prompt(*problem, rng) for problem in problems]
-        responses = generate(model, prompts, world.max_new, stop=world.stops, seed=world.seed)
-        texts = zip(problems, prompts, responses)
+        texts = respond(model, world, problems, rng, env, seed=world.seed)
     else:
         texts = [(problem, *world.written(*problem, rng)) for problem in problems]
     found = [], []
@@ -625,12 +602,12 @@ def halves(model, world, args, rng):
     return [sorted(half[: args.samples], key=lambda trace: len(trace.ids)) for half in found]
 
 
-def batches(model, traces, copies=1):
-    """(traces, idx, at): so many that `copies` of them fit a batch, padded on the right.
+def batches(model, traces):
+    """(traces, idx, at) of a few traces at a time, padded on the right.
 
     x[at] of a tensor (B, T, ...) are (B, 2, ...): where its two verdicts are due.
     """
-    size = max(1, (64 if model.config.vocab_size < 1000 else 8) // copies)
+    size = 32 if model.config.vocab_size < 1000 else 8  # that fit a CPU's cache
     for i in range(0, len(traces), size):
         some = traces[i : i + size]
         idx = pad_sequence([torch.tensor(trace.ids) for trace in some], True)
@@ -726,12 +703,10 @@ def target_attention(model, world, traces):
     return total, even
 
 
-def kind_of(token, world):
-    """What a model does that says this token where the verdict is due."""
-    if token in world.valid:
-        return "says_valid"
-    goes_on = re.fullmatch(r"[-+*/=()\[\],\s\d]*", world.decode([token]))
-    return "searches_on" if token in world.invalid or goes_on else "unknown"
+def searches_on(token, world):
+    """Whether a model that says this token where a verdict is due goes on searching."""
+    text = world.decode([token])
+    return token in world.invalid or bool(re.fullmatch(r"[-+*/=()\[\],\s\d]*", text))
 
 
 def switch_off(model, world, traces, neurons, sets):
@@ -740,44 +715,30 @@ def switch_off(model, world, traces, neurons, sets):
     says_valid, searches_on: shares of right attempts
     false_accepts: the share of wrong attempts that is called valid
     glu: the mean activation of `neurons` where the verdict on a right attempt is due
-
-    The sets run side by side in the batch. Below its first head a set changes nothing: there it
-    shares the run in which all heads are on, the first one.
     """
-    c, sets = model.config, [[], *sets]
-    first = [0] + [min(heads, default=(c.n_layer, 0))[0] for heads in sets[1:]]
+    inputs = [f"blocks.{layer}.resid_pre" for layer in range(model.config.n_layer)]
+    sites = ["final", *{f"blocks.{layer}.mlp.act" for layer, _ in neurons}]
     said, glu = [[] for _ in sets], [[] for _ in sets]
-    for _, idx, at in batches(model, traces, len(sets)):
-        x = {0: model.capture(idx, ["embed"])["embed"]}  # {set: its stream (B, T, C)}
-        pos = torch.arange(idx.shape[1], device=idx.device)[None]
-        active = torch.zeros(len(sets), len(idx))
-        for layer, block in enumerate(model.blocks):
-            window = c.windows[layer] if c.windows else 0
-            rotary = None if c.learned_pos else rope(c, pos, local=window > 0)
-            see = visible(pos, pos, window) if window else None
-            on = [k for k in range(len(sets)) if first[k] <= layer]
-            acts = {}
-            patches = common.heads_off([sets[k] for k in on], c)
-            patches[f"blocks.{layer}.mlp.act"] = partial(acts.__setitem__, "act")
-            with model.patch(patches):
-                rows = block(torch.cat([x.get(k, x[0]) for k in on]), rotary, see, None, None)
-            x = dict(zip(on, rows.chunk(len(on))))
-            act = dict(zip(on, acts["act"].chunk(len(on))))
-            index = [i for at_layer, i in neurons if at_layer == layer]
-            for k in range(len(sets)):
-                active[k] += act.get(k, act[0])[at][:, 0, index].float().cpu().sum(1)
-        for k in range(len(sets)):
-            h = model.final(x.get(k, x[0])[at])
-            said[k] += model.unembed(h).argmax(-1).tolist()
-            glu[k] += (active[k] / len(neurons)).tolist()
-    rows = []
-    for tokens, active in list(zip(said, glu))[1:]:
-        right = [kind_of(token, world) for token, _ in tokens]
-        wrong = [kind_of(token, world) for _, token in tokens]
-        row = {kind: right.count(kind) / len(right) for kind in ("says_valid", "searches_on")}
-        row["false_accepts"] = wrong.count("says_valid") / len(wrong)
-        rows.append(row | {"glu": float(np.mean(active))})
-    return rows
+    for _, idx, at in batches(model, traces):
+        rows, due = at[0][:, 0], at[1][:, 0]
+        clean = model.capture(idx, inputs + sites)
+        for k, heads in enumerate(sets):
+            acts = clean
+            if heads:  # below the first of them nothing changes
+                first = min(heads)[0]
+                with model.patch(common.heads_off([heads], model.config)):
+                    changed = model.capture(idx, sites, first=first, x=clean[inputs[first]])
+                acts = clean | changed
+            said[k] += model.unembed(acts["final"][at]).argmax(-1).tolist()
+            active = [acts[f"blocks.{layer}.mlp.act"][rows, due, i] for layer, i in neurons]
+            glu[k] += torch.stack(active).float().mean(0).tolist()
+    found = []
+    for tokens, active in zip(said, glu):
+        right, wrong = np.isin(tokens, world.valid).mean(0)
+        goes_on = np.mean([searches_on(token, world) for token, _ in tokens])
+        row = dict(says_valid=right, searches_on=goes_on, false_accepts=wrong)
+        found.append(row | {"glu": np.mean(active)})
+    return found
 
 
 def random_heads(heads, config, rng, outside):
@@ -819,7 +780,7 @@ def dissect(args, env, log, arm, seed):
         return None
     rng = random.Random(f"dissect {seed}")
     with torch.no_grad(), env.autocast(), model.eager():
-        choose, test = halves(model, world, args, rng)
+        choose, test = halves(model, world, args, env, rng)
         found, neurons = from_the_top(model, world, args, choose, test, rng)
         found |= from_the_bottom(model, world, choose, test, neurons, rng)
     return found | {"traces": [len(choose), len(test)]}
@@ -866,19 +827,17 @@ def judge(run, found):
     run.claim("C7", says, "activations vanish", criterion, **sides)
 
 
-def draw(path, found, folder, args):
+def draw(path, found, args):
     """Three panels: accuracy during GRPO, the probe by layer, heads switched off."""
     panels = []
     if args.rl_steps:
         lines = {}
         for arm in args.arms:
-            y = []
-            for seed in args.seeds:
-                log = common.read_log(folder / f"{arm}-s{seed}.jsonl")
-                measured = [row for row in log if "accuracy" in row]
-                y.append([row["accuracy"] for row in measured])
-            lines[arm] = [row["step"] for row in measured], y
-        panels.append(dict(title="Held-out accuracy, T = 1", lines=lines, xlabel="step"))
+            logs = [common.read_log(path.with_name(f"{arm}-s{seed}.jsonl")) for seed in args.seeds]
+            logs = [[row for row in log if "accuracy" in row] for log in logs]
+            steps = [row["step"] for row in logs[0]]
+            lines[arm] = steps, [[row["accuracy"] for row in log] for log in logs]
+        panels.append(dict(title="Held-out accuracy, T = 1", lines=lines, xlabel="update"))
     rows = found["dissect"]
     lines = {}
     for net in "trained", "shuffled labels":
@@ -896,16 +855,12 @@ def draw(path, found, folder, args):
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
-    toy = "steps nums num_max cap attempts guess drill n_layer n_head n_embd".split()
-    idle = common.changed_flags(args, toy if args.model else ["dataset", "max_new"])
-    mode = "with --model" if args.model else "without --model"
     many = args.minibatches * env.world > args.prompts * args.group
     arms = " ".join(args.arms)
     return [
         (set(args.arms) - {"grpo", "permuted"}, f"--arms {arms}, allowed: grpo permuted"),
         (args.rl_steps and "grpo" not in args.arms, f"--arms {arms} lacks grpo, which is analysed"),
-        (args.model and not args.dataset, "--model needs problems: --dataset"),
-        (idle, f"{idle} has no effect {mode}"),
+        (bool(args.model) != bool(args.dataset), "--model and --dataset are given together"),
         (args.prompts % env.world, f"--prompts {args.prompts} is no multiple of the processes"),
         (many, f"--minibatches {args.minibatches} is more than the rollouts of a batch"),
     ]
@@ -929,7 +884,7 @@ def main(argv=None):
     if run.env.rank > 0:
         return None
     judge(run, found)
-    draw(run.out / "countdown_rl.png", found, run.out, args)
+    draw(run.out / "countdown_rl.png", found, args)
     return run.finish(found)
 
 

@@ -14,14 +14,12 @@ import ast
 import copy
 import hashlib
 import itertools
-import math
 import operator
 import random
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -130,20 +128,18 @@ def reward(response, nums, target):
 
 @lru_cache(128)
 def attempts(nums, cap):
-    """All attempts by + - *, from left to right, with every value in 0 to cap.
+    """All ways to use each number once, from left to right, by + - *, with values of 0 to cap.
 
-    An attempt uses each number once: ((8, "*", 3, 24), (24, "-", 7, 17)).
+    An attempt is its steps: ((8, "*", 3, 24), (24, "-", 7, 17)).
     """
     found = []
     for order in sorted(set(itertools.permutations(nums))):
         for ops in itertools.product("+-*", repeat=len(nums) - 1):
-            steps = []
-            value = order[0]
+            values = [order[0]]
             for op, b in zip(ops, order[1:]):
-                steps.append((value, op, b, SIGNS[op](value, b)))
-                value = steps[-1][-1]
-            if all(0 <= step[-1] <= cap for step in steps):
-                found.append(tuple(steps))
+                values.append(SIGNS[op](values[-1], b))
+            if 0 <= min(values[1:]) and max(values[1:]) <= cap:
+                found.append(tuple(zip(values, ops, order[1:], values[1:])))
     return found
 
 
@@ -159,12 +155,9 @@ def bracketed(steps):
 
 
 def advantages(rewards, group):
-    """A_i = (r_i - mean r) / (std r + 1e-4) within each group of consecutive rewards (N,).
-
-    The std is the sample's (ddof 1). A group of one reward says nothing: exactly 0.
-    """
+    """A_i = (r_i - mean r) / (std r + 1e-4) within each group of consecutive rewards (N,)."""
     r = rewards.view(-1, group)
-    differ = (r != r[:, :1]).any(1, keepdim=True)
+    differ = (r != r[:, :1]).any(1, keepdim=True)  # a group of one reward says nothing: exactly 0
     return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4) * differ).flatten()
 
 
@@ -200,10 +193,9 @@ class Objective(torch.nn.Module):
     def forward(self, idx, targets, advantage, old=None, reference=None, denom=1.0):
         """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom, over all responses' tokens.
 
-        idx, targets    (B, T); targets are -100 but at the responses
-        advantage       (B,)
-        old, reference  (B, T) log-probabilities: of the policy that drew the batch (None: this
-                        one, so rho = 1), and of the model before GRPO (None: no KL)
+        advantage is (B,), all else (B, T); targets are -100 but at the responses. old and reference
+        are log-probabilities of the policy that drew the batch (None: this one, so rho is 1) and of
+        the model before GRPO (None: no KL).
         """
         here = targets != -100
         idx, kept = trimmed(idx, targets)
@@ -282,10 +274,7 @@ class Toy:
         return f"[ {text} {verdict} ] \n " if checks else f"{text} \n "
 
     def written(self, nums, target, rng, checks=True):
-        """A searcher's (prompt, response): random attempts until one works.
-
-        One that does not check answers with its first attempt.
-        """
+        """(prompt, response) of one who tries until it works, or answers at once, unchecked."""
         tries = attempts(nums, self.args.cap)
         text = ""
         for steps in rng.sample(tries, min(len(tries), self.args.attempts)):
@@ -335,12 +324,9 @@ def counted(prompt, response):
 
 def collate(rows):
     """[(ids, counts)] as idx and targets (B, T), padded on the right."""
-    idx = [torch.tensor(ids) for ids, _ in rows]
-    targets = []
-    for row, (_, counts) in zip(idx, rows):
-        targets.append(row.where(torch.tensor(counts), -100))
-    idx, targets = pad_sequence(idx, True), pad_sequence(targets, True, -100)
-    return {"idx": idx[:, :-1], "targets": targets[:, 1:]}
+    idx = pad_sequence([torch.tensor(ids) for ids, _ in rows], True)
+    counts = pad_sequence([torch.tensor(counts) for _, counts in rows], True)
+    return {"idx": idx[:, :-1], "targets": idx.where(counts, -100)[:, 1:]}
 
 
 class ToyGPT(GPT):
@@ -350,7 +336,7 @@ class ToyGPT(GPT):
         torch.manual_seed(seed)
         size = 5 + args.nums + world.max_new
         shape = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, head_dim=16)
-        shape |= dict(n_kv_head=math.gcd(2, args.n_head), d_mlp=2 * args.n_embd)
+        shape |= dict(n_kv_head=2 - args.n_head % 2, d_mlp=2 * args.n_embd)
         shape |= dict(norm="rms", gated=True, act="silu")
         shape |= dict.fromkeys(("qkv_bias", "attn_bias", "mlp_bias"), False)
         super().__init__(GPTConfig(len(world.words), size, **shape))
@@ -361,10 +347,8 @@ class ToyGPT(GPT):
         return super().forward(idx, targets, *args, **kwargs)
 
 
-PROMPT = """User: Using the numbers {nums}, create an equation that equals {target}. You can use \
-basic arithmetic operations (+, -, *, /) and each number can only be used once. Show your work in \
-<think> </think> tags, and return the final equation in <answer> </answer> tags.
-Assistant: Let me solve this step by step.
+PROMPT = """Make {target} from the numbers {nums} by + - * /, using each number once. Think in \
+<think> </think>, try step by step, then give the expression in <answer> </answer>.
 <think>"""
 
 
@@ -471,17 +455,14 @@ def load_model(args, env, seed, stage):
         model = ToyGPT(args, world, seed).to(env.device)
     if stage == "grpo" or not args.model:
         with common.rank_zero_first(env):  # which wrote it
-            state = common.load_checkpoint(Path(args.out) / f"{stage}-s{seed}.pt")
+            state = common.load_checkpoint(f"{args.out}/{stage}-s{seed}.pt")
         net = Objective(model, args) if stage == "grpo" else model
         net.load_state_dict(state["model"])
     return model, world
 
 
 def draw_batch(policy, world, args, env, number, permuted=False):
-    """Rollouts as a batch for `Objective`, and their mean reward.
-
-    With `permuted`, the control, rewards go to rollouts that did not earn them.
-    """
+    """Rollouts for `Objective`, and their mean reward; the control deals rewards to others."""
     rng = random.Random(f"{world.seed} {number} {env.rank}")
     problems = [rng.choice(world.train) for _ in range(args.prompts // env.world)]
     found = respond(policy, world, problems, rng, env, args.group)
@@ -503,10 +484,10 @@ def scored(model, batch, args, env):
 
 
 def minibatch(batch, args, step):
-    """The part of a batch for an update, of --minibatches random ones; the longest rows first.
+    """One of --minibatches random parts of a batch, the longest rows first.
 
-    Rows without advantage have no gradient but the KL's: without it they are left out.
-    Their tokens still count in the denominator.
+    Rows without advantage have no gradient but the KL's: without it they are left out, and their
+    tokens still count in the denominator.
     """
     number, part = divmod(step, args.minibatches)
     lengths = (batch["targets"] != -100).sum(1)
@@ -521,10 +502,7 @@ def minibatch(batch, args, step):
 
 
 def reinforce(args, env, log, arm, seed):
-    """GRPO from the imitator, or from --model: new rollouts after every --minibatches updates.
-
-    Returns what `measure` finds before it and after it.
-    """
+    """GRPO from the imitator, or from --model; what `measure` finds before it and after it."""
     policy, world = load_model(args, env, seed, "imitate")
     before = measure(policy, world, args, env, samples=4)
     reference = copy.deepcopy(policy) if args.beta else None
@@ -533,8 +511,8 @@ def reinforce(args, env, log, arm, seed):
     def batch(step):
         number, part = divmod(step, args.minibatches)
         if part == 0:
-            permuted = arm == "permuted"
-            net.rollouts, mean = draw_batch(policy, world, args, env, number, permuted)
+            drawn = draw_batch(policy, world, args, env, number, arm == "permuted")
+            net.rollouts, mean = drawn
             log(step, reward=mean)
             if args.minibatches > 1:
                 net.rollouts["old"] = scored(policy, net.rollouts, args, env)
@@ -543,13 +521,10 @@ def reinforce(args, env, log, arm, seed):
         rows = minibatch(net.rollouts, args, step)
         return rows | {"denom": common.all_reduce(rows["denom"].to(env.device), env)}
 
-    def evaluate(step):
-        return measure(policy, world, args, env)
-
     constant = dict(lr=args.rl_lr, warmup=0, min_lr=1.0, weight_decay=0.0, log_every=1)
     updates = args.rl_steps * args.minibatches
     flags = replace(args, steps=updates, compile=False, **constant)
-    common.train(net, batch, flags, env, log, evaluate)
+    common.train(net, batch, flags, env, log, lambda step: measure(policy, world, args, env))
     return {"before": before, "after": measure(policy, world, args, env, samples=4)}
 
 
@@ -603,10 +578,7 @@ def halves(model, world, args, env, rng):
 
 
 def batches(model, traces):
-    """(traces, idx, at) of a few traces at a time, padded on the right.
-
-    x[at] of a tensor (B, T, ...) are (B, 2, ...): where its two verdicts are due.
-    """
+    """(traces, idx, at): x[at] of a tensor (B, T, ...) is where the two verdicts are due."""
     size = 32 if model.config.vocab_size < 1000 else 8  # that fit a CPU's cache
     for i in range(0, len(traces), size):
         some = traces[i : i + size]
@@ -634,21 +606,17 @@ def probe_accuracy(x, y, x_test, y_test):
     return dict(layers=layers, inner=max(layers[1:-1]), embedding=layers[0])
 
 
-def reads_as(model, vectors, k):
-    """The k tokens (n, k) that directions (n, C) of the stream say most, unembedded.
+def verdict_words(model, world, directions):
+    """What directions (n, C) of the stream say, unembedded: four words each, and their opposites'.
 
-    With the final norm's gain, and without the mean token's row, which all have in common.
+    First the share of words of success, or among the opposite's of failure: the smaller (n,).
     """
     rows = model.head.weight.float() * model.final.weight.float()
-    return (vectors.to(rows) @ (rows - rows.mean(0)).T).topk(k).indices.cpu()
-
-
-def verdict_words(model, world, directions, k=4):
-    """The share of words of success in the k tokens that each direction says, or of failure in
-    those of its opposite: the smaller of the two, (n,)."""
-    success = torch.isin(reads_as(model, directions, k), torch.tensor(world.success))
-    failure = torch.isin(reads_as(model, -directions, k), torch.tensor(world.failure))
-    return torch.minimum(success.float().mean(1), failure.float().mean(1))
+    logits = directions.to(rows) @ (rows - rows.mean(0)).T  # without what all words share
+    success, failure = logits.topk(4).indices.cpu(), (-logits).topk(4).indices.cpu()
+    right = torch.isin(success, torch.tensor(world.success)).float().mean(1)
+    wrong = torch.isin(failure, torch.tensor(world.failure)).float().mean(1)
+    return torch.minimum(right, wrong), success, failure
 
 
 def nearest_neurons(model, directions, k):
@@ -676,14 +644,14 @@ def from_the_top(model, world, args, choose, test, rng):
     directions = x[:, y].mean(1) - x[:, ~y].mean(1)  # (L + 1, C)
     upper = directions[model.config.n_layer // 2 + 1 :]
     noise = torch.randn(20, upper.shape[1], generator=torch.Generator().manual_seed(world.seed))
-    reads = verdict_words(model, world, upper)
-    best = upper[reads.argmax()][None]
+    reads, success, failure = verdict_words(model, world, upper)
+    best = reads.argmax()
     found = {
         "probe": probe,
-        "direction": {"reads": reads.max().item()},
-        "noise": {"reads": verdict_words(model, world, noise).max().item()},
-        "success": world.decode(reads_as(model, best, 5)[0].tolist()),
-        "failure": world.decode(reads_as(model, -best, 5)[0].tolist()),
+        "direction": {"reads": reads[best].item()},
+        "noise": {"reads": verdict_words(model, world, noise)[0].max().item()},
+        "success": world.decode(success[best].tolist()),
+        "failure": world.decode(failure[best].tolist()),
     }
     k = max(1, min(50, model.config.d_mlp // 20))  # 50 of 11,008 in the paper
     return found, nearest_neurons(model, directions, k)

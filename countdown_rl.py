@@ -1,13 +1,12 @@
 """Geometry of self-verification on CountDown (arXiv 2504.14379).
 
 CountDown: make a target from a few numbers, each used once. Reinforcement with a 0/1 reward makes a
-model write in one rigid form: every attempt closes with a verdict, "(not 42)" or "(this works)".
-A linear probe on the residual stream tells right attempts from wrong ones there, and the direction
-reads as words of success or failure. Attention heads that look back at the target carry the
-verdict: with three of them off the model searches on.
+model write in one form: every attempt closes with a verdict, "(not 42)" or "(this works)". There a
+linear probe tells right attempts from wrong ones, and its direction reads as words of success or
+failure. Heads that look back at the target carry the verdict: with three off, search goes on.
 
 The toy: a small GPT imitates searchers, most of whom answer with their first attempt, unchecked;
-the others check each attempt. GRPO meets this mixture. The control permutes its rewards.
+the others check each one. GRPO meets this mixture. The control permutes its rewards.
 """
 
 import ast
@@ -17,6 +16,7 @@ import itertools
 import operator
 import random
 import re
+from collections import namedtuple
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -32,16 +32,15 @@ import data
 import pretrained
 from model import GPT, GPTConfig, generate, residuals
 
-# Departures from the paper: GRPO in place of PPO, so groups in place of a critic (32 prompts of 8
-# are its 256 rollouts); the KL in the loss, not in the reward; no entropy bonus (paper: .001), and
-# no reward for the form alone (.1).
-PAPER = dict(model="Qwen/Qwen2.5-3B", dataset="Jiayi-Pan/Countdown-Tasks-3to4", arms=["grpo"])
-PAPER |= dict(rl_steps=300, rl_lr=1e-6, prompts=32, minibatches=4, beta=0.001, problems=1024)
-PAPER |= dict(micro_batch=2, eval_every=400, save_every=100)
+# Departures from the paper: GRPO for PPO, so groups for a critic (32 prompts of 8 are its 256
+# rollouts); the KL in the loss, not in the reward; no entropy bonus, no reward for form alone.
+PAPER = dict(model="Qwen/Qwen2.5-3B", dataset="Jiayi-Pan/Countdown-Tasks-3to4")
+PAPER |= dict(rl_steps=300, rl_lr=1e-6, prompts=32, minibatches=4, beta=0.001)
+PAPER |= dict(problems=1024, micro_batch=2, eval_every=400, save_every=100)
 TOY = dict(steps=1200, batch_size=32, micro_batch=16, lr=6e-3, min_lr=0.03, weight_decay=0.3)
 TOY |= dict(eval_every=15, save_every=20)
-SMOKE = TOY | dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32, rl_steps=2, prompts=2)
-SMOKE |= dict(problems=8, samples=20, eval_every=1, save_every=1, jobs=1)
+SMOKE = TOY | dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32, jobs=1)
+SMOKE |= dict(rl_steps=2, prompts=2, problems=8, samples=20, eval_every=1, save_every=1)
 
 
 @dataclass
@@ -50,50 +49,48 @@ class Args(common.TrainFlags):
 
     presets: ClassVar[dict] = {"smoke": SMOKE, "toy": TOY, "paper": PAPER}
     limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("drill", "rl_steps", "rl_lr", "beta"), (0,)),
-        **dict.fromkeys(("num_max", "cap", "attempts", "n_head", "n_embd", "prompts"), (1,)),
-        **dict.fromkeys(("max_new", "minibatches", "problems", "samples"), (1,)),
+        **dict.fromkeys("drill rl_steps rl_lr beta".split(), (0,)),
+        **dict.fromkeys("num_max cap attempts n_head n_embd max_new".split(), (1,)),
+        **dict.fromkeys("prompts minibatches problems samples".split(), (1,)),
         **dict(nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,)),
     }
     unused: ClassVar[set] = {"shard", "decay_steps"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps", "samples"}
 
-    model: str = ""  # a real checkpoint to train and take apart, in place of the toy
-    dataset: str = ""  # --model: file:X.jsonl or a `datasets` id; rows of nums and target
-    max_new: int = 1024  # --model: longest response, in tokens (paper: 1024)
+    model: str = ""  # a real checkpoint in place of the toy
+    dataset: str = ""  # --model: file:X.jsonl or a `datasets` id, of nums and target
+    max_new: int = 1024  # --model: longest response (paper: 1024)
     nums: int = 3  # toy: numbers in a problem (paper: 3 and 4)
-    num_max: int = 8  # toy: numbers are 1 to this (paper: 99)
-    cap: int = 40  # toy: all values are 0 to this (paper: targets of 10 to 100)
+    num_max: int = 8  # toy: the largest of them (paper: 99)
+    cap: int = 40  # toy: the largest value (paper: 100)
     attempts: int = 8  # toy: most attempts in a trace
     guess: float = 0.85  # toy: share of traces with one attempt, unchecked
-    drill: int = 500  # toy: the first of --steps, which teach sums and verdicts
+    drill: int = 500  # toy: so many --steps teach sums and verdicts first
     n_layer: int = 4  # toy: blocks
-    n_head: int = 8  # toy: heads; they share two heads of keys and values
+    n_head: int = 8  # toy: heads, on two of keys and values
     n_embd: int = 64  # toy: width
-    arms: list[str] = common.default_list("grpo", "permuted")  # the control permutes rewards
-    rl_steps: int = 60  # batches of rollouts; 0 is no GRPO (paper: 300)
-    rl_lr: float = 2e-4  # learning rate of GRPO, constant (paper: 1e-6)
+    rl_steps: int = 60  # batches of rollouts; 0: no GRPO (paper: 300)
+    rl_lr: float = 2e-4  # constant (paper: 1e-6)
     prompts: int = 16  # prompts in a batch, over all ranks (paper: 256)
     group: int = 8  # rollouts of a prompt (paper: 1, with a critic)
     minibatches: int = 1  # updates on a batch; at 1 nothing is clipped (paper: 4)
-    clip_ratio: float = 0.2  # no gradient from ratios further than this from 1
-    beta: float = 0.0  # weight of the KL to the model before GRPO (paper: .001)
+    clip_ratio: float = 0.2  # ratios further than this from 1 have no gradient
+    beta: float = 0.0  # weight of the KL (paper: .001)
     problems: int = 400  # most held-out problems in an evaluation
-    samples: int = 300  # traces to choose heads on, and to test them on (paper: 300)
+    samples: int = 300  # traces to choose heads on, and to test (paper: 300)
 
 
 # -------------------------------------------------------------------------------------- the task
 
-SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-OPERATORS[ast.Div] = operator.truediv
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 def evaluate(text):
-    """The exact value of an arithmetic expression, a Fraction, and the whole numbers in it.
+    """The exact value of an expression, a Fraction, and the whole numbers in it.
 
-    Nothing that a model writes is run as code: its syntax tree is walked, and + - * / of whole
-    numbers below a million are all it may hold. ValueError for more, and beyond 200 characters.
+    What a model writes is never run: its syntax tree may hold + - * / and numbers below a million.
+    ValueError for anything else, and beyond 200 characters.
     """
     if len(text) > 200 or not re.fullmatch(r"[-+*/()\s0-9]*", text):
         raise ValueError("no arithmetic of up to 200 characters")
@@ -105,9 +102,9 @@ def evaluate(text):
             return Fraction(node.value)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -value(node.operand)
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](value(node.left), value(node.right))
-        raise ValueError(f"{ast.unparse(node)} is more than + - * / of numbers below a million")
+        if isinstance(node, ast.BinOp) and type(node.op) in SIGNS:
+            return APPLY[SIGNS[type(node.op)]](value(node.left), value(node.right))
+        raise ValueError("more than + - * / of numbers below a million")
 
     try:
         return value(ast.parse(" ".join(text.split()), mode="eval").body), numbers
@@ -117,10 +114,10 @@ def evaluate(text):
 
 def reward(response, nums, target):
     """1 if the last answer is right, otherwise 0."""
-    start = response.rfind("<answer>")
-    end = response.find("</answer>", start)
+    _, opened, rest = response.rpartition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
     try:
-        value, used = evaluate(response[start + len("<answer>") : end] if 0 <= start < end else "")
+        value, used = evaluate(answer if opened and closed else "")
     except ValueError:
         return 0.0
     return float(value == target and sorted(used) == sorted(nums))
@@ -128,7 +125,7 @@ def reward(response, nums, target):
 
 @lru_cache(128)
 def attempts(nums, cap):
-    """All ways to use each number once, from left to right, by + - *, with values of 0 to cap.
+    """All ways to use each number once, from left to right, with values of 0 to cap.
 
     An attempt is its steps: ((8, "*", 3, 24), (24, "-", 7, 17)).
     """
@@ -137,7 +134,7 @@ def attempts(nums, cap):
         for ops in itertools.product("+-*", repeat=len(nums) - 1):
             values = [order[0]]
             for op, b in zip(ops, order[1:]):
-                values.append(SIGNS[op](values[-1], b))
+                values.append(APPLY[op](values[-1], b))
             if 0 <= min(values[1:]) and max(values[1:]) <= cap:
                 found.append(tuple(zip(values, ops, order[1:], values[1:])))
     return found
@@ -157,17 +154,18 @@ def bracketed(steps):
 def advantages(rewards, group):
     """A_i = (r_i - mean r) / (std r + 1e-4) within each group of consecutive rewards (N,)."""
     r = rewards.view(-1, group)
-    differ = (r != r[:, :1]).any(1, keepdim=True)  # a group of one reward says nothing: exactly 0
-    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4) * differ).flatten()
+    scaled = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
+    differ = (r != r[:, :1]).any(1, keepdim=True)  # else exactly 0: rounding says nothing
+    return (scaled * differ).flatten()
 
 
 def clipped_gain(ratio, advantage, clip):
-    """min(rho A, clip(rho, 1 - clip, 1 + clip) A): beyond the clip there is no gradient."""
+    """min(rho A, clip(rho, 1 - clip, 1 + clip) A): no gradient beyond the clip."""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
 def divergence(logp, reference):
-    """(log policy - log reference)^2 / 2: its mean gradient over samples is that of the KL."""
+    """(log p - log p_ref)^2 / 2: its mean gradient over samples is that of the KL."""
     return (logp - reference) ** 2 / 2
 
 
@@ -178,7 +176,7 @@ def trimmed(idx, targets):
 
 
 class Objective(torch.nn.Module):
-    """The loss of GRPO around a policy. Checkpoints hold the rollouts, to go on between updates."""
+    """The loss of GRPO around a policy; checkpoints hold its rollouts too."""
 
     def __init__(self, policy, args):
         super().__init__()
@@ -191,11 +189,11 @@ class Objective(torch.nn.Module):
         self.rollouts = state
 
     def forward(self, idx, targets, advantage, old=None, reference=None, denom=1.0):
-        """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom, over all responses' tokens.
+        """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom over all responses' tokens.
 
-        advantage is (B,), all else (B, T); targets are -100 but at the responses. old and reference
-        are log-probabilities of the policy that drew the batch (None: this one, so rho is 1) and of
-        the model before GRPO (None: no KL).
+        advantage is (B,), the rest (B, T); targets are -100 outside of responses. old and reference
+        are log-probabilities: of the policy that drew the batch (default: this one, rho = 1), and
+        of the model before GRPO (default: no KL).
         """
         here = targets != -100
         idx, kept = trimmed(idx, targets)
@@ -229,8 +227,8 @@ class Toy:
 
     def __init__(self, args, seed):
         self.args, self.seed = args, seed
-        self.n_numbers = max(args.cap, args.num_max) + 1
-        self.words = [str(n) for n in range(self.n_numbers)] + WORDS + ["\n", *VALID, *INVALID]
+        numbers = map(str, range(max(args.cap, args.num_max) + 1))
+        self.words = [*numbers, *WORDS, "\n", *VALID, *INVALID]
         self.id = {word: i for i, word in enumerate(self.words)}
         self.opening, self.stops = [], [self.id["<eos>"]]
         self.valid = self.success = [self.id[word] for word in VALID]
@@ -250,11 +248,7 @@ class Toy:
         return [self.id[word] for word in re.findall(r"\n|[^ \n]+", text)]
 
     def decode(self, ids):
-        return " ".join(self.words[i] for i in ids)
-
-    def numbers(self, ids):
-        """[(place, value)] of the numbers in a sequence: each is one token."""
-        return [(i, token) for i, token in enumerate(ids) if token < self.n_numbers]
+        return "".join(f" {self.words[i]}" for i in ids)
 
     def prompt(self, nums, target, rng):
         """Ids of a prompt: numbers in any order, the target first or last."""
@@ -303,7 +297,7 @@ class Toy:
         return ids, counts
 
     def batch(self, step, env):
-        """The rank's documents of a step: one in eight, and early all of them, are drill."""
+        """The rank's documents: one in eight, and early all of them, are drill."""
         rng = random.Random(f"{self.seed} {step}")
         rows = []
         for i in range(self.args.batch_size):
@@ -313,7 +307,7 @@ class Toy:
             else:
                 checks = rng.random() >= self.args.guess
                 rows.append(counted(*self.written(*problem, rng, checks)))
-        rows.sort(key=lambda row: -len(row[0]))  # so that micro-batches can be trimmed
+        rows.sort(key=lambda row: -len(row[0]))  # to trim micro-batches
         return collate(rows[env.rank :: env.world])
 
 
@@ -330,7 +324,7 @@ def collate(rows):
 
 
 class ToyGPT(GPT):
-    """The toy's model, Llama-shaped; in training it leaves out columns of padding."""
+    """The toy's model, Llama-shaped; in training it leaves out padding."""
 
     def __init__(self, args, world, seed):
         torch.manual_seed(seed)
@@ -371,16 +365,6 @@ class Real:
         text = PROMPT.format(nums=rng.sample(nums, len(nums)), target=target)
         return self.tok.encode(text, bos=True)
 
-    def numbers(self, ids):
-        """[(last place, value)] of the runs of digits, so that 62 is not found in 162."""
-        found = []
-        for i, piece in enumerate(self.decode([token]) for token in ids):
-            if re.fullmatch("[0-9]+", piece) and found and found[-1][0] == i - 1:
-                found[-1] = i, int(f"{found[-1][1]}{piece}")
-            elif re.fullmatch(r"\s*[0-9]+", piece):
-                found.append((i, int(piece)))
-        return found
-
 
 def read_problems(name):
     """[(nums, target)] of file:X.jsonl or a `datasets` id; ValueError names a bad row."""
@@ -405,7 +389,7 @@ def read_problems(name):
 
 
 def verdicts_in(text):
-    """The verdict's first word, or "", of each attempt (line with a "=") in a response."""
+    """The verdict's first word, or "", of each attempt (line with a "=")."""
     found = []
     for line in text.partition("</think>")[0].split("\n")[:-1]:  # the last one may be cut
         words = [word for word in re.findall("[a-z]+", line) if word in VALID + INVALID]
@@ -415,13 +399,14 @@ def verdicts_in(text):
 
 
 def respond(model, world, problems, rng, env, samples=1, seed=None):
-    """[(problem, prompt, response)]: `samples` responses to each problem, one after the other."""
+    """[(problem, prompt, response)]: `samples` responses to each problem."""
     prompts = [world.prompt(*problem, rng) for problem in problems]
     seed = rng.getrandbits(31) if seed is None else seed
     options = dict(stop=world.stops, seed=seed, samples=samples)
     with env.autocast():
         responses = generate(model, prompts, world.max_new, **options)
-    return [(problems[i // samples], prompts[i // samples], ids) for i, ids in enumerate(responses)]
+    asked = [both for both in zip(problems, prompts) for _ in range(samples)]
+    return [(*both, response) for both, response in zip(asked, responses)]
 
 
 def measure(model, world, args, env, samples=1):
@@ -431,11 +416,9 @@ def measure(model, world, args, env, samples=1):
     texts = [world.decode(response) for _, _, response in found]
     right = [reward(text, *problem) for text, (problem, _, _) in zip(texts, found)]
     verdicts = sum(map(verdicts_in, texts), [])
-    return {
-        "accuracy": np.mean(right),
-        "checked": sum(map(bool, verdicts)) / max(1, len(verdicts)),
-        "example": f"{world.decode(found[0][1])} {texts[0]}",
-    }
+    checked = sum(map(bool, verdicts)) / max(1, len(verdicts))
+    example = world.decode(found[0][1]) + texts[0]
+    return dict(accuracy=np.mean(right), checked=checked, example=example)
 
 
 def imitate(args, env, log, arm, seed):
@@ -448,8 +431,9 @@ def load_model(args, env, seed, stage):
     """(model, world) after the stage "imitate" (--model: as it is) or "grpo"."""
     if args.model:
         dtype = "fp32" if args.rl_steps else env.dtype
-        model, tok = pretrained.load(args.model, env.device, dtype)
-        world = Real(args, tok, seed)
+        with common.bad_input():
+            model, tok = pretrained.load(args.model, env.device, dtype)
+            world = Real(args, tok, seed)
     else:
         world = Toy(args, seed)
         model = ToyGPT(args, world, seed).to(env.device)
@@ -462,7 +446,7 @@ def load_model(args, env, seed, stage):
 
 
 def draw_batch(policy, world, args, env, number, permuted=False):
-    """Rollouts for `Objective`, and their mean reward; the control deals rewards to others."""
+    """Rollouts for `Objective`, and their mean reward; `permuted` is the control."""
     rng = random.Random(f"{world.seed} {number} {env.rank}")
     problems = [rng.choice(world.train) for _ in range(args.prompts // env.world)]
     found = respond(policy, world, problems, rng, env, args.group)
@@ -470,7 +454,8 @@ def draw_batch(policy, world, args, env, number, permuted=False):
     if permuted:
         rng.shuffle(rewards)
     batch = collate([counted(prompt, response) for _, prompt, response in found])
-    return batch | {"advantage": advantages(torch.tensor(rewards), args.group)}, np.mean(rewards)
+    batch["advantage"] = advantages(torch.tensor(rewards), args.group)
+    return batch, np.mean(rewards)
 
 
 def scored(model, batch, args, env):
@@ -486,8 +471,7 @@ def scored(model, batch, args, env):
 def minibatch(batch, args, step):
     """One of --minibatches random parts of a batch, the longest rows first.
 
-    Rows without advantage have no gradient but the KL's: without it they are left out, and their
-    tokens still count in the denominator.
+    Without a KL, rows of no advantage have no gradient: they only count in the denominator.
     """
     number, part = divmod(step, args.minibatches)
     lengths = (batch["targets"] != -100).sum(1)
@@ -502,7 +486,7 @@ def minibatch(batch, args, step):
 
 
 def reinforce(args, env, log, arm, seed):
-    """GRPO from the imitator, or from --model; what `measure` finds before it and after it."""
+    """GRPO from the imitator, or from --model; measured before and after."""
     policy, world = load_model(args, env, seed, "imitate")
     before = measure(policy, world, args, env, samples=4)
     reference = copy.deepcopy(policy) if args.beta else None
@@ -525,20 +509,29 @@ def reinforce(args, env, log, arm, seed):
     updates = args.rl_steps * args.minibatches
     flags = replace(args, steps=updates, compile=False, **constant)
     common.train(net, batch, flags, env, log, lambda step: measure(policy, world, args, env))
-    return {"before": before, "after": measure(policy, world, args, env, samples=4)}
+    log = common.read_log(log.path)
+    curve = [row["accuracy"] for row in log if "accuracy" in row]
+    after = measure(policy, world, args, env, samples=4)
+    return dict(before=before, after=after, curve=curve)
 
 
 # -------------------------------------------------------------------------- moments of verification
 
 
-@dataclass
-class Trace:
-    """A trace up to where the verdict on a right attempt is due."""
+# A trace up to where the verdict on a right attempt is due, where it was due on a wrong one before
+# it, where the target was seen before the result, and its problem.
+Trace = namedtuple("Trace", "ids wrong seen problem")
 
-    ids: list
-    wrong: int  # where the verdict on a wrong attempt before it was due
-    seen: list  # places of the target before the result
-    problem: tuple
+
+def numbers_in(world, ids):
+    """[(last place, value)] of the runs of digits, so that 62 is not found in 162."""
+    found = []
+    for i, piece in enumerate(world.decode([token]) for token in ids):
+        if re.fullmatch("[0-9]+", piece) and found and found[-1][0] == i - 1:
+            found[-1] = i, int(f"{found[-1][1]}{piece}")
+        elif re.fullmatch(r"\s*[0-9]+", piece):
+            found.append((i, int(piece)))
+    return found
 
 
 def find_traces(world, texts, rng):
@@ -547,7 +540,7 @@ def find_traces(world, texts, rng):
     for problem, prompt, response in texts:
         ids, target = prompt + response, problem[1]
         wrong, seen = [], []
-        for place, value in world.numbers(ids):
+        for place, value in numbers_in(world, ids):
             end = place + 1 + len(world.opening)
             due = len(prompt) < end < len(ids) and ids[place + 1 : end] == world.opening
             verdict = ids[end] if due else None
@@ -572,14 +565,16 @@ def halves(model, world, args, env, rng):
     for trace in find_traces(world, texts, rng):
         found[random.Random(repr(trace.problem)).randrange(2)].append(trace)
     if min(map(len, found)) < 3:
-        raise SystemExit("error: too few traces with both verdicts to take the model apart")
-    # sorted by length, so that a batch holds little padding
-    return [sorted(half[: args.samples], key=lambda trace: len(trace.ids)) for half in found]
+        raise SystemExit("error: too few traces with verdicts of both kinds")
+    for half in found:
+        del half[args.samples :]
+        half.sort(key=lambda trace: len(trace.ids))  # little padding in a batch
+    return found
 
 
 def batches(model, traces):
     """(traces, idx, at): x[at] of a tensor (B, T, ...) is where the two verdicts are due."""
-    size = 32 if model.config.vocab_size < 1000 else 8  # that fit a CPU's cache
+    size = 32 if model.config.vocab_size < 1000 else 8  # fit the cache
     for i in range(0, len(traces), size):
         some = traces[i : i + size]
         idx = pad_sequence([torch.tensor(trace.ids) for trace in some], True)
@@ -607,16 +602,16 @@ def probe_accuracy(x, y, x_test, y_test):
 
 
 def verdict_words(model, world, directions):
-    """What directions (n, C) of the stream say, unembedded: four words each, and their opposites'.
+    """How far directions (n, C) of the stream read as verdicts (n,), and four words of each end.
 
-    First the share of words of success, or among the opposite's of failure: the smaller (n,).
+    That is the share of words of success, or of failure at the other end: the smaller.
     """
     rows = model.head.weight.float() * model.final.weight.float()
-    logits = directions.to(rows) @ (rows - rows.mean(0)).T  # without what all words share
-    success, failure = logits.topk(4).indices.cpu(), (-logits).topk(4).indices.cpu()
-    right = torch.isin(success, torch.tensor(world.success)).float().mean(1)
-    wrong = torch.isin(failure, torch.tensor(world.failure)).float().mean(1)
-    return torch.minimum(right, wrong), success, failure
+    logits = directions.to(rows) @ (rows - rows.mean(0)).T
+    ends = logits.topk(4).indices.cpu(), (-logits).topk(4).indices.cpu()
+    success = torch.isin(ends[0], torch.tensor(world.success)).float().mean(1)
+    failure = torch.isin(ends[1], torch.tensor(world.failure)).float().mean(1)
+    return torch.minimum(success, failure), *ends
 
 
 def nearest_neurons(model, directions, k):
@@ -635,30 +630,26 @@ def from_the_top(model, world, args, choose, test, rng):
     y_test = torch.tensor([True, False]).repeat(len(test))
     shuffled = y[torch.tensor(rng.sample(range(len(y)), len(y)))]
     x, x_test = stream(model, choose), stream(model, test)
-    probe = {"trained": probe_accuracy(x, y, x_test, y_test)}
-    probe["shuffled labels"] = probe_accuracy(x, shuffled, x_test, y_test)
+    found = {"trained": probe_accuracy(x, y, x_test, y_test)}
+    found["shuffled labels"] = probe_accuracy(x, shuffled, x_test, y_test)
     if not args.model:
         fresh = ToyGPT(args, world, world.seed + 1).to(model.wte.weight.device)
         seen = stream(fresh, choose), y, stream(fresh, test), y_test
-        probe["random weights"] = probe_accuracy(*seen)
+        found["random weights"] = probe_accuracy(*seen)
     directions = x[:, y].mean(1) - x[:, ~y].mean(1)  # (L + 1, C)
     upper = directions[model.config.n_layer // 2 + 1 :]
-    noise = torch.randn(20, upper.shape[1], generator=torch.Generator().manual_seed(world.seed))
     reads, success, failure = verdict_words(model, world, upper)
     best = reads.argmax()
-    found = {
-        "probe": probe,
-        "direction": {"reads": reads[best].item()},
-        "noise": {"reads": verdict_words(model, world, noise)[0].max().item()},
-        "success": world.decode(success[best].tolist()),
-        "failure": world.decode(failure[best].tolist()),
-    }
+    found["direction"] = {"reads": reads[best].item()}
+    found["words"] = [world.decode(end[best].tolist()) for end in (success, failure)]
+    noise = torch.randn(20, upper.shape[1], generator=torch.Generator().manual_seed(world.seed))
+    found["noise"] = {"reads": verdict_words(model, world, noise)[0].max().item()}
     k = max(1, min(50, model.config.d_mlp // 20))  # 50 of 11,008 in the paper
     return found, nearest_neurons(model, directions, k)
 
 
 def target_attention(model, world, traces):
-    """Mean attention (L, H) from right results to the target, and what even attention would be."""
+    """Mean attention (L, H) from right results to the target, and even attention's."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
     total, even = 0, 0
     for some, idx, _ in batches(model, traces):
@@ -672,7 +663,7 @@ def target_attention(model, world, traces):
 
 
 def searches_on(token, world):
-    """Whether a model that says this token where a verdict is due goes on searching."""
+    """Whether a model that says this in a verdict's place goes on searching."""
     text = world.decode([token])
     return token in world.invalid or bool(re.fullmatch(r"[-+*/=()\[\],\s\d]*", text))
 
@@ -681,8 +672,8 @@ def switch_off(model, world, traces, neurons, sets):
     """Of each set of heads, switched off at all positions:
 
     says_valid, searches_on: shares of right attempts
-    false_accepts: the share of wrong attempts that is called valid
-    glu: the mean activation of `neurons` where the verdict on a right attempt is due
+    false_accepts: the share of wrong attempts
+    glu: the mean activation of `neurons` at right attempts
     """
     inputs = [f"blocks.{layer}.resid_pre" for layer in range(model.config.n_layer)]
     sites = ["final", *{f"blocks.{layer}.mlp.act" for layer, _ in neurons}]
@@ -721,10 +712,10 @@ def random_heads(heads, config, rng, outside):
 
 
 def from_the_bottom(model, world, choose, test, neurons, rng):
-    """Heads that look back at the target, chosen on some traces and switched off on others.
+    """Heads that look back at the target, chosen on some traces, switched off on others.
 
-    A_prev: those that give it a tenth of their attention and three times what even attention
-    would. The three: those without which the GLU neurons are least active.
+    A_prev give it a tenth of their attention, and three times even attention. The three are those
+    without which the GLU neurons are least active.
     """
     c = model.config
     mass, even = target_attention(model, world, choose)
@@ -759,75 +750,70 @@ def dissect(args, env, log, arm, seed):
 
 def judge(run, found):
     """The paper's claims, each beside its controls."""
-    if "grpo" in found and "permuted" in found:
+    if "permuted" in found:
         before = [seed["before"] for seed in found["grpo"]]
         after = [seed["after"] for seed in found["grpo"]]
         controls = {"permuted rewards": [seed["after"] for seed in found["permuted"]]}
-        says = "GRPO solves more held-out problems (share right at temperature 1)"
+        says = "GRPO solves more held-out problems (share right)"
         criterion = "arm.accuracy >= base.accuracy + .2"
         run.claim("C1", says, "0 to about .6", criterion, base=before, arm=after, controls=controls)
-        says = "it leaves one form: every attempt is checked (share of attempts)"
+        says = "it leaves one form: every attempt is checked (share)"
+        criterion = "arm.checked >= .98"
         controls["before GRPO"] = before
-        paper = "every attempt ends in a verdict"
-        run.claim("C2", says, paper, "arm.checked >= .98", arm=after, controls=controls)
+        run.claim("C2", says, "every attempt", criterion, arm=after, controls=controls)
     rows = found["dissect"]
-    probes = {}
-    for net in rows[0]["probe"]:
-        probes[net] = [row["probe"][net] for row in rows]
+    sides = {name: [row[name] for row in rows] for name in rows[0]}
     says = "a probe tells right from wrong before the last layer (accuracy)"
     criterion = "arm.inner >= .95 and arm.embedding <= .6"
+    nets = {"shuffled labels", "random weights"} & sides.keys()
+    controls = {net: sides[net] for net in sorted(nets)}
     paper = "near 1 from layer 4 of 36"
-    run.claim("C3", says, paper, criterion, arm=probes.pop("trained"), controls=probes)
-    says = "a layer's direction from wrong to right reads as verdicts (of its top 4 words)"
-    controls = {"best of 20 random directions": [row["noise"] for row in rows]}
-    arm = [row["direction"] for row in rows]
+    run.claim("C3", says, paper, criterion, arm=sides["trained"], controls=controls)
+    says = "the direction from wrong to right reads as verdicts (share of 4 words)"
+    criterion = "arm.reads >= .5"
+    controls = {"best of 20 random directions": sides["noise"]}
     paper = "success, yes; not, incorrect"
-    run.claim("C4", says, paper, "arm.reads >= .5", arm=arm, controls=controls)
-    sides = {"base": [row["all_on"] for row in rows]}
-    sides["arm"] = [row["three"] for row in rows]
-    sides["controls"] = {"three random heads": [row["random"] for row in rows]}
+    run.claim("C4", says, paper, criterion, arm=sides["direction"], controls=controls)
+    controls = {"three random heads": sides["random"]}
+    sides = dict(base=sides["all_on"], arm=sides["three"], controls=controls)
     says = "with three heads off that look back it searches on past its solution"
     criterion = "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6"
     run.claim("C5", says, "3 of 576 heads: .95 search on", criterion, **sides)
-    says = "without them GLU units along the direction fall silent, and nothing wrong is accepted"
+    says = "without them GLU units fall silent, and nothing wrong is accepted"
     criterion = "base.glu > 0 and arm.glu <= .3 * base.glu"
     criterion += " and arm.false_accepts <= base.false_accepts + .05"
     run.claim("C7", says, "activations vanish", criterion, **sides)
 
 
 def draw(path, found, args):
-    """Three panels: accuracy during GRPO, the probe by layer, heads switched off."""
-    panels = []
+    """Accuracy during GRPO, the probe by layer, heads switched off."""
+    panels, lines = [], {}
+    for arm in [arm for arm in found if arm != "dissect"]:
+        y = [seed["curve"] for seed in found[arm]]
+        lines[arm] = range(len(y[0])), y
+    labels = dict(title="Held-out accuracy", xlabel=f"evaluation, every {args.eval_every} updates")
     if args.rl_steps:
-        lines = {}
-        for arm in args.arms:
-            logs = [common.read_log(path.with_name(f"{arm}-s{seed}.jsonl")) for seed in args.seeds]
-            logs = [[row for row in log if "accuracy" in row] for log in logs]
-            steps = [row["step"] for row in logs[0]]
-            lines[arm] = steps, [[row["accuracy"] for row in log] for log in logs]
-        panels.append(dict(title="Held-out accuracy, T = 1", lines=lines, xlabel="update"))
-    rows = found["dissect"]
-    lines = {}
+        panels.append(dict(lines=lines, **labels))
+    rows, lines = found["dissect"], {}
     for net in "trained", "shuffled labels":
-        y = [row["probe"][net]["layers"] for row in rows]
+        y = [row[net]["layers"] for row in rows]
         lines[net] = range(len(y[0])), y
     labels = dict(title="Probe: is the attempt right?", xlabel="after layer (0: embedding)")
     panels.append(dict(lines=lines, **labels))
     sets = dict(all_on="all on", random="3 random off", three="3 off", A_prev="A_prev off")
-    bars = {"says_valid": [], "searches_on": []}
-    for kind, row in itertools.product(bars, rows):
-        bars[kind].append([row[name][kind] for name in sets])
+    bars = {}
+    for kind in "says_valid", "searches_on":
+        bars[kind] = [[row[name][kind] for name in sets] for row in rows]
     panels.append(dict(title="What follows a solution", bars=bars, names=list(sets.values())))
     common.panels(path, panels)
 
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
+    if not args.model:
+        Toy(args, 0)  # too few problems are a ValueError
     many = args.minibatches * env.world > args.prompts * args.group
-    arms = " ".join(args.arms)
     return [
-        (set(args.arms) - {"grpo", "permuted"}, f"--arms {arms}, allowed: grpo permuted"),
-        (args.rl_steps and "grpo" not in args.arms, f"--arms {arms} lacks grpo, which is analysed"),
         (bool(args.model) != bool(args.dataset), "--model and --dataset are given together"),
         (args.prompts % env.world, f"--prompts {args.prompts} is no multiple of the processes"),
         (many, f"--minibatches {args.minibatches} is more than the rollouts of a batch"),
@@ -838,16 +824,12 @@ def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2504.14379", check)
     args = run.args
-    with common.bad_input():  # before any long work
-        if args.model:
-            Real(args, pretrained.load(args.model, run.env.device)[1], 0)
-        else:
-            Toy(args, 0)
     found = {}
     if not args.model:
         run.each(imitate, ["imitate"])
     if args.rl_steps:
-        found |= run.each(reinforce, args.arms) or {}
+        arms = ["grpo"] if args.model else ["grpo", "permuted"]
+        found |= run.each(reinforce, arms) or {}
     found |= run.each(dissect, ["dissect"]) or {}
     if run.env.rank > 0:
         return None

@@ -1,9 +1,9 @@
 """Geometry of self-verification on CountDown (arXiv 2504.14379).
 
-CountDown: make a target from a few numbers, each used once. Reinforcement with a 0/1 reward makes a
-model write in one form: every attempt closes with a verdict, "(not 42)" or "(this works)". There a
-linear probe tells right attempts from wrong ones, and its direction reads as words of success or
-failure. Heads that look back at the target carry the verdict: with three off, search goes on.
+CountDown: make a target from a few numbers, each used once. Rewarded for right answers, a model
+comes to write in one form: every attempt ends in a verdict, "(not 42)" or "(this works)". There a
+linear probe tells right from wrong, and its direction reads as words of success or failure. Heads
+that look back at the target carry the verdict: with three of them off the model searches on.
 
 The toy: a small GPT imitates searchers, most of whom answer with their first attempt, unchecked;
 the others check each one. GRPO meets this mixture. The control permutes its rewards.
@@ -48,17 +48,16 @@ class Args(common.TrainFlags):
     """CountDown"""
 
     presets: ClassVar[dict] = {"smoke": SMOKE, "toy": TOY, "paper": PAPER}
-    limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys("drill rl_steps rl_lr beta".split(), (0,)),
-        **dict.fromkeys("num_max cap attempts n_head n_embd max_new".split(), (1,)),
-        **dict.fromkeys("prompts minibatches problems samples".split(), (1,)),
-        **dict(nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,)),
-    }
+    limits: ClassVar[dict] = dict(common.TrainFlags.limits)
+    limits |= dict.fromkeys("drill rl_steps rl_lr beta".split(), (0,))
+    limits |= dict.fromkeys("num_max cap attempts n_head n_embd max_new".split(), (1,))
+    limits |= dict.fromkeys("prompts minibatches problems samples".split(), (1,))
+    limits |= dict(nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,))
     unused: ClassVar[set] = {"shard", "decay_steps"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps", "samples"}
 
     model: str = ""  # a real checkpoint in place of the toy
-    dataset: str = ""  # --model: file:X.jsonl or a `datasets` id, of nums and target
+    dataset: str = ""  # --model: nums and target, file:X.jsonl or a hub id
     max_new: int = 1024  # --model: longest response (paper: 1024)
     nums: int = 3  # toy: numbers in a problem (paper: 3 and 4)
     num_max: int = 8  # toy: the largest of them (paper: 99)
@@ -73,79 +72,11 @@ class Args(common.TrainFlags):
     rl_lr: float = 2e-4  # constant (paper: 1e-6)
     prompts: int = 16  # prompts in a batch, over all ranks (paper: 256)
     group: int = 8  # rollouts of a prompt (paper: 1, with a critic)
-    minibatches: int = 1  # updates on a batch; at 1 nothing is clipped (paper: 4)
-    clip_ratio: float = 0.2  # ratios further than this from 1 have no gradient
+    minibatches: int = 1  # updates on a batch; 1 clips nothing (paper: 4)
+    clip_ratio: float = 0.2  # no gradient beyond 1 plus or minus this
     beta: float = 0.0  # weight of the KL (paper: .001)
     problems: int = 400  # most held-out problems in an evaluation
     samples: int = 300  # traces to choose heads on, and to test (paper: 300)
-
-
-# -------------------------------------------------------------------------------------- the task
-
-APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-
-
-def evaluate(text):
-    """The exact value of an expression, a Fraction, and the whole numbers in it.
-
-    What a model writes is never run: its syntax tree may hold + - * / and numbers below a million.
-    ValueError for anything else, and beyond 200 characters.
-    """
-    if len(text) > 200 or not re.fullmatch(r"[-+*/()\s0-9]*", text):
-        raise ValueError("no arithmetic of up to 200 characters")
-    numbers = []
-
-    def value(node):
-        if isinstance(node, ast.Constant) and node.value < 10**6:
-            numbers.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        if isinstance(node, ast.BinOp) and type(node.op) in SIGNS:
-            return APPLY[SIGNS[type(node.op)]](value(node.left), value(node.right))
-        raise ValueError("more than + - * / of numbers below a million")
-
-    try:
-        return value(ast.parse(" ".join(text.split()), mode="eval").body), numbers
-    except (SyntaxError, ZeroDivisionError) as error:
-        raise ValueError(str(error)) from None
-
-
-def reward(response, nums, target):
-    """1 if the last answer is right, otherwise 0."""
-    _, opened, rest = response.rpartition("<answer>")
-    answer, closed, _ = rest.partition("</answer>")
-    try:
-        value, used = evaluate(answer if opened and closed else "")
-    except ValueError:
-        return 0.0
-    return float(value == target and sorted(used) == sorted(nums))
-
-
-@lru_cache(128)
-def attempts(nums, cap):
-    """All ways to use each number once, from left to right, with values of 0 to cap.
-
-    An attempt is its steps: ((8, "*", 3, 24), (24, "-", 7, 17)).
-    """
-    found = []
-    for order in sorted(set(itertools.permutations(nums))):
-        for ops in itertools.product("+-*", repeat=len(nums) - 1):
-            values = [order[0]]
-            for op, b in zip(ops, order[1:]):
-                values.append(APPLY[op](values[-1], b))
-            if 0 <= min(values[1:]) and max(values[1:]) <= cap:
-                found.append(tuple(zip(values, ops, order[1:], values[1:])))
-    return found
-
-
-def bracketed(steps):
-    """The expression of an attempt: ( 8 * 3 ) - 7."""
-    text = str(steps[0][0])
-    for i, (_, op, b, _) in enumerate(steps):
-        text = f"( {text} ) {op} {b}" if i else f"{text} {op} {b}"
-    return text
 
 
 # ------------------------------------------------------------------------------------ the method
@@ -155,7 +86,7 @@ def advantages(rewards, group):
     """A_i = (r_i - mean r) / (std r + 1e-4) within each group of consecutive rewards (N,)."""
     r = rewards.view(-1, group)
     scaled = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
-    differ = (r != r[:, :1]).any(1, keepdim=True)  # else exactly 0: rounding says nothing
+    differ = (r != r[:, :1]).any(1, keepdim=True)  # else 0, exactly
     return (scaled * differ).flatten()
 
 
@@ -191,9 +122,8 @@ class Objective(torch.nn.Module):
     def forward(self, idx, targets, advantage, old=None, reference=None, denom=1.0):
         """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom over all responses' tokens.
 
-        advantage is (B,), the rest (B, T); targets are -100 outside of responses. old and reference
-        are log-probabilities: of the policy that drew the batch (default: this one, rho = 1), and
-        of the model before GRPO (default: no KL).
+        advantage is (B,), the rest (B, T). old and reference are log-probabilities: of the policy
+        that drew the batch (None: this one), and of the model before GRPO (None: no KL).
         """
         here = targets != -100
         idx, kept = trimmed(idx, targets)
@@ -207,7 +137,72 @@ class Objective(torch.nn.Module):
         return -gain.sum() / denom
 
 
-# ------------------------------------------------------------------------------------- the world
+# -------------------------------------------------------------------------------------- the task
+
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+
+
+def evaluate(text):
+    """The exact value of an expression, a Fraction, and the whole numbers in it; or ValueError.
+
+    It is never run: its syntax tree may hold + - * / and whole numbers below a million.
+    """
+    if len(text) > 200 or not re.fullmatch(r"[-+*/()\s0-9]*", text):
+        raise ValueError("no arithmetic in 200 characters")
+    numbers = []
+
+    def value(node):
+        if isinstance(node, ast.Constant) and node.value < 10**6:
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in SIGNS:
+            return APPLY[SIGNS[type(node.op)]](value(node.left), value(node.right))
+        raise ValueError("more than + - * / of numbers below a million")
+
+    try:
+        return value(ast.parse(" ".join(text.split()), mode="eval").body), numbers
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def reward(response, nums, target):
+    """1 if the last answer is right, otherwise 0."""
+    _, opened, rest = response.rpartition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
+    try:
+        value, used = evaluate(answer if opened and closed else "")
+    except ValueError:
+        return 0.0
+    return float(value == target and sorted(used) == sorted(nums))
+
+
+@lru_cache(128)
+def attempts(nums, cap):
+    """All ways to use each number once, left to right, with values of 0 to cap.
+
+    An attempt is its steps: ((8, "*", 3, 24), (24, "-", 7, 17)).
+    """
+    found = []
+    for order in sorted(set(itertools.permutations(nums))):
+        for ops in itertools.product("+-*", repeat=len(nums) - 1):
+            values = [order[0]]
+            for op, b in zip(ops, order[1:]):
+                values.append(APPLY[op](values[-1], b))
+            if 0 <= min(values[1:]) and max(values[1:]) <= cap:
+                found.append(tuple(zip(values, ops, order[1:], values[1:])))
+    return found
+
+
+def bracketed(steps):
+    """The expression of an attempt: ( 8 * 3 ) - 7."""
+    text = str(steps[0][0])
+    for i, (_, op, b, _) in enumerate(steps):
+        text = f"( {text} ) {op} {b}" if i else f"{text} {op} {b}"
+    return text
+
 
 VALID = "this", "yes", "correct", "success"
 INVALID = "not", "no", "wrong", "false"
@@ -222,7 +217,7 @@ class Toy:
         [ 8 * 3 = 24 , 24 + 7 = 31 this works ]
         </think> <answer> ( 8 * 3 ) + 7 </answer> <eos>
 
-    Who opens a square bracket will check. The verdict follows the result at once.
+    Who opens a square bracket will check. A verdict follows its result at once.
     """
 
     def __init__(self, args, seed):
@@ -231,8 +226,8 @@ class Toy:
         self.words = [*numbers, *WORDS, "\n", *VALID, *INVALID]
         self.id = {word: i for i, word in enumerate(self.words)}
         self.opening, self.stops = [], [self.id["<eos>"]]
-        self.valid = self.success = [self.id[word] for word in VALID]
-        self.invalid = self.failure = [self.id[word] for word in INVALID]
+        self.valid = [self.id[word] for word in VALID]
+        self.invalid = [self.id[word] for word in INVALID]
         self.max_new = args.attempts * (6 * args.nums - 2) + 3 * args.nums + 3
         self.train, self.heldout = [], []
         for nums in itertools.combinations_with_replacement(range(1, args.num_max + 1), args.nums):
@@ -258,7 +253,7 @@ class Toy:
         return self.encode(f"<bos> {' '.join(order)} <think>")
 
     def line(self, steps, target, rng, checks=True):
-        """An attempt; three verdicts in ten are synonyms: a direction can read as words."""
+        """An attempt; three verdicts in ten are synonyms, for a direction to read as."""
         text = " , ".join(f"{a} {op} {b} = {value}" for a, op, b, value in steps)
         synonym = rng.random() < 0.3
         if steps[-1][-1] == target:
@@ -268,7 +263,7 @@ class Toy:
         return f"[ {text} {verdict} ] \n " if checks else f"{text} \n "
 
     def written(self, nums, target, rng, checks=True):
-        """(prompt, response) of one who tries until it works, or answers at once, unchecked."""
+        """(prompt, response) of one who searches, or answers unchecked."""
         tries = attempts(nums, self.args.cap)
         text = ""
         for steps in rng.sample(tries, min(len(tries), self.args.attempts)):
@@ -279,7 +274,7 @@ class Toy:
         return self.prompt(nums, target, rng), self.encode(text)
 
     def drill(self, nums, target, rng):
-        """(ids, counts): a prompt and checked attempts, half of them picked to be right.
+        """(ids, counts): checked attempts, half of them picked to be right.
 
         Of those only results count, and what is behind the last of them.
         """
@@ -341,8 +336,8 @@ class ToyGPT(GPT):
         return super().forward(idx, targets, *args, **kwargs)
 
 
-PROMPT = """Make {target} from the numbers {nums} by + - * /, using each number once. Think in \
-<think> </think>, try step by step, then give the expression in <answer> </answer>.
+PROMPT = """Make {target} from the numbers {nums} by + - * /, using each once. Think in \
+<think> </think>, step by step, then answer in <answer> </answer>.
 <think>"""
 
 
@@ -354,8 +349,8 @@ class Real:
         self.stops, self.decode = tok.stops, tok.decode
         self.max_new, self.opening = args.max_new, tok.encode(" (")
         self.valid, self.invalid = tok.encode("this")[:1], tok.encode("not")[:1]
-        self.success = [pretrained.first_token(tok, f" {word}") for word in VALID]
-        self.failure = [pretrained.first_token(tok, f" {word}") for word in INVALID]
+        self.valid += [pretrained.first_token(tok, f" {word}") for word in VALID]
+        self.invalid += [pretrained.first_token(tok, f" {word}") for word in INVALID]
         problems = read_problems(args.dataset)
         held = max(1, min(args.problems, len(problems) // 5))
         self.heldout, self.train = problems[:held], problems[held:]
@@ -367,7 +362,7 @@ class Real:
 
 
 def read_problems(name):
-    """[(nums, target)] of file:X.jsonl or a `datasets` id; ValueError names a bad row."""
+    """[(nums, target)] of --dataset; ValueError names a bad row."""
     if name.startswith("file:"):
         rows = data.read_rows(data.path_of(name), nums=list, target=int)
     else:
@@ -410,7 +405,7 @@ def respond(model, world, problems, rng, env, samples=1, seed=None):
 
 
 def measure(model, world, args, env, samples=1):
-    """Shares of right responses to held-out problems, and of checked attempts."""
+    """Shares of right held-out responses, and of checked attempts."""
     problems, rng = world.heldout[: args.problems], random.Random("measure")
     found = respond(model, world, problems, rng, env, samples, seed=0)
     texts = [world.decode(response) for _, _, response in found]
@@ -446,32 +441,30 @@ def load_model(args, env, seed, stage):
 
 
 def draw_batch(policy, world, args, env, number, permuted=False):
-    """Rollouts for `Objective`, and their mean reward; `permuted` is the control."""
+    """Rollouts for `Objective`, and their mean reward."""
     rng = random.Random(f"{world.seed} {number} {env.rank}")
     problems = [rng.choice(world.train) for _ in range(args.prompts // env.world)]
     found = respond(policy, world, problems, rng, env, args.group)
     rewards = [reward(world.decode(response), *problem) for problem, _, response in found]
-    if permuted:
+    if permuted:  # the control
         rng.shuffle(rewards)
     batch = collate([counted(prompt, response) for _, prompt, response in found])
     batch["advantage"] = advantages(torch.tensor(rewards), args.group)
     return batch, np.mean(rewards)
 
 
-def scored(model, batch, args, env):
-    """Log-probabilities (B, T) of a batch's responses under a model; 0 elsewhere."""
-    size = args.micro_batch or len(batch["idx"])
-    found = []
-    for idx, targets in zip(batch["idx"].split(size), batch["targets"].split(size)):
-        with env.autocast():
-            found.append(-model.token_loss(idx.to(env.device), targets.to(env.device)).cpu())
-    return torch.cat(found)
+def scored(model, batch, env):
+    """Log-probabilities (B, T) of responses; 0 elsewhere."""
+    idx, targets = batch["idx"].to(env.device), batch["targets"].to(env.device)
+    with env.autocast():
+        rows = [model.token_loss(a[None], b[None]) for a, b in zip(idx, targets)]
+    return -torch.cat(rows).cpu()
 
 
 def minibatch(batch, args, step):
     """One of --minibatches random parts of a batch, the longest rows first.
 
-    Without a KL, rows of no advantage have no gradient: they only count in the denominator.
+    Without a KL, rows of no advantage only count in the denominator.
     """
     number, part = divmod(step, args.minibatches)
     lengths = (batch["targets"] != -100).sum(1)
@@ -490,18 +483,17 @@ def reinforce(args, env, log, arm, seed):
     policy, world = load_model(args, env, seed, "imitate")
     before = measure(policy, world, args, env, samples=4)
     reference = copy.deepcopy(policy) if args.beta else None
-    net = Objective(policy, args)
+    net, permuted = Objective(policy, args), arm == "permuted"
 
     def batch(step):
         number, part = divmod(step, args.minibatches)
         if part == 0:
-            drawn = draw_batch(policy, world, args, env, number, arm == "permuted")
-            net.rollouts, mean = drawn
+            net.rollouts, mean = draw_batch(policy, world, args, env, number, permuted)
             log(step, reward=mean)
             if args.minibatches > 1:
-                net.rollouts["old"] = scored(policy, net.rollouts, args, env)
+                net.rollouts["old"] = scored(policy, net.rollouts, env)
             if reference:
-                net.rollouts["reference"] = scored(reference, net.rollouts, args, env)
+                net.rollouts["reference"] = scored(reference, net.rollouts, env)
         rows = minibatch(net.rollouts, args, step)
         return rows | {"denom": common.all_reduce(rows["denom"].to(env.device), env)}
 
@@ -518,13 +510,13 @@ def reinforce(args, env, log, arm, seed):
 # -------------------------------------------------------------------------- moments of verification
 
 
-# A trace up to where the verdict on a right attempt is due, where it was due on a wrong one before
-# it, where the target was seen before the result, and its problem.
+# A trace up to where a right attempt's verdict is due, where a wrong one's was due before, where
+# the target was seen, and the problem.
 Trace = namedtuple("Trace", "ids wrong seen problem")
 
 
 def numbers_in(world, ids):
-    """[(last place, value)] of the runs of digits, so that 62 is not found in 162."""
+    """[(last place, value)] of the runs of digits: 162 holds no 62."""
     found = []
     for i, piece in enumerate(world.decode([token]) for token in ids):
         if re.fullmatch("[0-9]+", piece) and found and found[-1][0] == i - 1:
@@ -573,27 +565,26 @@ def halves(model, world, args, env, rng):
 
 
 def batches(model, traces):
-    """(traces, idx, at): x[at] of a tensor (B, T, ...) is where the two verdicts are due."""
+    """(idx, at): x[at] of a tensor (B, T, ...) is where the two verdicts are due."""
     size = 32 if model.config.vocab_size < 1000 else 8  # fit the cache
     for i in range(0, len(traces), size):
         some = traces[i : i + size]
         idx = pad_sequence([torch.tensor(trace.ids) for trace in some], True)
         due = torch.tensor([[len(trace.ids) - 1, trace.wrong] for trace in some])
-        at = torch.arange(len(some))[:, None], due
-        yield some, idx.to(model.wte.weight.device), at
+        yield idx.to(model.wte.weight.device), (torch.arange(len(some))[:, None], due)
 
 
 def stream(model, traces):
-    """The stream (L + 1, 2N, C) where verdicts are due: right, wrong, right, ..."""
+    """The stream (L + 1, 2N, C) at verdicts: right, wrong, right, ..."""
     found = []
-    for _, idx, (rows, places) in batches(model, traces):
-        x = residuals(model, idx, tail=idx.shape[1])[:, rows, places]
+    for idx, (rows, due) in batches(model, traces):
+        x = residuals(model, idx, tail=idx.shape[1])[:, rows, due]
         found.append(x.flatten(1, 2).float().cpu())
     return torch.cat(found, 1)
 
 
 def probe_accuracy(x, y, x_test, y_test):
-    """A linear probe of each layer of x (L + 1, N, C): its accuracy on x_test."""
+    """Accuracy on x_test of a linear probe of each layer of x (L + 1, N, C)."""
     layers = []
     for layer, test in zip(x, x_test):
         w, b = common.fit_probe(layer, y)
@@ -602,30 +593,20 @@ def probe_accuracy(x, y, x_test, y_test):
 
 
 def verdict_words(model, world, directions):
-    """How far directions (n, C) of the stream read as verdicts (n,), and four words of each end.
+    """Whether directions (n, C) of the stream read as verdicts; the four words of each end.
 
-    That is the share of words of success, or of failure at the other end: the smaller.
+    The share of words of success, or at the other end of failure: the smaller one, (n,).
     """
     rows = model.head.weight.float() * model.final.weight.float()
     logits = directions.to(rows) @ (rows - rows.mean(0)).T
     ends = logits.topk(4).indices.cpu(), (-logits).topk(4).indices.cpu()
-    success = torch.isin(ends[0], torch.tensor(world.success)).float().mean(1)
-    failure = torch.isin(ends[1], torch.tensor(world.failure)).float().mean(1)
+    success = torch.isin(ends[0], torch.tensor(world.valid)).float().mean(1)
+    failure = torch.isin(ends[1], torch.tensor(world.invalid)).float().mean(1)
     return torch.minimum(success, failure), *ends
 
 
-def nearest_neurons(model, directions, k):
-    """GLU neurons [(layer, index)]: k of each upper layer, along its direction."""
-    found = []
-    for layer in range(model.config.n_layer // 2, model.config.n_layer):
-        columns = F.normalize(model.blocks[layer].mlp.down.weight.float(), dim=0)
-        near = directions[layer + 1].to(columns) @ columns
-        found += [(layer, index) for index in near.topk(k).indices.tolist()]
-    return found
-
-
 def from_the_top(model, world, args, choose, test, rng):
-    """Probes, the direction from wrong to right, and the GLU neurons along it."""
+    """Probes, the direction from wrong to right, and GLU neurons [(layer, index)] along it."""
     y = torch.tensor([True, False]).repeat(len(choose))
     y_test = torch.tensor([True, False]).repeat(len(test))
     shuffled = y[torch.tensor(rng.sample(range(len(y)), len(y)))]
@@ -637,7 +618,8 @@ def from_the_top(model, world, args, choose, test, rng):
         seen = stream(fresh, choose), y, stream(fresh, test), y_test
         found["random weights"] = probe_accuracy(*seen)
     directions = x[:, y].mean(1) - x[:, ~y].mean(1)  # (L + 1, C)
-    upper = directions[model.config.n_layer // 2 + 1 :]
+    middle = model.config.n_layer // 2
+    upper = directions[middle + 1 :]
     reads, success, failure = verdict_words(model, world, upper)
     best = reads.argmax()
     found["direction"] = {"reads": reads[best].item()}
@@ -645,20 +627,24 @@ def from_the_top(model, world, args, choose, test, rng):
     noise = torch.randn(20, upper.shape[1], generator=torch.Generator().manual_seed(world.seed))
     found["noise"] = {"reads": verdict_words(model, world, noise)[0].max().item()}
     k = max(1, min(50, model.config.d_mlp // 20))  # 50 of 11,008 in the paper
-    return found, nearest_neurons(model, directions, k)
+    neurons = []
+    for layer in range(middle, model.config.n_layer):
+        columns = F.normalize(model.blocks[layer].mlp.down.weight.float(), dim=0)
+        near = directions[layer + 1].to(columns) @ columns
+        neurons += [(layer, index) for index in near.topk(k).indices.tolist()]
+    return found, neurons
 
 
 def target_attention(model, world, traces):
-    """Mean attention (L, H) from right results to the target, and even attention's."""
+    """Attention (L, H) from right results to the target, and even attention."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
     total, even = 0, 0
-    for some, idx, _ in batches(model, traces):
-        patterns = model.capture(idx, sites)
-        for row, trace in enumerate(some):
-            result = len(trace.ids) - 1 - len(world.opening)
-            mass = [patterns[site][row, :, result, trace.seen].sum(-1) for site in sites]
-            total = total + torch.stack(mass).float().cpu() / len(traces)
-            even += len(trace.seen) / (result + 1) / len(traces)
+    for trace in traces:
+        patterns = model.capture(next(batches(model, [trace]))[0], sites)
+        result = len(trace.ids) - 1 - len(world.opening)
+        mass = [patterns[site][0, :, result, trace.seen].sum(-1) for site in sites]
+        total = total + torch.stack(mass).float().cpu() / len(traces)
+        even += len(trace.seen) / (result + 1) / len(traces)
     return total, even
 
 
@@ -676,20 +662,21 @@ def switch_off(model, world, traces, neurons, sets):
     glu: the mean activation of `neurons` at right attempts
     """
     inputs = [f"blocks.{layer}.resid_pre" for layer in range(model.config.n_layer)]
-    sites = ["final", *{f"blocks.{layer}.mlp.act" for layer, _ in neurons}]
+    sites = [f"blocks.{layer}.mlp.act" for layer, _ in neurons]
     said, glu = [[] for _ in sets], [[] for _ in sets]
-    for _, idx, at in batches(model, traces):
+    for idx, at in batches(model, traces):
         rows, due = at[0][:, 0], at[1][:, 0]
-        clean = model.capture(idx, inputs + sites)
+        clean = model.capture(idx, ["final", *inputs, *sites])
         for k, heads in enumerate(sets):
             acts = clean
             if heads:  # below the first of them nothing changes
                 first = min(heads)[0]
+                go_on = dict(first=first, x=clean[inputs[first]])
                 with model.patch(common.heads_off([heads], model.config)):
-                    changed = model.capture(idx, sites, first=first, x=clean[inputs[first]])
+                    changed = model.capture(idx, ["final", *sites], **go_on)
                 acts = clean | changed
             said[k] += model.unembed(acts["final"][at]).argmax(-1).tolist()
-            active = [acts[f"blocks.{layer}.mlp.act"][rows, due, i] for layer, i in neurons]
+            active = [acts[site][rows, due, i] for site, (_, i) in zip(sites, neurons)]
             glu[k] += torch.stack(active).float().mean(0).tolist()
     found = []
     for tokens, active in zip(said, glu):
@@ -712,20 +699,16 @@ def random_heads(heads, config, rng, outside):
 
 
 def from_the_bottom(model, world, choose, test, neurons, rng):
-    """Heads that look back at the target, chosen on some traces, switched off on others.
-
-    A_prev give it a tenth of their attention, and three times even attention. The three are those
-    without which the GLU neurons are least active.
-    """
+    """Heads that look back at the target, chosen on some traces, switched off on others."""
     c = model.config
     mass, even = target_attention(model, world, choose)
     every = itertools.product(range(c.n_layer), range(c.n_head))
     every = sorted(every, key=lambda head: -mass[head])
-    prev = [head for head in every if mass[head] > max(0.1, 3 * even)]
+    prev = [head for head in every if mass[head] > max(0.1, 3 * even)]  # A_prev in the paper
     prev = prev if len(prev) >= 3 else every[:3]
     alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
     drive = {head: row["glu"] for head, row in zip(prev, alone)}
-    prev.sort(key=drive.get)
+    prev.sort(key=drive.get)  # first those that the GLU neurons need most
     sets = [[], prev[:3], prev] + [random_heads(prev[:3], c, rng, prev) for _ in range(10)]
     rows = switch_off(model, world, test, neurons, sets)
     found = dict(zip(("all_on", "three", "A_prev"), rows), random=common.mean(rows[3:]))
@@ -735,8 +718,6 @@ def from_the_bottom(model, world, choose, test, neurons, rng):
 def dissect(args, env, log, arm, seed):
     """What the paper does to the trained model."""
     model, world = load_model(args, env, seed, "grpo" if args.rl_steps else "imitate")
-    if env.rank > 0:
-        return None
     rng = random.Random(f"dissect {seed}")
     with torch.no_grad(), env.autocast(), model.eager():
         choose, test = halves(model, world, args, env, rng)
@@ -791,7 +772,7 @@ def draw(path, found, args):
     for arm in [arm for arm in found if arm != "dissect"]:
         y = [seed["curve"] for seed in found[arm]]
         lines[arm] = range(len(y[0])), y
-    labels = dict(title="Held-out accuracy", xlabel=f"evaluation, every {args.eval_every} updates")
+    labels = dict(title="Held-out accuracy", xlabel=f"updates / {args.eval_every}")
     if args.rl_steps:
         panels.append(dict(lines=lines, **labels))
     rows, lines = found["dissect"], {}
@@ -804,7 +785,7 @@ def draw(path, found, args):
     bars = {}
     for kind in "says_valid", "searches_on":
         bars[kind] = [[row[name][kind] for name in sets] for row in rows]
-    panels.append(dict(title="What follows a solution", bars=bars, names=list(sets.values())))
+    panels.append(dict(title="After a solution", bars=bars, names=list(sets.values())))
     common.panels(path, panels)
 
 

@@ -2,8 +2,8 @@
 
 CountDown: make a target from a few numbers, each used once. Rewarded for right answers, a model
 comes to write in one form: every attempt ends in a verdict, "(not 42)" or "(this works)". There a
-linear probe tells right from wrong, and its direction reads as words of success or failure. Heads
-that look back at the target carry the verdict: with three of them off the model searches on.
+linear probe tells right from wrong; its direction reads as words of success or failure. Heads that
+look back at the target carry the verdict: with three off, the model searches on.
 
 The toy: a small GPT imitates searchers, most of whom answer with their first attempt, unchecked;
 the others check each one. GRPO meets this mixture. The control permutes its rewards.
@@ -33,14 +33,15 @@ import pretrained
 from model import GPT, GPTConfig, generate, residuals
 
 # Departures from the paper: GRPO for PPO, so groups for a critic (32 prompts of 8 are its 256
-# rollouts); the KL in the loss, not in the reward; no entropy bonus, no reward for form alone.
+# rollouts); the KL in the loss, not in the reward; no entropy bonus; no reward for form.
 PAPER = dict(model="Qwen/Qwen2.5-3B", dataset="Jiayi-Pan/Countdown-Tasks-3to4")
 PAPER |= dict(rl_steps=300, rl_lr=1e-6, prompts=32, minibatches=4, beta=0.001)
 PAPER |= dict(problems=1024, micro_batch=2, eval_every=400, save_every=100)
-TOY = dict(steps=1200, batch_size=32, micro_batch=16, lr=6e-3, min_lr=0.03, weight_decay=0.3)
-TOY |= dict(eval_every=15, save_every=20)
-SMOKE = TOY | dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32, jobs=1)
-SMOKE |= dict(rl_steps=2, prompts=2, problems=8, samples=20, eval_every=1, save_every=1)
+TOY = dict(steps=1200, batch_size=32, micro_batch=16)
+TOY |= dict(lr=6e-3, min_lr=0.03, weight_decay=0.3, eval_every=15, save_every=20)
+SMOKE = TOY | dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32)
+SMOKE |= dict(rl_steps=2, prompts=2, problems=8, samples=20)
+SMOKE |= dict(eval_every=1, save_every=1, jobs=1)
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Args(common.TrainFlags):
     limits |= dict.fromkeys("prompts minibatches problems samples".split(), (1,))
     limits |= dict(nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,))
     unused: ClassVar[set] = {"shard", "decay_steps"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps", "samples"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps"}
 
     model: str = ""  # a real checkpoint in place of the toy
     dataset: str = ""  # --model: nums and target, file:X.jsonl or a hub id
@@ -64,22 +65,22 @@ class Args(common.TrainFlags):
     cap: int = 40  # toy: the largest value (paper: 100)
     attempts: int = 8  # toy: most attempts in a trace
     guess: float = 0.85  # toy: share of traces with one attempt, unchecked
-    drill: int = 500  # toy: so many --steps teach sums and verdicts first
+    drill: int = 500  # toy: first --steps, of sums and verdicts
     n_layer: int = 4  # toy: blocks
     n_head: int = 8  # toy: heads, on two of keys and values
     n_embd: int = 64  # toy: width
     rl_steps: int = 60  # batches of rollouts; 0: no GRPO (paper: 300)
     rl_lr: float = 2e-4  # constant (paper: 1e-6)
-    prompts: int = 16  # prompts in a batch, over all ranks (paper: 256)
+    prompts: int = 16  # in a batch, over all ranks (paper: 256)
     group: int = 8  # rollouts of a prompt (paper: 1, with a critic)
     minibatches: int = 1  # updates on a batch; 1 clips nothing (paper: 4)
     clip_ratio: float = 0.2  # no gradient beyond 1 plus or minus this
     beta: float = 0.0  # weight of the KL (paper: .001)
-    problems: int = 400  # most held-out problems in an evaluation
-    samples: int = 300  # traces to choose heads on, and to test (paper: 300)
+    problems: int = 400  # most held-out problems to measure on
+    samples: int = 300  # traces to choose heads, and to test (paper: 300)
 
 
-# ------------------------------------------------------------------------------------ the method
+# ----------------------------------------------------------------------- the method
 
 
 def advantages(rewards, group):
@@ -96,18 +97,18 @@ def clipped_gain(ratio, advantage, clip):
 
 
 def divergence(logp, reference):
-    """(log p - log p_ref)^2 / 2: its mean gradient over samples is that of the KL."""
+    """(log p - log p_ref)^2 / 2: on average its gradient is that of the KL."""
     return (logp - reference) ** 2 / 2
 
 
 def trimmed(idx, targets):
-    """A batch (B, T) without the last columns in which every row is padding."""
+    """A batch (B, T) without columns that are padding in every row."""
     n = int((targets != -100).any(0).nonzero().max()) + 1
     return idx[:, :n], targets[:, :n]
 
 
 class Objective(torch.nn.Module):
-    """The loss of GRPO around a policy; checkpoints hold its rollouts too."""
+    """GRPO's loss around a policy; checkpoints hold its rollouts too."""
 
     def __init__(self, policy, args):
         super().__init__()
@@ -120,10 +121,10 @@ class Objective(torch.nn.Module):
         self.rollouts = state
 
     def forward(self, idx, targets, advantage, old=None, reference=None, denom=1.0):
-        """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom over all responses' tokens.
+        """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom, over all tokens.
 
-        advantage is (B,), the rest (B, T). old and reference are log-probabilities: of the policy
-        that drew the batch (None: this one), and of the model before GRPO (None: no KL).
+        advantage (B,), the rest (B, T). old and reference are log-probabilities: of the policy
+        that drew the batch (None: this), and of the model before GRPO (None: no KL).
         """
         here = targets != -100
         idx, kept = trimmed(idx, targets)
@@ -137,16 +138,16 @@ class Objective(torch.nn.Module):
         return -gain.sum() / denom
 
 
-# -------------------------------------------------------------------------------------- the task
+# ------------------------------------------------------------------------- the task
 
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 def evaluate(text):
-    """The exact value of an expression, a Fraction, and the whole numbers in it; or ValueError.
+    """The exact value of an expression and the numbers in it, or ValueError.
 
-    It is never run: its syntax tree may hold + - * / and whole numbers below a million.
+    It is never run: its syntax tree holds + - * / and numbers below a million.
     """
     if len(text) > 200 or not re.fullmatch(r"[-+*/()\s0-9]*", text):
         raise ValueError("no arithmetic in 200 characters")
@@ -183,7 +184,7 @@ def reward(response, nums, target):
 def attempts(nums, cap):
     """All ways to use each number once, left to right, with values of 0 to cap.
 
-    An attempt is its steps: ((8, "*", 3, 24), (24, "-", 7, 17)).
+    Each is its steps: ((8, "*", 3, 24), (24, "-", 7, 17)).
     """
     found = []
     for order in sorted(set(itertools.permutations(nums))):
@@ -217,7 +218,7 @@ class Toy:
         [ 8 * 3 = 24 , 24 + 7 = 31 this works ]
         </think> <answer> ( 8 * 3 ) + 7 </answer> <eos>
 
-    Who opens a square bracket will check. A verdict follows its result at once.
+    Who opens a square bracket will check.
     """
 
     def __init__(self, args, seed):
@@ -246,14 +247,14 @@ class Toy:
         return "".join(f" {self.words[i]}" for i in ids)
 
     def prompt(self, nums, target, rng):
-        """Ids of a prompt: numbers in any order, the target first or last."""
+        """Ids: numbers in any order, the target first or last."""
         use = f"use {' '.join(map(str, rng.sample(nums, len(nums))))}"
         make = f"make {target}"
         order = [use, make] if rng.random() < 0.5 else [make, use]
         return self.encode(f"<bos> {' '.join(order)} <think>")
 
     def line(self, steps, target, rng, checks=True):
-        """An attempt; three verdicts in ten are synonyms, for a direction to read as."""
+        """An attempt; three verdicts in ten are synonyms."""
         text = " , ".join(f"{a} {op} {b} = {value}" for a, op, b, value in steps)
         synonym = rng.random() < 0.3
         if steps[-1][-1] == target:
@@ -263,7 +264,7 @@ class Toy:
         return f"[ {text} {verdict} ] \n " if checks else f"{text} \n "
 
     def written(self, nums, target, rng, checks=True):
-        """(prompt, response) of one who searches, or answers unchecked."""
+        """(prompt, response): who searches checks, others answer at once."""
         tries = attempts(nums, self.args.cap)
         text = ""
         for steps in rng.sample(tries, min(len(tries), self.args.attempts)):
@@ -276,7 +277,7 @@ class Toy:
     def drill(self, nums, target, rng):
         """(ids, counts): checked attempts, half of them picked to be right.
 
-        Of those only results count, and what is behind the last of them.
+        Of those only results count, and what follows the last.
         """
         tries = attempts(nums, self.args.cap)
         right = [steps for steps in tries if steps[-1][-1] == target]
@@ -292,7 +293,7 @@ class Toy:
         return ids, counts
 
     def batch(self, step, env):
-        """The rank's documents: one in eight, and early all of them, are drill."""
+        """Documents: one in eight, and early all of them, are drill."""
         rng = random.Random(f"{self.seed} {step}")
         rows = []
         for i in range(self.args.batch_size):
@@ -319,7 +320,7 @@ def collate(rows):
 
 
 class ToyGPT(GPT):
-    """The toy's model, Llama-shaped; in training it leaves out padding."""
+    """The toy's model, Llama-shaped; it trains without the padding."""
 
     def __init__(self, args, world, seed):
         torch.manual_seed(seed)
@@ -342,7 +343,7 @@ PROMPT = """Make {target} from the numbers {nums} by + - * /, using each once. T
 
 
 class Real:
-    """What Toy is, for a checkpoint with tokens of its own."""
+    """What Toy is, for a checkpoint with its own tokens."""
 
     def __init__(self, args, tok, seed):
         self.tok, self.seed = tok, seed
@@ -356,7 +357,7 @@ class Real:
         self.heldout, self.train = problems[:held], problems[held:]
 
     def prompt(self, nums, target, rng):
-        """Ids of a prompt, with the numbers in any order."""
+        """Ids, with the numbers in any order."""
         text = PROMPT.format(nums=rng.sample(nums, len(nums)), target=target)
         return self.tok.encode(text, bos=True)
 
@@ -367,24 +368,23 @@ def read_problems(name):
         rows = data.read_rows(data.path_of(name), nums=list, target=int)
     else:
         datasets = data.import_or_explain("datasets")
-        with data.explained(f"data set {name!r} can't be read", "give file:X.jsonl"):
+        with data.explained(f"no data set {name!r}", "give file:X.jsonl"):
             rows = datasets.load_dataset(name, split="train").to_list()
     for i, row in enumerate(rows, 1):
         numbers = [*row["nums"], row["target"]]
         whole = all(type(n) is int and 0 <= n < 10**6 for n in numbers)
         if not whole or not 3 <= len(numbers) <= 6:
-            needed = "2 to 5 whole numbers below a million in nums, one in target"
-            raise ValueError(f"{name}, row {i}: needs {needed}")
+            raise ValueError(f"{name}, row {i}: needs 2 to 5 nums under a million, a target")
     if len(rows) < 2:
-        raise ValueError(f"{name} has {len(rows)} problems, needed: 2 and more")
+        raise ValueError(f"{name} has {len(rows)} problems, needed: 2")
     return [(tuple(sorted(row["nums"])), row["target"]) for row in rows]
 
 
-# -------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------- training
 
 
 def verdicts_in(text):
-    """The verdict's first word, or "", of each attempt (line with a "=")."""
+    """The verdict's first word, or "", of each line with a "="."""
     found = []
     for line in text.partition("</think>")[0].split("\n")[:-1]:  # the last one may be cut
         words = [word for word in re.findall("[a-z]+", line) if word in VALID + INVALID]
@@ -394,7 +394,7 @@ def verdicts_in(text):
 
 
 def respond(model, world, problems, rng, env, samples=1, seed=None):
-    """[(problem, prompt, response)]: `samples` responses to each problem."""
+    """[(problem, prompt, response)], `samples` of each problem."""
     prompts = [world.prompt(*problem, rng) for problem in problems]
     seed = rng.getrandbits(31) if seed is None else seed
     options = dict(stop=world.stops, seed=seed, samples=samples)
@@ -417,13 +417,13 @@ def measure(model, world, args, env, samples=1):
 
 
 def imitate(args, env, log, arm, seed):
-    """The toy's model learns to write as the two kinds of searchers do."""
+    """The toy's model learns to write as searchers do."""
     world = Toy(args, seed)
     common.train(ToyGPT(args, world, seed), partial(world.batch, env=env), args, env, log)
 
 
 def load_model(args, env, seed, stage):
-    """(model, world) after the stage "imitate" (--model: as it is) or "grpo"."""
+    """(model, world) after "imitate" (--model: as it is) or "grpo"."""
     if args.model:
         dtype = "fp32" if args.rl_steps else env.dtype
         with common.bad_input():
@@ -443,7 +443,7 @@ def load_model(args, env, seed, stage):
 def draw_batch(policy, world, args, env, number, permuted=False):
     """Rollouts for `Objective`, and their mean reward."""
     rng = random.Random(f"{world.seed} {number} {env.rank}")
-    problems = [rng.choice(world.train) for _ in range(args.prompts // env.world)]
+    problems = [rng.choice(world.train) for _ in range(-(-args.prompts // env.world))]
     found = respond(policy, world, problems, rng, env, args.group)
     rewards = [reward(world.decode(response), *problem) for problem, _, response in found]
     if permuted:  # the control
@@ -461,17 +461,13 @@ def scored(model, batch, env):
     return -torch.cat(rows).cpu()
 
 
-def minibatch(batch, args, step):
-    """One of --minibatches random parts of a batch, the longest rows first.
-
-    Without a KL, rows of no advantage only count in the denominator.
-    """
-    number, part = divmod(step, args.minibatches)
+def minibatch(batch, args, number, part):
+    """A random part of a batch, the longest rows first."""
     lengths = (batch["targets"] != -100).sum(1)
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(number))
     rows = order[part :: args.minibatches]
     denom = lengths[rows].sum()
-    if not args.beta:
+    if not args.beta:  # rows of no advantage only count in the denominator
         useful = batch["advantage"][rows] != 0
         rows = rows[useful] if useful.any() else rows[:1]  # no part is empty
     rows = rows[lengths[rows].argsort(descending=True)]
@@ -479,7 +475,7 @@ def minibatch(batch, args, step):
 
 
 def reinforce(args, env, log, arm, seed):
-    """GRPO from the imitator, or from --model; measured before and after."""
+    """GRPO from the imitator or --model; measured before and after."""
     policy, world = load_model(args, env, seed, "imitate")
     before = measure(policy, world, args, env, samples=4)
     reference = copy.deepcopy(policy) if args.beta else None
@@ -494,29 +490,31 @@ def reinforce(args, env, log, arm, seed):
                 net.rollouts["old"] = scored(policy, net.rollouts, env)
             if reference:
                 net.rollouts["reference"] = scored(reference, net.rollouts, env)
-        rows = minibatch(net.rollouts, args, step)
+        rows = minibatch(net.rollouts, args, number, part)
         return rows | {"denom": common.all_reduce(rows["denom"].to(env.device), env)}
 
+    def evaluate(step):
+        return measure(policy, world, args, env)
+
     constant = dict(lr=args.rl_lr, warmup=0, min_lr=1.0, weight_decay=0.0, log_every=1)
-    updates = args.rl_steps * args.minibatches
-    flags = replace(args, steps=updates, compile=False, **constant)
-    common.train(net, batch, flags, env, log, lambda step: measure(policy, world, args, env))
+    flags = replace(args, steps=args.rl_steps * args.minibatches, compile=False, **constant)
+    common.train(net, batch, flags, env, log, evaluate)
     log = common.read_log(log.path)
     curve = [row["accuracy"] for row in log if "accuracy" in row]
     after = measure(policy, world, args, env, samples=4)
     return dict(before=before, after=after, curve=curve)
 
 
-# -------------------------------------------------------------------------- moments of verification
+# ---------------------------------------------------------- moments of verification
 
 
-# A trace up to where a right attempt's verdict is due, where a wrong one's was due before, where
-# the target was seen, and the problem.
+# ids up to where a right attempt's verdict is due; before it, where a wrong one's was due, and
+# where the target was seen
 Trace = namedtuple("Trace", "ids wrong seen problem")
 
 
 def numbers_in(world, ids):
-    """[(last place, value)] of the runs of digits: 162 holds no 62."""
+    """[(last place, value)] of runs of digits: 162 holds no 62."""
     found = []
     for i, piece in enumerate(world.decode([token]) for token in ids):
         if re.fullmatch("[0-9]+", piece) and found and found[-1][0] == i - 1:
@@ -527,7 +525,7 @@ def numbers_in(world, ids):
 
 
 def find_traces(world, texts, rng):
-    """Of [(problem, prompt, response)] those with true verdicts of both kinds."""
+    """Of (problem, prompt, response) those with true verdicts of both kinds."""
     found = []
     for problem, prompt, response in texts:
         ids, target = prompt + response, problem[1]
@@ -547,7 +545,7 @@ def find_traces(world, texts, rng):
 
 
 def halves(model, world, args, env, rng):
-    """Traces to choose on and, of other problems, to test on."""
+    """Traces to choose on, and of other problems to test on."""
     problems = rng.choices(world.train, k=5 * args.samples)
     if args.model:
         texts = respond(model, world, problems, rng, env, seed=world.seed)
@@ -557,7 +555,7 @@ def halves(model, world, args, env, rng):
     for trace in find_traces(world, texts, rng):
         found[random.Random(repr(trace.problem)).randrange(2)].append(trace)
     if min(map(len, found)) < 3:
-        raise SystemExit("error: too few traces with verdicts of both kinds")
+        raise SystemExit("error: too few traces with both verdicts")
     for half in found:
         del half[args.samples :]
         half.sort(key=lambda trace: len(trace.ids))  # little padding in a batch
@@ -565,7 +563,7 @@ def halves(model, world, args, env, rng):
 
 
 def batches(model, traces):
-    """(idx, at): x[at] of a tensor (B, T, ...) is where the two verdicts are due."""
+    """(idx, at): x[at] of a tensor (B, T, ...) is at its two verdicts."""
     size = 32 if model.config.vocab_size < 1000 else 8  # fit the cache
     for i in range(0, len(traces), size):
         some = traces[i : i + size]
@@ -584,7 +582,7 @@ def stream(model, traces):
 
 
 def probe_accuracy(x, y, x_test, y_test):
-    """Accuracy on x_test of a linear probe of each layer of x (L + 1, N, C)."""
+    """Of a linear probe of each layer of x (L + 1, N, C), on x_test."""
     layers = []
     for layer, test in zip(x, x_test):
         w, b = common.fit_probe(layer, y)
@@ -593,9 +591,9 @@ def probe_accuracy(x, y, x_test, y_test):
 
 
 def verdict_words(model, world, directions):
-    """Whether directions (n, C) of the stream read as verdicts; the four words of each end.
+    """How far directions (n, C) of the stream read as verdicts, and the words.
 
-    The share of words of success, or at the other end of failure: the smaller one, (n,).
+    That is, of the four words at either end, the share of success or of failure.
     """
     rows = model.head.weight.float() * model.final.weight.float()
     logits = directions.to(rows) @ (rows - rows.mean(0)).T
@@ -606,7 +604,7 @@ def verdict_words(model, world, directions):
 
 
 def from_the_top(model, world, args, choose, test, rng):
-    """Probes, the direction from wrong to right, and GLU neurons [(layer, index)] along it."""
+    """Probes, the direction to right, and GLU neurons along it."""
     y = torch.tensor([True, False]).repeat(len(choose))
     y_test = torch.tensor([True, False]).repeat(len(test))
     shuffled = y[torch.tensor(rng.sample(range(len(y)), len(y)))]
@@ -623,9 +621,11 @@ def from_the_top(model, world, args, choose, test, rng):
     reads, success, failure = verdict_words(model, world, upper)
     best = reads.argmax()
     found["direction"] = {"reads": reads[best].item()}
-    found["words"] = [world.decode(end[best].tolist()) for end in (success, failure)]
-    noise = torch.randn(20, upper.shape[1], generator=torch.Generator().manual_seed(world.seed))
-    found["noise"] = {"reads": verdict_words(model, world, noise)[0].max().item()}
+    ends = success[best].tolist(), failure[best].tolist()
+    found["words"] = [world.decode(end) for end in ends]
+    torch.manual_seed(world.seed)
+    noise = verdict_words(model, world, torch.randn(20, upper.shape[1]))[0]
+    found["noise"] = {"reads": noise.max().item()}
     k = max(1, min(50, model.config.d_mlp // 20))  # 50 of 11,008 in the paper
     neurons = []
     for layer in range(middle, model.config.n_layer):
@@ -636,7 +636,7 @@ def from_the_top(model, world, args, choose, test, rng):
 
 
 def target_attention(model, world, traces):
-    """Attention (L, H) from right results to the target, and even attention."""
+    """Attention (L, H) from right results to the target; even attention."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
     total, even = 0, 0
     for trace in traces:
@@ -649,7 +649,7 @@ def target_attention(model, world, traces):
 
 
 def searches_on(token, world):
-    """Whether a model that says this in a verdict's place goes on searching."""
+    """Whether this, in a verdict's place, goes on searching."""
     text = world.decode([token])
     return token in world.invalid or bool(re.fullmatch(r"[-+*/=()\[\],\s\d]*", text))
 
@@ -688,7 +688,7 @@ def switch_off(model, world, traces, neurons, sets):
 
 
 def random_heads(heads, config, rng, outside):
-    """As many heads, not `outside`, from the same layers or the nearest."""
+    """As many, not `outside`, from the same layers or the nearest."""
     free = list(itertools.product(range(config.n_layer), range(config.n_head)))
     free = [head for head in rng.sample(free, len(free)) if head not in outside]
     drawn = []
@@ -699,16 +699,15 @@ def random_heads(heads, config, rng, outside):
 
 
 def from_the_bottom(model, world, choose, test, neurons, rng):
-    """Heads that look back at the target, chosen on some traces, switched off on others."""
+    """Heads that look back, chosen on some traces, off on others."""
     c = model.config
     mass, even = target_attention(model, world, choose)
-    every = itertools.product(range(c.n_layer), range(c.n_head))
-    every = sorted(every, key=lambda head: -mass[head])
-    prev = [head for head in every if mass[head] > max(0.1, 3 * even)]  # A_prev in the paper
-    prev = prev if len(prev) >= 3 else every[:3]
+    third = mass.flatten().topk(3).values[-1]
+    looks_back = mass >= min(max(0.1, 3 * even), third)
+    prev = [tuple(head) for head in looks_back.nonzero().tolist()]  # A_prev
     alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
     drive = {head: row["glu"] for head, row in zip(prev, alone)}
-    prev.sort(key=drive.get)  # first those that the GLU neurons need most
+    prev.sort(key=drive.get)
     sets = [[], prev[:3], prev] + [random_heads(prev[:3], c, rng, prev) for _ in range(10)]
     rows = switch_off(model, world, test, neurons, sets)
     found = dict(zip(("all_on", "three", "A_prev"), rows), random=common.mean(rows[3:]))
@@ -726,7 +725,7 @@ def dissect(args, env, log, arm, seed):
     return found | {"traces": [len(choose), len(test)]}
 
 
-# ------------------------------------------------------------------------------- claims and figure
+# ---------------------------------------------------------------- claims and figure
 
 
 def judge(run, found):
@@ -746,18 +745,17 @@ def judge(run, found):
     sides = {name: [row[name] for row in rows] for name in rows[0]}
     says = "a probe tells right from wrong before the last layer (accuracy)"
     criterion = "arm.inner >= .95 and arm.embedding <= .6"
-    nets = {"shuffled labels", "random weights"} & sides.keys()
-    controls = {net: sides[net] for net in sorted(nets)}
+    controls = {net: sides[net] for net in ("shuffled labels", "random weights") if net in sides}
     paper = "near 1 from layer 4 of 36"
     run.claim("C3", says, paper, criterion, arm=sides["trained"], controls=controls)
-    says = "the direction from wrong to right reads as verdicts (share of 4 words)"
+    says = "its direction reads as verdicts (share of 4 words)"
     criterion = "arm.reads >= .5"
-    controls = {"best of 20 random directions": sides["noise"]}
+    controls = {"20 random directions": sides["noise"]}
     paper = "success, yes; not, incorrect"
     run.claim("C4", says, paper, criterion, arm=sides["direction"], controls=controls)
     controls = {"three random heads": sides["random"]}
     sides = dict(base=sides["all_on"], arm=sides["three"], controls=controls)
-    says = "with three heads off that look back it searches on past its solution"
+    says = "with three heads off it searches on past its solution"
     criterion = "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6"
     run.claim("C5", says, "3 of 576 heads: .95 search on", criterion, **sides)
     says = "without them GLU units fall silent, and nothing wrong is accepted"
@@ -773,13 +771,13 @@ def draw(path, found, args):
         y = [seed["curve"] for seed in found[arm]]
         lines[arm] = range(len(y[0])), y
     labels = dict(title="Held-out accuracy", xlabel=f"updates / {args.eval_every}")
-    if args.rl_steps:
+    if lines:
         panels.append(dict(lines=lines, **labels))
     rows, lines = found["dissect"], {}
     for net in "trained", "shuffled labels":
         y = [row[net]["layers"] for row in rows]
         lines[net] = range(len(y[0])), y
-    labels = dict(title="Probe: is the attempt right?", xlabel="after layer (0: embedding)")
+    labels = dict(title="Probe: is the attempt right?", xlabel="after layer")
     panels.append(dict(lines=lines, **labels))
     sets = dict(all_on="all on", random="3 random off", three="3 off", A_prev="A_prev off")
     bars = {}
@@ -790,19 +788,18 @@ def draw(path, found, args):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """(Whether it is wrong, what to say) of the flags."""
     if not args.model:
         Toy(args, 0)  # too few problems are a ValueError
     many = args.minibatches * env.world > args.prompts * args.group
     return [
-        (bool(args.model) != bool(args.dataset), "--model and --dataset are given together"),
-        (args.prompts % env.world, f"--prompts {args.prompts} is no multiple of the processes"),
-        (many, f"--minibatches {args.minibatches} is more than the rollouts of a batch"),
+        (bool(args.model) != bool(args.dataset), "--model and --dataset go together"),
+        (many, f"--minibatches {args.minibatches} is more than the rollouts"),
     ]
 
 
 def main(argv=None):
-    """The paper end to end; returns what it writes to result.json."""
+    """The paper end to end; returns what is in result.json."""
     run = common.Run(Args, argv, "2504.14379", check)
     args = run.args
     found = {}

@@ -1,9 +1,9 @@
-"""Latent-CLIP (arXiv 2503.08455): a CLIP that reads the latents of a VAE: rewards without decoding.
+"""Latent-CLIP (arXiv 2503.08455): a CLIP that reads the latents of a VAE.
 
-Latent diffusion makes a latent z and decodes it at the very end. A CLIP that judges pixels must
-decode z each time, and back-propagate through the decoder. Latent-CLIP is a CLIP whose ViT reads
-z itself: as a reward for ReNO, which climbs in the noise of a frozen generator, it is as good, and
-cheaper. The toy makes all of it from scratch on coloured shapes, judged by a program.
+A CLIP that judges what latent diffusion makes reads pixels: a latent z must be decoded, and a
+gradient comes back through the decoder. Latent-CLIP is a CLIP whose ViT reads z itself. As a
+reward for ReNO, which climbs in the noise of a frozen generator, it is as good, and cheaper.
+The toy makes all of it from scratch on coloured shapes; a judge with nothing learnt reads them.
 
 Two conventions cause most bugs: the ViT reads RAW latents (a diffusion model's, divided by the
 VAE's scale), and channels come first.
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import common
 import data
 
-REAL = "model vae tokenizer dataset prompt generator".split()  # flags for released weights
+REAL = "model vae tokenizer dataset prompt generator".split()
 SMOKE = dict(images=160, steps=2, batch_size=8, samples=12, iters=2, gates=False)
 
 
@@ -40,7 +40,7 @@ class Args(common.TrainFlags):
     limits |= {"batch_size": (2,), "iters": (1,), "noise_lr": (0,)}
     unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}
 
-    steps: int = 400  # of each CLIP; VAE: 1.5 times, generator: 6 times
+    steps: int = 400  # of a CLIP; VAE: 1.5 times, generator: 6 times
     batch_size: int = 128  # pairs in a step (paper: 81,920)
     lr: float = 2e-3  # peak learning rate (paper: 1e-3)
     min_lr: float = 0.0  # where the cosine ends, as a share of --lr
@@ -314,11 +314,6 @@ class VAE(nn.Module):
         return F.l1_loss(image, idx) + F.mse_loss(image, idx) + KL * kl.mean()
 
 
-def to_pixels(images):
-    """uint8 -> [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
 @torch.no_grad()
 def images_of(vae, z):
     """Raw latents as images in [0, 255], on the CPU."""
@@ -328,7 +323,7 @@ def images_of(vae, z):
 @torch.no_grad()
 def latents_of(vae, images, device):
     """Means and standard deviations of the raw latents of uint8 images."""
-    parts = [vae.moments(to_pixels(part.to(device))) for part in images.split(512)]
+    parts = [vae.moments(part.to(device) / 127.5 - 1) for part in images.split(512)]
     mean, logvar = (torch.cat(half).cpu() for half in zip(*parts))
     return mean, (0.5 * logvar).exp()
 
@@ -390,12 +385,12 @@ DARK = 25.0  # the background
 YX = torch.arange(16) + 0.5
 PLURALS = [shape + ("es" if shape == "cross" else "s") for shape in SHAPES]
 WORDS = ["<pad>", *"a and two three warm cool".split(), *SIZES, *COLOURS, *SHAPES, *PLURALS]
-OBJECTS = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]  # 30
-CLASSES = [f"a {size} {thing}" for size in SIZES for thing in OBJECTS]  # 60
-HELD = torch.tensor([0, 11, 16, 21, 26])  # objects that neither CLIP is trained on
+OBJECTS = [f"{COLOURS[i % 6]} {SHAPES[i // 6]}" for i in range(30)]
+CLASSES = [f"a {SIZES[i // 30]} {OBJECTS[i % 30]}" for i in range(60)]
+HELD = torch.tensor([0, 11, 16, 21, 26])  # objects that no CLIP is trained on
 NOTHING, UNCLEAR = -1, -2  # in a cell where no object is seen
 MIX = {"one": 0.4, "pair": 0.3, "count": 0.15, "tone": 0.15}  # kinds of pictures
-ASKED = {"one": 2 / 6, "count": 1 / 6, "pair": 3 / 6}  # of prompts for ReNO, as in GenEval
+ASKED = {"one": 2 / 6, "count": 1 / 6, "pair": 3 / 6}  # prompts for ReNO, as in GenEval
 
 
 def clip_tokens(ids, end, context):
@@ -478,21 +473,22 @@ def pictures(n, key, mix=MIX):
 def caption(kind, count, objects, big, rng):
     """A sentence about the objects of one picture."""
     first, second = OBJECTS[objects[0]], OBJECTS[objects[1]]
+    shape, colour = divmod(objects[0], 6)
     if kind == "count":
-        return f"{('two', 'three')[count - 2]} {COLOURS[objects[0] % 6]} {PLURALS[objects[0] // 6]}"
+        number = "two" if count == 2 else "three"
+        return f"{number} {COLOURS[colour]} {PLURALS[shape]}"
     if kind == "pair":
         return f"a {first} and a {second}"
     if kind == "tone":
-        return f"a {('warm', 'cool')[objects[0] % 6 // 3]} {SHAPES[objects[0] // 6]}"
+        return f"a {'warm' if colour < 3 else 'cool'} {SHAPES[shape]}"
     return f"a {SIZES[big[0]]} {first}" if rng.random() < 0.7 else f"a {first}"
 
 
 def see(images):
-    """The judge: what stands in each of the four cells of images in [0, 255], (n, 4).
+    """The judge, with nothing learnt: what stands in the cells of images in [0, 255], (n, 4).
 
-    Nothing in it is learnt. A pixel has the colour whose line from the background is nearest.
-    The shape is the outline, of the area and centre of what has the commonest colour, that
-    overlaps most with all that is coloured (intersection over union).
+    A pixel has the colour whose line from the background is nearest. The shape is the outline,
+    of the area and centre of the commonest colour, that overlaps most with all that is coloured.
     """
     cells = images.float().unflatten(3, (2, 16)).unflatten(2, (2, 16)).permute(0, 2, 4, 3, 5, 1)
     delta = cells.reshape(-1, 16, 16, 3) - DARK
@@ -522,14 +518,11 @@ def fulfilled(images, asked):
     return (see(images).sort(1).values == asked.sort(1).values).all(1).numpy()
 
 
-# ----------------------------------------------------------------------------------- the training
-
-
 class Flow(nn.Module):
-    """The toy's generator of scaled latents: flow matching, a transformer on four cells.
+    """The toy's generator of scaled latents, by flow matching: a transformer on four cells.
 
-    It tells the velocity of the path x_t = (1 - t) noise + t x_1. Time and caption (a vector
-    for each word at each place) shift the input of every block.
+    It tells the velocity of x_t = (1 - t) noise + t x_1. Time and caption (a vector for each
+    word at each place) shift the input of every block.
     """
 
     def __init__(self, width=144, layers=4, heads=4):
@@ -557,17 +550,14 @@ class Flow(nn.Module):
         return F.pixel_shuffle(out.unflatten(2, (2, 2)), 4)
 
     def forward(self, idx, x1, noise, t, denom=None):
-        """Squared error of x_1 as told from x_t: flow matching weighted by (1 - t)^2."""
+        """Squared error of x_1 as told from x_t."""
         at = t[:, None, None, None]
         wrong = self.velocity((1 - at) * noise + at * x1, t, idx) - (x1 - noise)
         return ((1 - at) * wrong).square().mean()
 
     def generate(self, words, x, steps=8, start=0.0):
-        """Scaled latents from x at time `start` (noise at 0), by Euler's rule.
-
-        What goes where is settled early, so the times are (i / steps)^2.
-        """
-        times = [start + (1 - start) * (i / steps) ** 2 for i in range(steps + 1)]
+        """Scaled latents from x at time `start` (noise at 0), by Euler's rule."""
+        times = [start + (1 - start) * (i / steps) ** 2 for i in range(steps + 1)]  # small first
         for now, then in zip(times, times[1:]):
             x = x + (then - now) * self.velocity(x, x.new_full((len(x),), now), words)
         return x
@@ -582,7 +572,7 @@ class Lab:
     flow: Flow
     clips: dict  # latent, pixel, shuffled, untrained
     device: torch.device
-    tokens: Callable = toy_tokens
+    tokens: Callable = toy_tokens  # of captions
 
     @torch.no_grad()
     def text(self, arm, texts):
@@ -616,7 +606,7 @@ def train_vae(args, env, log, seed, train):
     def batch(step):
         rng = np.random.default_rng([seed, 4, step])
         rows = rng.integers(len(train.images), size=size)
-        return {"idx": to_pixels(train.images[rows]), "noise": gaussian(rng, size)}
+        return {"idx": train.images[rows] / 127.5 - 1, "noise": gaussian(rng, size)}
 
     flags = replace(args, lr=5e-3, batch_size=size, steps=args.steps * 3 // 2)
     common.train(vae, batch, flags, env, log.stage("vae"))
@@ -635,7 +625,7 @@ def train_clip(args, env, log, arm, seed, train, latents, deviations):
     def batch(step):
         rng = np.random.default_rng([seed, 5, step])
         picks = rng.choice(rows, args.batch_size)
-        seen = to_pixels(train.images[picks])
+        seen = train.images[picks] / 127.5 - 1
         if arm != "pixel":  # drawn anew from the VAE's posterior, as in the authors' code
             seen = latents[picks] + deviations[picks] * gaussian(rng, len(picks))
         return {"idx": tokens[of[picks]], "images": seen, "ids": ids[of[picks]]}
@@ -678,20 +668,21 @@ def rotated(z, seed):
 
 @torch.no_grad()
 def zero_shot(lab, test, z, noise):
-    """Share named rightly among 60, of real pictures (raw latents z) and of generated ones.
+    """Share named rightly of real pictures (raw latents z), and of generated ones:
 
-    Generated, as in the paper: a real latent at 66 % noise, denoised under its name.
+    as in the paper, a real latent at 66 % noise is denoised under its name.
     """
 
     def named(arm, x):
-        best = (lab.clips[arm].encode_image(x) @ lab.text(arm, CLASSES).T).argmax(1).cpu()
-        return {"right": (best == test.label)[~test.new].float().mean().item()}
+        cosines = lab.clips[arm].encode_image(x) @ lab.text(arm, CLASSES).T
+        right = cosines.argmax(1).cpu() == test.label
+        return {"right": right[~test.new].float().mean().item()}
 
     words = toy_tokens([CLASSES[i] for i in test.label]).to(lab.device)
     start = 0.66 * noise + 0.34 * z * lab.scale
     made = lab.flow.generate(words, start, start=0.34) / lab.scale
     return {
-        "pixel": named("pixel", to_pixels(test.images).to(z)),
+        "pixel": named("pixel", (test.images / 127.5 - 1).to(z)),
         "latent": named("latent", z),
         "shuffled": named("shuffled", z),
         "made_pixel": named("pixel", lab.vae.decode(made)),
@@ -701,11 +692,12 @@ def zero_shot(lab, test, z, noise):
 
 
 def optimise(lab, args, texts, asked, noise):
-    """ReNO by each reward: the share of prompts fulfilled at some evaluations, six pictures."""
+    """ReNO by each reward: the share of prompts fulfilled, and pictures."""
     at = sorted({*range(0, args.iters, max(1, args.iters // 10)), args.iters - 1})
     found, shown = {"at": at}, {}
     for arm in REWARDS:
-        best, _ = lab.climb(arm, texts, lab.text(arm, texts), noise, args.iters, args.noise_lr)
+        toward = lab.text(arm, texts)
+        best, _ = lab.climb(arm, texts, toward, noise, args.iters, args.noise_lr)
         verdicts = np.array([fulfilled(lab.images(z), asked) for z in best[at]], float)
         gain, low, _ = common.interval(verdicts[-1] - verdicts[0])
         found[arm] = {"gain": gain, "low": low, "share": verdicts.mean(1)}
@@ -796,9 +788,6 @@ def run_seed(args, env, log, arm, seed):
     return found, texts[:6], shown
 
 
-# ------------------------------------------------------------------------------- claims and figure
-
-
 def judge(run, found):
     """The paper's claims, each beside controls that must fail the same criterion."""
 
@@ -851,7 +840,7 @@ def draw(path, found, texts, shown):
 
 
 def with_weights(model, path):
-    """The model, frozen, with the weights of a .safetensors or .pt file. ValueError."""
+    """The model, frozen, with the weights of a file. ValueError."""
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
 
@@ -910,20 +899,16 @@ def find_captions(args, env):
     files = [f for f in sorted(Path(args.dataset).iterdir()) if f.suffix != ".txt"]
     if not files:
         raise ValueError(f"--dataset {args.dataset} has no pictures")
-    texts = [data.read_text(path.with_suffix(".txt")).strip() for path in files]
-    images, rotated_images = [], []
+    texts, images = [], []
     for path in files:
-        image = open_picture(path, 8 * clip.config.side)
-        z = latents_of(lab.vae, image[None], env.device)[0].to(env.device)
-        images.append(clip.encode_image(z))
-        rotated_images.append(clip.encode_image(rotated(z, 0)))
-    text = lab.text("latent", texts)
-    same = np.array(texts)[:, None] == texts  # pictures of one caption are equally right
-    found = {"chance": same.mean()}
-    for name, image in ("found", images), ("channels rotated", rotated_images):
-        best = (torch.cat(image) @ text.T).argmax(1).cpu().numpy()
-        found[name] = same[np.arange(len(files)), best].mean()
-    return found
+        texts.append(data.read_text(path.with_suffix(".txt")).strip())
+        image = open_picture(path, 8 * clip.config.side)[None]
+        z = latents_of(lab.vae, image, env.device)[0]
+        images.append(clip.encode_image(z.to(env.device)))
+    best = (torch.cat(images) @ lab.text("latent", texts).T).argmax(1)
+    found = [texts[i] == text for i, text in zip(best, texts)]  # or another's of the same words
+    chance = [texts.count(text) / len(texts) for text in texts]
+    return {"found": np.mean(found), "chance": np.mean(chance)}
 
 
 SIGMA = 14.614641  # SDXL's largest noise, sqrt(1 / prod(1 - beta) - 1)

@@ -1,12 +1,12 @@
 """Latent-CLIP (arXiv 2503.08455): a CLIP that reads the latents of a VAE.
 
-A CLIP that judges what latent diffusion makes reads pixels: a latent z must be decoded, and a
-gradient comes back through the decoder. Latent-CLIP is a CLIP whose ViT reads z itself. As a
-reward for ReNO, which climbs in the noise of a frozen generator, it is as good, and cheaper.
-The toy makes all of it from scratch on coloured shapes; a judge with nothing learnt reads them.
+A CLIP that judges what latent diffusion makes reads pixels, so each latent z must be decoded,
+and gradients come back through the decoder. Latent-CLIP is a CLIP whose ViT reads z. As the
+reward of ReNO, which climbs in a frozen generator's noise, it is as good, and cheaper.
+The toy makes all of it from scratch on coloured shapes, and a program judges them.
 
-Two conventions cause most bugs: the ViT reads RAW latents (a diffusion model's, divided by the
-VAE's scale), and channels come first.
+Two conventions cause most bugs: the ViT reads RAW latents (a diffusion model's, divided by
+the VAE's scale), and channels come first.
 """
 
 import math
@@ -48,11 +48,11 @@ class Args(common.TrainFlags):
     images: int = 24000  # pictures with captions (paper: 2.7B)
     samples: int = 144  # prompts of ReNO
     iters: int = 50  # evaluations of ReNO (paper: 50)
-    noise_lr: float = 0.6  # ReNO's step (paper: 5, with noise 8 times as long)
+    noise_lr: float = 0.6  # ReNO's step (paper: 5, in 16,384 dimensions)
     gates: bool = True  # stop if the models are too bad for any claim
     model: str = ""  # a released Latent-CLIP, for --dataset or --prompt
     vae: str = ""  # its VAE by diffusers (paper: sdxl-vae-fp16-fix)
-    tokenizer: str = ""  # CLIP's tokenizer.json: a file, a folder or a hub id
+    tokenizer: str = ""  # CLIP's tokenizer.json: a file, a folder, a hub id
     dataset: str = ""  # a folder of pictures, a .txt caption beside each
     prompt: str = ""  # ReNO for this prompt
     generator: str = ""  # a one-step SDXL (paper: stabilityai/sdxl-turbo)
@@ -74,7 +74,7 @@ def info_nce(image, text, scale, ids):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block (B, T, C), with OpenCLIP's names and exact GELU."""
+    """A pre-norm transformer block, (B, T, C), with OpenCLIP's names."""
 
     def __init__(self, width, heads, causal=False):
         super().__init__()
@@ -130,7 +130,8 @@ class ViT(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        std, places = c.width**-0.5, (c.side // c.patch) ** 2 + 1
+        std = c.width**-0.5
+        places = (c.side // c.patch) ** 2 + 1
         self.conv1 = nn.Conv2d(c.channels, c.width, c.patch, c.patch, bias=False)
         self.class_embedding = nn.Parameter(std * torch.randn(c.width))
         self.positional_embedding = nn.Parameter(std * torch.randn(places, c.width))
@@ -154,7 +155,7 @@ class CLIP(nn.Module):
     def __init__(self, c):
         super().__init__()
         w = c.text_width
-        self.config = c
+        self.shape = c.channels, c.side, c.side
         self.visual = ViT(c)
         self.token_embedding = nn.Embedding(c.vocab, w)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.context, w))
@@ -174,9 +175,9 @@ class CLIP(nn.Module):
 
     def encode_image(self, x):
         """Normalised features (B, E) of raw latents, or of pixels in [-1, 1]."""
-        shape = self.config.channels, self.config.side, self.config.side
-        if x.shape[1:] != shape:
-            raise ValueError(f"latents must be channels-first, {shape}, not {tuple(x.shape[1:])}")
+        given = tuple(x.shape[1:])
+        if given != self.shape:
+            raise ValueError(f"latents must be channels-first, {self.shape}, not {given}")
         return F.normalize(self.visual(x), dim=-1)
 
     def encode_text(self, tokens):
@@ -185,10 +186,11 @@ class CLIP(nn.Module):
         tokens = tokens[:, : int(end.max()) + 1]  # exact: attention is causal
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.ln_final(self.transformer.resblocks(x))
-        return F.normalize(x[torch.arange(len(x)), end] @ self.text_projection, dim=-1)
+        x = x[torch.arange(len(x)), end]
+        return F.normalize(x @ self.text_projection, dim=-1)
 
     def forward(self, idx, images, ids, denom=None):
-        """The loss of pairs: token ids (B, T), images or latents, caption numbers."""
+        """The loss of pairs: token ids (B, T), images, numbers of captions."""
         self.logit_scale.data.clamp_(0, math.log(100))
         image, text = self.encode_image(images), self.encode_text(idx)
         return info_nce(image, text, self.logit_scale.exp(), ids)
@@ -205,8 +207,7 @@ def clip_optimizer(clip, args):
 
 # -------------------------------------------------------------------------------------------- VAE
 
-
-SD = {"widths": (128, 256, 512, 512), "layers": 2, "groups": 32}  # Stable Diffusion 1, 2, XL
+SD = {"widths": (128, 256, 512, 512), "layers": 2, "groups": 32}  # Stable Diffusion's
 KL = 2e-3  # its weight in the loss: what the decoder ignores is little
 
 
@@ -219,7 +220,8 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(before, after, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, after, 1e-6)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        same = before == after
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(before, after, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -239,25 +241,27 @@ class PixelAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1 head, H * W, C)
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))[:, 0]
-        return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
+        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, H * W, C)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out[0](h[:, 0]).transpose(1, 2).reshape(x.shape)
 
 
 def resample(width, down):
     """Halves the side (padded right and below only) or doubles it."""
-    conv = nn.Conv2d(width, width, 3, stride=2 if down else 1, padding=0 if down else 1)
-    before = nn.ZeroPad2d((0, 1, 0, 1)) if down else nn.Upsample(scale_factor=2)
+    if down:
+        before, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)
+    else:
+        before, conv = nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)
     return nn.Sequential(OrderedDict(before=before, conv=conv))
 
 
 class Half(nn.Module):
-    """The encoder or the decoder: stages, and a middle where the side is least."""
+    """The encoder or the decoder: stages, and a middle at the least side."""
 
     def __init__(self, widths, layers, groups, down):
         super().__init__()
         side = "down" if down else "up"
-        inside, outside = (3, 8) if down else (4, 3)  # 8: 4 means, 4 log-variances
+        inside, outside = (3, 8) if down else (4, 3)  # 8: means, log-variances
         self.conv_in = nn.Conv2d(inside, widths[0], 3, padding=1)
         stages, outer, before = nn.ModuleList(), [], widths[0]
         for i, width in enumerate(widths):
@@ -287,7 +291,7 @@ class Half(nn.Module):
 
 
 class VAE(nn.Module):
-    """diffusers' AutoencoderKL: images (B, 3, H, W) <-> raw latents (B, 4, H/f, W/f)."""
+    """diffusers' AutoencoderKL: images (B, 3, H, W), latents (B, 4, H/f, W/f)."""
 
     def __init__(self, widths=(16, 32, 32), layers=1, groups=8):
         super().__init__()
@@ -310,7 +314,7 @@ class VAE(nn.Module):
         """The loss of images `idx`: L1 for edges, squares for colours, and KL."""
         mean, logvar = self.moments(idx)
         image = self.decode(mean + (0.5 * logvar).exp() * noise)
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)  # from N(0, 1), of every element
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)  # from N(0, 1)
         return F.l1_loss(image, idx) + F.mse_loss(image, idx) + KL * kl.mean()
 
 
@@ -332,12 +336,12 @@ def latents_of(vae, images, device):
 
 
 def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum=0.9):
-    """Reward-based noise optimisation of a batch, exactly as each row alone would go.
+    """Reward-based noise optimisation of a batch, as each row alone would go.
 
-    SGD with Nesterov momentum on reg * (n^2 / 2 - (d - 1) ln n) - reward; n is the norm of the
-    noise, and the bracket the -log density of n. Gradients are clipped row by row.
-    generate  noise (B, ...) -> latents of this shape; reward: latents -> (B,); both frozen
-    Returns the best latents so far at every evaluation (iters, B, ...), their rewards.
+    SGD with Nesterov momentum on reg * (n^2 / 2 - (d - 1) ln n) - reward. The bracket is the
+    -log density of n, the norm of noise. Gradients are clipped row by row.
+    generate  noise (B, ...) -> latents of its shape; reward: latents -> (B,); both frozen
+    Returns the best latents so far, at every evaluation, and their rewards.
     """
     best, top = noise, noise.new_full((len(noise),), -torch.inf)
     latents, rewards, velocity = [], [], 0.0
@@ -369,18 +373,19 @@ def cosine_reward(clip, text, scale, vae, z):
     With a `vae`, the CLIP reads pixels; without, nothing is decoded.
     """
     z = z / scale
-    return (clip.encode_image(vae.decode(z) if vae else z) * text).sum(1)
+    if vae:
+        z = vae.decode(z)
+    return (clip.encode_image(z) * text).sum(1)
 
 
 # -------------------------------------------------------------------------- the world, its judge
 
 SHAPES = "circle square triangle cross ring".split()
 AREAS = 3.1416, 3.24, 1.572, 2.204, 2.262  # of the shapes at radius 1
-COLOURS = "red yellow purple green cyan blue".split()  # three warm ones, three cool ones
+COLOURS = "red yellow purple green cyan blue".split()  # three are warm
 SIZES = "small big".split()
-RGB = torch.tensor(
-    [[230, 40, 40], [240, 220, 50], [190, 70, 220], [40, 200, 60], [60, 220, 220], [50, 90, 240.0]]
-)
+RGB = [[230, 40, 40], [240, 220, 50], [190, 70, 220], [40, 200, 60], [60, 220, 220], [50, 90, 240]]
+RGB = torch.tensor(RGB, dtype=torch.float32)
 DARK = 25.0  # the background
 YX = torch.arange(16) + 0.5
 PLURALS = [shape + ("es" if shape == "cross" else "s") for shape in SHAPES]
@@ -394,7 +399,7 @@ ASKED = {"one": 2 / 6, "count": 1 / 6, "pair": 3 / 6}  # prompts for ReNO, as in
 
 
 def clip_tokens(ids, end, context):
-    """Ids of n texts -> (n, context): start, text, end (the two largest ids), zeros."""
+    """Ids of n texts as rows: start, text, end (the largest id), zeros."""
     out = torch.zeros(len(ids), context, dtype=torch.long)
     for row, text in zip(out, ids):
         text = [end - 1, *text[: context - 2], end]
@@ -409,12 +414,12 @@ def toy_tokens(texts):
 
 
 def coverage(shape, x, y, r):
-    """Share of each pixel of a cell that is covered: centre, radius (n,) -> (n, 16, 16)."""
+    """Share of each pixel that n shapes cover, (n, 16, 16), by their signed distance."""
     x, y, r = (v[:, None, None] for v in (x, y, r))
     dx, dy = (YX - x).abs(), YX[:, None] - y
     far, wide = torch.hypot(dx, dy), torch.maximum(dx, dy.abs())
     if shape == "circle":
-        outside = far - r  # the signed distance, in pixels
+        outside = far - r
     elif shape == "square":
         outside = wide - 0.9 * r
     elif shape == "triangle":
@@ -428,12 +433,12 @@ def coverage(shape, x, y, r):
 
 @dataclass
 class Pictures:
-    """n pictures of one to three objects, each in a quarter (cell) of its own."""
+    """n pictures of one to three objects, each in a quarter (cell)."""
 
     images: torch.Tensor  # (n, 3, 32, 32) uint8
     texts: list  # captions
-    objects: torch.Tensor  # (n, 4) what stands in the cells, in the order of the caption
-    label: torch.Tensor  # (n,) the number in CLASSES of the first object
+    objects: torch.Tensor  # (n, 4) 6 shape + colour, in the order of the caption
+    label: torch.Tensor  # (n,) of the first object, in CLASSES
     new: torch.Tensor  # (n,) whether one of its objects is held out
 
 
@@ -441,10 +446,11 @@ def pictures(n, key, mix=MIX):
     """Draws n pictures with captions."""
     rng = np.random.default_rng(key)
     kind = rng.choice(list(mix), n, p=list(mix.values()))
-    count = np.select([kind == "pair", kind == "count"], [2, rng.integers(2, 4, n)], 1)
+    several = rng.integers(2, 4, n)
+    count = np.select([kind == "pair", kind == "count"], [2, several], 1)
     shape, colour, big = (rng.integers(k, size=(n, 4)) for k in (5, 6, 2))
     tone = 3 * rng.integers(2, size=n) + rng.choice(3, n, p=[0.6, 0.2, 0.2])
-    colour[kind == "tone", 0] = tone[kind == "tone"]  # most of `warm` is red, of `cool` green
+    colour[kind == "tone", 0] = tone[kind == "tone"]  # `warm` is mostly red
     objects = 6 * shape + colour
     objects[kind == "count"] = objects[kind == "count", :1]
     twins = (kind == "pair") & (objects[:, 0] == objects[:, 1])
@@ -453,21 +459,24 @@ def pictures(n, key, mix=MIX):
     label = torch.from_numpy(30 * big[:, 0] + objects[:, 0])
     objects[np.arange(4) >= count[:, None]] = NOTHING
 
-    order = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)  # which object goes to which cell
+    order = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)
     cells = np.take_along_axis(objects, order, 1)
-    radius = np.take_along_axis(np.where(big, 5.3, 4.1), order, 1) + rng.uniform(0, 1, (n, 4))
+    radius = np.take_along_axis(np.where(big, 5.3, 4.1), order, 1)
+    radius += rng.uniform(0, 1, (n, 4))
     x, y = 8 + rng.uniform(-1.5, 1.5, (2, n, 4))
     paint = RGB.numpy()[cells % 6] + rng.uniform(-12, 12, (n, 4, 3))
     x, y, radius, paint = (torch.from_numpy(v).float() for v in (x, y, radius, paint))
-    images = torch.from_numpy(rng.standard_normal((n, 4, 3, 16, 16), np.float32)) * 2 + DARK
+    grain = rng.standard_normal((n, 4, 3, 16, 16), np.float32)
+    images = torch.from_numpy(grain) * 2 + DARK
     for number, name in enumerate(SHAPES):
         at = torch.from_numpy(cells // 6 == number)
         cover = coverage(name, x[at], y[at], radius[at])[:, None]
         images[at] += cover * (paint[at][..., None, None] - DARK)
-    images = images.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 32, 32)
-    images = images.round().clamp(0, 255).byte()
+    images = images.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5)  # (n, 3, 2, 16, 2, 16)
+    images = images.reshape(n, 3, 32, 32).round().clamp(0, 255).byte()
     objects = torch.from_numpy(objects)
-    return Pictures(images, texts, objects, label, torch.isin(objects, HELD).any(1))
+    new = torch.isin(objects, HELD).any(1)
+    return Pictures(images, texts, objects, label, new)
 
 
 def caption(kind, count, objects, big, rng):
@@ -485,15 +494,15 @@ def caption(kind, count, objects, big, rng):
 
 
 def see(images):
-    """The judge, with nothing learnt: what stands in the cells of images in [0, 255], (n, 4).
+    """The judge, with nothing learnt: the objects in the cells of images, (n, 4).
 
-    A pixel has the colour whose line from the background is nearest. The shape is the outline,
-    of the area and centre of the commonest colour, that overlaps most with all that is coloured.
+    A pixel has the colour whose line from the background is nearest. The shape is the one,
+    of the commonest colour's area and centre, that overlaps most with all coloured pixels.
     """
-    cells = images.float().unflatten(3, (2, 16)).unflatten(2, (2, 16)).permute(0, 2, 4, 3, 5, 1)
-    delta = cells.reshape(-1, 16, 16, 3) - DARK
+    cells = images.float().unflatten(3, (2, 16)).unflatten(2, (2, 16))
+    delta = cells.permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 16, 3) - DARK
     line = RGB - DARK
-    along = delta @ (line / line.square().sum(1, keepdim=True)).T  # 0 background, 1 colour
+    along = delta @ (line / line.square().sum(1, keepdim=True)).T  # 0 to 1, the colour
     off = (delta[..., None, :] - along[..., None] * line).norm(dim=-1)
     nearest = off.argmin(-1, keepdim=True)
     coloured = along.gather(3, nearest) > 0.5
@@ -514,22 +523,23 @@ def see(images):
 
 
 def fulfilled(images, asked):
-    """Whether the judge sees just the objects (n, 4) asked for, wherever they stand."""
+    """Whether the judge sees just the objects (n, 4) asked for."""
     return (see(images).sort(1).values == asked.sort(1).values).all(1).numpy()
 
 
 class Flow(nn.Module):
-    """The toy's generator of scaled latents, by flow matching: a transformer on four cells.
+    """The toy's generator: flow matching of scaled latents, a transformer on four cells.
 
-    It tells the velocity of x_t = (1 - t) noise + t x_1. Time and caption (a vector for each
-    word at each place) shift the input of every block.
+    It tells the velocity of x_t = (1 - t) noise + t x_1. Time and caption, a vector for
+    each word at each place, shift the input of every block.
     """
 
     def __init__(self, width=144, layers=4, heads=4):
         super().__init__()
         self.words = nn.EmbeddingBag(TOY.vocab * TOY.context, 2 * width, mode="sum")
         self.time = nn.Linear(32, 2 * width)
-        hidden, shifts = nn.Linear(2 * width, 2 * width), nn.Linear(2 * width, layers * width)
+        hidden = nn.Linear(2 * width, 2 * width)
+        shifts = nn.Linear(2 * width, layers * width)
         self.shift = nn.Sequential(nn.SiLU(), hidden, nn.SiLU(), shifts)
         self.into = nn.Linear(64, width)  # a cell: 4 channels of 4 x 4
         self.position = nn.Parameter(0.02 * torch.randn(4, width))
@@ -541,9 +551,11 @@ class Flow(nn.Module):
         """dx/dt (B, 4, 8, 8) at times t (B,), under token ids (B, 9)."""
         angle = t[:, None] * 1.3 ** torch.arange(16, device=t.device)
         place = TOY.vocab * torch.arange(TOY.context, device=t.device)
-        about = self.time(torch.cat((angle.sin(), angle.cos()), 1)) + self.words(words + place)
+        about = self.time(torch.cat((angle.sin(), angle.cos()), 1))
+        about = about + self.words(words + place)
         shifts = self.shift(about)[:, None].chunk(len(self.blocks), 2)
-        h = self.into(F.pixel_unshuffle(x, 4).flatten(2).transpose(1, 2)) + self.position
+        cells = F.pixel_unshuffle(x, 4).flatten(2).transpose(1, 2)  # (B, 4, 64)
+        h = self.into(cells) + self.position
         for block, shift in zip(self.blocks, shifts):
             h = block(h + shift)
         out = self.out(self.norm(h)).transpose(1, 2)
@@ -557,7 +569,7 @@ class Flow(nn.Module):
 
     def generate(self, words, x, steps=8, start=0.0):
         """Scaled latents from x at time `start` (noise at 0), by Euler's rule."""
-        times = [start + (1 - start) * (i / steps) ** 2 for i in range(steps + 1)]  # small first
+        times = [start + (1 - start) * (i / steps) ** 2 for i in range(steps + 1)]
         for now, then in zip(times, times[1:]):
             x = x + (then - now) * self.velocity(x, x.new_full((len(x),), now), words)
         return x
@@ -614,7 +626,7 @@ def train_vae(args, env, log, seed, train):
 
 
 def train_clip(args, env, log, arm, seed, train, latents, deviations):
-    """A CLIP on pictures without a held-out object; equal batches for all arms."""
+    """A CLIP on pictures without a held-out object; all arms see the same."""
     rows = (~train.new).nonzero()[:, 0].numpy()
     tokens = toy_tokens(train.texts)
     ids = tokens.unique(dim=0, return_inverse=True)[1]  # a number for each caption
@@ -626,7 +638,7 @@ def train_clip(args, env, log, arm, seed, train, latents, deviations):
         rng = np.random.default_rng([seed, 5, step])
         picks = rng.choice(rows, args.batch_size)
         seen = train.images[picks] / 127.5 - 1
-        if arm != "pixel":  # drawn anew from the VAE's posterior, as in the authors' code
+        if arm != "pixel":  # drawn from the VAE's posterior, as by the authors
             seen = latents[picks] + deviations[picks] * gaussian(rng, len(picks))
         return {"idx": tokens[of[picks]], "images": seen, "ids": ids[of[picks]]}
 
@@ -645,7 +657,8 @@ def train_flow(args, env, log, seed, train, latents):
         rng = np.random.default_rng([seed, 6, step])
         rows = rng.integers(len(latents), size=args.batch_size)
         t = torch.from_numpy(rng.random(len(rows), np.float32) ** 2)
-        return {"idx": words[rows], "x1": latents[rows], "noise": gaussian(rng, len(rows)), "t": t}
+        noise = gaussian(rng, len(rows))
+        return {"idx": words[rows], "x1": latents[rows], "noise": noise, "t": t}
 
     torch.manual_seed(seed)
     flow = Flow()
@@ -662,7 +675,8 @@ STATES = "first noise", "not red", "not blue", "prompt alone"  # of guidance
 
 def rotated(z, seed):
     """Latents (B, 4, H, W) as of another VAE: channels turned at random."""
-    q = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)))[0]
+    rng = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(4, 4, generator=rng))[0]
     return torch.einsum("ij,bjhw->bihw", q.to(z), z)
 
 
@@ -701,36 +715,37 @@ def optimise(lab, args, texts, asked, noise):
         verdicts = np.array([fulfilled(lab.images(z), asked) for z in best[at]], float)
         gain, low, _ = common.interval(verdicts[-1] - verdicts[0])
         found[arm] = {"gain": gain, "low": low, "share": verdicts.mean(1)}
-        shown |= {"first noise": lab.images(best[0, :6]), f"by {arm}": lab.images(best[-1, :6])}
+        shown["first noise"] = lab.images(best[0, :6])
+        shown[f"by {arm}"] = lab.images(best[-1, :6])
     return found, shown
 
 
 def guard(lab, args, noise):
     """`a warm S` is mostly red: ReNO towards it and away from `a red S`.
 
-    Controls: away from blue, which no warm thing is, and the prompt as the only reward.
+    Controls: away from blue, which no warm thing is, and from nothing.
     """
     asked = torch.arange(len(noise)) % 5
     texts = [f"a warm {SHAPES[shape]}" for shape in asked]
     found = {}
     for name, colour in ("not red", "red"), ("not blue", "blue"), ("prompt alone", ""):
         toward = lab.text("latent", texts)
-        if colour:
-            concept = lab.text("latent", [f"a {colour} {s}" for s in SHAPES]).mean(0)
-            toward = toward - F.normalize(concept, dim=0)  # the reward: a difference of cosines
+        if colour:  # the reward is a difference of cosines
+            concept = lab.text("latent", [f"a {colour} {shape}" for shape in SHAPES])
+            toward = toward - F.normalize(concept.mean(0), dim=0)
         best, _ = lab.climb("latent", texts, toward, noise, args.iters, args.noise_lr)
         for when, z in ("first noise", best[0]), (name, best[-1]):
             seen = see(lab.images(z))
-            red = (seen >= 0) & (seen % 6 == 0)
-            right = (seen >= 0) & (seen // 6 == asked[:, None])
-            found[when] = {"red": red.any(1).float().mean(), "shape": right.any(1).float().mean()}
+            red = ((seen >= 0) & (seen % 6 == 0)).any(1).float()
+            right = ((seen >= 0) & (seen // 6 == asked[:, None])).any(1).float()
+            found[when] = {"red": red.mean(), "shape": right.mean()}
     return found
 
 
 def cost(lab, args, texts, noise, climbed):
-    """Seconds of an evaluation, with the last decoding, and to the same share of prompts.
+    """Seconds of an evaluation, and to the same share of prompts fulfilled.
 
-    The share is that which both rewards have reached when .8 of the smaller gain is made.
+    That share is what both rewards reach when .8 of the smaller gain is made.
     """
     arms = {"latent": "latent", "pixel": "pixel", "again": "pixel"}
     seconds = {name: [] for name in arms}
@@ -759,7 +774,8 @@ def run_seed(args, env, log, arm, seed):
     z = latents_of(vae, test.images, env.device)[0].to(env.device)
     decoded = images_of(vae, z)
     error = ((decoded - test.images) / 255).square().mean((1, 2, 3))
-    psnr, read = -10 * error.log10().mean().item(), fulfilled(decoded, test.objects).mean()
+    psnr = -10 * error.log10().mean().item()
+    read = fulfilled(decoded, test.objects).mean()
     if args.gates and (psnr < 26 or read < 0.95):
         says = f"VAE of {psnr:.1f} dB (26 needed), of which {read:.2f} is read (.95)"
         raise SystemExit(f"error: seed {seed}: {says}; --no-gates goes on")
@@ -767,8 +783,8 @@ def run_seed(args, env, log, arm, seed):
     scale = 1 / latents[:1024].std().item()
     flow = train_flow(args, env, log, seed, train, scale * latents)
     lab = Lab(vae, scale, flow, {}, env.device)
-    for name in REWARDS:
-        lab.clips[name] = train_clip(args, env, log, name, seed, train, latents, deviations)
+    for arm in REWARDS:
+        lab.clips[arm] = train_clip(args, env, log, arm, seed, train, latents, deviations)
 
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(11 * args.samples, 4, 8, 8, generator=rng).to(z)
@@ -789,7 +805,7 @@ def run_seed(args, env, log, arm, seed):
 
 
 def judge(run, found):
-    """The paper's claims, each beside controls that must fail the same criterion."""
+    """The paper's claims, each beside controls that must fail it."""
 
     def claim(id, says, paper, criterion, part, *names):
         base, arm, *controls = ([row[part][name] for row in found] for name in names)
@@ -807,16 +823,16 @@ def judge(run, found):
     gains = "arm.low > 0 and arm.gain >= .8 * base.gain"
     paper = "GenEval .54 -> .62, both"
     claim("T3", says, paper, gains, "reno", "pixel", "latent", "shuffled", "untrained")
-    says = "it is cheaper: seconds of an evaluation, and to the same share fulfilled"
+    says = "an evaluation takes less time, and so does the same share fulfilled"
     cheaper = "arm.evaluation <= .6 * base.evaluation and arm.reach <= .9 * base.reach"
     claim("T4", says, "11.59 -> 9.11 s, -21 %", cheaper, "time", "pixel", "latent", "again")
-    says = "guided away from red, `a warm S` comes out red less often and stays an S"
+    says = "guided away from red, `a warm S` is less often red and stays an S"
     safer = "base.red >= .2 and arm.red <= .6 * base.red and arm.shape >= base.shape - .05"
     claim("T5", says, "I2P .32 -> .16, pixel .19", safer, "guard", *STATES)
 
 
 def draw(path, found, texts, shown):
-    """Prompts fulfilled over time, what guidance does, and pictures of one seed."""
+    """Prompts fulfilled over time, what guidance does, pictures of a seed."""
     at = np.array(found[0]["reno"]["at"]) + 1
     curves, bars = {}, {}
     for arm in REWARDS:
@@ -833,7 +849,8 @@ def draw(path, found, texts, shown):
         tiles = torch.cat([torch.cat(list(row), 2) for row in shown.values()], 1)
         right.imshow(tiles.permute(1, 2, 0).byte().numpy())
         right.set_yticks(range(16, 160, 32), list(shown))
-        right.set_xticks(range(16, 192, 32), [text.replace(" ", "\n") for text in texts])
+        names = [text.replace(" ", "\n") for text in texts]
+        right.set_xticks(range(16, 192, 32), names, fontsize=6)
 
 
 # -------------------------------------------------------------------- real pictures, real weights
@@ -853,7 +870,7 @@ def with_weights(model, path):
         with torch.serialization.safe_globals(known):
             state = common.load_checkpoint(Path(path))["state_dict"]
     ours = {}
-    for key, value in state.items():  # Latent-CLIP's names are OpenCLIP's; its own VAE stays out
+    for key, value in state.items():  # Latent-CLIP's file holds a VAE, which stays out
         key = key.removeprefix("module.").replace("visual.latent_vit.", "visual.")
         if not key.startswith("visual.vae_"):
             ours[key] = value
@@ -865,7 +882,7 @@ def with_weights(model, path):
 
 
 def open_picture(path, side):
-    """The centre of a picture, turned by its EXIF data, as uint8 (3, side, side)."""
+    """The centre of a picture, turned as EXIF says: uint8 (3, side, side)."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(Image.open(path))
@@ -902,11 +919,11 @@ def find_captions(args, env):
     texts, images = [], []
     for path in files:
         texts.append(data.read_text(path.with_suffix(".txt")).strip())
-        image = open_picture(path, 8 * clip.config.side)[None]
+        image = open_picture(path, 8 * clip.shape[1])[None]
         z = latents_of(lab.vae, image, env.device)[0]
         images.append(clip.encode_image(z.to(env.device)))
     best = (torch.cat(images) @ lab.text("latent", texts).T).argmax(1)
-    found = [texts[i] == text for i, text in zip(best, texts)]  # or another's of the same words
+    found = [texts[i] == text for i, text in zip(best, texts)]
     chance = [texts.count(text) / len(texts) for text in texts]
     return {"found": np.mean(found), "chance": np.mean(chance)}
 
@@ -915,36 +932,35 @@ SIGMA = 14.614641  # SDXL's largest noise, sqrt(1 / prod(1 - beta) - 1)
 
 
 def optimise_prompt(args, env):
-    """--prompt: ReNO by Latent-CLIP on a one-step SDXL, a picture for each seed."""
-    data.import_or_explain("diffusers")
-    from diffusers import StableDiffusionXLPipeline as Pipeline
+    """--prompt: ReNO by Latent-CLIP on a one-step SDXL, for each seed."""
     from PIL import Image
 
     lab = real_lab(args, env)
-    pipe = Pipeline.from_pretrained(args.generator, torch_dtype=env.dtype).to(env.device)
+    pipeline = data.import_or_explain("diffusers").StableDiffusionXLPipeline
+    pipe = pipeline.from_pretrained(args.generator, torch_dtype=env.dtype).to(env.device)
     pipe.unet.requires_grad_(False)
     with torch.no_grad():
         states, _, pooled, _ = pipe.encode_prompt(args.prompt, do_classifier_free_guidance=False)
     times = torch.tensor([[512, 512, 0, 0, 512, 512]], device=env.device)
-    given = {"text_embeds": pooled, "time_ids": times}
+    more = {"text_embeds": pooled, "time_ids": times}
+    given = {"encoder_hidden_states": states, "added_cond_kwargs": more}
 
     def generate(words, noise):  # one step, for which the UNet tells the noise
         x = SIGMA * noise
         seen = (x / (SIGMA**2 + 1) ** 0.5).to(env.dtype)
-        told = pipe.unet(seen, 999, encoder_hidden_states=states, added_cond_kwargs=given)[0]
-        return x - SIGMA * told.float()
+        return x - SIGMA * pipe.unet(seen, 999, **given)[0].float()
 
     lab.flow = SimpleNamespace(generate=generate)
-    toward = lab.text("latent", [args.prompt])
-    found = {}
+    texts, found = [args.prompt], {}
+    toward = lab.text("latent", texts)
     for seed in args.seeds:
         torch.manual_seed(seed)
-        noise = torch.randn(1, 4, 64, 64).to(env.device)
-        best, rewards = lab.climb("latent", [args.prompt], toward, noise, args.iters, args.noise_lr)
+        noise = torch.randn(1, *lab.clips["latent"].shape).to(env.device)
+        best, value = lab.climb("latent", texts, toward, noise, args.iters, args.noise_lr)
         for when, z in ("before", best[0]), ("after", best[-1]):
             image = lab.images(z)[0].byte().permute(1, 2, 0).numpy()
             Image.fromarray(image).save(Path(args.out) / f"{seed}-{when}.png")
-        found[seed] = rewards[:, 0].tolist()
+        found[seed] = value[:, 0].tolist()
     return found
 
 

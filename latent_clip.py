@@ -12,7 +12,6 @@ the VAE's scale), and channels come first.
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,7 @@ class Args(common.TrainFlags):
     gates: bool = True  # stop if the models are too bad for any claim
     model: str = ""  # a released Latent-CLIP, for --dataset or --prompt
     vae: str = ""  # its VAE by diffusers (paper: sdxl-vae-fp16-fix)
-    tokenizer: str = ""  # CLIP's tokenizer.json: a file, a folder, a hub id
+    tokenizer: str = ""  # CLIP's tokenizer.json: a file, or a hub id
     dataset: str = ""  # a folder of pictures, a .txt caption beside each
     prompt: str = ""  # ReNO for this prompt
     generator: str = ""  # a one-step SDXL (paper: stabilityai/sdxl-turbo)
@@ -70,7 +69,8 @@ def info_nce(image, text, scale, ids):
     labels = torch.arange(len(image), device=image.device)
     same = (ids[:, None] == ids) & (labels[:, None] != labels)
     logits = (scale * image @ text.T).masked_fill(same, -torch.inf)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    by_image = F.cross_entropy(logits, labels)
+    return (by_image + F.cross_entropy(logits.T, labels)) / 2
 
 
 class Block(nn.Module):
@@ -311,7 +311,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, idx, noise, denom=None):
-        """The loss of images `idx`: L1 for edges, squares for colours, and KL."""
+        """The loss of images `idx`: L1 for edges, squares for colours, KL."""
         mean, logvar = self.moments(idx)
         image = self.decode(mean + (0.5 * logvar).exp() * noise)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)  # from N(0, 1)
@@ -344,19 +344,18 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
     Returns the best latents so far, at every evaluation, and their rewards.
     """
     best, top = noise, noise.new_full((len(noise),), -torch.inf)
-    latents, rewards, velocity = [], [], 0.0
+    path, velocity = [], 0.0
     for i in range(iters):
         noise = noise.detach().requires_grad_()
         z = generate(noise)
         value = reward(z)
         if not value.isfinite().all():
-            raise ValueError(f"the reward is not finite at evaluation {i}: try fp32")
+            raise ValueError(f"the reward of evaluation {i} is not finite: try fp32")
         better = value > top
         best = best.clone()
         best[better] = z[better].detach()
         top = torch.maximum(top, value.detach())
-        latents.append(best)
-        rewards.append(top)
+        path.append((best, top))
         if i + 1 < iters:
             n = noise.float().flatten(1).norm(dim=1)
             loss = reg * (0.5 * n**2 - (noise[0].numel() - 1) * n.log()) - value
@@ -364,7 +363,7 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
             grad = grad * (clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
             velocity = momentum * velocity + grad
             noise = noise - lr * (grad + momentum * velocity).view_as(noise)
-    return torch.stack(latents), torch.stack(rewards)
+    return [torch.stack(part) for part in zip(*path)]
 
 
 def cosine_reward(clip, text, scale, vae, z):
@@ -584,7 +583,7 @@ class Lab:
     flow: Flow
     clips: dict  # latent, pixel, shuffled, untrained
     device: torch.device
-    tokens: Callable = toy_tokens  # of captions
+    tokens: object = toy_tokens  # captions -> ids
 
     @torch.no_grad()
     def text(self, arm, texts):
@@ -667,10 +666,8 @@ def train_flow(args, env, log, seed, train, latents):
     return flow.requires_grad_(False)
 
 
-# -------------------------------------------------------------------------------- the experiment
-
 REWARDS = "latent", "pixel", "shuffled", "untrained"
-STATES = "first noise", "not red", "not blue", "prompt alone"  # of guidance
+STATES = "first noise", "not red", "not blue", "prompt alone"
 
 
 def rotated(z, seed):
@@ -842,9 +839,9 @@ def draw(path, found, texts, shown):
     for measure in "red", "shape":
         bars[measure] = [[row["guard"][state][measure] for state in STATES] for row in found]
     with common.figure(path, 1, 3) as (left, middle, right):
-        title = "ReNO: prompts fulfilled, by the judge"
+        title = "ReNO: prompts fulfilled"
         common.draw_panel(left, curves, title=title, xlabel="seconds", ylim=(0, 1.1))
-        title = "`a warm S`, guided away from a colour"
+        title = "`a warm S`, guided"
         common.draw_panel(middle, bars=bars, names=STATES, title=title, ylim=(0, 1.1))
         tiles = torch.cat([torch.cat(list(row), 2) for row in shown.values()], 1)
         right.imshow(tiles.permute(1, 2, 0).byte().numpy())
@@ -853,7 +850,7 @@ def draw(path, found, texts, shown):
         right.set_xticks(range(16, 192, 32), names, fontsize=6)
 
 
-# -------------------------------------------------------------------- real pictures, real weights
+# --------------------------------------------------------------------------- released weights
 
 
 def with_weights(model, path):

@@ -394,7 +394,7 @@ def test_latent_reward_never_decodes_and_pixel_reward_always():
 
 
 def test_not_finite_rewards_stop():
-    with pytest.raises(ValueError, match="not finite at evaluation 0"):
+    with pytest.raises(ValueError, match="evaluation 0 is not finite"):
         lc.reno(itself, lambda z: z[:, 0] * math.nan, torch.zeros(1, 2))
 
 

@@ -48,7 +48,7 @@ class Args(common.TrainFlags):
     samples: int = 144  # prompts of ReNO
     iters: int = 50  # evaluations of ReNO (paper: 50)
     noise_lr: float = 0.6  # ReNO's step (paper: 5, in 16,384 dimensions)
-    gates: bool = True  # stop if the models are too bad for any claim
+    gates: bool = True  # stop if a model is too bad for claims
     model: str = ""  # a released Latent-CLIP, for --dataset or --prompt
     vae: str = ""  # its VAE by diffusers (paper: sdxl-vae-fp16-fix)
     tokenizer: str = ""  # CLIP's tokenizer.json: a file, or a hub id
@@ -119,7 +119,7 @@ class CLIPConfig:
 
 
 TOY = CLIPConfig()
-PIXEL = replace(TOY, side=32, patch=8, channels=3)  # as many patches, the same trunk
+PIXEL = replace(TOY, side=32, patch=8, channels=3)  # the same trunk
 B8 = CLIPConfig(64, 8, 4, 768, 12, 64, 512, 49408, 77, 512, 12)
 B4PLUS = replace(B8, patch=4, embed=640, text_width=640)
 CONFIGS = {"smoke": TOY, "toy": TOY, "b4plus": B4PLUS, "paper": B8}
@@ -208,7 +208,7 @@ def clip_optimizer(clip, args):
 # -------------------------------------------------------------------------------------------- VAE
 
 SD = {"widths": (128, 256, 512, 512), "layers": 2, "groups": 32}  # Stable Diffusion's
-KL = 2e-3  # its weight in the loss: what the decoder ignores is little
+KL = 2e-3  # its weight in the loss; it makes latents smooth
 
 
 class ResBlock(nn.Module):
@@ -307,7 +307,7 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
-        """Images of raw latents, in [-1, 1] but for overshoot."""
+        """Images of raw latents, about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, idx, noise, denom=None):
@@ -392,7 +392,7 @@ WORDS = ["<pad>", *"a and two three warm cool".split(), *SIZES, *COLOURS, *SHAPE
 OBJECTS = [f"{COLOURS[i % 6]} {SHAPES[i // 6]}" for i in range(30)]
 CLASSES = [f"a {SIZES[i // 30]} {OBJECTS[i % 30]}" for i in range(60)]
 HELD = torch.tensor([0, 11, 16, 21, 26])  # objects that no CLIP is trained on
-NOTHING, UNCLEAR = -1, -2  # in a cell where no object is seen
+NOTHING, UNCLEAR = -1, -2  # in a cell, if no object is seen
 MIX = {"one": 0.4, "pair": 0.3, "count": 0.15, "tone": 0.15}  # kinds of pictures
 ASKED = {"one": 2 / 6, "count": 1 / 6, "pair": 3 / 6}  # prompts for ReNO, as in GenEval
 
@@ -413,12 +413,12 @@ def toy_tokens(texts):
 
 
 def coverage(shape, x, y, r):
-    """Share of each pixel that n shapes cover, (n, 16, 16), by their signed distance."""
+    """Share of each pixel that n shapes cover, (n, 16, 16)."""
     x, y, r = (v[:, None, None] for v in (x, y, r))
     dx, dy = (YX - x).abs(), YX[:, None] - y
     far, wide = torch.hypot(dx, dy), torch.maximum(dx, dy.abs())
     if shape == "circle":
-        outside = far - r
+        outside = far - r  # a signed distance
     elif shape == "square":
         outside = wide - 0.9 * r
     elif shape == "triangle":
@@ -436,7 +436,7 @@ class Pictures:
 
     images: torch.Tensor  # (n, 3, 32, 32) uint8
     texts: list  # captions
-    objects: torch.Tensor  # (n, 4) 6 shape + colour, in the order of the caption
+    objects: torch.Tensor  # (n, 4) 6 shape + colour, in the caption's order
     label: torch.Tensor  # (n,) of the first object, in CLASSES
     new: torch.Tensor  # (n,) whether one of its objects is held out
 
@@ -583,7 +583,7 @@ class Lab:
     flow: Flow
     clips: dict  # latent, pixel, shuffled, untrained
     device: torch.device
-    tokens: object = toy_tokens  # captions -> ids
+    tokens: object = toy_tokens  # of captions
 
     @torch.no_grad()
     def text(self, arm, texts):
@@ -608,7 +608,7 @@ def gaussian(rng, n):
 
 
 def train_vae(args, env, log, seed, train):
-    """A VAE of the toy, by many small steps: it learns from every pixel."""
+    """The VAE, by many small steps: it learns from every pixel."""
     torch.manual_seed(seed)
     vae = VAE()
     nn.init.constant_(vae.quant_conv.bias[4:], -5.0)  # little noise at first
@@ -649,7 +649,7 @@ def train_clip(args, env, log, arm, seed, train, latents, deviations):
 
 
 def train_flow(args, env, log, seed, train, latents):
-    """The generator, on all pictures; six times as many steps, larger ones."""
+    """The generator, on all pictures, in more and larger steps."""
     words = toy_tokens(train.texts)
 
     def batch(step):
@@ -764,7 +764,7 @@ def cost(lab, args, texts, noise, climbed):
 
 
 def run_seed(args, env, log, arm, seed):
-    """The experiment: trains all models, then asks all questions of them."""
+    """Trains all models of a seed, then asks all questions."""
     train = pictures(args.images, [seed, 0])
     test = pictures(10 * args.samples, [seed, 1], {"one": 1.0})
     vae = train_vae(args, env, log, seed, train)
@@ -962,7 +962,7 @@ def optimise_prompt(args, env):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """Rules for flags: (whether one is broken, what to say)."""
     given = [flag for flag in REAL if vars(args)[flag]]
     allowed = [], REAL[:4], [*REAL[:3], *REAL[4:]]
     needed = "--model --vae --tokenizer, and --dataset or --prompt --generator"

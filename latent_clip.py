@@ -90,14 +90,11 @@ class Block(nn.Module):
         up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.mlp = nn.Sequential(OrderedDict(c_fc=up, gelu=nn.GELU(), c_proj=down))
 
-    def attend(self, x):
-        qkv = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
+    def forward(self, x):
+        qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.attn.out_proj(y.transpose(1, 2).flatten(2))
-
-    def forward(self, x):
-        x = x + self.attend(self.ln_1(x))
+        x = x + self.attn.out_proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -310,26 +307,25 @@ class VAE(nn.Module):
         """Images of raw latents, about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
+    @torch.no_grad()
+    def images(self, z):
+        """Images of raw latents, in [0, 255], on the CPU."""
+        return ((self.decode(z) + 1) * 127.5).clamp(0, 255).cpu()
+
+    @torch.no_grad()
+    def latents(self, images):
+        """Means and standard deviations of raw latents of uint8 images, on the CPU."""
+        pixels = (images / 127.5 - 1).to(self.quant_conv.weight)
+        parts = [self.moments(part) for part in pixels.split(512)]
+        mean, logvar = (torch.cat(half).cpu() for half in zip(*parts))
+        return mean, (0.5 * logvar).exp()
+
     def forward(self, idx, noise, denom=None):
         """The loss of images `idx`: L1 for edges, squares for colours, KL."""
         mean, logvar = self.moments(idx)
         image = self.decode(mean + (0.5 * logvar).exp() * noise)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)  # from N(0, 1)
         return F.l1_loss(image, idx) + F.mse_loss(image, idx) + KL * kl.mean()
-
-
-@torch.no_grad()
-def images_of(vae, z):
-    """Raw latents as images in [0, 255], on the CPU."""
-    return ((vae.decode(z) + 1) * 127.5).clamp(0, 255).cpu()
-
-
-@torch.no_grad()
-def latents_of(vae, images, device):
-    """Means and standard deviations of the raw latents of uint8 images."""
-    parts = [vae.moments(part.to(device) / 127.5 - 1) for part in images.split(512)]
-    mean, logvar = (torch.cat(half).cpu() for half in zip(*parts))
-    return mean, (0.5 * logvar).exp()
 
 
 # ------------------------------------------------------------------------------------------- ReNO
@@ -592,7 +588,7 @@ class Lab:
 
     def images(self, z):
         """Scaled latents as images in [0, 255]."""
-        return images_of(self.vae, z / self.scale)
+        return self.vae.images(z / self.scale)
 
     def climb(self, arm, texts, toward, noise, iters, lr):
         """ReNO by the reward of one CLIP."""
@@ -768,15 +764,15 @@ def run_seed(args, env, log, arm, seed):
     train = pictures(args.images, [seed, 0])
     test = pictures(10 * args.samples, [seed, 1], {"one": 1.0})
     vae = train_vae(args, env, log, seed, train)
-    z = latents_of(vae, test.images, env.device)[0].to(env.device)
-    decoded = images_of(vae, z)
+    z = vae.latents(test.images)[0].to(env.device)
+    decoded = vae.images(z)
     error = ((decoded - test.images) / 255).square().mean((1, 2, 3))
     psnr = -10 * error.log10().mean().item()
     read = fulfilled(decoded, test.objects).mean()
     if args.gates and (psnr < 26 or read < 0.95):
         says = f"VAE of {psnr:.1f} dB (26 needed), of which {read:.2f} is read (.95)"
         raise SystemExit(f"error: seed {seed}: {says}; --no-gates goes on")
-    latents, deviations = latents_of(vae, train.images, env.device)
+    latents, deviations = vae.latents(train.images)
     scale = 1 / latents[:1024].std().item()
     flow = train_flow(args, env, log, seed, train, scale * latents)
     lab = Lab(vae, scale, flow, {}, env.device)
@@ -917,8 +913,8 @@ def find_captions(args, env):
     for path in files:
         texts.append(data.read_text(path.with_suffix(".txt")).strip())
         image = open_picture(path, 8 * clip.shape[1])[None]
-        z = latents_of(lab.vae, image, env.device)[0]
-        images.append(clip.encode_image(z.to(env.device)))
+        z = lab.vae.latents(image)[0].to(env.device)
+        images.append(clip.encode_image(z))
     best = (torch.cat(images) @ lab.text("latent", texts).T).argmax(1)
     found = [texts[i] == text for i, text in zip(best, texts)]
     chance = [texts.count(text) / len(texts) for text in texts]

@@ -10,7 +10,9 @@ the VAE's scale), and channels come first.
 """
 
 import math
+import os
 import time
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,13 +22,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import common
 import data
 
-REAL = "model vae tokenizer dataset prompt generator".split()
+REAL = "vae tokenizer dataset model prompt generator".split()
+PAPER = dict(steps=415_039, batch_size=81_920, lr=1e-3, warmup=3000, clip=0.0)
 SMOKE = dict(images=160, steps=2, batch_size=8, samples=12, iters=2, gates=False)
 
 
@@ -34,13 +39,13 @@ SMOKE = dict(images=160, steps=2, batch_size=8, samples=12, iters=2, gates=False
 class Args(common.TrainFlags):
     """Latent-CLIP"""
 
-    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}, "b4plus": {}, "paper": {}}
+    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}, "b4plus": PAPER, "paper": PAPER}
     limits: ClassVar[dict] = common.TrainFlags.limits | {"images": (8,), "samples": (8,)}
     limits |= {"batch_size": (2,), "iters": (1,), "noise_lr": (0,)}
     unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}
 
     steps: int = 400  # of a CLIP; VAE: 1.5 times, generator: 6 times
-    batch_size: int = 128  # pairs in a step (paper: 81,920)
+    batch_size: int = 128  # pairs in a step, over all ranks (paper: 81,920)
     lr: float = 2e-3  # peak learning rate (paper: 1e-3)
     min_lr: float = 0.0  # where the cosine ends, as a share of --lr
     weight_decay: float = 0.2  # OpenCLIP's, of matrices and convolutions
@@ -49,7 +54,7 @@ class Args(common.TrainFlags):
     iters: int = 50  # evaluations of ReNO (paper: 50)
     noise_lr: float = 0.6  # ReNO's step (paper: 5, in 16,384 dimensions)
     gates: bool = True  # stop if a model is too bad for claims
-    model: str = ""  # a released Latent-CLIP, for --dataset or --prompt
+    model: str = ""  # a Latent-CLIP; without it, --dataset trains one
     vae: str = ""  # its VAE by diffusers (paper: sdxl-vae-fp16-fix)
     tokenizer: str = ""  # CLIP's tokenizer.json: a file, or a hub id
     dataset: str = ""  # a folder of pictures, a .txt caption beside each
@@ -60,17 +65,42 @@ class Args(common.TrainFlags):
 # ------------------------------------------------------------------------------------------- CLIP
 
 
+class Gather(torch.autograd.Function):
+    """The rows of all ranks; backward sums the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def info_nce(image, text, scale, ids):
     """The contrastive loss 1/2 [CE(s I T', diagonal) + CE(s T I', diagonal)].
 
     image, text  (B, E) normalised features; `scale` multiplies their cosines
     ids          (B,) numbers of captions: equal ones are no negatives
+    Of several ranks, the mean of their losses is that of the whole batch.
     """
-    labels = torch.arange(len(image), device=image.device)
-    same = (ids[:, None] == ids) & (labels[:, None] != labels)
-    logits = (scale * image @ text.T).masked_fill(same, -torch.inf)
-    by_image = F.cross_entropy(logits, labels)
-    return (by_image + F.cross_entropy(logits.T, labels)) / 2
+    labels, numbers = torch.arange(len(ids), device=ids.device), ids
+    logits = scale * image @ text.T
+    across = logits.T
+    if dist.is_initialized():  # this rank's rows against those of all ranks
+        logits = scale * image @ Gather.apply(text).T
+        across = scale * text @ Gather.apply(image).T
+        numbers = Gather.apply(ids)
+        labels = labels + dist.get_rank() * len(ids)
+    same = ids[:, None] == numbers
+    same.scatter_(1, labels[:, None], False)
+    by_image = F.cross_entropy(logits.masked_fill(same, -torch.inf), labels)
+    by_text = F.cross_entropy(across.masked_fill(same, -torch.inf), labels)
+    return (by_image + by_text) / 2
 
 
 class Block(nn.Module):
@@ -889,43 +919,79 @@ def open_picture(path, side):
 
 
 def real_lab(args, env):
-    """The models of the files given."""
+    """The models of the files given; without --model a new Latent-CLIP."""
     tok = data.get_tokenizer(args.tokenizer)
     config = replace(CONFIGS[args.preset], vocab=tok.n_vocab)
     vae = with_weights(VAE(**SD), args.vae).to(env.device)
-    clip = with_weights(CLIP(config), args.model).to(env.device)
+    clip = CLIP(config)
+    if args.model:
+        with_weights(clip, args.model)
 
     def tokens(texts):  # an end of text that is written in a text is text
         return clip_tokens(tok.encode_batch(texts), tok.n_vocab - 1, config.context)
 
-    return Lab(vae, 0.13025, None, {"latent": clip}, env.device, tokens)
+    return Lab(vae, 0.13025, None, {"latent": clip.to(env.device)}, env.device, tokens)
 
 
-@torch.no_grad()
-def find_captions(args, env):
-    """--dataset: how often a picture's caption is found among those of all."""
+def read_pairs(args, env, lab):
+    """Raw latents (n, 4, S, S) of a folder's pictures, memory-mapped, and captions."""
+    files = [f for f in sorted(Path(args.dataset).iterdir()) if f.suffix != ".txt"]
+    if len(files) < 10:
+        raise ValueError(f"--dataset {args.dataset} has {len(files)} pictures, needed: 10")
+    texts = [data.read_text(path.with_suffix(".txt")).strip() for path in files]
+    shape = lab.clips["latent"].shape
+    stats = [(path, os.stat(path).st_mtime_ns) for path in (args.vae, *files)]
+    key = zlib.crc32(repr((stats, shape)).encode())
+    path = Path(args.out) / f"latents-{key:08x}.f16"  # each picture is encoded once
+    with common.rank_zero_first(env):
+        if not path.exists():
+            aside = path.with_suffix(f".{os.getpid()}.tmp")
+            with open(aside, "wb") as f:
+                for file in tqdm(files, "encode"):
+                    image = open_picture(file, 8 * shape[1])[None]
+                    f.write(lab.vae.latents(image)[0].half().numpy().tobytes())
+            os.replace(aside, path)
+    return np.memmap(path, np.float16, "r", shape=(len(files), *shape)), texts
+
+
+def train_on_pairs(args, env, log, arm, seed):
+    """--dataset: trains a Latent-CLIP, if there is no --model, and finds captions.
+
+    How often is a picture's caption found among all (when trained: among those held out)?
+    """
+    torch.manual_seed(seed)
     lab = real_lab(args, env)
     clip = lab.clips["latent"]
-    files = [f for f in sorted(Path(args.dataset).iterdir()) if f.suffix != ".txt"]
-    if not files:
-        raise ValueError(f"--dataset {args.dataset} has no pictures")
-    texts, images = [], []
-    for path in files:
-        texts.append(data.read_text(path.with_suffix(".txt")).strip())
-        image = open_picture(path, 8 * clip.shape[1])[None]
-        z = lab.vae.latents(image)[0].to(env.device)
-        images.append(clip.encode_image(z))
-    best = (torch.cat(images) @ lab.text("latent", texts).T).argmax(1)
-    found = [texts[i] == text for i, text in zip(best, texts)]
-    chance = [texts.count(text) / len(texts) for text in texts]
+    latents, texts = read_pairs(args, env, lab)
+    every = np.arange(len(texts))
+    held = every if args.model else every[9::10]
+    rows = np.setdiff1d(every, held)
+    tokens = lab.tokens(texts)
+    ids = tokens.unique(dim=0, return_inverse=True)[1]
+
+    def batch(step):
+        picks = np.random.default_rng([seed, step]).choice(rows, args.batch_size)
+        picks = picks[env.rank :: env.world]
+        z = torch.from_numpy(latents[picks].astype(np.float32))
+        return {"idx": tokens[picks], "images": z, "ids": ids[picks]}
+
+    if not args.model:
+        common.train(clip, batch, args, env, log, make_optimizer=clip_optimizer)
+    z = torch.from_numpy(latents[held].astype(np.float32)).to(env.device)
+    told = [texts[i] for i in held]
+    with torch.no_grad():
+        image = torch.cat([clip.encode_image(part) for part in z.split(256)])
+        best = (image @ lab.text("latent", told).T).argmax(1)
+    found = [told[i] == text for i, text in zip(best, told)]
+    chance = [told.count(text) / len(told) for text in told]
     return {"found": np.mean(found), "chance": np.mean(chance)}
 
 
 SIGMA = 14.614641  # SDXL's largest noise, sqrt(1 / prod(1 - beta) - 1)
 
 
-def optimise_prompt(args, env):
-    """--prompt: ReNO by Latent-CLIP on a one-step SDXL, for each seed."""
+def optimise_prompt(args, env, log, arm, seed):
+    """--prompt: ReNO by Latent-CLIP on a one-step SDXL."""
     from PIL import Image
 
     lab = real_lab(args, env)
@@ -944,37 +1010,36 @@ def optimise_prompt(args, env):
         return x - SIGMA * pipe.unet(seen, 999, **given)[0].float()
 
     lab.flow = SimpleNamespace(generate=generate)
-    texts, found = [args.prompt], {}
+    texts = [args.prompt]
     toward = lab.text("latent", texts)
-    for seed in args.seeds:
-        torch.manual_seed(seed)
-        noise = torch.randn(1, *lab.clips["latent"].shape).to(env.device)
-        best, value = lab.climb("latent", texts, toward, noise, args.iters, args.noise_lr)
-        for when, z in ("before", best[0]), ("after", best[-1]):
-            image = lab.images(z)[0].byte().permute(1, 2, 0).numpy()
-            Image.fromarray(image).save(Path(args.out) / f"{seed}-{when}.png")
-        found[seed] = value[:, 0].tolist()
-    return found
+    torch.manual_seed(seed)
+    noise = torch.randn(1, *lab.clips["latent"].shape).to(env.device)
+    best, value = lab.climb("latent", texts, toward, noise, args.iters, args.noise_lr)
+    for when, z in ("before", best[0]), ("after", best[-1]):
+        image = lab.images(z)[0].byte().permute(1, 2, 0).numpy()
+        Image.fromarray(image).save(Path(args.out) / f"{seed}-{when}.png")
+    return {"reward": value[:, 0]}
 
 
 def check(args, env):
     """Rules for flags: (whether one is broken, what to say)."""
     given = [flag for flag in REAL if vars(args)[flag]]
-    allowed = [], REAL[:4], [*REAL[:3], *REAL[4:]]
-    needed = "--model --vae --tokenizer, and --dataset or --prompt --generator"
+    allowed = [], REAL[:3], REAL[:4], [*REAL[:2], *REAL[3:]]
+    needed = "--vae --tokenizer, and --dataset or --model --prompt --generator"
     return [
-        (env.world > 1, "torchrun: InfoNCE needs the whole batch in one process"),
         (given not in allowed, f"--{' --'.join(given)}: needed are {needed}"),
+        (env.world > 1 and given != REAL[:3], "torchrun is for training on --dataset"),
+        (args.batch_size % env.world, f"--batch-size must be a multiple of {env.world}"),
     ]
 
 
 def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2503.08455", check)
-    if run.args.model:
-        real = find_captions if run.args.dataset else optimise_prompt
+    if run.args.vae:
         with common.bad_input():
-            return run.finish(real(run.args, run.env))
+            found = run.each(train_on_pairs if run.args.dataset else optimise_prompt, ["real"])
+        return run.finish(found) if run.env.rank == 0 else None
     found, texts, shown = zip(*run.each(run_seed, ["toy"])["toy"])
     judge(run, found)
     draw(run.out / "latent_clip.png", found, texts[0], shown[0])

@@ -3,14 +3,18 @@
 import json
 import math
 import re
+import subprocess
 import sys
 import types
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import bench
@@ -44,6 +48,36 @@ def test_info_nce_permutation_and_repeated_captions():
             kept = [j for j in range(6) if j == i or ids[j] != ids[i]]
             expected -= logits[i][kept].log_softmax(0)[kept.index(i)] / 12
     torch.testing.assert_close(loss, expected)
+
+
+def nce_rank(rank, folder, grads):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    image, text = (torch.randn(8, 3, dtype=torch.float64, generator=generator(s)) for s in (0, 1))
+    ids = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7])
+    own = slice(4 * rank, 4 * rank + 4)
+    a, b = image[own].clone().requires_grad_(), text[own].clone().requires_grad_()
+    lc.info_nce(F.normalize(a, dim=1), F.normalize(b, dim=1), 10.0, ids[own]).backward()
+    grads[rank] = torch.stack((a.grad, b.grad)) / 2  # as DDP averages
+    dist.destroy_process_group()
+
+
+def test_info_nce_of_two_ranks_is_that_of_one(tmp_path):
+    with mp.get_context("spawn").Manager() as manager:
+        grads = manager.dict()
+        mp.spawn(nce_rank, (str(tmp_path), grads), nprocs=2)
+        split = torch.cat([grads[0], grads[1]], 1)
+    pair = [torch.randn(8, 3, dtype=torch.float64, generator=generator(s)) for s in (0, 1)]
+    image, text = (x.requires_grad_() for x in pair)
+    ids = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7])
+    lc.info_nce(F.normalize(image, dim=1), F.normalize(text, dim=1), 10.0, ids).backward()
+    assert (split - torch.stack((image.grad, text.grad))).abs().max() < 1e-12
+    # what the test must tell apart: the other rank's features without gradient
+    cut = [F.normalize(x.detach(), dim=1) for x in (image, text)]
+    a = image.detach()[:4].requires_grad_()
+    own = F.normalize(a, dim=1)
+    logits = 10 * own @ cut[1].T, 10 * cut[1][:4] @ torch.cat((own, cut[0][4:])).T
+    (sum(F.cross_entropy(l, torch.arange(4)) for l in logits) / 4).backward()
+    assert (a.grad - image.grad[:4]).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------- CLIP
@@ -604,8 +638,45 @@ def test_captions_of_pictures_are_found(stand_ins, small, tmp_path):
     words = lc.clip_tokens(tok.encode_batch(["cat", "dog"]), tok.n_vocab - 1, 9)
     best = (clip.encode_image(vae.moments(x)[0]) @ clip.encode_text(words).T).argmax(1)
     right = (best == torch.arange(30) % 2).float().mean().item()
-    assert result["metrics"]["found"] == pytest.approx(right)
-    assert result["metrics"]["chance"] == pytest.approx(0.5)
+    found = result["metrics"]["real"][0]
+    assert found["found"] == pytest.approx(right)
+    assert found["chance"] == pytest.approx(0.5)
+
+
+TRAIN = """import sys
+sys.path.insert(0, {root!r})
+import latent_clip as lc
+lc.SD = {{"widths": (8, 8, 8, 8), "layers": 1, "groups": 4}}
+if __name__ == "__main__":
+    lc.main(sys.argv[1:])
+"""
+
+
+def test_a_clip_is_trained_on_pictures_by_one_rank_or_two(stand_ins, small, tmp_path):
+    folder, flags = stand_ins
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN.format(root=str(Path(lc.__file__).parent)))
+    flags = [*flags[:2], *flags[4:], "--dataset", f"{folder}/pairs", "--log-every", "1"]
+    flags += ["--steps", "4", "--batch-size", "12", "--warmup", "0", "--jobs", "1", "--out"]
+    result = lc.main([*flags, f"{tmp_path}/one"])
+    assert result["metrics"]["real"] == [{"found": 1, "chance": 1}]  # three dogs are held out
+    (cache,) = (tmp_path / "one").glob("latents-*.f16")
+    files = sorted((folder / "pairs").glob("*.png"))
+    z = np.memmap(cache, np.float16, "r", shape=(30, 4, 8, 8))
+    vae = lc.with_weights(lc.VAE(**lc.SD), f"{folder}/vae.safetensors")
+    expected = vae.latents(lc.open_picture(files[7], 64)[None])[0][0]
+    torch.testing.assert_close(
+        torch.from_numpy(z[7].astype(np.float32)), expected, rtol=1e-3, atol=1e-3
+    )
+    written = cache.stat().st_mtime_ns
+    lc.main([*flags, f"{tmp_path}/one"])
+    assert cache.stat().st_mtime_ns == written  # encoded once
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(script), *flags, f"{tmp_path}/two"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    one, two = (common.read_log(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
 
 
 class Pipe:
@@ -643,10 +714,10 @@ def test_a_prompt_with_a_generator(stand_ins, small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", diffusers)
     flags = [*flags, "--out", str(tmp_path), "--iters", "4", "--noise-lr", "1.2"]
     flags += ["--generator", "turbo", "--prompt", "a cat", "--seeds", "0", "1"]
-    rewards = lc.main(flags)["metrics"]
-    assert Pipe.wanted == ["a cat"] and list(rewards) == ["0", "1"]
-    for seed in rewards:
-        assert rewards[seed][-1] > rewards[seed][0]  # the reward has been climbed
+    found = lc.main(flags)["metrics"]["real"]
+    assert Pipe.wanted == ["a cat"] * 2 and len(found) == 2
+    for seed, row in enumerate(found):
+        assert row["reward"][-1] > row["reward"][0]  # the reward has been climbed
         pictures = [Image.open(tmp_path / f"{seed}-{when}.png") for when in ("before", "after")]
         assert pictures[0].size == (64, 64) and pictures[0].tobytes() != pictures[1].tobytes()
 
@@ -654,17 +725,17 @@ def test_a_prompt_with_a_generator(stand_ins, small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change, match",
     [
-        ("--dataset EMPTY", "has no pictures"),
+        ("--dataset EMPTY", "has 0 pictures, needed: 10"),
         ("--dataset ODD", "b.txt"),
         ("--dataset CORRUPT", "cannot identify image file.*0.png"),
         ("--dataset /no/such", "/no/such"),
         ("--dataset CORRUPT --vae /no/such.safetensors", "can't be read"),
         ("--dataset CORRUPT --tokenizer /no/such.json", "no tokenizer.json"),
         ("--dataset CORRUPT --model VAE", "does not fit"),
-        ("", "needed are --model --vae"),
-        ("--dataset CORRUPT --prompt x", "needed are --model --vae"),
-        ("--dataset CORRUPT --generator x", "needed are --model --vae"),
-        ("--prompt x", "needed are --model --vae"),
+        ("", "needed are --vae"),
+        ("--dataset CORRUPT --prompt x", "needed are --vae"),
+        ("--dataset CORRUPT --generator x", "needed are --vae"),
+        ("--prompt x", "needed are --vae"),
         ("--batch-size 1", "batch-size 1, allowed: 2"),
         ("--micro-batch 4", "micro-batch"),
     ],
@@ -675,8 +746,8 @@ def test_bad_input_is_one_line_and_exit_code_2(change, match, stand_ins, small, 
     folder, flags = stand_ins
     for name in "EMPTY", "ODD", "CORRUPT":
         (tmp_path / name).mkdir()
-    for i in range(2):
-        Image.new("RGB", (9, 9)).save(tmp_path / "ODD" / f"{'ab'[i]}.png")
+    for i in range(10):
+        Image.new("RGB", (9, 9)).save(tmp_path / "ODD" / f"{'abcdefghij'[i]}.png")
         (tmp_path / "CORRUPT" / f"{i}.png").write_bytes(b"not a picture")
         (tmp_path / "CORRUPT" / f"{i}.txt").write_text("a")
     (tmp_path / "ODD" / "a.txt").write_text("a")
@@ -692,4 +763,4 @@ def test_bad_input_is_one_line_and_exit_code_2(change, match, stand_ins, small, 
 def test_flags_without_effect_are_refused(flag, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         lc.main(["--preset", "smoke", "--out", str(tmp_path), *flag.split()])
-    assert stop.value.code == 2 and ": needed are --model" in capsys.readouterr().err
+    assert stop.value.code == 2 and ": needed are --vae" in capsys.readouterr().err

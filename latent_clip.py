@@ -110,7 +110,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.causal = heads, causal
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.Module()
+        self.attn = nn.Module()  # for the names
         qkv = nn.init.xavier_uniform_(torch.empty(3 * width, width))
         self.attn.in_proj_weight = nn.Parameter(qkv)
         self.attn.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -290,7 +290,8 @@ class Half(nn.Module):
         side = "down" if down else "up"
         inside, outside = (3, 8) if down else (4, 3)  # 8: means, log-variances
         self.conv_in = nn.Conv2d(inside, widths[0], 3, padding=1)
-        stages, outer, before = nn.ModuleList(), [], widths[0]
+        stages, outer = nn.ModuleList(), []
+        before = widths[0]
         for i, width in enumerate(widths):
             inputs = [before] + [width] * (layers - 1)
             blocks = nn.ModuleList([ResBlock(n, width, groups) for n in inputs])
@@ -369,8 +370,10 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
     generate  noise (B, ...) -> latents of its shape; reward: latents -> (B,); both frozen
     Returns the best latents so far, at every evaluation, and their rewards.
     """
-    best, top = noise, noise.new_full((len(noise),), -torch.inf)
-    path, velocity = [], 0.0
+    best = noise
+    top = noise.new_full((len(noise),), -torch.inf)
+    velocity = 0.0
+    path = []
     for i in range(iters):
         noise = noise.detach().requires_grad_()
         z = generate(noise)
@@ -484,7 +487,7 @@ def pictures(n, key, mix=MIX):
     label = torch.from_numpy(30 * big[:, 0] + objects[:, 0])
     objects[np.arange(4) >= count[:, None]] = NOTHING
 
-    order = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)
+    order = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)  # into which cell
     cells = np.take_along_axis(objects, order, 1)
     radius = np.take_along_axis(np.where(big, 5.3, 4.1), order, 1)
     radius += rng.uniform(0, 1, (n, 4))
@@ -593,7 +596,7 @@ class Flow(nn.Module):
         return ((1 - at) * wrong).square().mean()
 
     def generate(self, words, x, steps=8, start=0.0):
-        """Scaled latents from x at time `start` (noise at 0), by Euler's rule."""
+        """Scaled latents from x at time `start`, by Euler's rule, first in small steps."""
         times = [start + (1 - start) * (i / steps) ** 2 for i in range(steps + 1)]
         for now, then in zip(times, times[1:]):
             x = x + (then - now) * self.velocity(x, x.new_full((len(x),), now), words)

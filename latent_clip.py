@@ -57,7 +57,7 @@ class Args(common.TrainFlags):
     generator: str = ""  # a one-step SDXL (paper: stabilityai/sdxl-turbo)
 
 
-# ------------------------------------------------------------------------------------------- CLIP
+# --------------------------------------------------------------------------------- CLIP, VAE, ReNO
 
 
 def info_nce(image, text, scale, ids):
@@ -195,15 +195,14 @@ class CLIP(nn.Module):
 
 def clip_optimizer(clip, args):
     """OpenCLIP's AdamW: no decay of gains, biases and the logit scale."""
-    vectors = [p for p in clip.parameters() if p.ndim < 2]
     others = [p for p in clip.parameters() if p.ndim > 1]
+    vectors = [p for p in clip.parameters() if p.ndim < 2]
     groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
     options = {"weight_decay": args.weight_decay, "betas": (0.9, 0.98), "eps": 1e-6}
     return torch.optim.AdamW(groups, lr=args.lr, **options, fused=True)
 
 
-# -------------------------------------------------------------------------------------------- VAE
-
+SIGMA = 14.614641  # SDXL's largest noise, sqrt(1 / prod(1 - beta) - 1)
 SD = {"widths": (128, 256, 512, 512), "layers": 2, "groups": 32}  # Stable Diffusion's
 KL = 2e-3  # its weight in the loss; it makes latents smooth
 
@@ -329,16 +328,12 @@ class VAE(nn.Module):
         return F.l1_loss(image, idx) + F.mse_loss(image, idx) + KL * kl.mean()
 
 
-# ------------------------------------------------------------------------------------------- ReNO
-
-
 def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum=0.9):
     """Reward-based noise optimisation of a batch, as each row alone would go.
 
     SGD with Nesterov momentum on reg * (n^2 / 2 - (d - 1) ln n) - reward. The bracket is the
-    -log density of n, the norm of noise. Gradients are clipped row by row.
-    generate  noise (B, ...) -> latents of its shape; reward: latents -> (B,); both frozen
-    Returns the best latents so far, at every evaluation, and their rewards.
+    -log density of n, the norm of noise. Gradients are clipped row by row. `generate` makes
+    latents of noise (B, ...), `reward` gives (B,). Returns the best so far at every evaluation.
     """
     best = noise
     top = noise.new_full((len(noise),), -torch.inf)
@@ -366,11 +361,8 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
 
 
 def cosine_reward(clip, text, scale, vae, z):
-    """Cosine of diffusion latents z, made raw, with text features (B, E).
-
-    With a `vae`, the CLIP reads pixels; without, nothing is decoded.
-    """
-    z = z / scale
+    """Cosines of diffusion latents z with texts; with a `vae`, pixels are read."""
+    z = z / scale  # raw
     if vae:
         z = vae.decode(z)
     return (clip.encode_image(z) * text).sum(1)
@@ -526,10 +518,9 @@ def fulfilled(images, asked):
 
 
 class Flow(nn.Module):
-    """The toy's generator: flow matching of scaled latents, a transformer on four cells.
+    """The toy's generator of scaled latents: flow matching, a transformer on four cells.
 
-    It tells the velocity of x_t = (1 - t) noise + t x_1. Time and caption, a vector for
-    each word at each place, shift the input of every block.
+    Time and caption (a vector for each word at each place) shift the input of every block.
     """
 
     def __init__(self, width=144, layers=4, heads=4):
@@ -560,7 +551,7 @@ class Flow(nn.Module):
         return F.pixel_shuffle(out.unflatten(2, (2, 2)), 4)
 
     def forward(self, idx, x1, noise, t, denom=None):
-        """Squared error of x_1 as told from x_t."""
+        """Squared error of x_1 as told from x_t = (1 - t) noise + t x_1."""
         at = t[:, None, None, None]
         wrong = self.velocity((1 - at) * noise + at * x1, t, idx) - (x1 - noise)
         return ((1 - at) * wrong).square().mean()
@@ -678,10 +669,7 @@ def rotated(z, seed):
 
 @torch.no_grad()
 def zero_shot(lab, test, z, noise):
-    """Share named rightly of real pictures (raw latents z), and of generated ones:
-
-    as in the paper, a real latent at 66 % noise is denoised under its name.
-    """
+    """Share named rightly of pictures (raw latents z), and of latents made from them."""
 
     def named(arm, x):
         cosines = lab.clips[arm].encode_image(x) @ lab.text(arm, CLASSES).T
@@ -689,7 +677,7 @@ def zero_shot(lab, test, z, noise):
         return {"right": right[~test.new].float().mean().item()}
 
     words = toy_tokens([CLASSES[i] for i in test.label]).to(lab.device)
-    start = 0.66 * noise + 0.34 * z * lab.scale
+    start = 0.66 * noise + 0.34 * z * lab.scale  # as in the paper
     made = lab.flow.generate(words, start, start=0.34) / lab.scale
     return {
         "pixel": named("pixel", (test.images / 127.5 - 1).to(z)),
@@ -717,10 +705,7 @@ def optimise(lab, args, texts, asked, noise):
 
 
 def guard(lab, args, noise):
-    """`a warm S` is mostly red: ReNO towards it and away from `a red S`.
-
-    Controls: away from blue, which no warm thing is, and from nothing.
-    """
+    """ReNO towards `a warm S`, mostly red, and away from red (or blue, or nothing)."""
     asked = torch.arange(len(noise)) % 5
     texts = [f"a warm {SHAPES[shape]}" for shape in asked]
     found = {}
@@ -739,10 +724,7 @@ def guard(lab, args, noise):
 
 
 def cost(lab, args, texts, noise, climbed):
-    """Seconds of an evaluation, and to the same share of prompts fulfilled.
-
-    That share is what both rewards reach when .8 of the smaller gain is made.
-    """
+    """Seconds of an evaluation, and until .8 of the smaller gain is made."""
     arms = {"latent": "latent", "pixel": "pixel", "again": "pixel"}
     seconds = {name: [] for name in arms}
     for name in list(arms) * 5:  # they take turns
@@ -752,7 +734,7 @@ def cost(lab, args, texts, noise, climbed):
         lab.images(best[-1])
         seconds[name].append((time.perf_counter() - began) / 3)
     latent, pixel = climbed["latent"]["share"], climbed["pixel"]["share"]
-    level = 0.2 * pixel[0] + 0.8 * min(latent[-1], pixel[-1])
+    level = 0.2 * pixel[0] + 0.8 * min(latent[-1], pixel[-1])  # both reach it
     found = {}
     for name, arm in arms.items():
         evaluation = np.median(seconds[name])
@@ -779,8 +761,9 @@ def run_seed(args, env, log, arm, seed):
     scale = 1 / latents[:1024].std().item()
     flow = train_flow(args, env, log, seed, train, scale * latents)
     lab = Lab(vae, scale, flow, {}, env.device)
-    for arm in REWARDS:
-        lab.clips[arm] = train_clip(args, env, log, arm, seed, train, latents, deviations)
+    for reward in REWARDS:
+        clip = train_clip(args, env, log, reward, seed, train, latents, deviations)
+        lab.clips[reward] = clip
 
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(11 * args.samples, 4, 8, 8, generator=rng).to(z)
@@ -839,7 +822,7 @@ def draw(path, found, texts, shown):
         bars[measure] = [[row["guard"][state][measure] for state in STATES] for row in found]
     with common.figure(path, 1, 3) as (left, middle, right):
         title = "ReNO: prompts fulfilled"
-        common.draw_panel(left, curves, title=title, xlabel="seconds", ylim=(0, 1.1))
+        common.draw_panel(left, curves, title=title, xlabel="seconds")
         title = "`a warm S`, guided"
         common.draw_panel(middle, bars=bars, names=STATES, title=title, ylim=(0, 1.1))
         tiles = torch.cat([torch.cat(list(row), 2) for row in shown.values()], 1)
@@ -866,10 +849,9 @@ def with_weights(model, path):
         with torch.serialization.safe_globals(known):
             state = common.load_checkpoint(Path(path))["state_dict"]
     ours = {}
-    for key, value in state.items():  # Latent-CLIP's file holds a VAE, which stays out
-        key = key.removeprefix("module.").replace("visual.latent_vit.", "visual.")
-        if not key.startswith("visual.vae_"):
-            ours[key] = value
+    for key, value in state.items():
+        if "vae_" not in key:  # Latent-CLIP's file holds a VAE
+            ours[key.removeprefix("module.").replace("latent_vit.", "")] = value
     try:
         model.load_state_dict(ours)
     except RuntimeError as error:
@@ -922,9 +904,6 @@ def find_captions(args, env):
     found = [texts[i] == text for i, text in zip(best, texts)]
     chance = [texts.count(text) / len(texts) for text in texts]
     return {"found": np.mean(found), "chance": np.mean(chance)}
-
-
-SIGMA = 14.614641  # SDXL's largest noise, sqrt(1 / prod(1 - beta) - 1)
 
 
 def optimise_prompt(args, env):

@@ -242,15 +242,6 @@ class PixelAttention(nn.Module):
         return x + self.to_out[0](h[:, 0]).transpose(1, 2).reshape(x.shape)
 
 
-def resample(width, down):
-    """Halves the side (padded right and below only) or doubles it."""
-    if down:
-        before, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)
-    else:
-        before, conv = nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)
-    return nn.Sequential(OrderedDict(before=before, conv=conv))
-
-
 class Half(nn.Module):
     """The encoder or the decoder: stages, and a middle at the least side."""
 
@@ -267,7 +258,11 @@ class Half(nn.Module):
             stages.append(nn.ModuleDict({"resnets": blocks}))
             outer += blocks
             if i + 1 < len(widths):
-                outer.append(resample(width, down))
+                if down:  # padded right and below only
+                    parts = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)
+                else:
+                    parts = nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, 1, 1)
+                outer.append(nn.Sequential(OrderedDict(zip(("change", "conv"), parts))))
                 stages[i][f"{side}samplers"] = nn.ModuleList(outer[-1:])
             before = width
         self.add_module(f"{side}_blocks", stages)
@@ -314,7 +309,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def latents(self, images):
-        """Means and standard deviations of raw latents of uint8 images, on the CPU."""
+        """Means and standard deviations of uint8 images' latents, on the CPU."""
         pixels = (images / 127.5 - 1).to(self.quant_conv.weight)
         parts = [self.moments(part) for part in pixels.split(512)]
         mean, logvar = (torch.cat(half).cpu() for half in zip(*parts))
@@ -358,14 +353,6 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
             velocity = momentum * velocity + grad
             noise = noise - lr * (grad + momentum * velocity).view_as(noise)
     return [torch.stack(part) for part in zip(*path)]
-
-
-def cosine_reward(clip, text, scale, vae, z):
-    """Cosines of diffusion latents z with texts; with a `vae`, pixels are read."""
-    z = z / scale  # raw
-    if vae:
-        z = vae.decode(z)
-    return (clip.encode_image(z) * text).sum(1)
 
 
 # -------------------------------------------------------------------------- the world, its judge
@@ -585,10 +572,15 @@ class Lab:
         return self.vae.images(z / self.scale)
 
     def climb(self, arm, texts, toward, noise, iters, lr):
-        """ReNO by the reward of one CLIP."""
+        """ReNO by the cosine with text features `toward`, as one CLIP sees it."""
+
+        def reward(z):
+            z = z / self.scale  # raw again
+            if arm == "pixel":
+                z = self.vae.decode(z)
+            return (self.clips[arm].encode_image(z) * toward).sum(1)
+
         generate = partial(self.flow.generate, self.tokens(texts).to(self.device))
-        vae = self.vae if arm == "pixel" else None
-        reward = partial(cosine_reward, self.clips[arm], toward, self.scale, vae)
         return reno(generate, reward, noise, iters, lr)
 
 

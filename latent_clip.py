@@ -62,7 +62,7 @@ class Args(common.TrainFlags):
     generator: str = ""  # a one-step SDXL (paper: stabilityai/sdxl-turbo)
 
 
-# ------------------------------------------------------------------------------------------- CLIP
+# --------------------------------------------------------------------------------- CLIP, VAE, ReNO
 
 
 class Gather(torch.autograd.Function):
@@ -225,15 +225,14 @@ class CLIP(nn.Module):
 
 def clip_optimizer(clip, args):
     """OpenCLIP's AdamW: no decay of gains, biases and the logit scale."""
-    vectors = [p for p in clip.parameters() if p.ndim < 2]
     others = [p for p in clip.parameters() if p.ndim > 1]
+    vectors = [p for p in clip.parameters() if p.ndim < 2]
     groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
     options = {"weight_decay": args.weight_decay, "betas": (0.9, 0.98), "eps": 1e-6}
     return torch.optim.AdamW(groups, lr=args.lr, **options, fused=True)
 
 
-# -------------------------------------------------------------------------------------------- VAE
-
+SIGMA = 14.614641  # SDXL's largest noise, sqrt(1 / prod(1 - beta) - 1)
 SD = {"widths": (128, 256, 512, 512), "layers": 2, "groups": 32}  # Stable Diffusion's
 KL = 2e-3  # its weight in the loss; it makes latents smooth
 
@@ -273,15 +272,6 @@ class PixelAttention(nn.Module):
         return x + self.to_out[0](h[:, 0]).transpose(1, 2).reshape(x.shape)
 
 
-def resample(width, down):
-    """Halves the side (padded right and below only) or doubles it."""
-    if down:
-        before, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)
-    else:
-        before, conv = nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)
-    return nn.Sequential(OrderedDict(before=before, conv=conv))
-
-
 class Half(nn.Module):
     """The encoder or the decoder: stages, and a middle at the least side."""
 
@@ -298,7 +288,11 @@ class Half(nn.Module):
             stages.append(nn.ModuleDict({"resnets": blocks}))
             outer += blocks
             if i + 1 < len(widths):
-                outer.append(resample(width, down))
+                if down:  # padded right and below only
+                    parts = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)
+                else:
+                    parts = nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, 1, 1)
+                outer.append(nn.Sequential(OrderedDict(zip(("change", "conv"), parts))))
                 stages[i][f"{side}samplers"] = nn.ModuleList(outer[-1:])
             before = width
         self.add_module(f"{side}_blocks", stages)
@@ -345,7 +339,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def latents(self, images):
-        """Means and standard deviations of raw latents of uint8 images, on the CPU."""
+        """Means and standard deviations of uint8 images' latents, on the CPU."""
         pixels = (images / 127.5 - 1).to(self.quant_conv.weight)
         parts = [self.moments(part) for part in pixels.split(512)]
         mean, logvar = (torch.cat(half).cpu() for half in zip(*parts))
@@ -359,16 +353,12 @@ class VAE(nn.Module):
         return F.l1_loss(image, idx) + F.mse_loss(image, idx) + KL * kl.mean()
 
 
-# ------------------------------------------------------------------------------------------- ReNO
-
-
 def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum=0.9):
     """Reward-based noise optimisation of a batch, as each row alone would go.
 
     SGD with Nesterov momentum on reg * (n^2 / 2 - (d - 1) ln n) - reward. The bracket is the
-    -log density of n, the norm of noise. Gradients are clipped row by row.
-    generate  noise (B, ...) -> latents of its shape; reward: latents -> (B,); both frozen
-    Returns the best latents so far, at every evaluation, and their rewards.
+    -log density of n, the norm of noise. Gradients are clipped row by row. `generate` makes
+    latents of noise (B, ...), `reward` gives (B,). Returns the best so far at every evaluation.
     """
     best = noise
     top = noise.new_full((len(noise),), -torch.inf)
@@ -393,17 +383,6 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
             velocity = momentum * velocity + grad
             noise = noise - lr * (grad + momentum * velocity).view_as(noise)
     return [torch.stack(part) for part in zip(*path)]
-
-
-def cosine_reward(clip, text, scale, vae, z):
-    """Cosine of diffusion latents z, made raw, with text features (B, E).
-
-    With a `vae`, the CLIP reads pixels; without, nothing is decoded.
-    """
-    z = z / scale
-    if vae:
-        z = vae.decode(z)
-    return (clip.encode_image(z) * text).sum(1)
 
 
 # -------------------------------------------------------------------------- the world, its judge
@@ -556,10 +535,9 @@ def fulfilled(images, asked):
 
 
 class Flow(nn.Module):
-    """The toy's generator: flow matching of scaled latents, a transformer on four cells.
+    """The toy's generator of scaled latents: flow matching, a transformer on four cells.
 
-    It tells the velocity of x_t = (1 - t) noise + t x_1. Time and caption, a vector for
-    each word at each place, shift the input of every block.
+    Time and caption (a vector for each word at each place) shift the input of every block.
     """
 
     def __init__(self, width=144, layers=4, heads=4):
@@ -590,7 +568,7 @@ class Flow(nn.Module):
         return F.pixel_shuffle(out.unflatten(2, (2, 2)), 4)
 
     def forward(self, idx, x1, noise, t, denom=None):
-        """Squared error of x_1 as told from x_t."""
+        """Squared error of x_1 as told from x_t = (1 - t) noise + t x_1."""
         at = t[:, None, None, None]
         wrong = self.velocity((1 - at) * noise + at * x1, t, idx) - (x1 - noise)
         return ((1 - at) * wrong).square().mean()
@@ -624,10 +602,15 @@ class Lab:
         return self.vae.images(z / self.scale)
 
     def climb(self, arm, texts, toward, noise, iters, lr):
-        """ReNO by the reward of one CLIP."""
+        """ReNO by the cosine with text features `toward`, as one CLIP sees it."""
+
+        def reward(z):
+            z = z / self.scale  # raw again
+            if arm == "pixel":
+                z = self.vae.decode(z)
+            return (self.clips[arm].encode_image(z) * toward).sum(1)
+
         generate = partial(self.flow.generate, self.tokens(texts).to(self.device))
-        vae = self.vae if arm == "pixel" else None
-        reward = partial(cosine_reward, self.clips[arm], toward, self.scale, vae)
         return reno(generate, reward, noise, iters, lr)
 
 
@@ -708,10 +691,7 @@ def rotated(z, seed):
 
 @torch.no_grad()
 def zero_shot(lab, test, z, noise):
-    """Share named rightly of real pictures (raw latents z), and of generated ones:
-
-    as in the paper, a real latent at 66 % noise is denoised under its name.
-    """
+    """Share named rightly of pictures (raw latents z), and of latents made from them."""
 
     def named(arm, x):
         cosines = lab.clips[arm].encode_image(x) @ lab.text(arm, CLASSES).T
@@ -719,7 +699,7 @@ def zero_shot(lab, test, z, noise):
         return {"right": right[~test.new].float().mean().item()}
 
     words = toy_tokens([CLASSES[i] for i in test.label]).to(lab.device)
-    start = 0.66 * noise + 0.34 * z * lab.scale
+    start = 0.66 * noise + 0.34 * z * lab.scale  # as in the paper
     made = lab.flow.generate(words, start, start=0.34) / lab.scale
     return {
         "pixel": named("pixel", (test.images / 127.5 - 1).to(z)),
@@ -747,10 +727,7 @@ def optimise(lab, args, texts, asked, noise):
 
 
 def guard(lab, args, noise):
-    """`a warm S` is mostly red: ReNO towards it and away from `a red S`.
-
-    Controls: away from blue, which no warm thing is, and from nothing.
-    """
+    """ReNO towards `a warm S`, mostly red, and away from red (or blue, or nothing)."""
     asked = torch.arange(len(noise)) % 5
     texts = [f"a warm {SHAPES[shape]}" for shape in asked]
     found = {}
@@ -769,10 +746,7 @@ def guard(lab, args, noise):
 
 
 def cost(lab, args, texts, noise, climbed):
-    """Seconds of an evaluation, and to the same share of prompts fulfilled.
-
-    That share is what both rewards reach when .8 of the smaller gain is made.
-    """
+    """Seconds of an evaluation, and until .8 of the smaller gain is made."""
     arms = {"latent": "latent", "pixel": "pixel", "again": "pixel"}
     seconds = {name: [] for name in arms}
     for name in list(arms) * 5:  # they take turns
@@ -782,7 +756,7 @@ def cost(lab, args, texts, noise, climbed):
         lab.images(best[-1])
         seconds[name].append((time.perf_counter() - began) / 3)
     latent, pixel = climbed["latent"]["share"], climbed["pixel"]["share"]
-    level = 0.2 * pixel[0] + 0.8 * min(latent[-1], pixel[-1])
+    level = 0.2 * pixel[0] + 0.8 * min(latent[-1], pixel[-1])  # both reach it
     found = {}
     for name, arm in arms.items():
         evaluation = np.median(seconds[name])
@@ -809,8 +783,9 @@ def run_seed(args, env, log, arm, seed):
     scale = 1 / latents[:1024].std().item()
     flow = train_flow(args, env, log, seed, train, scale * latents)
     lab = Lab(vae, scale, flow, {}, env.device)
-    for arm in REWARDS:
-        lab.clips[arm] = train_clip(args, env, log, arm, seed, train, latents, deviations)
+    for reward in REWARDS:
+        clip = train_clip(args, env, log, reward, seed, train, latents, deviations)
+        lab.clips[reward] = clip
 
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(11 * args.samples, 4, 8, 8, generator=rng).to(z)
@@ -869,7 +844,7 @@ def draw(path, found, texts, shown):
         bars[measure] = [[row["guard"][state][measure] for state in STATES] for row in found]
     with common.figure(path, 1, 3) as (left, middle, right):
         title = "ReNO: prompts fulfilled"
-        common.draw_panel(left, curves, title=title, xlabel="seconds", ylim=(0, 1.1))
+        common.draw_panel(left, curves, title=title, xlabel="seconds")
         title = "`a warm S`, guided"
         common.draw_panel(middle, bars=bars, names=STATES, title=title, ylim=(0, 1.1))
         tiles = torch.cat([torch.cat(list(row), 2) for row in shown.values()], 1)
@@ -896,10 +871,9 @@ def with_weights(model, path):
         with torch.serialization.safe_globals(known):
             state = common.load_checkpoint(Path(path))["state_dict"]
     ours = {}
-    for key, value in state.items():  # Latent-CLIP's file holds a VAE, which stays out
-        key = key.removeprefix("module.").replace("visual.latent_vit.", "visual.")
-        if not key.startswith("visual.vae_"):
-            ours[key] = value
+    for key, value in state.items():
+        if "vae_" not in key:  # Latent-CLIP's file holds a VAE
+            ours[key.removeprefix("module.").replace("latent_vit.", "")] = value
     try:
         model.load_state_dict(ours)
     except RuntimeError as error:
@@ -988,9 +962,6 @@ def train_on_pairs(args, env, log, arm, seed):
     found = [told[i] == text for i, text in zip(best, told)]
     chance = [told.count(text) / len(told) for text in told]
     return {"found": np.mean(found), "chance": np.mean(chance)}
-
-
-SIGMA = 14.614641  # SDXL's largest noise, sqrt(1 / prod(1 - beta) - 1)
 
 
 def optimise_prompt(args, env, log, arm, seed):

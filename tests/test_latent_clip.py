@@ -159,7 +159,8 @@ def test_logit_scale_is_clamped_and_decay_is_openclips():
 
 @torch.no_grad()
 def test_resampling_by_hand():
-    down, up = lc.resample(1, True), lc.resample(1, False)
+    down = lc.Half((1, 1), 1, 1, True).down_blocks[0].downsamplers[0]
+    up = lc.Half((1, 1), 1, 1, False).up_blocks[0].upsamplers[0]
     down.conv.weight.fill_(1.0), down.conv.bias.zero_()
     up.conv.weight.zero_(), up.conv.bias.zero_()
     up.conv.weight[0, 0, 1, 1] = 1.0
@@ -417,13 +418,16 @@ def test_latent_reward_never_decodes_and_pixel_reward_always():
     vae.decoder.register_forward_hook(lambda *_: calls.append(1))
     latent = tiny().requires_grad_(False)
     pixel = tiny(channels=3, side=32, patch=8).requires_grad_(False)
-    text, noise = F.normalize(torch.randn(2, 8), dim=1), torch.randn(2, 4, 8, 8)
-    found = lc.reno(itself, partial(lc.cosine_reward, latent, text, 0.5, None), noise, 5)
+    flow = types.SimpleNamespace(generate=lambda words, noise: noise)
+    lab = lc.Lab(vae, 0.5, flow, {"latent": latent, "pixel": pixel}, torch.device("cpu"))
+    texts, noise = ["a red circle", "a blue ring"], torch.randn(2, 4, 8, 8)
+    toward = F.normalize(torch.randn(2, 8), dim=1)
+    found = lab.climb("latent", texts, toward, noise, 5, 0.6)
     assert not calls
     with torch.no_grad():
-        expected = (latent.encode_image(noise / 0.5) * text).sum(1)
+        expected = (latent.encode_image(noise / 0.5) * toward).sum(1)
         torch.testing.assert_close(found[1][0], expected)
-    lc.reno(itself, partial(lc.cosine_reward, pixel, text, 0.5, vae), noise, 5)
+    lab.climb("pixel", texts, toward, noise, 5, 0.6)
     assert len(calls) == 5
 
 

@@ -11,7 +11,7 @@ the VAE's scale), and channels come first.
 
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -839,7 +839,8 @@ def with_weights(model, path):
         known = [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
         known += [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]
         with torch.serialization.safe_globals(known):
-            state = common.load_checkpoint(Path(path))["state_dict"]
+            state = common.load_checkpoint(Path(path))
+        state = state.get("state_dict") or state.get("model") or state
     ours = {}
     for key, value in state.items():
         if "vae_" not in key:  # Latent-CLIP's file holds a VAE
@@ -892,10 +893,11 @@ def find_captions(args, env):
         image = open_picture(path, 8 * clip.shape[1])[None]
         z = lab.vae.latents(image)[0].to(env.device)
         images.append(clip.encode_image(z))
-    best = (torch.cat(images) @ lab.text("latent", texts).T).argmax(1)
+    parts = [lab.text("latent", texts[i : i + 64]) for i in range(0, len(texts), 64)]
+    best = (torch.cat(images) @ torch.cat(parts).T).argmax(1)
     found = [texts[i] == text for i, text in zip(best, texts)]
-    chance = [texts.count(text) / len(texts) for text in texts]
-    return {"found": np.mean(found), "chance": np.mean(chance)}
+    chance = sum(n**2 for n in Counter(texts).values()) / len(texts) ** 2
+    return {"found": np.mean(found), "chance": chance}
 
 
 def optimise_prompt(args, env):

@@ -13,7 +13,7 @@ import math
 import os
 import time
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -869,7 +869,8 @@ def with_weights(model, path):
         known = [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
         known += [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]
         with torch.serialization.safe_globals(known):
-            state = common.load_checkpoint(Path(path))["state_dict"]
+            state = common.load_checkpoint(Path(path))
+        state = state.get("state_dict") or state.get("model") or state
     ours = {}
     for key, value in state.items():
         if "vae_" not in key:  # Latent-CLIP's file holds a VAE
@@ -954,14 +955,17 @@ def train_on_pairs(args, env, log, arm, seed):
 
     if not args.model:
         common.train(clip, batch, args, env, log, make_optimizer=clip_optimizer)
-    z = torch.from_numpy(latents[held].astype(np.float32)).to(env.device)
     told = [texts[i] for i in held]
+    images, captions = [], []
     with torch.no_grad():
-        image = torch.cat([clip.encode_image(part) for part in z.split(256)])
-        best = (image @ lab.text("latent", told).T).argmax(1)
+        for i in range(0, len(held), 64):
+            z = torch.from_numpy(latents[held[i : i + 64]].astype(np.float32))
+            images.append(clip.encode_image(z.to(env.device)))
+            captions.append(lab.text("latent", told[i : i + 64]))
+    best = (torch.cat(images) @ torch.cat(captions).T).argmax(1)
     found = [told[i] == text for i, text in zip(best, told)]
-    chance = [told.count(text) / len(told) for text in told]
-    return {"found": np.mean(found), "chance": np.mean(chance)}
+    chance = sum(n**2 for n in Counter(told).values()) / len(told) ** 2
+    return {"found": np.mean(found), "chance": chance}
 
 
 def optimise_prompt(args, env, log, arm, seed):

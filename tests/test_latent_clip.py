@@ -229,6 +229,9 @@ def test_clip_weights_by_every_name(tmp_path):
     again = lc.with_weights(lc.CLIP(sizes()), str(tmp_path / "epoch_34.pt"))
     assert torch.equal(again.visual.proj, clip.visual.proj)
     assert not any(p.requires_grad for p in again.parameters())
+    torch.save({"model": state, "step": 3}, tmp_path / "ours.pt")  # a checkpoint of our own
+    again = lc.with_weights(lc.CLIP(sizes()), str(tmp_path / "ours.pt"))
+    assert torch.equal(again.visual.proj, clip.visual.proj)
     del state["visual.proj"]
     with pytest.raises(ValueError, match="visual.proj"):
         lc.with_weights(lc.CLIP(sizes()), save(tmp_path / "b.safetensors", state))

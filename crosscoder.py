@@ -1,21 +1,18 @@
 """Crosscoders on the state before *wait* (arXiv 2510.04128): what makes a reasoner stop?
 
-A reasoning model writes "Wait" and goes another way: it checks, starts again, recalls,
-admits a doubt. Is that decided in the state *before* the word? The paper's way to ask:
+A reasoning model writes "Wait" and goes another way: it checks, starts again, doubts.
+Is that decided in the state *before* the word? The paper's way to ask:
 
 1. a crosscoder: one sparse code for the states of a base model and of
-   the reasoner that was made from it                           `sae.SAE`
-2. the decoder's norms tell in which of them a latent lives     `relative_norm`
-3. attribution ranks latents: what log P(wait) loses without
-   each, to first order, at the token before                    `attribution`
-4. the latents at the top steer                                 `pushes`
+   the reasoner that was made from it                     `sae.SAE`
+2. the decoder's norms tell in which of them a latent is  `relative_norm`
+3. attribution ranks latents: what log P(wait) loses,
+   to first order, without each                           `attribution`
+4. the latents at the top steer                           `pushes`
 
-The toy knows the truth. A small GPT takes digits through maps, with errors and slips. Its
-reasoner waits after four causes; each has words and an episode of its own. So attribution
-can be compared with ablation, and steering with what a cause would have brought about.
-
-What to look at: attribution beside ablation (P1), what pushed latents bring about (P4).
-A real pair of models: --base and --model.
+In the toy the truth is known. A small GPT takes digits through maps, with errors; its
+reasoner waits after four causes, and each has words of its own. So attribution can be
+compared with ablation, and steering with what a cause would have brought about.
 """
 
 from dataclasses import dataclass, replace
@@ -32,7 +29,7 @@ import pretrained
 import sae
 from model import GPT, GPTConfig, generate, padded, sweep
 
-BASE, FT = 0, 1  # the streams: the base model, and the reasoner made from it
+FT = 1  # the reasoner's stream; the base's is 0
 ALONE, TOGETHER = 1.0, 2.0  # lengths of a push, in norms of the state
 
 
@@ -53,24 +50,23 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"micro_batch"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
 
-    steps: int = 1200  # optimizer steps of the base model
-    ft_steps: int = 1500  # optimizer steps that make the reasoner of it
+    steps: int = 1200  # of the base model
+    ft_steps: int = 1500  # of the reasoner, from there
     batch_size: int = 32
     lr: float = 4e-3
-    base: str = ""  # in place of the toy: a base model (paper: Llama-3.1-8B)
+    base: str = ""  # a real base model (paper: Llama-3.1-8B)
     model: str = ""  # its reasoner (paper: DeepSeek-R1-Distill-Llama-8B)
-    dataset: str = "stdlib"  # real: text for half of the rows (paper: web)
+    dataset: str = "stdlib"  # real: text beside the answers
     answers: int = 64  # real: as many are sampled (paper: 500)
-    wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # real: the paper's
+    wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # the paper's
     layer: int = 2  # block that is read, from 0 (paper: 7, 15, 23 of 32)
     d_sae: int = 256  # latents (paper: 65536)
-    k: int = 32  # active latents at a position, on average (paper: 100)
+    k: int = 32  # active latents, on average (paper: 100)
     sae_steps: int = 500  # steps of the crosscoder (paper: 195000)
     sae_batch: int = 1024  # positions in a step (paper: 2048)
     sae_lr: float = 2e-3  # peak learning rate (paper: 1e-4)
-    rows: int = 60_000  # positions that are harvested at a time
-    refresh: bool = False  # harvest anew when all rows are used
-    prompts: int = 100  # of each cause in a split; real: in all (paper: 351)
+    rows: int = 60_000  # positions harvested
+    prompts: int = 100  # of each cause; real: in all (paper: 351)
     top: int = 12  # length of the lists of latents (paper: 50)
 
 
@@ -78,24 +74,18 @@ class Args(common.TrainFlags):
 
 
 def relative_norm(norms):
-    """Of norms (m, 2): 0 for a latent of the base, .5 shared, 1 of the reasoner.
-
-    Delta = ((|ft| - |base|) / max(|ft|, |base|) + 1) / 2
-    """
+    """Delta of norms (m, 2): 0 for the base's latents, .5 shared, 1 the reasoner's."""
     base, ft = norms.unbind(1)
     return ((ft - base) / torch.maximum(ft, base).clamp(min=1e-12) + 1) / 2
 
 
 def log_p(logits, targets):
-    """log of the total probability of the ids `targets`: logits (..., V) -> (...)."""
-    V = logits.shape[-1]
-    if not targets or not 0 <= min(targets) <= max(targets) < V:
-        raise ValueError(f"target ids {list(targets)}, allowed: one or more of 0 to {V - 1}")
-    return logits.float().log_softmax(-1)[..., list(targets)].logsumexp(-1)
+    """log of the ids' total probability: logits (..., V) -> (...)."""
+    return logits.float().log_softmax(-1)[..., targets].logsumexp(-1)
 
 
 def last_states(models, prompts, layer):
-    """States of each prompt's last token, all models side by side: (N, M C)."""
+    """Last tokens' states, all models side by side: (N, M C)."""
     parts = []
     for i in range(0, len(prompts), 64):
         idx, mask = padded(prompts[i : i + 64], models[0].wte.weight.device)
@@ -105,10 +95,7 @@ def last_states(models, prompts, layer):
 
 
 def gradient(model, prompts, layer, targets):
-    """d log P(targets) / d h (N, C), h the state of each prompt's last token.
-
-    The model runs as it is: no reconstruction is spliced in.
-    """
+    """d log P(targets) / d h (N, C), h the last token's state: the model runs as it is."""
     size = max(1, min(64, 2**13 // max(map(len, prompts))))
     states, parts = [], []
 
@@ -126,7 +113,7 @@ def gradient(model, prompts, layer, targets):
 
 
 def attribution(f, D, g):
-    """a_ji = f_ji <D_i, g_j>: to first order, what log P loses at prompt j without latent i.
+    """a_ji = f_ji <D_i, g_j>: what log P loses at j without latent i, to first order.
 
     Codes f (N, m), the reasoner's decoder D (m, C), gradients g (N, C) -> (N, m).
     """
@@ -134,7 +121,7 @@ def attribution(f, D, g):
 
 
 def attribute(models, code, layer, prompts, targets):
-    """Attributions and codes of the last tokens of prompts, (N, m) each."""
+    """Attributions and codes (N, m) of prompts' last tokens."""
     f = code.encode(last_states(models, prompts, layer))
     g = gradient(models[FT], prompts, layer, targets)
     return attribution(f, code.decoder(FT), g), f
@@ -142,10 +129,9 @@ def attribute(models, code, layer, prompts, targets):
 
 @torch.no_grad()
 def outcomes(model, layer, prompts, changes, groups):
-    """P of groups of ids behind prompts: as they are, then with V changes.
+    """P of groups of ids behind prompts: as they are, then with V changes (N, V, C).
 
-    changes  (N, V, C): what is added to the last token's state after block `layer`
-    Returns (N, 1 + V, groups): all changes go through the blocks above in one pass.
+    They are added to the last state behind block `layer`. Returns (N, 1 + V, groups).
     """
     V = changes.shape[1]
     size = max(1, min(64, 2**24 // (V + 1) // model.config.vocab_size))  # of logits
@@ -164,30 +150,21 @@ def pushes(h, vectors, alpha):
     return alpha * h.norm(dim=1)[:, None, None] * F.normalize(vectors, dim=1)
 
 
-def steer(h, vector):
-    """A patch: pushes the prompt's last token, and no later one."""
-    if h.shape[1] == 1:  # a new token behind the cache
-        return h
-    h = h.clone()
-    h[:, -1] += pushes(h[:, -1], vector[None], TOGETHER)[:, 0]
-    return h
-
-
 # --------------------------------------------------------------------------------------- the world
 
-PATTERNS = {  # what the reasoner does: one of two words begins it; and the cause
+PATTERNS = {  # what the reasoner does: two words for it; and the cause
     "check": ("check", "verify"),  # an error in this step
-    "restart": ("again", "begin"),  # a slip: this step began from a wrong number
+    "restart": ("again", "begin"),  # a slip: the step began from a wrong digit
     "recall": ("recall", "rule"),  # the next stage is @, defined at the start
     "unsure": ("maybe", "unsure"),  # the next stage is ?, an unknown map
 }
 CAUSES = [*PATTERNS, "none"]
-MAPS = {"a": (2, 1), "b": (3, 4), "c": (4, 4)}  # x -> 2 x + 1, 3 x + 4, 4 x + 4, modulo 5
+MAPS = {"a": (2, 1), "b": (3, 4), "c": (4, 4)}  # 2 x + 1, 3 x + 4, 4 x + 4, modulo 5
 VOCAB = "<pad> <bos> <eos> 0 1 2 3 4 a b c @ ? : ; = | A or ok bad".split()
 VOCAB += [word for pair in PATTERNS.values() for word in pair]
 ID = {word: i for i, word in enumerate(VOCAB)}
 MARKS = [[ID[word] for word in pair] for pair in PATTERNS.values()]  # of each pattern
-WAIT = sum(MARKS, [])  # the paper's wait words: here they say what comes
+WAIT = sum(MARKS, [])  # the wait words: here they say what comes
 LONGEST = 80
 
 
@@ -225,7 +202,7 @@ class Story:
         return {"@": self.define, "?": self.settled.get(i, "")}.get(stage, stage)
 
     def result(self, x, i):
-        """The digit behind stage i; behind an unknown map it can be any."""
+        """The digit behind stage i; behind an unknown map, any."""
         if not self.meaning(i):
             return int(self.rng.integers(5))
         factor, term = MAPS[self.meaning(i)]
@@ -239,7 +216,7 @@ class Story:
         self.value = result
 
     def step(self, i, noise):
-        """Stage i, wrong, with a slip, or right. Returns the decision's cause, and x."""
+        """Stage i, maybe with noise. Returns the decision's cause, and x."""
         x = self.other(self.value) if noise == "restart" else self.value
         right = self.result(x, i)
         self.write(x, i, self.other(right) if noise == "check" else right)
@@ -265,7 +242,7 @@ class Story:
 
 
 def tell(rng, reasoner):
-    """A story with noise in it: some steps are wrong, and at most one is a slip.
+    """A story with noise: some steps are wrong, at most one is a slip.
 
     The base grades half of its steps, so that it learns to see noise. The reasoner
     has an episode after three causes in four, and after no cause with .03.
@@ -296,7 +273,7 @@ def tell(rng, reasoner):
 
 
 def batch_of(stories, reasoner):
-    """Inputs, targets (B, T), weights: 0 in the problem, 6 for a grade or behind a step."""
+    """Tokens; weights are 0 in the problem, 6 for a grade or behind a step."""
     longest = min(LONGEST + 1, max(map(len, stories)))
     full = torch.zeros(len(stories), longest, dtype=torch.long)
     for row, s in zip(full, stories):
@@ -322,9 +299,6 @@ def positions(rng, n):
     return split
 
 
-# ---------------------------------------------------------------------------- train, and harvest
-
-
 def train_model(args, env, log, seed, start=None):
     """The base model; or from its weights, `start`, the reasoner."""
     torch.manual_seed(seed)
@@ -336,7 +310,7 @@ def train_model(args, env, log, seed, start=None):
         args = replace(args, steps=args.ft_steps)
 
     def batch(step):
-        """One of four batches drawn together, by length: so little is padding."""
+        """One of four batches, sorted by length: less padding."""
         rng = np.random.default_rng([seed, reasoner, step // 4])
         stories = [tell(rng, reasoner) for _ in range(4 * args.batch_size)]
         stories.sort(key=len)
@@ -348,7 +322,7 @@ def train_model(args, env, log, seed, start=None):
 
 
 def states_of(models, args, env, seed, n):
-    """n rows of both streams over stories of both corpora, half and half."""
+    """n rows of both streams, over stories of both kinds."""
 
     def batches():
         rng = np.random.default_rng([seed, 2])
@@ -365,46 +339,38 @@ def states_of(models, args, env, seed, n):
 
 
 def gate(model, split):
-    """G1: P(wait) after the worst cause, after none; the worst of right patterns."""
+    """G1: P(wait) after the worst cause and after none; how much of it is right."""
     p = {}
     for cause, prompts in split.items():
         none = torch.zeros(len(prompts), 0, 1)
-        found = outcomes(model, 0, prompts, none, [WAIT, *MARKS])
-        p[cause] = found[:, 0].mean(0).tolist()
-    return {
-        "least": min(p[cause][0] for cause in PATTERNS),
-        "without": p["none"][0],
-        "right": min(p[cause][i] / p[cause][0] for i, cause in enumerate(PATTERNS, 1)),
-    }
+        p[cause] = outcomes(model, 0, prompts, none, [WAIT, *MARKS])[:, 0].mean(0).tolist()
+    least = min(p[cause][0] for cause in PATTERNS)
+    right = min(p[cause][i] / p[cause][0] for i, cause in enumerate(PATTERNS, 1))
+    return {"least": least, "right": right, "without": p["none"][0]}
 
 
 def swapped(model, layer, split):
-    """G3: with the last state of another prompt, how often comes the donor's pattern?
-
-    "other": donors of another cause. "same": one of the same cause changes the pattern.
-    """
+    """G3: with a donor's last state, how often comes its pattern (same cause: a new one)?"""
     rng = np.random.default_rng(3)
     h = {cause: last_states([model], split[cause], layer) for cause in PATTERNS}
-    hits = {"other": [], "same": []}
+    hits = {"other cause": [], "same cause": []}
     for cause in PATTERNS:
         for j, donor in enumerate(PATTERNS):
             donors = h[donor][rng.permutation(len(h[donor]))]
             change = (donors - h[cause])[:, None]
-            p = outcomes(model, layer, split[cause], change, MARKS)
-            before, after = p.argmax(2).T
+            before, after = outcomes(model, layer, split[cause], change, MARKS).argmax(2).T
             if cause == donor:
-                hits["same"] += (after != before).tolist()
+                hits["same cause"] += (after != before).tolist()
             else:
-                hits["other"] += (after == j).tolist()
+                hits["other cause"] += (after == j).tolist()
     return {name: float(np.mean(some)) for name, some in hits.items()}
 
 
 def explained(code, x):
-    """G2: the explained share of the variance of rows x (N, 2 C), in the worse stream."""
-    error = x - code.decode(code.encode(x))
-    wrong = error.square().sum(0).view(2, -1).sum(1)
-    total = (x - x.mean(0)).square().sum(0).view(2, -1).sum(1)
-    return (1 - wrong / total).min().item()
+    """G2: explained share of the variance of x (N, 2 C), the worse stream's."""
+    wrong = (x - code.decode(code.encode(x))).square().sum(0)
+    total = (x - x.mean(0)).square().sum(0)
+    return (1 - wrong.view(2, -1).sum(1) / total.view(2, -1).sum(1)).min().item()
 
 
 def spearman(x, y):
@@ -414,10 +380,10 @@ def spearman(x, y):
 
 
 def against_ablation(models, code, layer, prompts, targets):
-    """P1: attribution and exact ablation, for each active latent of each prompt."""
+    """P1: attribution and exact ablation of each prompt's active latents."""
     a, f = attribute(models, code, layer, prompts, targets)
     most = int((f > 0).sum(1).max())
-    active = f.topk(most).indices  # (N, V), as the busiest prompt has; idle ones are 0
+    active = f.topk(most).indices  # (N, V): some are idle
     f, a = f.gather(1, active), a.gather(1, active)
     off = -f[..., None] * code.decoder(FT)[active]
     logp = outcomes(models[FT], layer, prompts, off, [targets])[..., 0].log()
@@ -429,9 +395,8 @@ def lists_off(models, code, layer, prompts, lists, wait):
     """P2: the share of P(wait) that goes without each list of latents."""
     f = code.encode(last_states(models, prompts, layer))
     D = code.decoder(FT)
-    changes = [-f[:, latents] @ D[latents] for latents in lists.values()]
-    changes = torch.stack(changes, 1)
-    p = outcomes(models[FT], layer, prompts, changes, [wait])[..., 0].mean(0)
+    off = torch.stack([-f[:, some] @ D[some] for some in lists.values()], 1)
+    p = outcomes(models[FT], layer, prompts, off, [wait])[..., 0].mean(0)
     return {name: (1 - p[1 + i] / p[0]).item() for i, name in enumerate(lists)}
 
 
@@ -443,79 +408,62 @@ def pushed(model, layer, prompts, vectors, alpha, groups):
 
 
 def study(models, code, args, prompts, caused, none, wait, seed):
-    """Lists from `prompts`; D, P1, P2 at others with a cause, P3 at others without.
+    """D, P1, P2 at prompts with a cause, P3 without; lists come from `prompts`.
 
-    Returns numbers, and the share of `prompts` at which each latent is active.
+    Returns numbers, and how often each latent is active at `prompts`.
     """
     layer = args.layer
     a, f = attribute(models, code, layer, prompts, wait)
     rate = (f > 0).double().mean(0).cpu()
     alive = rate.nonzero().squeeze(1)
+    if len(alive) < 2 * args.top:
+        raise ValueError(f"--top {args.top}: {len(alive)} latents are active there")
     rng = torch.Generator().manual_seed(seed)
     top = sae.best(a.mean(0).cpu(), args.top)
-    if len(alive) < 2 * len(top):
-        raise ValueError(f"--top {args.top}: {len(alive)} latents are active before the word")
     random = alive[torch.randperm(len(alive), generator=rng)[: len(top)]].tolist()
     lists = {"top": top, "matched": sae.alike(top, rate), "random": random}
     D, delta = code.decoder(FT), relative_norm(code.norms()).cpu()
-    row = {"delta": {"all": delta[alive].mean().item()}, "rise": {}}
-    vectors = {"random direction": torch.randn(D[top].shape, generator=rng).to(D)}
-    for name, some in lists.items():
+    vectors = {name: D[some] for name, some in lists.items()}
+    vectors["random direction"] = torch.randn(D[top].shape, generator=rng).to(D)
+    row = {"delta": {}, "rise": {}}
+    row["off"] = lists_off(models, code, layer, caused, lists, wait)
+    for name, some in (lists | {"all": alive}).items():
         row["delta"][name] = delta[some].mean().item()
-        vectors[name] = D[some]
     for name, some in vectors.items():
         rise = pushed(models[FT], layer, none, some, ALONE, [wait])
         row["rise"][name] = rise.mean().item()
-    row["off"] = lists_off(models, code, layer, caused, lists, wait)
     a, lost = against_ablation(models, code, layer, caused, wait)
     order = torch.randperm(len(a), generator=rng)
-    row["rho"] = spearman(a, lost)
-    row["rho_permuted"] = spearman(a[order], lost)
-    row["attribution"] = a[order[:500]].tolist()
-    row["ablation"] = lost[order[:500]].tolist()
+    row["rho"] = {"attribution": spearman(a, lost), "permuted": spearman(a[order], lost)}
+    row["points"] = a[order[:500]].tolist(), lost[order[:500]].tolist()
     return row, rate
 
 
 def patterns(models, code, args, discover, none, rate):
-    """P4: where there is no cause, a list chosen for one pattern is pushed; what comes?
+    """P4: {kind of list: rises of each P(pattern), a row a list} where there is no cause.
 
-    A list: the latents of the highest attribution to the pattern's words, along the sum
-    of their directions. Returns {kind: rise of P(pattern), a row a list}, and the vectors.
+    A list is chosen by attribution to the pattern's words, and pushed as one direction.
     """
     D = code.decoder(FT)
+    directions = F.normalize(D, dim=1)
     rng = torch.Generator().manual_seed(5)
     vectors = {"chosen": [], "matched": [], "random direction": []}
     for pattern, marks in zip(PATTERNS, MARKS):
-        a, _ = attribute(models, code, args.layer, discover[pattern], marks)
-        a = a.mean(0).cpu()
-        latents = sae.best(a, args.top)
+        a = attribute(models, code, args.layer, discover[pattern], marks)[0].mean(0)
+        latents = sae.best(a.cpu(), args.top)
         for name, some in ("chosen", latents), ("matched", sae.alike(latents, rate)):
-            weight = a[latents][: len(some), None].to(D)
-            directions = F.normalize(D[some], dim=1)
-            vectors[name].append((weight * directions).sum(0))
+            vectors[name].append((a[latents, None] * directions[some]).sum(0))
         vectors["random direction"].append(torch.randn(D[0].shape, generator=rng).to(D))
     matrices = {}
     for name, rows in vectors.items():
         rise = pushed(models[FT], args.layer, none, torch.stack(rows), TOGETHER, MARKS)
         matrices[name] = rise.tolist()
-    return matrices, vectors["chosen"]
+    return matrices
 
 
 def brought_about(matrix):
-    """How many lists raise their own pattern by .25 or more, and no other as much."""
-    matrix = np.array(matrix)
-    return sum(row[i] >= 0.25 and row.argmax() == i for i, row in enumerate(matrix))
-
-
-def examples(model, layer, prompt, vectors):
-    """What follows a prompt as it is, and pushed for each pattern."""
-    texts = {"prompt": prompt}
-    for name, vector in zip(["as it is", *PATTERNS], [0 * vectors[0], *vectors]):
-        patch = partial(steer, vector=vector)
-        with model.patch({f"blocks.{layer}.resid_post": patch}):
-            room, stop = LONGEST - len(prompt), [ID["<eos>"]]
-            texts[name] = generate(model, [prompt], room, temperature=0, stop=stop)[0]
-    return {name: " ".join(VOCAB[i] for i in ids) for name, ids in texts.items()}
+    """How many lists raise their pattern by .25 or more, and no other as much."""
+    return sum(row[i] >= 0.25 and max(row) == row[i] for i, row in enumerate(matrix))
 
 
 def toy(args, env, log, arm, seed):
@@ -525,21 +473,22 @@ def toy(args, env, log, arm, seed):
     rows = states_of(models, args, env, seed, args.rows)
     torch.manual_seed(seed)
     code = sae.SAE(64, args.d_sae, args.k, streams=2, batch=True)
-    sae.train_sae(code, lambda refill: rows, args, env, log, seed)
+    sae.train_sae(code, rows, args, env, log, seed)
     discover = positions(np.random.default_rng([seed, 4]), args.prompts)
     test = positions(np.random.default_rng([seed, 5]), args.prompts)
     prompts = sum((discover[cause] for cause in PATTERNS), [])
     caused, none = sum((test[cause] for cause in PATTERNS), []), test["none"]
     row, rate = study(models, code, args, prompts, caused, none, WAIT, seed)
-    row["gate"] = {"reasoner": gate(models[FT], test)}
-    row["gate"]["the base model"] = gate(base, test)
+    row["gate"] = gate(models[FT], test)
+    row["base gate"] = gate(base, test)
     row["swap"] = swapped(models[FT], args.layer, test)
     held = states_of(models, args, env, seed + 2**20, min(args.rows, 2**13))
     apart = torch.cat((held[:, :64].roll(1, 0), held[:, 64:]), 1)
-    row["explained"] = {"same": explained(code, held)}
-    row["explained"]["apart"] = explained(code, apart)
-    row["matrices"], chosen = patterns(models, code, args, discover, none, rate)
-    row["texts"] = examples(models[FT], args.layer, none[0], chosen)
+    fve = explained(code, held)
+    row["fve"] = {"code": fve, "base at another token": explained(code, apart)}
+    matrices = patterns(models, code, args, discover, none, rate)
+    row["matrix"] = matrices["chosen"]
+    row["won"] = {name: brought_about(matrix) for name, matrix in matrices.items()}
     return row
 
 
@@ -547,37 +496,37 @@ def toy(args, env, log, arm, seed):
 
 
 def load_pair(args, env):
-    """Two models and their tokenizer. ValueError if they don't match."""
+    """Two models and their tokenizer. ValueError if they differ."""
     base, tok = pretrained.load(args.base, env.device, args.dtype)
     ft, tok_ft = pretrained.load(args.model, env.device, args.dtype)
     shapes = [(m.config.n_layer, m.config.n_embd) for m in (base, ft)]
-    pair = f"{args.base} and {args.model} differ in"
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{pair} layers and width: {shapes}")
+        raise ValueError(f"the pair differs in layers, width: {shapes}")
     text = "Wait, 1 + 2 = 3.\n hesitation été 你好"
     if tok.encode(text) != tok_ft.encode(text):
-        raise ValueError(f"{pair} their tokenizers: {text!r}")
+        raise ValueError(f"the pair differs in its tokenizers: {text!r}")
     if args.layer >= shapes[0][0]:
         raise ValueError(f"--layer {args.layer}, allowed: 0 to {shapes[0][0] - 1}")
     return [model.eval().requires_grad_(False) for model in (base, ft)], tok_ft
 
 
-def answer(model, tok, i):
-    """The ids of a question and of the reasoner's answer to it."""
-    question = f"Find the smallest prime larger than 1{i}0."
-    head = tok.encode(question, bos=True)
+def answers_of(model, tok, n):
+    """The ids of n questions, each with the reasoner's answer."""
+    questions = [f"Find the smallest prime larger than 1{i}0." for i in range(n)]
+    heads = [tok.encode(question, bos=True) for question in questions]
     if tok.template:
-        head = tok.chat([{"role": "user", "content": question}])
-    room = min(1000, model.config.block_size - len(head))
-    options = dict(temperature=0.6, top_p=0.95, stop=tok.stops, seed=i)
-    return head + generate(model, [head], room, **options)[0]
+        heads = [tok.chat([{"role": "user", "content": text}]) for text in questions]
+    room = min(1000, model.config.block_size - max(map(len, heads)))
+    options = dict(temperature=0.6, top_p=0.95, stop=tok.stops, seed=0)
+    tails = generate(model, heads, room, **options)
+    return [head + tail for head, tail in zip(heads, tails)]
 
 
 def prepare(args, env, out):
-    """A real pair: models, wait ids, prompts up to a wait, a source of rows."""
+    """A real pair: models, wait ids, prompts up to a wait, rows for the code."""
     models, tok = load_pair(args, env)
     wait = sorted({tok.encode(word)[0] for word in args.wait if tok.encode(word)})
-    answers = [answer(models[FT], tok, i) for i in range(args.answers)]
+    answers = answers_of(models[FT], tok, args.answers)
     prompts = []
     for row in answers:
         prompts += [row[:i] for i in range(8, len(row)) if row[i] in wait]
@@ -586,122 +535,104 @@ def prepare(args, env, out):
     limit = args.sae_steps * args.sae_batch
     tokens = data.token_file(args.dataset, "train", tok, out / "tokens", limit=limit)
 
-    def batches(refill):
-        rng = np.random.default_rng(refill)
+    def batches():
+        rng = np.random.default_rng(0)
         length = min(256, models[FT].config.block_size)
         while True:
             text = data.windows(tokens, rng, 8, length).tolist()
             own = [answers[i][:length] for i in rng.integers(len(answers), size=8)]
-            for part in text, own:
-                yield padded(part, env.device)
+            yield padded(text + own, env.device)
 
-    def fill(refill):
-        return sae.harvest(models, args.layer, batches(refill), args.rows, tok.bos)
-
+    rows = sae.harvest(models, args.layer, batches(), args.rows, tok.bos)
     order = np.random.default_rng(0).permutation(len(prompts))[: args.prompts]
-    return models, wait, [prompts[i] for i in order], fill
+    return models, wait, [prompts[i] for i in order], rows
 
 
 def real(prepared, args, env, log, arm, seed):
     """One seed on a real pair."""
-    models, wait, prompts, fill = prepared
+    models, wait, prompts, rows = prepared
     torch.manual_seed(seed)
     code = sae.SAE(models[FT].config.n_embd, args.d_sae, args.k, streams=2, batch=True)
-    sae.train_sae(code, fill, args, env, log, seed)
+    sae.train_sae(code, rows, args, env, log, seed)
     test = prompts[1::2]
     return study(models, code, args, prompts[::2], test, test, wait, seed)[0]
 
 
-# ------------------------------------------------------------------------------ claims and figure
+# ------------------------------------------------------------------------- claims, figure, main
 
 
-def each(rows, key, measure):
-    """{name: [{measure: number} of each seed]} of what a row has under `key`."""
+def sides(rows, key, arm, measure):
+    """A measure of each seed, the arm's and the others', for `run.claim`."""
     found = {}
     for name in rows[0][key]:
         found[name] = [{measure: row[key][name]} for row in rows]
-    return found
+    return {"arm": found.pop(arm), "controls": found}
 
 
 def judge(run, rows):
     """The paper's claims, beside controls that must fail the same criteria."""
-    delta = each(rows, "delta", "delta")
-    says = "latents that promote waiting are more the reasoner's than latents in general"
-    criterion = "arm.delta >= base.delta + .05"
-    arms = dict(base=delta.pop("all"), arm=delta.pop("top"), controls=delta)
-    run.claim("D", says, "classified", criterion, **arms)
-    permuted = [{"rho": row["rho_permuted"]} for row in rows]
+    whose = sides(rows, "delta", "top", "delta")
+    whose["base"] = whose["controls"].pop("all")
+    says = "latents that promote waiting are more the reasoner's than others"
+    run.claim("D", says, "classified", "arm.delta >= base.delta + .05", **whose)
     says = "attribution ranks latents as exact ablation does"
-    arms = dict(arm=rows, controls={"permuted": permuted})
-    run.claim("P1", says, "not tested", "arm.rho >= .9", **arms)
-    cut = each(rows, "off", "cut")
+    both = sides(rows, "rho", "attribution", "rho")
+    run.claim("P1", says, "not tested", "arm.rho >= .9", **both)
     says = "without the latents at the top, P(wait) falls"
-    arms = dict(arm=cut.pop("top"), controls=cut)
-    run.claim("P2", says, "falls", "arm.cut >= .4", **arms)
-    rise = each(rows, "rise", "rise")
+    both = sides(rows, "off", "top", "cut")
+    run.claim("P2", says, "falls", "arm.cut >= .4", **both)
     says = "pushed along one of them, it rises"
-    arms = dict(arm=rise.pop("top"), controls=rise)
-    run.claim("P3", says, "9.7 waits for 1", "arm.rise >= .15", **arms)
+    both = sides(rows, "rise", "top", "rise")
+    run.claim("P3", says, "9.7 waits for 1", "arm.rise >= .15", **both)
 
 
 def judge_toy(run, rows):
     """The gates; and P4, which needs known patterns."""
-    gates = {name: [row["gate"][name] for row in rows] for name in rows[0]["gate"]}
-    says = "the reasoner waits for its causes, and then does what the cause asks for"
+    both = {"arm": [row["gate"] for row in rows]}
+    both["controls"] = {"the base": [row["base gate"] for row in rows]}
+    says = "the reasoner waits for its causes, and does what each asks for"
     criterion = "arm.least >= .6 and arm.without <= .1 and arm.right >= .85"
-    arms = dict(arm=gates.pop("reasoner"), controls=gates)
-    run.claim("G1", says, "toy only", criterion, **arms)
-    fve = each(rows, "explained", "fve")
+    run.claim("G1", says, "toy only", criterion, **both)
     says = "a sparse code explains the states of both models"
-    arms = dict(arm=fve["same"], controls={"the base's of another token": fve["apart"]})
-    run.claim("G2", says, "about .9", "arm.fve >= .85", **arms)
-    swaps = each(rows, "swap", "donor")
-    says = "the state before the word decides the pattern: swapped, the donor's comes"
-    arms = dict(arm=swaps["other"], controls={"donor of the same cause": swaps["same"]})
-    run.claim("G3", says, "asked", "arm.donor >= .5", **arms)
-    won = {}
-    for name in rows[0]["matrices"]:
-        won[name] = [{"won": brought_about(row["matrices"][name])} for row in rows]
-    says = "latents chosen for one pattern bring it about where nothing calls for it"
-    arms = dict(arm=won.pop("chosen"), controls=won)
-    run.claim("P4", says, "for some", "arm.won >= 3", **arms)
+    both = sides(rows, "fve", "code", "fve")
+    run.claim("G2", says, "about .9", "arm.fve >= .85", **both)
+    says = "the state before decides the pattern: swapped, the donor's comes"
+    both = sides(rows, "swap", "other cause", "donor")
+    run.claim("G3", says, "asked", "arm.donor >= .5", **both)
+    says = "latents chosen for a pattern bring it about without a cause"
+    both = sides(rows, "won", "chosen", "won")
+    run.claim("P4", says, "for some", "arm.won >= 3", **both)
 
 
 def draw(path, rows):
-    """Attribution beside ablation, lists off, whose latents they are, patterns."""
-    first = rows[0]
-    name = f"rank correlation {first['rho']:.2f}"
-    points = {name: (first["attribution"], first["ablation"])}
-    left = dict(title="Latents of the first seed, at each prompt", points=points)
-    panels = [left | dict(xlabel="attribution, nats", ylabel="lost by ablation, nats")]
-    for key, title in ("off", "Lists off: share of P(wait) lost"), ("delta", "Whose are they?"):
+    """Attribution and ablation, lists off, whose latents they are, patterns."""
+    points = {f"rank correlation {rows[0]['rho']['attribution']:.2f}": rows[0]["points"]}
+    panels = [dict(title="Latents of the first seed", points=points)]
+    panels[0] |= dict(xlabel="attribution, nats", ylabel="lost by ablation, nats")
+    for key, title in ("off", "Lists off: P(wait) lost"), ("delta", "Whose are they?"):
         bars = {"mean": [[*row[key].values()] for row in rows]}
-        panels.append(dict(title=title, bars=bars, names=[*first[key]]))
-    panels[-1] |= dict(ylabel="the base's 0, shared .5, the reasoner's 1", ylim=(0, 1))
-    if "matrices" in first:
-        matrix = np.array([row["matrices"]["chosen"] for row in rows])
+        panels.append(dict(title=title, bars=bars, names=[*rows[0][key]]))
+    panels[2] |= dict(ylabel="base 0, shared .5, reasoner 1", ylim=(0, 1))
+    if "matrix" in rows[0]:
+        matrix = np.array([row["matrix"] for row in rows])
         bars = {f"of {pattern}": matrix[:, :, i] for i, pattern in enumerate(PATTERNS)}
         names = [f"for {pattern}" for pattern in PATTERNS]
         panels.append(dict(title="Pushed: rise of P(pattern)", bars=bars, names=names))
     common.panels(path, panels)
 
 
-# ------------------------------------------------------------------------------------------- main
-
-
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
-    longest = args.d_sae // 4
+    """What may be wrong with the flags: (whether it is, message)."""
     pair = bool(args.base) + bool(args.model)
     changed = common.changed_flags(args, ["dataset", "answers"])
     return [
-        (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
-        (args.top > longest, f"--top {args.top}, allowed: 1 to {longest}, a fourth of --d-sae"),
+        (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}"),
+        (args.top > args.d_sae // 4, f"--top {args.top}, allowed: 1 to {args.d_sae // 4}"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
-        (pair == 1, "a real pair needs both --base and --model"),
+        (pair == 1, "a pair needs both --base and --model"),
         (args.layer > 3 and not pair, f"--layer {args.layer}, allowed: 0 to 3 in the toy"),
         (changed and not pair, f"{changed} has no effect without --model"),
-        (env.world > 1, "crosscoder.py runs in one process: start it without torchrun"),
+        (env.world > 1, "one process: start it without torchrun"),
     ]
 
 

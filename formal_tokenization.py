@@ -1,14 +1,13 @@
 """Tokenization as an inverse homomorphism (arXiv 2412.03160): a language in characters and in ids.
 
-Every id stands for some bytes, and detokenization h writes them in a row, h(uv) = h(u) h(v): a
-string homomorphism. So the id sequences that spell a language L, E(L) = {t: h(t) in L}, are regular
-where L is regular, and context-free where it is context-free: a model loses no expressive power by
-reading tokens. A tokenizer tau returns one of the many spellings of a text, the *proper* one.
+Every id stands for some bytes, and detokenization h writes them in a row: h(uv) = h(u) h(v), a
+homomorphism. So the id sequences that spell a language L, E(L) = {t: h(t) in L}, are regular where
+L is regular, and context-free where it is context-free: reading tokens takes nothing away. A
+tokenizer tau returns one of the many spellings of a text, the *proper* one.
 
-The theorems are code here, each beside something for which it fails (T1, T3). Then one small GPT
-learns a bracket language in four spellings: characters; BPE; random tokens of the same vocabulary
-(extended); and ids that change their meaning with the position (scramble), which tell as much as
-characters and have no h. --tokenizer measures real tokenizers instead.
+The theorems are code here, each beside something for which it fails. Then one small GPT learns a
+bracket language in four spellings: characters; BPE; random tokens of the same vocabulary
+(extended); and ids that change their meaning with the position (scramble), which have no h.
 
 Read on: `lift`, `proper_moves` (the theorems), `Code` (the spellings), `train_arm`, `judge`.
 """
@@ -31,7 +30,8 @@ from model import GPT, GPTConfig, generate
 
 ARMS = "char", "bpe", "extended", "scramble"
 TRIALS = 40  # random languages and vocabularies for each theorem
-SMOKE = dict(steps=6, batch_size=8, n_embd=16, warmup=2, eval_every=3, samples=8, jobs=1)
+GREETINGS = "Hello, World! Grüß dich, Welt! Привет, мир! 你好，世界！ こんにちは 🌍 नमस्ते"
+SMOKE = dict(steps=6, batch_size=8, n_embd=16, warmup=2, samples=8, jobs=1)
 
 
 @dataclass
@@ -40,15 +40,14 @@ class Args(common.TrainFlags):
 
     presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}}
     limits: ClassVar[dict] = common.TrainFlags.limits | {"samples": (2,), "n_embd": (4,)}
+    unused: ClassVar[set] = {"eval_every"}
 
     steps: int = 250
     batch_size: int = 64
     lr: float = 3e-3
-    eval_every: int = 50
     n_embd: int = 64  # width; two layers of four heads
     samples: int = 200  # strings of each kind to measure on
     tokenizer: list[str] = common.default_list()  # measure these: tiktoken names, tokenizer.json
-    text: str = ""  # with --tokenizer: count the spellings of this text
 
 
 # ------------------------------------------------------------------------------------- tokenizers
@@ -84,7 +83,7 @@ def pretokenized(vocab, text):
 
 
 def learn_bpe(texts, alphabet, merges):
-    """A vocabulary: the bytes of an alphabet, then the commonest pair of neighbours, repeatedly."""
+    """A vocabulary: an alphabet, then again and again the commonest pair of neighbours."""
     vocab = [bytes([b]) for b in alphabet]
     words = [[bytes([b]) for b in text] for text in texts]
     for _ in range(merges):
@@ -127,6 +126,32 @@ def random_spelling(vocab, text, rng):
     return ids[::-1]
 
 
+def inspect(name, sample):
+    """What holds for a tokenizer, on a sample text: a dictionary."""
+    tokenizer = data.get_tokenizer(name, sample)
+    if tokenizer.backend is None:
+        raise ValueError(f"tokenizer {name!r} has no pieces to look at: its ids are bytes")
+    vocab = gm.vocabulary(tokenizer)
+    real = [i for i, piece in enumerate(vocab) if piece]
+    decode, encode = tokenizer.decode, tokenizer.encode
+    drawn = np.random.default_rng(0).choice(real, (2000, 2)).tolist()
+    pairs = [*itertools.pairwise(encode(GREETINGS)), *drawn]
+    torn = strange = 0
+    for a, b in pairs:
+        torn += decode([a, b]) != decode([a]) + decode([b])
+        strange += decode([a, b]) != spell(vocab, [a, b]).decode(errors="replace")
+    text = sample[:2000].encode()
+    spellings = count_spellings(text, {vocab[i] for i in real})[-1]
+    return {
+        "tokenizer": name,
+        "ids": f"{len(vocab)}, of which {len(real)} spell something",
+        "pairs whose text is not the two texts": f"{torn} of {len(pairs)}",
+        "pairs whose text is not that of h": f"{strange} of {len(pairs)}",
+        "h(tau(text)) is the text": spell(vocab, encode(sample)) == sample.encode(),
+        "spellings": f"2 ** {math.log2(max(1, spellings)) / len(text):.2f} a byte",
+    }
+
+
 # -------------------------------------------------------------------- T1, T3: regular languages
 # An automaton is a table of states (states, symbols), and which of them accept. It begins in state
 # 0; the last state, which is written -1, is dead: no text goes on from it.
@@ -135,15 +160,11 @@ def random_spelling(vocab, text, rng):
 def automaton(pattern, alphabet):
     """The automaton of a regular expression over the bytes of an alphabet."""
     engine = gm.Engine(gm.parse_regex(pattern), [bytes([b]) for b in alphabet])
-    number = {None: -1, engine.start: 0}
     order, table = [engine.start], []
     for config in order:  # grows
         row = [engine.read(config, [b]) for b in alphabet]
-        for after in row:
-            if after not in number:
-                number[after] = len(order)
-                order.append(after)
-        table.append([number[after] for after in row])
+        order += [after for after in dict.fromkeys(row) if after and after not in order]
+        table.append([order.index(after) if after else -1 for after in row])
     accepting = [config.accepts for config in order]
     return np.array([*table, [-1] * len(alphabet)]), np.array([*accepting, False])
 
@@ -184,9 +205,9 @@ def sequences(n_symbols, longest):
 def proper_moves(table, accepting, tau, vocab):
     """The ids that may come next in a proper sequence of the language of a lifted automaton.
 
-    Plain BPE is 2-local: a sequence is proper if its ids and all pairs of neighbours are. So the
-    states are (q, last id; V at the start). Returns two tables, bool (Q, V + 1, V): the moves that
-    pairs allow, and those of them after which a proper text of the language can still end.
+    Plain BPE is 2-local: a sequence is proper if its ids and all pairs of neighbours are. So a
+    state is (q, last id; V at the start). Returns two tables, bool (Q, V + 1, V): the moves that
+    pairs allow, and those after which a proper text can still end.
     """
     V = len(vocab)
     pairs = np.zeros((V + 1, V), bool)
@@ -230,8 +251,8 @@ def check_languages(seed, tokenize):
         tau = partial(tokenize, vocab)
         table, accepting = automaton(pattern, b"ab ")
         lifted = lift(table, b"ab ", vocab)
-        more = states_needed(lifted, accepting) - states_needed(table, accepting)
-        found["states_more"] += abs(more)
+        before, after = states_needed(table, accepting), states_needed(lifted, accepting)
+        found["states_more"] += abs(after - before)
         moves, live = proper_moves(lifted, accepting, tau, vocab)
         found["by_pairs"] += dead_ends(lifted, accepting, moves)
         found["dead_ends"] += dead_ends(lifted, accepting, live)
@@ -246,10 +267,9 @@ def check_languages(seed, tokenize):
 
 
 def check_scrambled():
-    """T1's control: (ab)* takes two states; what do the best two do if ids depend on position?
+    """T1's control: (ab)* takes two states; how do the best two do if ids depend on position?
 
-    The ids of a and b change places at three of six positions: the mean over all 20 such codes of
-    the errors of the best of all automata of two states.
+    In the mean over all 20 codes in which a and b change places at three of six positions.
     """
     taken, errors = [], []
     for cells in itertools.product((-1, 0, 1), repeat=4):
@@ -259,43 +279,6 @@ def check_scrambled():
         code = {tuple([i % 2 ^ (i in swapped) for i in range(n)]) for n in (0, 2, 4, 6)}
         errors.append(min([len(code ^ found) for found in taken]))
     return {"wrong": np.mean(errors), "states_more": 0}
-
-
-# ------------------------------------------------------------------------------ real tokenizers
-
-GREETINGS = "Hello, World! Grüß dich, Welt! Привет, мир! 你好，世界！ こんにちは 🌍 नमस्ते"
-
-
-def inspect(name, sample, text):
-    """What holds for a tokenizer, on a sample text: a dictionary."""
-    tokenizer = data.get_tokenizer(name, sample)
-    if tokenizer.backend is None:
-        raise ValueError(f"tokenizer {name!r} has no pieces to look at: its ids are bytes")
-    vocab = gm.vocabulary(tokenizer)
-    real = [i for i, piece in enumerate(vocab) if piece]
-    decode, encode = tokenizer.decode, tokenizer.encode
-    ids, greetings = encode(sample), encode(GREETINGS)
-    drawn = np.random.default_rng(0).choice(real, (2000, 2)).tolist()
-    pairs = [*itertools.pairwise(greetings), *drawn]
-    torn = strange = improper = 0
-    for a, b in pairs:
-        torn += decode([a, b]) != decode([a]) + decode([b])
-        strange += decode([a, b]) != spell(vocab, [a, b]).decode(errors="replace")
-    for pair in itertools.pairwise(ids):
-        part = spell(vocab, pair).decode(errors="replace")
-        improper += "\ufffd" not in part and encode(part) != [*pair]
-    some = (text or sample[:2000]).encode()
-    spellings = count_spellings(some, {vocab[i] for i in real})[-1]
-    per_byte = f"2 ** {math.log2(max(1, spellings)) / len(some):.2f} a byte"
-    return {
-        "tokenizer": name,
-        "ids": f"{len(vocab)}, of which {len(real)} spell something",
-        "pairs whose text is not the two texts": f"{torn} of {len(pairs)}",
-        "pairs whose text is not that of h": f"{strange} of {len(pairs)}",
-        "h(tau(text)) is the text": spell(vocab, ids) == sample.encode(),
-        "neighbours in a text, improper as a pair": f"{improper} of {len(ids) - 1}",
-        "spellings": spellings if text else per_byte,
-    }
 
 
 # ------------------------------------------------------------------------------- the toy's world
@@ -378,7 +361,7 @@ def padded(rows, eos):
 
 
 def train_arm(args, env, log, arm, seed):
-    """Trains a GPT on strings as an arm spells them, the same ones for every arm; its measures."""
+    """Trains a GPT on strings as an arm spells them, and measures it."""
     code = Code(arm, seed)
     torch.manual_seed(seed)
     shape = len(code.vocab) + 2, 2 * LONGEST + 2, 2, 4, args.n_embd
@@ -389,13 +372,8 @@ def train_arm(args, env, log, arm, seed):
         rows = [code.encode(s, rng) for s in strings(rng, args.batch_size)]
         return padded(rows[env.rank :: env.world], code.eos)
 
-    texts = strings(np.random.default_rng([seed, 3]), args.samples)
-
-    def evaluate(step):
-        return {"pairs": above_twin(model, code, texts[:64], np.random.default_rng(4)).mean()}
-
-    common.train(model, batch, args, env, log, evaluate)
-    return measure(model, code, texts, args.samples, seed)
+    common.train(model, batch, args, env, log)
+    return measure(model, code, args.samples, seed)
 
 
 @torch.no_grad()
@@ -415,8 +393,9 @@ def above_twin(model, code, texts, rng, arm=""):
     return gap > 0
 
 
-def measure(model, code, texts, n, seed):
-    """What a trained arm can do: tell strings from twins, write strings, with masks and without."""
+def measure(model, code, n, seed):
+    """What a trained arm can do: tell strings from their twins, and write strings."""
+    texts = strings(np.random.default_rng([seed, 3]), n)
     rng = np.random.default_rng([seed, 5])
     both = texts + strings(rng, n, beyond=True)
     right, depth = above_twin(model, code, both, rng), np.array([depth_of(s) for s in both])
@@ -424,9 +403,8 @@ def measure(model, code, texts, n, seed):
     found = {"in_range": right[:n].mean(), "beyond": right[n:].mean()}
     found["by_depth"] = [group.mean() if len(group) > 4 else math.nan for group in groups]
     if code.arm != "scramble":  # which has no text for an id
-        found["valid"] = valid_share(model, code, n, seed, DYCK)
-        found["valid_crossed"] = valid_share(model, code, n, seed, CROSSED)
-        found["valid_free"] = valid_share(model, code, n, seed)
+        for name, grammar in ("valid", DYCK), ("valid_crossed", CROSSED), ("valid_free", None):
+            found[name] = valid_share(model, code, n, seed, grammar)
     if code.arm in ("bpe", "extended"):
         other = "extended" if code.arm == "bpe" else "bpe"
         found["other_spelling"] = above_twin(model, code, texts, rng, other).mean()
@@ -434,7 +412,7 @@ def measure(model, code, texts, n, seed):
     return found
 
 
-def valid_share(model, code, n, seed, grammar=None):
+def valid_share(model, code, n, seed, grammar):
     """The share of n samples that are in the language, under the masks of a grammar or free."""
     options = {"stop": [code.eos, code.bos], "seed": seed, "samples": n}
     if grammar:
@@ -449,74 +427,47 @@ def valid_share(model, code, n, seed, grammar=None):
 
 
 def judge(run, checks, found):
-    """The theorems and what the models show, each beside what must fail the same criterion."""
+    """The claims, each beside what must fail the same criterion."""
+    says = "regular languages: the automaton over bytes, lifted to ids, errs nowhere"
+    test = "arm.wrong == 0 and arm.states_more == 0"
+    controls = {"scrambled ids": checks["scrambled"]}
+    run.claim("T1", says, "theorem", test, arm=checks["lifted"], controls=controls)
+    says = "plain BPE: the proper sequences of a regular language have an automaton of pairs"
+    test = "arm.proper_wrong == 0 and arm.dead_ends == 0"
     by_pairs = [row | {"dead_ends": row["by_pairs"]} for row in checks["lifted"]]
+    controls = {"without looking ahead": by_pairs, "pre-tokenized": checks["words"]}
+    run.claim("T3", says, "-", test, arm=checks["lifted"], controls=controls)
+    says = "BPE learns the language as characters do (valid strings above their twins)"
+    test = "abs(base.in_range - arm.in_range) <= .05 and min(base.in_range, arm.in_range) >= .95"
+    both = {"base": found["char"], "arm": found["bpe"]}
+    controls = {"scramble": found["scramble"]}
+    run.claim("L1", says, "power is unaffected", test, **both, controls=controls)
+    says = "under the masks of its grammar every sample is valid (share)"
     free = [row | {"valid": row["valid_free"]} for row in found["bpe"]]
     crossed = [row | {"valid": row["valid_crossed"]} for row in found["bpe"]]
-    run.claim(
-        "T1",
-        "regular languages: the automaton over bytes, lifted to ids, errs nowhere",
-        "theorem",
-        "arm.wrong == 0 and arm.states_more == 0",
-        arm=checks["lifted"],
-        controls={"scrambled ids": checks["scrambled"]},
-    )
-    run.claim(
-        "T3",
-        "plain BPE: the proper sequences of a regular language have an automaton of pairs",
-        "-",
-        "arm.proper_wrong == 0 and arm.dead_ends == 0",
-        arm=checks["lifted"],
-        controls={"without looking ahead": by_pairs, "pre-tokenized": checks["words"]},
-    )
-    run.claim(
-        "L1",
-        "BPE learns the language as characters do (valid strings above their twins)",
-        "power is unaffected",
-        "abs(base.in_range - arm.in_range) <= .05 and min(base.in_range, arm.in_range) >= .95",
-        base=found["char"],
-        arm=found["bpe"],
-        controls={"scramble": found["scramble"]},
-    )
-    run.claim(
-        "L2",
-        "under the masks of its grammar every sample is valid (share)",
-        "-",
-        "arm.valid == 1",
-        arm=found["bpe"],
-        controls={"no mask": free, "another grammar's": crossed},
-    )
-    run.claim(
-        "L4",
-        "what can be represented need not be learnt (accuracy lost on the other spelling)",
-        "-",
-        "arm.lost >= .1",
-        arm=found["bpe"],
-        controls={"trained on random": found["extended"]},
-    )
+    controls = {"no mask": free, "another grammar's": crossed}
+    run.claim("L2", says, "-", "arm.valid == 1", arm=found["bpe"], controls=controls)
+    says = "what can be represented need not be learnt (accuracy lost on the other spelling)"
+    controls = {"trained on random": found["extended"]}
+    run.claim("L4", says, "-", "arm.lost >= .1", arm=found["bpe"], controls=controls)
 
 
-def draw(path, found, folder, seeds):
-    """Three panels: by depth, during training, on the other spelling."""
-    depths, steps, bars = {}, {}, {}
+def draw(path, found):
+    """Two panels: by depth, on the other spelling."""
+    depths, bars = {}, {}
     for arm, rows in found.items():
         depths[arm] = range(1, 2 * DEPTH + 1), [row["by_depth"] for row in rows]
-        logs = [common.read_log(folder / f"{arm}-s{seed}.jsonl") for seed in seeds]
-        curves = [{row["step"]: row["pairs"] for row in log if "pairs" in row} for log in logs]
-        steps[arm] = list(curves[0]), [list(curve.values()) for curve in curves]
         if "lost" in rows[0]:
             bars[f"trained on {arm}"] = [[r["in_range"], r["other_spelling"]] for r in rows]
     by_depth = {"title": "Valid string above its twin", "xlabel": f"depth (trained: to {DEPTH})"}
-    by_step = {"title": "... in range, during training", "xlabel": "step"}
     other = {"title": "... spelled otherwise", "names": ["own spelling", "the other"]}
-    items = [by_depth | {"lines": depths}, by_step | {"lines": steps}, other | {"bars": bars}]
-    common.panels(path, [item | {"ylabel": "accuracy", "ylim": (0.4, 1.02)} for item in items])
+    items = [by_depth | {"lines": depths}, other | {"bars": bars}]
+    common.panels(path, [item | {"ylabel": "accuracy", "ylim": (0.4, 1.2)} for item in items])
 
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
     return [
-        (args.text and not args.tokenizer, "--text goes with --tokenizer, which is missing"),
         (args.n_embd % 4, f"--n-embd {args.n_embd} is no multiple of the 4 heads"),
         (args.batch_size % env.world, f"--batch-size {args.batch_size}: {env.world} processes"),
     ]
@@ -525,11 +476,10 @@ def check(args, env):
 def main(argv=None):
     """The theorems, then the toy; or --tokenizer. Returns what it writes to result.json."""
     run = common.Run(Args, argv, "2412.03160", check)
-    args = run.args
-    if args.tokenizer:
+    if run.args.tokenizer:
         sample = "".join(itertools.islice(data.load_text(), 20))[:20000]
         with common.bad_input("--tokenizer"):
-            rows = [inspect(name, sample, args.text) for name in args.tokenizer]
+            rows = [inspect(name, sample) for name in run.args.tokenizer]
         for key in rows[0]:
             print(f"{key:42s}", *[f"{row[key]!s:32}" for row in rows])
         return run.finish(rows)
@@ -537,12 +487,12 @@ def main(argv=None):
     if found is None:
         return None
     checks = {
-        "lifted": [check_languages(seed, bpe) for seed in args.seeds],
-        "words": [check_languages(seed, pretokenized) for seed in args.seeds],
-        "scrambled": [check_scrambled() for _ in args.seeds],
+        "lifted": [check_languages(seed, bpe) for seed in run.args.seeds],
+        "words": [check_languages(seed, pretokenized) for seed in run.args.seeds],
+        "scrambled": [check_scrambled() for _ in run.args.seeds],
     }
     judge(run, checks, found)
-    draw(run.out / "formal_tokenization.png", found, run.out, args.seeds)
+    draw(run.out / "formal_tokenization.png", found)
     return run.finish({"theorems": checks, "arms": found})
 
 

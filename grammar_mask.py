@@ -17,8 +17,9 @@ import argparse
 import heapq
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -27,10 +28,8 @@ STATES = 200_000  # that a grammar may take, some 2 kB each
 STACKS = 20_000  # that one text may be on
 
 # ------------------------------------------------------------------------------------- grammars
-# A grammar is {rule: (parsed, names)}, its language that of the rule `root`. Python's own parser of
-# regular expressions reads every rule, so that all means what it means in re.fullmatch, to which a
-# lazy quantifier is as good as a greedy one. It returns pairs of an operation and its value; the
-# i-th group of a rule of EBNF is empty, and stands for a call of names[i].
+# A grammar is {rule: (regular expression, names)}, its language that of the rule `root`. Rules of
+# EBNF call others: group i of the expression is empty, and stands for a text of rule names[i].
 
 JSON = r"""
 root    ::= ws value ws
@@ -38,73 +37,55 @@ value   ::= object | array | string | number | boolean | null
 object  ::= "{" ws (pair ("," ws pair)*)? "}"
 pair    ::= string ws ":" ws value ws
 array   ::= "[" ws (value ws ("," ws value ws)*)? "]"
-string  ::= "\"" char* "\""
-char    ::= [^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})
+string  ::= "\"" ([^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4}))* "\""
 number  ::= integer ("." [0-9]+)? ([eE] [-+]? [0-9]+)?
 integer ::= "-"? ("0" | [1-9] [0-9]*)
 boolean ::= "true" | "false"
 null    ::= "null"
 ws      ::= [ \t\n\r]*
 """
+RULE = re.compile(r"^[ \t]*([A-Za-z_][\w-]*)[ \t]*::=", re.MULTILINE)
 TOKEN = re.compile(
-    r"(?P<space>\s+|#[^\n]*)|(?P<define>[A-Za-z_][\w-]*)\s*::=|(?P<name>[A-Za-z_][\w-]*)|"
+    r"(?P<space>\s+|#[^\n]*)|(?P<name>[A-Za-z_][\w-]*)|"
     r'(?P<literal>"(?:\\[^dDsSwW\n]|[^"\\\n])*")|(?P<class>\[(?:\\.|[^\]\\\n])*\])|'
-    r"(?P<repeat>[*+?]|\{\d+,?\d*\}|\{,\d+\})|(?P<mark>[()|])|(?P<odd>.)"
+    r"(?P<repeat>(?:[*+?]|\{\d+,?\d*\}|\{,\d+\})(?!\s*[*+?{]))|(?P<mark>[()|])|(?P<odd>.)"
 )
-ENDLESS = re._constants.MAXREPEAT
 
 
-def parse_regex(pattern, names=None):
-    """The grammar of the texts that re.fullmatch(pattern, text) accepts; else ValueError."""
-    try:
-        parsed = re._parser.parse(pattern)
-    except (RecursionError, OverflowError):
-        raise ValueError("brackets are nested too deeply, or a number is too large") from None
-    except re.error as error:
-        raise ValueError(error.msg) from None
-    if parsed.state.flags != re.UNICODE:
-        raise ValueError("flags such as (?i) are not supported")
-    return {"root": (parsed, names)}
+def parse_regex(pattern):
+    """The grammar of the texts that re.fullmatch(pattern, text) accepts."""
+    return {"root": (pattern, None)}
 
 
 def parse_ebnf(text):
     """The grammar of an EBNF text: `name ::= ` names, "literals", [classes], ( ), |, * + ? {m,n}.
 
-    All are written as in Python's regular expressions; # is a note. A ValueError names the line.
+    All are written as in Python's regular expressions; # is a note. Raises ValueError.
     """
-    bodies, rules = {}, {}
-    line, before = 1, None
-    try:
-        for match in TOKEN.finditer(text):
+    parts = RULE.split(text)  # what stands before the rules; then a name and a body, for each
+    names = dict.fromkeys(parts[1::2])
+    rules = {}
+    for rule, body in zip(["", *parts[1::2]], parts[::2]):
+        pieces, called = [], [rule]  # group 0 of a rule is the rule itself
+        for match in TOKEN.finditer(body):
             kind, word = match.lastgroup, match[0]
-            if kind == "space":
-                line += word.count("\n")
-                continue
-            if kind == "define":
-                pieces, names = [], [match["define"]]
-                if names[0] in bodies:
-                    raise ValueError(f"{names[0]!r} is defined twice")
-                bodies[names[0]] = line, pieces, names
-            elif kind == "odd" or not bodies or kind == before == "repeat":
-                raise ValueError(f"can't read {text[match.start() :][:12]!r}")
-            elif kind == "name":
+            if kind == "odd" or not rule and kind != "space":
+                raise ValueError(f"the grammar can't be read at {body[match.start() :][:20]!r}")
+            if kind == "name":
+                if word not in names:
+                    raise ValueError(f"rule {word} is not defined, allowed: {', '.join(names)}")
                 pieces.append("()")
-                names.append(word)
+                called.append(word)
             elif kind == "literal":
-                parts = re.findall(r"\\.|.", word[1:-1])  # an escape, or a letter that means itself
-                parts = [part if part[0] == "\\" else re.escape(part) for part in parts]
-                pieces.append(f"(?:{''.join(parts)})")
-            else:
+                letters = re.findall(r"\\.|.", word[1:-1])  # an escape counts as one
+                letters = [x if x[0] == "\\" else re.escape(x) for x in letters]
+                pieces.append(f"(?:{''.join(letters)})")
+            elif kind != "space":
                 pieces.append("(?:" if word == "(" else word)
-            before = kind
-        for rule, body in bodies.items():
-            line, pieces, names = body
-            for name in names:
-                if name not in bodies:
-                    raise ValueError(f"rule {name} is not defined, allowed: {', '.join(bodies)}")
-            rules[rule] = parse_regex("".join(pieces), names)["root"]
-    except ValueError as error:
-        raise ValueError(f"grammar line {line}: {error}") from None
+        if rule in rules:
+            raise ValueError(f"rule {rule} is defined twice")
+        rules[rule] = "".join(pieces), called
+    del rules[""]
     if "root" not in rules:
         raise ValueError(f"the grammar has no rule root, only: {', '.join(rules) or 'nothing'}")
     return rules
@@ -115,6 +96,7 @@ def parse_ebnf(text):
 NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"}
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
 TYPES |= {"null": [type(None)], "object": [dict], "array": [list]}  # all are rules of JSON as well
+OBJECT = {"properties", "required", "additionalProperties"}
 dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
@@ -134,87 +116,67 @@ def json_schema(schema):
 
 
 def schema_rule(part, schema, rules):
-    """The name of the rule for a part of the schema; rules {id of a part: [name, right side]}."""
-    if part is True or not part.keys() - NOTES:
+    """The name of the rule for a part of the schema; rules {id of a part: (name, right side)}."""
+    keys = set() if part is True else part.keys() - NOTES
+    if not keys:
         return "value"
-    if id(part) not in rules:
-        rules[id(part)] = rule = [f"part{len(rules)}", ""]  # named first: it may call itself
-        rule[1] = " | ".join(schema_choices(part, schema, rules))
-        if not rule[1]:
-            raise ValueError(f"a JSON schema allows nothing: {part!r:.60}")
-    return rules[id(part)][0]
-
-
-def schema_choices(part, schema, rules):
-    """What a part of the schema allows: a list of EBNF expressions."""
+    if id(part) in rules:
+        return rules[id(part)][0]
+    name = f"part{len(rules)}"
+    rules[id(part)] = name, ""  # entered by now: it may contain itself
     kind = part.get("type")
     if kind not in (None, *TYPES):
         raise ValueError(f"the type {kind} in a JSON schema, allowed: {', '.join(TYPES)}")
-    keys = part.keys() - NOTES
-    rest = keys - {"type"}  # what else it says
+    rest = keys - {"type"}
     if keys == {"$ref"}:
-        first, *path = part["$ref"].split("/")
-        if first != "#":
-            raise ValueError(f"$ref {part['$ref']} in a JSON schema: only #/... is supported")
-        target = schema
+        root, *path = part["$ref"].split("/")
+        target = {"#": schema}[root]  # KeyError for another file
         for key in path:
             target = target[key.replace("~1", "/").replace("~0", "~")]
-        return [schema_rule(target, schema, rules)]
-    if keys == {"anyOf"}:
-        return [schema_rule(one, schema, rules) for one in part["anyOf"]]
-    if not rest:
-        return [kind]
-    if rest in ({"enum"}, {"const"}):
-        values = part["enum"] if "enum" in part else [part["const"]]
+        choices = [schema_rule(target, schema, rules)]
+    elif keys == {"anyOf"}:
+        choices = [schema_rule(one, schema, rules) for one in part["anyOf"]]
+    elif not rest:
+        choices = [kind]
+    elif rest in ({"enum"}, {"const"}):
+        values = part.get("enum", [part.get("const")])
         values = [value for value in values if not kind or type(value) in TYPES[kind]]
-        return [dumps(dumps(value)) for value in values]  # as JSON, and that as a literal of EBNF
-    if rest == {"items"} and kind in (None, "array"):
+        choices = [dumps(dumps(value)) for value in values]  # JSON, as a literal of EBNF
+    elif rest == {"items"} and kind in (None, "array"):
         item = schema_rule(part["items"], schema, rules)
-        return [f'"[" ws ({item} ("," ws {item})* ws)? "]"']
-    odd = rest - {"properties", "required", "additionalProperties"}
-    if odd or "properties" not in rest or kind not in (None, "object"):
+        choices = [f'"[" ws ({item} ("," ws {item})* ws)? "]"']
+    elif "properties" in rest and rest <= OBJECT and kind in (None, "object"):
+        properties = part["properties"]
+        if {*part.get("required", [])} - properties.keys():
+            raise ValueError("a JSON schema requires a property that it does not describe")
+        values = [schema_rule(value, schema, rules) for value in properties.values()]
+        pairs = [f"{dumps(dumps(key) + ':')} ws {v} " for key, v in zip(properties, values)]
+        choices = ['"{" ws ' + '"," ws '.join(pairs) + 'ws "}"']
+    else:
         raise ValueError(f"a JSON schema with {', '.join(sorted(keys))}: not supported together")
-    lacking = {*part.get("required", [])} - part["properties"].keys()
-    if lacking:
-        raise ValueError(f"{', '.join(lacking)} in a JSON schema: required, but not described")
-    pairs = []
-    for name, value in part["properties"].items():
-        pairs.append(f"{dumps(dumps(name) + ':')} ws {schema_rule(value, schema, rules)} ")
-    return ['"{" ws ' + '"," ws '.join(pairs) + 'ws "}"']
+    if not choices:
+        raise ValueError(f"a JSON schema allows nothing: {part!r:.60}")
+    rules[id(part)] = name, " | ".join(choices)
+    return name
 
 
 # --------------------------------------------------------------------------------- the automaton
 
 END = 0  # the state at the end of every rule
-LAST = 0x10FFFF  # the largest code point
 SIZE = 5 * 64**3  # room for all code points, in whole blocks that share their first UTF-8 byte
+EVERYTHING = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
 
 @cache
-def shorthand(letter):
-    r"""The marks of \d, \s, \w or their complements: re is asked about every code point."""
-    marks = np.zeros(SIZE, bool)
-    for match in re.finditer(rf"\{letter}+", "".join(map(chr, range(LAST + 1)))):
-        marks[match.start() : match.end()] = True
-    return marks
-
-
-@cache
-def class_bytes(items):
+def class_bytes(op, value):
     """A parsed class such as [^a-z] in UTF-8: [(set of bytes, [the same of what follows])]."""
+    run = re._parser.parse("a+")
+    _, (_, _, repeated) = run[0]
+    repeated[0] = op, value  # the class in place of the a
     marks = np.zeros(SIZE, bool)  # by code point
-    for op, value in items:
-        if str(op) == "LITERAL":
-            marks[value] = True
-        elif str(op) == "RANGE":
-            marks[value[0] : value[1] + 1] = True
-        elif str(op) == "CATEGORY":  # CATEGORY_DIGIT, CATEGORY_NOT_WORD, ...
-            letter = str(value).split("_")[-1][0]
-            marks |= shorthand(letter if "NOT" in str(value) else letter.lower())
-    if str(items[0][0]) == "NEGATE":
-        marks = ~marks
+    for match in re._compiler.compile(run).finditer(EVERYTHING):
+        marks[match.start() : match.end()] = True
     marks[0xD800:0xE000] = False  # surrogates are no characters
-    marks[LAST + 1 :] = False
     found = []
     for n, (head, end) in enumerate([(0, 0x80), (0xC0, 0x800), (0xE0, 0x10000), (0xF0, SIZE)]):
         found += utf8(marks[:end], head, n)
@@ -233,8 +195,7 @@ def utf8(marks, head, n):
 
 
 ODD = {"AT": r"an anchor (^ $ \b)", "GROUPREF": "a reference to a group"}
-ODD |= {"ASSERT": "a look-around", "ASSERT_NOT": "a look-around"}
-ODD |= {"SUBPATTERN": "a group with flags"}
+ODD |= {"ASSERT": "a look-around", "ASSERT_NOT": "a look-around", "SUBPATTERN": "flags"}
 
 
 class Automaton:
@@ -243,20 +204,25 @@ class Automaton:
     moves[s] are (what, state) for each way on from s. `what` is a set of bytes, one of which is
     read; a rule, which is called and comes back to the state; or None: nothing. least[s] are the
     fewest bytes from s to the end of its rule, starts {rule: its first state}. Only the bytes in
-    `spelled` are read: texts with others are left out.
+    `spelled` are read: texts with others are left out. Python's own parser reads the expressions,
+    so that all means what it means in re.fullmatch (where a lazy quantifier is as good as any).
     """
 
     def __init__(self, grammar, spelled):
         self.spelled = spelled
-        self.work = 0  # states that were asked for
         self.moves = [()]
         self.known = {}  # {moves: the state that has them}
         self.starts = {}
-        for rule, (parsed, names) in grammar.items():
+        for rule, (pattern, names) in grammar.items():
             try:
+                parsed = re._parser.parse(pattern)
                 self.starts[rule] = self.build(parsed, names, END)
-            except RecursionError:
-                raise ValueError(f"rule {rule}: brackets are nested too deeply") from None
+            except (RecursionError, OverflowError):
+                raise ValueError(f"rule {rule}: nested too deeply, or a number too large") from None
+            except re.error as error:
+                raise ValueError(f"rule {rule}: {error.msg}") from None
+            if parsed.state.flags != re.UNICODE:
+                raise ValueError(f"rule {rule}: flags such as (?i) are not supported")
         self.least = self.shortest()
         for rule, start in self.starts.items():
             if start not in self.least:
@@ -266,37 +232,45 @@ class Automaton:
 
     def state(self, *moves):
         """The state with these moves; a new one if there is none."""
-        self.work += 1
-        if self.work > STATES:
-            raise ValueError(f"the grammar takes more than {STATES:,} states")
         s = self.known.setdefault(moves, len(self.moves))
         if s == len(self.moves):
             self.moves.append(moves)
+        if s == STATES:
+            raise ValueError(f"the grammar takes more than {STATES:,} states")
         return s
 
     def build(self, parsed, names, then):
         """The state from which the texts of a parsed expression lead to the state `then`."""
         for op, value in reversed(parsed):
-            op = str(op)
-            if op == "LITERAL":
+            name = str(op)
+            if name == "LITERAL":
                 for b in reversed(chr(value).encode()):
                     then = self.reading([({b}, [])], then)
-            elif op == "IN":
-                then = self.reading(class_bytes(tuple(value)), then)
-            elif op in ("NOT_LITERAL", "ANY"):
-                unwanted = ord("\n") if op == "ANY" else value
-                then = self.reading(class_bytes((("NEGATE", None), ("LITERAL", unwanted))), then)
-            elif op == "BRANCH":
+            elif name in ("IN", "NOT_LITERAL", "ANY"):
+                value = tuple(value) if name == "IN" else value
+                then = self.reading(class_bytes(op, value), then)
+            elif name == "BRANCH":
                 then = self.state(*[(None, self.build(one, names, then)) for one in value[1]])
-            elif op == "SUBPATTERN" and names:
+            elif name == "SUBPATTERN" and names:
                 then = self.state((names[value[0]], then))
-            elif op == "SUBPATTERN" and not value[1] and not value[2]:  # no flags of its own
+            elif name == "SUBPATTERN" and value[1] == value[2] == 0:  # no flags of its own
                 then = self.build(value[3], names, then)
-            elif op in ("MAX_REPEAT", "MIN_REPEAT"):
-                then = self.repeated(*value, names, then)
+            elif name in ("MAX_REPEAT", "MIN_REPEAT"):
+                least, most, body = value
+                end = (None, then)
+                if most is re._constants.MAXREPEAT:
+                    then = self.state((None, len(self.moves)), end)  # a loop: it leads to itself
+                    self.moves[then] = ((None, self.build(body, names, then)), end)
+                    most = least
+                for i in range(most):  # from the last one on
+                    before, then = then, self.build(body, names, then)
+                    if then == before:  # it reads nothing
+                        break
+                    if i < most - least:
+                        then = self.state((None, then), end)
             else:
-                what = ODD.get(op, op.lower().replace("_", " "))
-                raise ValueError(f"{what} has no automaton here")
+                what = ODD.get(name, name.lower().replace("_", " "))
+                raise ValueError(f"an automaton can't do {what}")
         return then
 
     def reading(self, branches, then):
@@ -307,31 +281,16 @@ class Automaton:
             moves.append((frozenset(some & self.spelled), after))
         return self.state(*moves)
 
-    def repeated(self, least, most, body, names, then):
-        """`build` of an expression that is repeated."""
-        end = (None, then)
-        if most is ENDLESS:
-            then = self.state((None, len(self.moves)), end)  # a loop, which leads to itself
-            self.moves[then] = ((None, self.build(body, names, then)), end)
-            most = least
-        for _ in range(most - least):
-            then = self.state((None, self.build(body, names, then)), end)
-        for _ in range(least):
-            before, then = then, self.build(body, names, then)
-            if then == before:  # it reads nothing
-                break
-        return then
-
     def shortest(self):
         """`least` of every state that has one, nearest first (Dijkstra; Knuth for grammars)."""
         users = [[] for _ in self.moves]  # of a state: (state, bytes, a second state that it needs)
         for s, moves in enumerate(self.moves):
             for what, t in moves:
                 start = self.starts.get(what, END)
+                cost = int(isinstance(what, frozenset))
                 if what != frozenset():
-                    users[t].append((s, int(isinstance(what, frozenset)), start))
-                if start != END:
-                    users[start].append((s, 0, t))
+                    users[t].append((s, cost, start))
+                    users[start].append((s, cost, t))
         least, heap = {}, [(0, END)]
         while heap:
             n, t = heapq.heappop(heap)
@@ -347,24 +306,22 @@ class Automaton:
 
 
 def trie_of(vocab, class_of, n_classes):
-    """The trie of the strings of a vocabulary in which bytes of a class are one.
+    """The trie of the strings of a vocabulary: (first, kind, node).
 
-    Strings with a byte of class 0 are left out. Nodes are numbered level by level from the root, 0.
-    Returns (first, kind, node): node i has the children first[i]..first[i + 1], class kind[i] leads
+    Bytes of a class are one, strings with a byte of class 0 are left out. Nodes are numbered level
+    by level from the root, 0; node i has the children first[i]..first[i + 1], class kind[i] leads
     to it; id j ends at node[j], or at 0.
     """
     length = np.array([len(piece or b"") for piece in vocab], int)
     start = np.cumsum(length) - length
     classes = np.array(class_of)[np.frombuffer(b"".join(filter(None, vocab)), np.uint8)]
+    length[np.repeat(np.arange(len(vocab)), length)[classes == 0]] = 0
     at = np.flatnonzero(length)  # the strings that go on
     node = np.zeros(len(vocab), int)
     begin, end = 0, 1  # the nodes of a level
     keys = [[-1]]  # of each node: parent * n_classes + kind; the root is no child
     for depth in range(length.max(initial=0)):
-        kind = classes[start[at] + depth]
-        node[at[kind == 0]] = 0
-        at, kind = at[kind > 0], kind[kind > 0]
-        child = (node[at] - begin) * n_classes + kind
+        child = (node[at] - begin) * n_classes + classes[start[at] + depth]
         there = np.zeros((end - begin) * n_classes, bool)
         there[child] = True
         node[at] = end + np.cumsum(there)[child] - 1
@@ -383,19 +340,16 @@ class Cell:
     state: int
     parent: "Cell"
     least: int  # the fewest bytes to the end of the text
-    kids: dict = field(default_factory=dict)  # {state: the stack with it on top}
 
 
 @dataclass(slots=True, eq=False)
 class Config:
-    """Where a text can be: a set of stacks. It remembers what was asked of it."""
+    """Where a text can be: a set of stacks."""
 
-    cells: tuple
+    cells: frozenset
     accepts: bool  # whether the text may end here
-    least: int = 0  # the fewest bytes to its end
-    next: dict = field(default_factory=dict)  # {class of bytes: Config, or None}
-    after: dict = field(default_factory=dict)  # {id: Config, or None}
-    mask: np.ndarray = None
+    least: int = 0  # the fewest bytes to its end; 0 if it accepts
+    mask: np.ndarray = None  # once it has been asked for
     most: int = 0  # bytes that are enough to end the text, after any id of the mask
 
 
@@ -403,17 +357,16 @@ class Engine:
     """The masks of one grammar over one vocabulary; all texts (`Constraint`) share its memory.
 
     grammar: EBNF, or what parse_ebnf or parse_regex returns; vocab: the bytes of every id (None:
-    special); eos: the id or ids that end a text; cache_mb: what it may remember, about.
+    special); eos: the id or ids that end a text.
 
-    A text is on a set of stacks of the automaton. The trie is walked for the top state alone, while
-    its rule lasts: this tells which tokens end inside the rule, and at which nodes the rule ends,
-    from where the state below goes on. Such a walk, from a state and a set of nodes, is remembered
-    and serves at any depth of nesting. A mask is the union of what the walks down the stacks tell.
+    A text is on a set of stacks of states. The trie is walked for the top state alone, while its
+    rule lasts; this tells which tokens end inside the rule, and at which nodes the rule ends. From
+    these the state below goes on. A walk is remembered, and serves at any depth of nesting. A mask
+    is the union of what the walks down the stacks tell.
     """
 
-    def __init__(self, grammar, vocab, eos=(), cache_mb=64):
+    def __init__(self, grammar, vocab, eos=()):
         self.vocab = vocab
-        self.limit = cache_mb * 2**20
         self.eos = np.atleast_1d([] if eos is None else eos).astype(int).tolist()
         if not all([piece is None or isinstance(piece, bytes) for piece in vocab]):
             raise ValueError("a vocabulary holds bytes, and None for special ids")
@@ -422,89 +375,64 @@ class Engine:
         single = [p[0] for i, p in enumerate(vocab) if p and len(p) == 1 and i not in self.eos]
         grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
         self.automaton = Automaton(grammar, frozenset(single))
-        moves = [(s, *move) for s, some in enumerate(self.automaton.moves) for move in some]
-        kinds = {what for _, what, _ in moves if isinstance(what, frozenset)}
-        held = [tuple([b in kind for kind in kinds]) for b in range(256)]
-        never = (False,) * len(kinds)  # class 0: of bytes that are never read
-        classes = list(dict.fromkeys([never, *held]))
-        self.class_of = [classes.index(row) for row in held]
-        self.n_classes = len(classes)
-        classes_of = {kind: {self.class_of[b] for b in kind} for kind in kinds}
-        self.reads = [{} for _ in self.automaton.moves]  # of each state {class: states}
-        for s, what, t in moves:
-            for c in classes_of.get(what, ()):
-                self.reads[s].setdefault(c, []).append(t)
-        self.first, self.kind, self.node = trie_of(vocab, self.class_of, self.n_classes)
+        moves = chain(*self.automaton.moves)
+        kinds = {what for what, _ in moves if isinstance(what, frozenset)}
+        held = [frozenset([kind for kind in kinds if b in kind]) for b in range(256)]
+        classes = list(dict.fromkeys([frozenset(), *held]))  # class 0 is never read
+        self.class_of = [classes.index(some) for some in held]
+        self.byte_of = {c: b for b, c in enumerate(self.class_of)}  # one for all of its class
+        self.first, self.kind, self.node = trie_of(vocab, self.class_of, len(classes))
         self.node[self.eos] = 0  # the end is no text
-        self.entered = set()  # states
+        self.masks = {}  # {what a mask is made of: mask}
+        self.cell = cache(Cell)  # the same arguments, the same object: for these five
+        self.unique = cache(Config)
+        self.step = cache(self.step)
+        self.take = cache(self.take)
+        self.walk = cache(self.walk)
+        self.entered = set()  # states, by any text so far
         self.bottom = Cell(END, None, 0)  # below every stack
-        self.done = Config((), False)  # after the end
-        self.forget()
+        self.done = Config(frozenset(), False)  # after the end
         for start in self.automaton.starts.values():  # is there left recursion?
             if start not in self.entered:
                 self.config([(start, self.bottom)])
-
-    def forget(self):
-        """Empties the memory. Texts keep the configuration that they are on: no mask changes."""
-        self.configs = {}  # {(stacks, whether the text may end): Config}
-        self.walks = {}  # {(state, id of a set of nodes): what `walk` returns}
-        self.masks = {}  # {what a mask is made of: mask}
-        self.sets = {}  # {content: set of nodes}
-        self.size = 0  # of all this in bytes, about
-        self.bottom.kids = {}
-        self.root = np.zeros(1, int)
         self.start = self.config([(self.automaton.starts["root"], self.bottom)])
-
-    def stack(self, state, parent):
-        """The stack with a state on top of another stack."""
-        if state not in parent.kids:
-            parent.kids[state] = Cell(state, parent, parent.least + self.automaton.least[state])
-        return parent.kids[state]
 
     def config(self, entries):
         """The configuration after entering each of [(state, stack below)]; one for equal ones."""
-        starts = self.automaton.starts
-        cells, accepts = set(), False
-        todo = [(state, parent, 0) for state, parent in entries]
+        starts, least = self.automaton.starts, self.automaton.least
+        cells = set()
+        todo = list(entries)
         seen = set(entries)
-        while todo:  # what can be done without reading a byte
-            state, parent, depth = todo.pop()
+        for state, parent in todo:  # grows: what can be done without reading a byte
             self.entered.add(state)
             ahead = []
-            if self.reads[state]:
-                cells.add(self.stack(state, parent))
-            if state == END and parent is self.bottom:
-                accepts = True
+            if state == END and parent is not self.bottom:
+                ahead.append((parent.state, parent.parent))
             elif state == END:
-                ahead.append((parent.state, parent.parent, depth - 1))
+                cells.add(self.cell(END, parent, 0))
             for what, t in self.automaton.moves[state]:
                 if what is None:
-                    ahead.append((t, parent, depth))
+                    ahead.append((t, parent))
                 elif what in starts and t == END:  # no need to come back to t
-                    ahead.append((starts[what], parent, depth))
+                    ahead.append((starts[what], parent))
                 elif what in starts:
-                    ahead.append((starts[what], self.stack(t, parent), depth + 1))
-            todo += [one for one in ahead if one[:2] not in seen]
-            seen.update([one[:2] for one in ahead])
-            if depth > len(starts):  # some rule has been called from inside itself
-                raise ValueError("left recursion: a rule calls itself before it has read a byte")
+                    ahead.append((starts[what], self.cell(t, parent, parent.least + least[t])))
+                else:
+                    cells.add(self.cell(state, parent, parent.least + least[state]))
+            todo += [one for one in ahead if one not in seen]
+            seen.update(ahead)
             if len(seen) > STACKS:
-                raise ValueError(f"too ambiguous: a text is on more than {STACKS:,} stacks")
-        key = frozenset(cells), accepts
-        if key not in self.configs:
-            least = 0 if accepts else min([cell.least for cell in cells])
-            self.configs[key] = Config(tuple(cells), accepts, least)
-            self.size += 1000
-        return self.configs[key]
+                raise ValueError(f"left recursion, or too ambiguous: more than {STACKS:,} stacks")
+        fewest = min([cell.least for cell in cells])
+        return self.unique(frozenset(cells), fewest == 0, fewest)
 
     def step(self, config, c):
         """The configuration after a byte of class c; None if no stack reads it."""
-        if c not in config.next:
-            entries = []
-            for cell in config.cells:
-                entries += [(t, cell.parent) for t in self.reads[cell.state].get(c, ())]
-            config.next[c] = self.config(entries) if entries else None
-        return config.next[c]
+        entries, b = [], self.byte_of[c]
+        for cell in config.cells:
+            moves = self.automaton.moves[cell.state]
+            entries += [(t, cell.parent) for some, t in moves if b in some]
+        return self.config(entries) if entries else None
 
     def read(self, config, text):
         """The configuration after some bytes; None where they leave the language."""
@@ -513,82 +441,62 @@ class Engine:
         return config
 
     def take(self, config, id):
-        """The configuration after an id, remembered; None if it is refused."""
-        if id not in config.after:
-            if not 0 <= id < len(self.vocab):
-                raise ValueError(f"id {id} is out of range, allowed: 0 to {len(self.vocab) - 1}")
-            after = self.read(config, self.vocab[id]) if self.vocab[id] else None
-            if id in self.eos:
-                after = self.done if config.accepts else None
-            config.after[id] = after
-            self.size += 100
-        return config.after[id]
+        """The configuration after an id; None if it is refused."""
+        if id in self.eos:
+            return self.done if config.accepts else None
+        return self.read(config, self.vocab[id]) if self.vocab[id] else None
 
     def walk(self, state, nodes):
-        """From trie nodes on, while the rule of `state` lasts; remembered. Returns [(nodes that it
-        reaches, bytes from there to the rule's end)], the nodes where it ends, the most bytes."""
-        key = state, id(nodes)
-        if key in self.walks:
-            return self.walks[key]
+        """From trie nodes on, while the rule of `state` lasts.
+
+        nodes: an array as bytes, which can be remembered. Returns [(array of nodes that are
+        reached, bytes from there to the rule's end)], and the nodes where the rule may end.
+        """
         start = self.config([(state, self.bottom)])
+        frontier = {start: np.frombuffer(nodes, int)}
         reached, ended = [], [nodes] * start.accepts
-        frontier = {start: [nodes]}
         while frontier:
             below = {}
-            for config, parts in frontier.items():
-                at = np.concatenate(parts)
+            for config, at in frontier.items():
                 n = self.first[at + 1] - self.first[at]
                 kids = np.repeat(self.first[at] - np.cumsum(n) + n, n) + np.arange(n.sum())
                 kinds = self.kind[kids]
-                targets = {}  # {config: which classes lead to it}
+                targets = {}  # {config: which of the classes, 257 at most, lead to it}
                 for c in np.flatnonzero(np.bincount(kinds)).tolist():
-                    to = self.step(config, c)
-                    targets.setdefault(to, np.zeros(self.n_classes, bool))[c] = True
-                targets.pop(None, None)
+                    targets.setdefault(self.step(config, c), np.zeros(257, bool))[c] = True
                 for to, classes in targets.items():
-                    part = kids[classes[kinds]]
-                    reached.append((part, to.least))
-                    ended += [part] * to.accepts
-                    below.setdefault(to, []).append(part)
-            frontier = below
-        if ended:
-            ended = np.unique(np.concatenate(ended))
-            ended = self.sets.setdefault(ended.tobytes(), ended)  # one object for equal ones
-        most = max([least for _, least in reached], default=0)
-        self.size += 1000 + 8 * sum([len(part) for part, _ in reached]) + 16 * len(ended)
-        self.walks[key] = reached, ended, most
-        return self.walks[key]
+                    below.setdefault(to, []).append(kids[classes[kinds]])
+            below.pop(None, None)
+            frontier = {config: np.concatenate(parts) for config, parts in below.items()}
+            for config, at in frontier.items():
+                reached.append((at, config.least))
+                ended += [at.tobytes()] * config.accepts
+        return reached, np.unique(np.frombuffer(b"".join(ended), int)).tobytes()
 
     def mask(self, config, left=np.inf):
         """Bool (V,), read-only: the ids after which the text can end, in at most `left` bytes."""
         if config.mask is not None and config.most <= left:
             return config.mask
-        if self.size > self.limit:
-            self.forget()
-        starts = []  # of the walks whose union it is
-        todo = [(cell.state, cell.parent, self.root) for cell in config.cells]
-        while todo:
-            state, parent, nodes = todo.pop()
-            starts.append((state, parent, nodes))
-            reached, ended, most = self.walk(state, nodes)
-            if reached:
-                config.most = max(config.most, most + parent.least)
-            if len(ended) and parent is not self.bottom:
+        parts, key = [], frozenset()
+        todo = [(cell.state, cell.parent, bytes(8)) for cell in config.cells]  # the root, 0
+        for state, parent, nodes in todo:  # grows
+            reached, ended = self.walk(state, nodes)
+            key |= {(state, nodes)}
+            parts += [(part, least + parent.least) for part, least in reached]
+            if ended and parent is not self.bottom:
                 todo.append((parent.state, parent.parent, ended))
-        key = frozenset([(state, id(nodes)) for state, _, nodes in starts]), config.accepts
+        config.most = max([least for _, least in parts], default=0)
         if key not in self.masks or config.most > left:
             marks = np.zeros(len(self.kind), bool)
-            for state, parent, nodes in starts:
-                for part, least in self.walk(state, nodes)[0]:
-                    if least + parent.least <= left:
-                        marks[part] = True
+            for part, least in parts:
+                if least <= left:
+                    marks[part] = True
             mask = marks[self.node]
             mask[self.eos] = config.accepts
             mask.flags.writeable = False
             if config.most > left:
                 return mask
             self.masks[key] = mask
-            self.size += mask.nbytes
         config.mask = self.masks[key]
         return config.mask
 
@@ -633,10 +541,8 @@ def vocabulary(tokenizer):
     """
     backend = getattr(tokenizer, "backend_tokenizer", getattr(tokenizer, "backend", tokenizer))
     if hasattr(backend, "_mergeable_ranks"):  # a tiktoken.Encoding
-        vocab = [None] * backend.n_vocab
-        for piece, id in backend._mergeable_ranks.items():
-            vocab[id] = piece
-        return vocab
+        pieces = {id: piece for piece, id in backend._mergeable_ranks.items()}
+        return [pieces.get(id) for id in range(backend.n_vocab)]
     spec = json.loads(backend.to_str())
     model, decoder = spec["model"], dumps(spec["decoder"])
     level = "ByteLevel" in decoder
@@ -681,29 +587,23 @@ class Masker:
         """logits (B, V) of rows alive[i] of `out`, lists of new ids. Returns the masked logits."""
         allowed = torch.zeros(logits.shape, dtype=torch.bool)
         for i, row in enumerate(alive):
-            config = self.engine.start
+            text = Constraint(self.engine)
             for id in out[row]:
-                if config is not self.engine.done:
-                    config = self.engine.take(config, id)
-                if config is None:
-                    raise ValueError(f"row {row} has the new id {id}, which its mask had refused")
+                if text.state is not self.engine.done:
+                    text.advance(id)
             left = self.max_new_tokens - len(out[row]) - 2  # without the id to come and the end
-            mask = torch.tensor(self.engine.mask(config, left))[: logits.shape[1]]
-            allowed[i, : len(mask)] = mask | (config is self.engine.done)  # ended: left alone
+            mask = torch.tensor(self.engine.mask(text.state, left))[: logits.shape[1]]
+            allowed[i, : len(mask)] = mask | (text.state is self.engine.done)  # ended: left alone
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
 class LogitsProcessor:
-    """A Masker for transformers: model.generate(..., logits_processor=[LogitsProcessor(...)]).
-
-    prompt_length: the length of input_ids. Right for batches and beams: it holds nothing of them.
-    """
+    """A Masker for transformers; prompt_length is that of the input_ids, padding included."""
 
     def __init__(self, engine, prompt_length, max_new_tokens=np.inf):
         self.prompt_length, self.masker = prompt_length, Masker(engine, max_new_tokens)
 
     def __call__(self, input_ids, scores):
-        """input_ids (B, T), scores (B, V). Returns the masked scores."""
         new = input_ids[:, self.prompt_length :].tolist()
         return self.masker(scores, range(len(new)), new)
 
@@ -727,24 +627,21 @@ def main(argv=None):
     parser.add_argument("--model", default="smollm2-135m-instruct", help="[%(default)s]")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="[%(default)s]")
     args = parser.parse_args(argv)
-    with common.bad_input(args.schema or args.grammar or "--regex"):
+    path = args.schema or args.grammar
+    with common.bad_input(path or "--regex"):
+        grammar = data.read_text(path) if path else parse_regex(args.regex)
         if args.schema:
-            grammar = json_schema(json.loads(data.read_text(args.schema)))
-        elif args.grammar:
-            grammar = data.read_text(args.grammar)
-        else:
-            grammar = parse_regex(args.regex)
+            grammar = json_schema(json.loads(grammar))
         engine = Engine(grammar, [bytes([b]) for b in range(256)])
     if args.explain is not None:
         return print(engine.explain(engine.start, args.explain.encode()))
     with common.bad_input():
         model, tokenizer = pretrained.load(args.model)
         engine = Engine(grammar, vocabulary(tokenizer), tokenizer.stops)
-        masker = Masker(engine, args.max_new_tokens)
         prompt = tokenizer.encode(args.prompt, bos=True)
         if tokenizer.template:
             prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
-        options = {"stop": tokenizer.stops, "process": masker}
+        options = {"stop": tokenizer.stops, "process": Masker(engine, args.max_new_tokens)}
         ids = generate(model, [prompt], args.max_new_tokens, 0.0, **options)[0]
     print(data.printable(tokenizer.decode(ids[:-1])))
 

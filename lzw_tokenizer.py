@@ -19,21 +19,17 @@ import argparse
 import json
 import random
 import zlib
-from array import array
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-
-import numpy as np
 
 import common
 import data
 
 WINDOW = 1024  # base ids that share a dictionary in the table: what the paper's models read at once
-# ----------------------------------------------------------------------------------- the codec
 
 
-@dataclass(frozen=True)
+@dataclass
 class LZW:
     """Encoder and decoder for a base vocabulary: `decode` gives back what `encode` was given."""
 
@@ -47,16 +43,10 @@ class LZW:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} is {value!r}, allowed: whole numbers from {least}")
-        object.__setattr__(self, "disabled", frozenset(map(int, self.disabled)))
-        for i in self.disabled:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"disabled id {i}, allowed: 0 to {self.vocab_size - 1}")
+        self.disabled = frozenset(check(self.disabled, self.vocab_size, "disabled id"))
 
     def encode(self, ids):
-        """The codes of base ids (a list, range, array or tensor), as a list.
-
-        Raises ValueError naming the place of an id that is no whole number from 0 to V - 1.
-        """
+        """The codes of base ids (a list, array or tensor), a list; ValueError for an id above V."""
         ids = check(ids, self.vocab_size, "id")
         if self.max_len == 1 or self.max_codes == 0:
             return ids
@@ -116,11 +106,10 @@ class LZW:
         """The base ids of codes, a list; ValueError for a code that isn't defined when it comes."""
         codes = check(codes, self.vocab_size + self.max_codes, "code")
         ids = self.decode_canonical(codes)
-        if ids is not None:
-            return ids
-        ids, decoder = [], Decoder(self)
-        for code in codes:
-            ids += decoder.push(code)[0]
+        if ids is None:
+            ids, decoder = [], Decoder(self)
+            for code in codes:
+                ids += decoder.push(code)[0]
         return ids
 
     def decode_canonical(self, codes):
@@ -129,8 +118,6 @@ class LZW:
         None for other codes: one comes before its row, or LZW would have used a row that was there.
         """
         V, M, N = self.vocab_size, self.max_len, self.max_codes
-        if M == 1:
-            return None if codes and max(codes) >= V else codes
         rows, ids = [], []  # rows beyond N get no code: what a full table has turned away
         for part, closing in self.stretches(codes):
             before = ()  # the match before, if it can grow
@@ -156,24 +143,18 @@ class LZW:
 
 
 def check(ids, end, what):
-    """A list of ids as plain numbers; ValueError that names what is none from 0 to end - 1."""
+    """Ids as a list; ValueError that names the first that is not from 0 to end - 1."""
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    try:
-        numbers = array("I", ids)
-        if not ids or np.frombuffer(numbers, np.uint32).max() < end:
-            return numbers.tolist()
-    except (TypeError, OverflowError):
-        pass
-    for place, a in enumerate(ids):
-        if not isinstance(a, int) or not 0 <= a < end:
-            raise ValueError(f"{what} {place} is {a!r}, allowed: whole numbers 0 to {end - 1}")
+    if ids and (min(ids) < 0 or max(ids) >= end):
+        place = [0 <= a < end for a in ids].index(False)
+        raise ValueError(f"{what} {place} is {ids[place]}, allowed: 0 to {end - 1}")
+    return ids
 
 
 class Decoder:
     """The decoder one code at a time, for any stream: a model may spell out what LZW would merge.
 
-    Its rows after some codes are those of an encoder that has read their base ids. For the codes
-    of `LZW.encode` it is the textbook decoder.
+    Its rows after some codes are those of an encoder that has read their base ids.
     """
 
     def __init__(self, lzw):
@@ -193,15 +174,12 @@ class Decoder:
 
     def push(self, code):
         """Takes one code; returns (its base ids, the new rows), a tuple and a list of tuples."""
-        V, known = self.lzw.vocab_size, len(self.rows)
-        word = None
-        if code == V + known and self.depth and known < self.lzw.max_codes:
-            match = self.expand(self.match)
-            if self.match * V + match[0] not in self.table:
-                word = (*match, match[0])  # the row that this code completes
-        if word is None:
-            word = self.expand(code)
-        for a in word:
+        known, done = len(self.rows), 0
+        if code == self.lzw.vocab_size + known and self.depth:
+            self.read(self.expand(self.match)[0])  # it begins like the match, and completes the row
+            done = 1
+        word = self.expand(code)
+        for a in word[done:]:
             self.read(a)
         self.counts.append(len(self.rows))
         return word, self.rows[known:]
@@ -221,9 +199,6 @@ class Decoder:
             self.match, self.depth = a, 1
         if self.depth == self.lzw.max_len:
             self.depth = 0
-
-
-# ------------------------------------------------------------------------------- bytes and ids
 
 
 def to_ids(tokenizer, raw):
@@ -256,39 +231,36 @@ def codec(tokenizer, args):
 # ------------------------------------------------------------------------------------ programs
 
 
-def write_codes(path, raw, tokenizer, args):
+def write_codes(raw, tokenizer, args):
     """Writes a line of settings as JSON, and the codes of some bytes."""
     lzw = codec(tokenizer, args)
     codes = lzw.encode(to_ids(tokenizer, raw))
-    head = asdict(lzw) | {"disabled": sorted(lzw.disabled), "tokenizer": args.tokenizer[0]}
+    head = asdict(lzw) | {"tokenizer": args.tokenizer[0], "crc32": zlib.crc32(raw)}
     if tokenizer.name.startswith("bpe:"):  # trained on these very bytes: its tokens travel along
         token = tokenizer.backend.decode_single_token_bytes
         head["tokens"] = [token(i).hex() for i in range(tokenizer.n_vocab - 1)]
-    head["crc32"] = zlib.crc32(raw)
-    common.write_text(path, json.dumps(head) + "\n" + " ".join(map(str, codes)) + "\n")
-    print(f"{len(raw):,} bytes are {len(codes):,} codes in {path}")
+    first = json.dumps(head, default=list)  # the disabled ids are a set
+    common.write_text(args.encode, first + "\n" + " ".join(map(str, codes)) + "\n")
+    print(f"{len(raw):,} bytes are {len(codes):,} codes in {args.encode}")
 
 
-def read_codes(path):
-    """The bytes that `write_codes` has written as codes; ValueError if the file isn't right."""
+def read_codes(path, to):
+    """Writes the bytes that a file of codes stands for; ValueError if it isn't right."""
     try:
         first, rest = Path(path).read_text("utf-8").split("\n", 1)
         head = json.loads(first)
         name, crc, tokens = (head.pop(key, None) for key in ("tokenizer", "crc32", "tokens"))
-        lzw, codes = LZW(**head), [int(word) for word in rest.split()]
         if tokens is None:
             tokenizer = data.get_tokenizer(name)
         else:
-            tokens = [bytes.fromhex(token) for token in tokens]
-            tokenizer = data.from_tiktoken(name, data.bpe_of(tokens))
-        if tokenizer.n_vocab + 256 != lzw.vocab_size:
-            raise ValueError(f"{name} is another tokenizer than it was")
-        raw = to_bytes(tokenizer, lzw.decode(codes))
+            backend = data.bpe_of([bytes.fromhex(token) for token in tokens])
+            tokenizer = data.from_tiktoken(name, backend)
+        raw = to_bytes(tokenizer, LZW(**head).decode([int(word) for word in rest.split()]))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what --encode writes ({error})") from None
     if zlib.crc32(raw) != crc:
         raise ValueError(f"{path} is damaged, or {name} is another tokenizer than it was")
-    return raw
+    Path(to).write_bytes(raw)
 
 
 def show(raw, tokenizer, args):
@@ -308,16 +280,17 @@ def paint(text, length):
     return text if length == 1 else f"\x1b[30;{colour}m{text}\x1b[0m"
 
 
-def table(texts, args):
-    """Prints what LZW saves in windows, by file and tokenizer; returns it. texts {file: bytes}.
+def table(args):
+    """Prints what LZW saves in windows, by file and tokenizer; returns it.
 
     The control is the same ids of each window in random order, where only their frequencies help.
     """
-    text = b"".join(texts.values()).decode(errors="replace")
+    texts = {file: Path(file).read_bytes() for file in args.files}
+    joined = b"".join(texts.values()).decode(errors="replace")
     found = {}
     print(f"{'file':24s}{'tokenizer':20s}{'ids':>11s}{'codes':>11s}{'saved':>9s}{'shuffled':>11s}")
     for name in args.tokenizer:
-        tokenizer = data.get_tokenizer(name, text)
+        tokenizer = data.get_tokenizer(name, joined)
         lzw = codec(tokenizer, args)
         for file, raw in texts.items():
             ids, codes, shuffled = to_ids(tokenizer, raw), 0, 0
@@ -329,10 +302,9 @@ def table(texts, args):
             found[file, name] = {"saved": saved, "shuffled": control}
             numbers = f"{len(ids):11,}{codes:11,}{saved:9.1%}{control:11.1%}"
             print(f"{Path(file).name[:23]:24s}{name[-19:]:20s}{numbers}", flush=True)
-    held = sum(row["saved"] >= 0.15 for row in found.values())
-    control = sum(row["shuffled"] >= 0.15 for row in found.values())
-    print(f"C1 at least 15 % fewer ids (paper: 15 to 40 %): {held} of {len(found)}", end="")
-    print(f"; of the same ids in random order: {control}")
+    for what in "saved", "shuffled":
+        held = sum(row[what] >= 0.15 for row in found.values())
+        print(f"C1 {what}: 15 % or more (paper: 15 to 40 %) in {held} of {len(found)}")
     return found
 
 
@@ -341,33 +313,27 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.error = common.fail
     add = parser.add_argument
-    names = "byte, bpe:N, a tiktoken name, a tokenizer.json [byte]"
     add("files", nargs="+", help="any files; a file of codes for --decode")
-    add("--tokenizer", nargs="+", default=["byte"], help=names)
+    add("--tokenizer", nargs="+", default=["byte"], help="byte, bpe:N, gpt2, a tokenizer.json")
     add("--max-len", type=int, default=3, help="base ids of a row [3]")
     add("--max-codes", type=int, default=1024, help="rows of a dictionary [1024]")
-    add("--show", action="store_true", help="the text in colour")
-    add("--encode", metavar="CODES", help="write the codes of the file there")
-    add("--decode", metavar="FILE", help="write the bytes of a file of codes there")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--show", action="store_true", help="the text in colour")
+    action.add_argument("--encode", metavar="CODES", help="write the codes of the file there")
+    action.add_argument("--decode", metavar="FILE", help="write the bytes of a file of codes there")
     args = parser.parse_args(argv)
-    actions = [name for name in ("show", "encode", "decode") if getattr(args, name)]
     with common.bad_input():
-        if len(actions) > 1 or actions and len(args.files + args.tokenizer) > 2:
-            raise ValueError("--show, --encode and --decode: one of them, one file, one tokenizer")
+        if not (args.show or args.encode or args.decode):
+            return table(args)
+        if len(args.files + args.tokenizer) > 2:
+            raise ValueError("--show, --encode and --decode take one file and one tokenizer")
         if args.decode:
-            if (args.tokenizer, args.max_len, args.max_codes) != (["byte"], 3, 1024):
-                raise ValueError("--decode takes its settings from the codes: no other flag")
-            Path(args.decode).write_bytes(read_codes(args.files[0]))
-            return None
-        LZW(1, args.max_codes, args.max_len)  # whether they are allowed, before any work
-        texts = {file: Path(file).read_bytes() for file in args.files}
-        if not actions:
-            return table(texts, args)
-        raw = texts[args.files[0]]
+            return read_codes(args.files[0], args.decode)
+        raw = Path(args.files[0]).read_bytes()
         tokenizer = data.get_tokenizer(args.tokenizer[0], raw.decode(errors="replace"))
         if args.show:
             return show(raw, tokenizer, args)
-        return write_codes(args.encode, raw, tokenizer, args)
+        return write_codes(raw, tokenizer, args)
 
 
 if __name__ == "__main__":

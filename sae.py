@@ -1,30 +1,30 @@
 """Shared grammatical concepts (arXiv 2501.06346): is *plural* one feature in all languages?
 
-A sparse autoencoder (SAE) writes an activation as a sum of a few directions out of many. Each
-direction, a latent, is a candidate feature. The paper reads them in a language model like this:
+A sparse autoencoder (SAE) writes an activation as a sum of a few directions out of many.
+Each direction, a latent, may be a feature. The paper looks for those of grammar:
 
-1. train an SAE on the residual stream behind one block                  `SAE`, `train_sae`
-2. fit a linear probe for a grammatical value in each language           `common.fit_probe`
-3. rank latents by their attribution to the probe, keep the top ones     `attribution`
-4. a latent at the top in two languages or more is multilingual          `shared`
-5. remove these: the probes fall to chance, in all languages             `probes_after`
-6. push along these: a translation changes its number or tense           `steer`
+1. train an SAE on the residual stream behind one block        `SAE`, `train_sae`
+2. fit a linear probe for *plural* in each language            `common.fit_probe`
+3. rank latents by their attribution to the probe              `attribution`
+4. multilingual: at the top in two languages or more           `shared`
+5. remove these: the probes fall to chance everywhere          `removals`
+6. push along these: translations change their number          `steer`
 
-The toy: six languages without a word in common, texts that say one thing in four of them, and a
-GPT that learns to translate. `--preset gemma` reads six real languages (grammar.csv).
+The toy is a GPT that learns to translate between six languages without a common word;
+`--preset gemma` reads six real ones.
 
-What to look at: step 5 is less than it seems. Accuracy falls to chance since all logits have moved
-to one side of the threshold. They still rank the sentences rightly (AUC), and a probe that is
-fitted again reads the value as before: the feature is not gone.
+Step 5 is less than it seems. Accuracy falls since all logits have moved past the
+threshold. They still rank the sentences rightly (AUC), and a probe that is fitted
+again reads the value as before: the feature is not gone.
 """
 
 import copy
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, permutations, product
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,42 +47,36 @@ class Args(common.TrainFlags):
         "gemma": dict(model="gemma-3-270m", layer=10, d_sae=2048, k=32, rows=2**15)
         | dict(saes=1, sae_steps=1000, sae_lr=1e-3),
         "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, k=64, top=32)
-        | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20, refresh=True),
+        | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20),
     }
-    limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("d_sae", "k", "saes", "sae_steps", "sae_batch", "rows", "top"), (1,)),
-        **dict.fromkeys(("layer", "sae_lr"), (0,)),
-    }
+    limits: ClassVar[dict] = common.TrainFlags.limits | dict(layer=(0,), sae_lr=(0,))
+    limits |= dict.fromkeys("d_sae k saes sae_steps sae_batch rows top".split(), (1,))
     unused: ClassVar[set] = {"micro_batch"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top"}
 
     steps: int = 900
     batch_size: int = 32
     lr: float = 4e-3
-    model: str = ""  # a pretrained model in place of the toy (paper: Llama-3-8B, Aya-23-8B)
+    model: str = ""  # in place of the toy (paper: Llama-3-8B, Aya-23-8B)
     layer: int = 0  # block whose output is read, from 0 (paper: 16 of 32)
-    dataset: str = "stdlib"  # real models: text for the SAE beside the sentences of grammar.csv
+    dataset: str = "stdlib"  # text for a real model's SAE, beside grammar.csv
     d_sae: int = 96  # latents (paper: 32768, 8 times the width)
-    k: int = 20  # active latents in a row (paper: a gated SAE, which has no k)
-    saes: int = 3  # SAEs that are trained on a model: what is read is the mean, the last one steers
+    k: int = 20  # latents active at a token (the paper's SAE is gated: no k)
+    saes: int = 3  # SAEs of a model; measures are means over them
     sae_steps: int = 700  # training steps of an SAE
-    sae_batch: int = 1024  # rows of activations in a step
-    sae_lr: float = 3e-3  # peak learning rate of the SAE, Adam's
-    rows: int = 2**16  # rows of activations that are harvested and shuffled at a time
-    refresh: bool = False  # harvest new rows when all have been used; else go over them again
-    top: int = 4  # length of the lists; four times as many latents are removed (paper: 32, 128)
+    sae_batch: int = 1024  # activations in a step
+    sae_lr: float = 3e-3  # peak learning rate of an SAE
+    rows: int = 2**16  # activations to train on, again and again
+    top: int = 4  # latents in a list; four times as many are removed (paper: 32, 128)
 
 
 # ---------------------------------------------------------------------------------- the sparse code
 
-weighted_sums = partial(F.embedding_bag, mode="sum")  # of rows of a table, one sum for each bag
+weighted_sums = partial(F.embedding_bag, mode="sum")  # of a table's rows
 
 
 def select(pre, k, batch=False):
-    """The k largest of relu(pre) in each row of pre (B, m); with `batch` the B k largest of all.
-
-    Returns rows, latents and values, (B k,) each, sorted by row; too few positives leave zeros.
-    """
+    """Rows, latents, values of the k largest in each row of pre (B, m), or B k of all."""
     B, m = pre.shape
     if batch:
         flat = pre.flatten().topk(B * k, sorted=False).indices.sort().values
@@ -93,11 +87,11 @@ def select(pre, k, batch=False):
 
 
 class SparseCode(torch.autograd.Function):
-    """x (B, d) -> x_hat (B, d) through the few latents that `select` keeps; no gradient for x.
+    """x (B, d) -> x_hat (B, d) by the latents that `select` keeps; no gradient for x.
 
-    A dense step multiplies by all m latents: to encode, to decode, and four times on the way back.
-    Here only the encoder's product is dense. The decoder sums k rows for each input, and both
-    gradients are such sums, once the (row, latent) pairs are sorted by latent.
+    A dense step multiplies by all latents six times, four of them on the way back.
+    Here the encoder alone does. The decoder sums k rows for each input. So do both
+    gradients, once the pairs (row, latent) are sorted by latent.
     """
 
     @staticmethod
@@ -106,7 +100,7 @@ class SparseCode(torch.autograd.Function):
         pre = torch.addmm(b_enc, x, W_enc.T)  # (B, m)
         rows, latents, values = select(pre, k, batch)
         starts = torch.searchsorted(rows, torch.arange(len(x), device=x.device))
-        with torch.enable_grad():  # a small graph of its own: torch differentiates by the values
+        with torch.enable_grad():  # torch differentiates by values
             leaf = values.detach().requires_grad_()
             x_hat = weighted_sums(latents, W_dec.detach(), starts, per_sample_weights=leaf)
         ctx.graph = leaf, x_hat
@@ -126,24 +120,20 @@ class SparseCode(torch.autograd.Function):
         d_W_enc = weighted_sums(rows, x, starts, per_sample_weights=d_pre)
         d_W_dec = weighted_sums(rows, grad.contiguous(), starts, per_sample_weights=values)
         d_b_enc = d_pre.new_zeros(len(W_enc)).index_add_(0, latents, d_pre)
-        d_b_dec = grad.sum(0) - d_b_enc @ W_enc  # b_dec is added at the end, and taken from x
+        d_b_dec = grad.sum(0) - d_b_enc @ W_enc  # b_dec is added, and taken from x
         return None, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None
 
 
 class SAE(nn.Module):
-    """x -> f = the k largest of relu(W_enc (x - b_dec) + b_enc) -> x_hat = sum_j f_j D_j + b_dec.
+    """f = the k largest of relu(W_enc (x - b_dec) + b_enc), x_hat = sum_j f_j D_j + b_dec.
 
-    batch    k latents are active in a row on average (BatchTopK); `threshold` follows the least
-             active one, and decides outside training
-    streams  a crosscoder: the activations of so many models, side by side, share one code
-    The norms of a latent's decoder rows, one for each stream, sum to 1: so latents compare by f.
-    Inside, activations are divided by `scale`, so that every stream has mean square norm 1.
+    batch    k is a mean over rows (BatchTopK); outside training `threshold` decides
+    streams  activations of so many models, side by side, share a code (crosscoder)
+    scale    divides activations, so that every stream has mean square norm 1
     """
 
     def __init__(self, d, m, k, streams=1, batch=False):
         super().__init__()
-        if not 0 < k <= m:
-            raise ValueError(f"k {k} latents of {m}, allowed: 1 to {m}")
         self.d, self.k, self.streams, self.batch = d, k, streams, batch
         rows = F.normalize(torch.randn(m, d), dim=1).repeat(1, streams)
         self.W_enc = nn.Parameter(rows.clone())
@@ -152,7 +142,7 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(streams * d))
         self.register_buffer("scale", torch.ones(streams * d))
         self.register_buffer("threshold", torch.tensor(-1.0))  # below 0: none yet
-        self.register_buffer("silent", torch.zeros(m, dtype=torch.long))  # so many steps by now
+        self.register_buffer("silent", torch.zeros(m, dtype=torch.long))  # for so many steps
 
     def encode(self, x):
         """Codes f (..., m) of activations x (..., streams * d)."""
@@ -167,9 +157,8 @@ class SAE(nn.Module):
         return (f @ self.W_dec + self.b_dec) * self.scale
 
     def decoder(self, stream=0):
-        """The directions D (m, d) that latents write in the activations of one stream."""
-        part = slice(stream * self.d, (stream + 1) * self.d)
-        return (self.W_dec[:, part] * self.scale[part]).detach()
+        """The directions D (m, d) that latents write in one stream."""
+        return (self.W_dec * self.scale).chunk(self.streams, 1)[stream].detach()
 
     def norms(self):
         """Norms (m, streams) of the decoder's rows."""
@@ -177,14 +166,11 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def normalize(self, *_):
-        """Makes the norms of each latent's decoder rows sum to 1 again: after every step."""
+        """Makes a latent's norms sum to 1, so that latents compare by f."""
         self.W_dec /= self.norms().sum(1, keepdim=True).clamp(min=1e-12)
 
     def forward(self, idx, x, denom):
-        """The loss on rows x (B, streams * d): squared error / denom + a share for dead latents.
-
-        idx  which rows they are: the training loop counts these
-        """
+        """Squared error of rows x (B, streams * d) / denom + AuxK; idx numbers the rows."""
         x = x / self.scale
         weights = self.W_enc, self.b_enc, self.W_dec, self.b_dec
         x_hat, latents, values = SparseCode.apply(x, *weights, self.k, self.batch)
@@ -192,13 +178,12 @@ class SAE(nn.Module):
         self.silent[latents[values > 0]] = 0
         if self.batch:
             least = torch.where(values > 0, values, torch.inf).min()
-            slow = torch.lerp(self.threshold, least, 0.01)
-            self.threshold.copy_(torch.where(self.threshold < 0, least, slow))
+            self.threshold.lerp_(least, torch.where(self.threshold < 0, 1.0, 0.01))
         error = (x - x_hat).square().sum() / denom
         return error + self.dead_loss(x, x_hat, self.silent > 20) / 32
 
     def dead_loss(self, x, x_hat, dead):
-        """The share of the error that the best dead latents don't explain (AuxK): they learn it."""
+        """AuxK: the share of the error that dead latents don't explain. They learn it."""
         if not dead.any():
             return 0.0
         error = (x - x_hat).detach()
@@ -210,11 +195,8 @@ class SAE(nn.Module):
         return (left / (error - error.mean(0)).square().sum()).nan_to_num(0.0)
 
 
-# --------------------------------------------------------------------- activations, and their SAE
-
-
 def residual(model, idx, layer, mask=None):
-    """The residual stream (B, T, C) behind block `layer`, in fp32. The blocks above do not run."""
+    """The residual stream (B, T, C) behind a block; those above do not run."""
     lower = copy.copy(model)
     lower._modules = {**model._modules, "blocks": model.blocks[: layer + 1]}
     site = f"blocks.{layer}.resid_post"
@@ -223,49 +205,34 @@ def residual(model, idx, layer, mask=None):
 
 
 def harvest(models, layer, batches, n, bos):
-    """At most n rows of residual streams, those of all `models` side by side: (n, M * C).
-
-    From batches of ids and masks (B, T); without padding and without the start token `bos`.
-    """
-    parts, total = [], 0
+    """Rows (n, M * C): residual streams of M models, from batches of (ids, mask)."""
+    parts = []
     for idx, mask in batches:
         keep = mask & (idx != bos)
         x = torch.stack([residual(model, idx, layer, mask)[keep] for model in models], 1)
         norms = x.norm(dim=2)
-        usual = norms <= 10 * norms.median(0).values  # a few huge rows would rule the loss
+        usual = norms <= 10 * norms.median(0).values  # huge rows would rule the loss
         parts.append(x[usual.all(1)].flatten(1))
-        total += len(parts[-1])
-        if total >= n:
+        if sum(map(len, parts)) >= n:
             break
     return torch.cat(parts)[:n]
 
 
 def adam(sae, args):
-    """Adam, and the decoder's norms put right after every step."""
     opt = torch.optim.Adam(sae.parameters(), lr=args.lr, fused=True)
-    opt.register_step_post_hook(sae.normalize)
+    opt.register_step_post_hook(sae.normalize)  # after each step
     return opt
 
 
-def train_sae(sae, fill, args, env, log, seed):
-    """Trains on the rows of fill(0), again and again; with --refresh of fill(0), fill(1), ..."""
-
-    @lru_cache(maxsize=1)
-    def shuffled(refill):
-        rows = fill(refill)
-        rng = torch.Generator().manual_seed(9973 * seed + refill)
-        return rows[torch.randperm(len(rows), generator=rng).to(rows.device)]
-
-    x = shuffled(0)
+def train_sae(sae, x, args, env, log, seed):
+    """Trains on rows x (N, streams * d), shuffled, again and again."""
+    rng = torch.Generator().manual_seed(9973 * seed)
+    x = x[torch.randperm(len(x), generator=rng).to(x.device)]
     size = args.sae_batch // env.world
-    count = len(x) // size  # batches in a refill
-    if not count:
-        raise ValueError(f"the source has {len(x)} rows, one batch needs {size}")
 
     def batch(step):
-        refill, i = divmod(step, count)
-        x = shuffled(refill if args.refresh else 0)[i * size : (i + 1) * size]
-        return {"idx": torch.arange(size), "x": x}
+        i = step % (len(x) // size)
+        return {"idx": torch.arange(size), "x": x[i * size : (i + 1) * size]}
 
     square = x.square().mean(0).unflatten(0, (sae.streams, sae.d)).sum(1)
     square = common.all_reduce(square, env) / env.world
@@ -279,85 +246,75 @@ def train_sae(sae, fill, args, env, log, seed):
 
 
 @torch.no_grad()
-def unexplained(sae, x):
-    """FVU: the share of the variance of rows x (N, d) that a code does not explain."""
-    wrong = (x - sae.decode(sae.encode(x))).square().sum()
-    return (wrong / (x - x.mean(0)).square().sum()).item()
-
-
-@torch.no_grad()
 def pool(model, layer, sae, sentences, bos):
-    """Activations X (N, d) and codes (N, m) of id lists: means over all tokens but the start."""
+    """Activations X (N, d) and codes (N, m): means over tokens but the start."""
     X, codes = [], []
     for i in range(0, len(sentences), 64):
         idx, mask = padded(sentences[i : i + 64], sae.scale.device)
         x = residual(model, idx, layer, mask)  # (B, T, d)
         weight = (mask & (idx != bos)).float()
-        weight /= weight.sum(1, keepdim=True).clamp(min=1)
+        weight /= weight.sum(1, keepdim=True)
         X.append((weight[:, :, None] * x).sum(1).cpu())
         codes.append(torch.stack([w @ sae.encode(row) for w, row in zip(weight, x)]).cpu())
     return torch.cat(X).double(), torch.cat(codes).double()
 
 
-# --------------------------------------------------------------- steps 2 to 5: what probes can read
+# ----------------------------------------------------------------------------- what probes can read
 
 
 def training(rows):
-    """The first four fifths of a language's sentences: probes are fitted on them, the rest test."""
+    """Four fifths of a language's sentences, to fit probes; the rest test."""
     return rows[: len(rows) * 4 // 5]
 
 
 def class_gap(X, y):
-    """Mean of the rows of label 1 minus that of label 0."""
+    """The mean of rows of label 1 minus that of label 0."""
     return X[y > 0].mean(0) - X[y == 0].mean(0)
 
 
 def attribution(codes, y, D, w, contrast=False):
-    """Integrated gradients of a probe's logits, in closed form: IE_j = (D_j . w) sum of f_j.
+    """IE_j = (D_j . w) sum of f_j: integrated gradients of logits, in closed form.
 
-    Codes f (N, m), decoder D (m, d), probe w (d,): all is linear in f, so the gradient is constant
-    on the way from 0 to f. The paper sums over both labels, so latents that are always active rank
-    high; `contrast` takes the gap between the labels y (N,) instead.
+    Codes f (N, m), decoder D (m, d), probe w (d,): the logit is linear in f, so its
+    gradient is the same all the way from 0 to f. The paper's sum ranks latents high that
+    are always on; `contrast` takes the gap between labels y (N,) in its place.
     """
     return (D @ w) * (class_gap(codes, y) if contrast else codes.sum(0))
 
 
 def best(ie, n):
-    """The n latents of the highest attribution that support label 1, highest first."""
+    """The n latents of the highest attribution, if it is positive."""
     return [j for j in ie.argsort(descending=True)[:n].tolist() if ie[j] > 0]
 
 
-def shared(lists, chance=None):
-    """Multilingual latents, in two of the lists {language: latents} or more; their share of all.
-
-    Most lists first, ties by id. Those count that are in more of `lists` than of lists by `chance`.
-    """
-    counts = Counter(chain(*lists.values()))
-    by_chance = Counter(chain(*chance.values())) if chance else Counter()
-    found = [j for j in counts if counts[j] >= 2 and counts[j] > by_chance[j]]
-    found.sort(key=lambda j: (-counts[j], j))
+def shared(lists, chance=()):
+    """Latents in two lists or more, and more than by `chance`; their share of all."""
+    counts = Counter(chain(*lists))
+    by_chance = Counter(chain(*chance))
+    found = [j for j in sorted(counts) if counts[j] >= 2 and counts[j] > by_chance[j]]
+    found.sort(key=counts.get, reverse=True)
     return found, len(found) / max(1, len(counts))
 
 
 def top_lists(parts, D, n, contrast=True, rng=None):
-    """{language: its n latents of the highest attribution}; with `rng` of shuffled labels."""
-    lists = {}
-    for lang, part in parts.items():
+    """The `best` n latents of each language; with `rng` of shuffled labels."""
+    lists = []
+    for part in parts:
         X, codes, y = map(training, part)
         if rng:
             y = y[torch.from_numpy(rng.permutation(len(y)))]
         w, _ = common.fit_probe(X, y)
-        lists[lang] = best(attribution(codes, y, D, w, contrast), n)
+        lists.append(best(attribution(codes, y, D, w, contrast), n))
     return lists
 
 
 def ablate(X, codes, latents, D):
-    """Pooled activations X (N, d) without some latents; what the SAE does not explain stays."""
+    """X (N, d) without some latents; what the SAE does not explain stays."""
     return X - codes[:, latents] @ D[latents]
 
 
 def alike(latents, weight):
-    """For each latent another one, of the nearest mean activation `weight` (m,), each once."""
+    """For each latent another of about the same mean activation, `weight` (m,)."""
     free = [j for j in range(len(weight)) if weight[j] > 0 and j not in latents]
     chosen = []
     for j in latents[: len(free)]:
@@ -367,70 +324,55 @@ def alike(latents, weight):
 
 
 def read(logit, y):
-    """What logits (N,) tell of labels y: accuracy, and AUC, which knows no threshold."""
-    gap = logit[y > 0][:, None] - logit[y == 0]  # a random positive against a random negative
+    """Accuracy of logits (N,); AUC: how often label 1 has the higher one of a pair."""
+    gap = logit[y > 0][:, None] - logit[y == 0]
     auc = (gap > 0).double().mean() + (gap == 0).double().mean() / 2
-    return {"accuracy": ((logit > 0) == (y > 0)).double().mean().item(), "auc": auc.item()}
-
-
-def probes_after(removed, X, codes, y, D):
-    """What one language's probe and one fitted again read without each of {name: latents}."""
-    n = len(training(y))
-    probe = common.fit_probe(X[:n], y[:n])
-    means = F.normalize(class_gap(X[:n], y[:n]), dim=0)
-    found = {}
-    for name, latents in removed.items():
-        left = ablate(X, codes, latents, D)
-        if name == "difference of means":
-            left = X - (X @ means)[:, None] * means
-        w, b = common.fit_probe(left[:n], y[:n])
-        logit = left[n:] @ probe[0] + probe[1]
-        numbers = read(logit, y[n:])
-        numbers["refit"] = read(left[n:] @ w + b, y[n:])["accuracy"]
-        by_label = [logit[y[n:] == label].tolist() for label in (0, 1)]
-        found[name] = {"numbers": numbers, "logits": by_label}
-    return found
+    right = (logit > 0) == (y > 0)
+    return {"accuracy": right.double().mean().item(), "auc": auc.item()}
 
 
 def removals(parts, weight, D, n):
-    """Step 5, parts {language: (X, codes, y)} of a concept: {removed: numbers} of each language."""
+    """For each language {removed: what probes read}, and {removed: logits by label}."""
     lists = top_lists(parts, D, n, contrast=False)
     latents = shared(lists)[0][:n]
     rows = []
-    for lang, part in parts.items():
-        others = {other: some for other, some in lists.items() if other != lang}
-        removed = {
-            "nothing": [],
-            "multilingual": latents,
-            "from other languages": shared(others)[0][:n],
-            "matched random": alike(latents, weight),
-            "difference of means": [],
+    for i, (X, codes, y) in enumerate(parts):
+        others = shared(lists[:i] + lists[i + 1 :])[0][:n]
+        means = F.normalize(class_gap(training(X), training(y)), dim=0)
+        left = {
+            "nothing": X,
+            "multilingual": ablate(X, codes, latents, D),
+            "from other languages": ablate(X, codes, others, D),
+            "matched random": ablate(X, codes, alike(latents, weight), D),
+            "difference of means": X - (X @ means)[:, None] * means,
         }
-        rows.append(probes_after(removed, *part, D))
+        w, b = common.fit_probe(training(X), training(y))
+        test = y[len(training(y)) :]
+        numbers, logits = {}, {}
+        for name, x in left.items():
+            again = common.fit_probe(training(x), training(y))
+            x = x[-len(test) :]
+            numbers[name] = read(x @ w + b, test)
+            numbers[name]["refit"] = read(x @ again[0] + again[1], test)["accuracy"]
+            logits[name] = [(x @ w + b)[test == label].tolist() for label in (0, 1)]
+        rows.append((numbers, logits))
     return rows
 
 
 def pushes(parts, weight, D, n):
-    """Directions: the sum of multilingual latents times what the value adds to each; and others."""
+    """What a value adds to multilingual latents, and the same along random ones."""
     latents = shared(top_lists(parts, D, n))[0]
-    gaps = [class_gap(training(codes), training(y))[latents] for _, codes, y in parts.values()]
+    gaps = [class_gap(training(codes), training(y))[latents] for _, codes, y in parts]
     gap = torch.stack(gaps).mean(0)
     random = alike(latents, weight)
     return {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
 
 
-def versions(items, say):
-    """Every item in four versions, plural or not, past or not: sentences, {concept: labels}."""
-    grid = [*product(items, (0, 1), (0, 1))]
-    _, plural, past = zip(*grid)
-    return [say(*version) for version in grid], {"plural": plural, "past": past}
-
-
 # ------------------------------------------------------------------------------------------ the toy
 
 NOUNS, VERBS = 8, 5
-NUMBERS, TENSES = ("sg", "pl"), ("pres", "past")
-LANGUAGES = {  # order of subject, verb, object; words of a noun and a verb; a dot is inside a word
+VALUES = {"plural": ("sg", "pl"), "past": ("pres", "past")}
+LANGUAGES = {  # order, noun, verb; a dot is inside a word
     "A": ("SVO", "n{i}.{num}", "v{i}.{tense}.{num}"),
     "B": ("SOV", "n{i} {num}", "v{i} {tense} agr.{num}"),
     "C": ("VSO", "{num} n{i}", "aux.{tense}.{num} v{i}"),
@@ -438,47 +380,38 @@ LANGUAGES = {  # order of subject, verb, object; words of a noun and a verb; a d
     "E": ("SOV", "n{i}.{num}.{case}", "v{i}.{tense}.{num}"),
     "F": ("VOS", "n{i} {num}", "v{i}.{tense}"),
 }
+LABELS = {"plural": (0, 0, 1, 1), "past": (0, 1, 0, 1)}  # of four versions
 
 
-class Meaning(NamedTuple):
-    """What a sentence says; numbers and tense are 0 or 1."""
-
-    subject: int
-    number: int
-    verb: int
-    tense: int
-    object: int
-    object_number: int
+class Meaning(namedtuple("Meaning", "subject number verb tense object object_number")):
+    """What a sentence says: three words by number; 0 or 1 for plural and past."""
 
     def turned(self, concept, value):
-        """With all nouns in the plural (1) or singular (0), or the verb in the past or present."""
+        """With the verb in the past or not, or all nouns in the plural or not."""
         if concept == "past":
             return self._replace(tense=value)
         return self._replace(number=value, object_number=value)
 
+    def render(self, lang):
+        """Its words in a language; "A:n3.pl" belongs to language A alone."""
+        order, noun, verb = LANGUAGES[lang]
+        numbers, tenses = VALUES.values()
+        num = numbers[self.number]
+        parts = {
+            "S": noun.format(i=self.subject, num=num, case="nom"),
+            "V": verb.format(i=self.verb, num=num, tense=tenses[self.tense]),
+            "O": noun.format(i=self.object, num=numbers[self.object_number], case="acc"),
+        }
+        words = " ".join(parts[part] for part in order).split()
+        return [f"{lang}:{word}" for word in words]
 
-def render(m, lang):
-    """The words of a meaning in a language; "A:n3.pl" belongs to language A alone."""
-    order, noun, verb = LANGUAGES[lang]
-    number = NUMBERS[m.number]
-    parts = {
-        "S": noun.format(i=m.subject, num=number, case="nom"),
-        "V": verb.format(i=m.verb, num=number, tense=TENSES[m.tense]),
-        "O": noun.format(i=m.object, num=NUMBERS[m.object_number], case="acc"),
-    }
-    words = " ".join(parts[part] for part in order).split()
-    return [f"{lang}:{word}" for word in words]
-
-
-def shows(words, concept, value):
-    """Whether words carry the value, and nowhere the opposite one."""
-    values = TENSES if concept == "past" else NUMBERS
-    marks = set(chain(*(word.split(":")[-1].split(".") for word in words)))
-    return marks & {*values} == {values[value]}
+    def ids(self, lang):
+        """Its words as ids, the language's tag before them."""
+        return [ID[word] for word in [f"<{lang}>", *self.render(lang)]]
 
 
 def draw_meaning(rng, held):
-    """A random meaning; held: with a (subject, verb) pair of the fifth that training never sees."""
+    """A random meaning; held: of the fifth that training never sees."""
     while True:
         m = Meaning(*rng.integers((NOUNS, 2, VERBS, 2, NOUNS, 2)).tolist())
         if ((m.subject + m.verb) % 5 == 0) == held:
@@ -488,261 +421,191 @@ def draw_meaning(rng, held):
 WORDS = ["<pad>", "<bos>", "<eos>", *(f"<{lang}>" for lang in LANGUAGES)]
 for noun, verb, number, tense in product(range(NOUNS), range(VERBS), (0, 1), (0, 1)):
     for lang in LANGUAGES:
-        WORDS += render(Meaning(noun, number, verb, tense, noun, number), lang)
+        WORDS += Meaning(noun, number, verb, tense, noun, number).render(lang)
 WORDS = [*dict.fromkeys(WORDS)]  # each once
 ID = {word: i for i, word in enumerate(WORDS)}
 PAD, BOS, EOS = range(3)
-STOP = range(EOS, EOS + 1 + len(LANGUAGES))  # the end, or the tag of the next sentence
-STRENGTHS = np.arange(0.6, 1.45, 0.05)  # of a push, in norms of the residual stream
-
-
-def ids(m, lang):
-    """A sentence as ids, the language's tag before it."""
-    return [ID[word] for word in [f"<{lang}>", *render(m, lang)]]
+STOP = range(EOS, EOS + 1 + len(LANGUAGES))  # or the next sentence's tag
 
 
 def texts(rng, n, translation):
-    """n texts of four sentences as idx and targets (n, T), -100 at padding.
-
-    One meaning in four languages; without translation, four meanings in one language.
-    """
+    """n texts: one meaning in four languages, or four meanings in one."""
     rows = []
     for _ in range(n):
-        langs = rng.permutation([*LANGUAGES])[:4]
-        if translation:
-            meanings = [draw_meaning(rng, held=False)] * 4
-        else:
-            meanings = [draw_meaning(rng, held=False) for _ in range(4)]
-            langs = langs[:1].repeat(4)
-        sentences = [ids(m, lang) for m, lang in zip(meanings, langs)]
+        langs = rng.permutation([*LANGUAGES])[: 4 if translation else 1]
+        meanings = [draw_meaning(rng, held=False) for _ in range(4 // len(langs))]
+        sentences = [m.ids(lang) for m, lang in product(meanings, langs)]
         rows.append(torch.tensor([BOS, *chain(*sentences), EOS]))
     full = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return {"idx": full[:, :-1], "targets": full[:, 1:].masked_fill(full[:, 1:] == PAD, -100)}
+    idx, targets = full[:, :-1], full[:, 1:]
+    return {"idx": idx, "targets": targets.masked_fill(targets == PAD, -100)}
 
 
 def toy_corpus(seed):
-    """{language: (sentences, {concept: labels})}; the last fifth says what training never sees."""
-
-    def say(item, plural, past):
-        m, lang = item
-        return [BOS, *ids(m.turned("plural", plural).turned("past", past), lang)]
-
-    corpus = {}
+    """Each language's sentences, in four versions; the last fifth is unseen."""
     for lang in LANGUAGES:
         rng = np.random.default_rng([seed, ID[f"<{lang}>"]])
-        items = [(draw_meaning(rng, held=i >= 100), lang) for i in range(125)]
-        corpus[lang] = versions(items, say)
-    return corpus
-
-
-def tasks(seed, held):
-    """Four meanings, to be translated from each language into each: (meaning, from, into)."""
-    rng = np.random.default_rng([seed, 4])
-    meanings = [draw_meaning(rng, held) for _ in range(4)]
-    return [(m, *pair) for m, pair in product(meanings, permutations(LANGUAGES, 2))]
-
-
-def translate(model, items, patch=None):
-    """Greedy translations, as words, of items (meaning, language, into language)."""
-    prompts = [[BOS, *ids(m, lang), ID[f"<{into}>"]] for m, lang, into in items]
-    with model.patch(patch or {}):
-        out = generate(model, prompts, 12, temperature=0, stop=STOP)
-    return [[WORDS[i] for i in row if i not in STOP] for row in out]
+        meanings = [draw_meaning(rng, held=i >= 100) for i in range(125)]
+        sentences = []
+        for m, plural, past in product(meanings, (0, 1), (0, 1)):
+            version = m.turned("plural", plural).turned("past", past)
+            sentences.append([BOS, *version.ids(lang)])
+        yield sentences
 
 
 def push(x, direction, strength):
-    """A patch: x (..., d) moved along a direction (d,), by `strength` times its norm."""
-    step = strength * x.float().norm(dim=-1, keepdim=True) * F.normalize(direction, dim=0)
-    return x + step.to(x.dtype)
+    """x (..., d) moved along a direction (d,), by `strength` times its norm."""
+    unit = F.normalize(direction.float(), dim=0).to(x.device)
+    return x + (strength * x.float().norm(dim=-1, keepdim=True) * unit).to(x.dtype)
 
 
-def steer(model, layer, direction, strength, concept, items):
-    """Pushes translations to the other value, both ways: two shares of them.
-
-    flipped  show the value, and nowhere the opposite
-    whole    are what they should be, word for word: nothing else has changed
-    """
+def steer(model, layer, direction, strength, concept, seed, held):
+    """Shares of translations that a push flips, and that are right word for word."""
+    rng = np.random.default_rng([seed, 4])
+    meanings = [draw_meaning(rng, held) for _ in range(4)]
+    items = [*product(meanings, permutations(LANGUAGES, 2))]
     flipped = whole = 0
     for value, sign in (0, -1), (1, 1):
-        turned = [(m.turned(concept, 1 - value), lang, into) for m, lang, into in items]
+        prompts = []
+        for m, (lang, into) in items:
+            prompts.append([BOS, *m.turned(concept, 1 - value).ids(lang), ID[f"<{into}>"]])
+        wanted, opposite = VALUES[concept][value], VALUES[concept][1 - value]
         patch = partial(push, direction=direction, strength=sign * strength)
-        said = translate(model, turned, {f"blocks.{layer}.resid_post": patch})
-        for (m, _, into), words in zip(turned, said):
-            flipped += shows(words, concept, value)
-            whole += words == render(m.turned(concept, value), into)
+        with model.patch({f"blocks.{layer}.resid_post": patch}):
+            out = generate(model, prompts, 12, temperature=0, stop=STOP)
+        for (m, (_, into)), row in zip(items, out):
+            text = " ".join(WORDS[i] for i in row if i not in STOP)
+            flipped += wanted in text and opposite not in text
+            whole += text == " ".join(m.turned(concept, value).render(into))
     return flipped / (2 * len(items)), whole / (2 * len(items))
 
 
-def steer_concepts(model, args, directions, seed):
-    """Flips of each concept, {concept: direction}, by the gentlest push that does on seen ones.
-
-    kept: of the flipped translations, the share of which nothing else has changed.
-    """
+def steer_concepts(model, layer, directions, name, seed):
+    """Shares flipped by the gentlest push that does on seen ones; `kept`: of these, right."""
     numbers, whole = {}, 0
-    for concept, direction in directions.items():
-        for strength in STRENGTHS:
-            pushed = model, args.layer, direction, strength, concept
-            if steer(*pushed, tasks(seed, held=False))[0] >= 2 / 3:
+    for concept, by_name in directions.items():
+        for strength in np.arange(0.6, 1.45, 0.05):  # norms of the stream
+            pushed = model, layer, by_name[name], strength, concept, seed
+            if steer(*pushed, held=False)[0] >= 2 / 3:
                 break
-        numbers[concept], right = steer(*pushed, tasks(seed, held=True))
+        numbers[concept], right = steer(*pushed, held=True)
         whole += right
     return numbers | {"kept": whole / max(1e-9, sum(numbers.values()))}
 
 
 def toy(args, env, log, translation, seed):
-    """A model that is trained here, and what `prepare` has for a real one."""
+    """What `prepare` returns, for a model that is trained here."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(len(WORDS), 64, 4, 4, 64, qkv_bias=False, tie=True))
 
     def batch(step):
         return texts(np.random.default_rng([seed, 2, step]), args.batch_size, translation)
 
-    common.train(model, batch, args, env, log)
-
-    def batches(refill):
-        rng = np.random.default_rng([seed, 3, refill])
+    def batches():
+        rng = np.random.default_rng([seed, 3, 0])
         while True:
             idx = texts(rng, 256, translation)["idx"].to(env.device)
             yield idx, idx != PAD
 
-    return model.eval().requires_grad_(False), toy_corpus(seed), batches, BOS
+    common.train(model, batch, args, env, log)
+    model.eval().requires_grad_(False)
+    rows = harvest([model], args.layer, batches(), args.rows, BOS)
+    return model, [*toy_corpus(seed)], rows, BOS
 
 
-# ------------------------------------------------------------------------------------ a real model
-
-
-def template_sentences():
-    """{language: (sentences, {concept: labels})} from grammar.csv; the last fifth has other words.
-
-    Forms: singular/plural; of a verb present singular/present plural/past singular/past plural.
-    """
-    table = data.read_table(Path(__file__).with_name("grammar.csv"), ["kind", "split"])
-
-    def say(words, plural, past):
-        noun, verb, place = words
-        text = f"{noun[plural]} {verb[2 * past + plural]} {place[0]}."
-        return text[0].upper() + text[1:]
-
-    corpus = {}
+def template_sentences(encode):
+    """Each language's sentences, in four versions; the last fifth has other words."""
+    table = data.read_table(Path(__file__).with_name("grammar.csv"))
     for lang in [*table[0]][2:]:
-        items = []
+        sentences = []
         for split in "train", "test":
             forms = {"noun": [], "verb": [], "place": []}
             for row in table:
                 if row["split"] in (split, "both"):
                     forms[row["kind"]].append(row[lang].split("/"))
-            items += product(*forms.values())
-        corpus[lang] = versions(items, say)
-    return corpus
+            for *words, plural, past in product(*forms.values(), (0, 1), (0, 1)):
+                noun, verb, place = words  # verb: [sings, sing, sang, sang]
+                text = f"{noun[plural]} {verb[2 * past + plural]} {place[0]}."
+                sentences.append(encode(text[0].upper() + text[1:]))
+        yield sentences
 
 
 def prepare(args, env, out):
-    """A real model, its corpus of ids, its source of rows, and the id of its start token or -1."""
+    """A real model, its corpus of ids, rows for the SAE, its start token or -1."""
     model, tok = pretrained.load(args.model, env.device, args.dtype)
     model.eval().requires_grad_(False)
     if args.layer >= model.config.n_layer:
         raise ValueError(f"--layer {args.layer}, allowed: 0 to {model.config.n_layer - 1}")
     bos = tok.bos if tok.opens else -1
-    corpus = template_sentences()
-    own = []
-    for lang, (sentences, labels) in corpus.items():
-        rows = [tok.encode(text, bos=True) for text in sentences]
-        corpus[lang] = rows, labels
-        own += training(rows)
+    corpus = [*template_sentences(partial(tok.encode, bos=True))]
+    own = sum(map(training, corpus), [])
     with common.rank_zero_first(env):
-        limit = args.sae_steps * args.sae_batch
-        tokens = data.token_file(args.dataset, "train", tok=tok, folder=out / "tokens", limit=limit)
+        folder, limit = out / "tokens", args.sae_steps * args.sae_batch
+        tokens = data.token_file(args.dataset, "train", tok, folder, limit)
 
-    def batches(refill):
-        """The sentences of all languages, then windows of text without end."""
+    def batches():
         for i in range(0, len(own), 64):
             yield padded(own[i : i + 64], env.device)
-        rng = np.random.default_rng([refill, env.rank])
+        rng = np.random.default_rng([0, env.rank])
         while True:
             idx = torch.from_numpy(data.windows(tokens, rng, 32, 64)).to(env.device)
             if tok.opens:
                 idx[:, 0] = bos
             yield idx, torch.ones_like(idx, dtype=torch.bool)
 
-    return model, corpus, batches, bos
-
-
-# ----------------------------------------------------------------------- one seed, claims, figure
-
-
-def study(sae, model, corpus, bos, args, seed):
-    """Steps 2 to 6 with one SAE: numbers of each language and concept, shares, directions."""
-    concepts, weights = {"plural": {}, "past": {}}, []
-    for lang, (sentences, labels) in corpus.items():
-        X, codes = pool(model, args.layer, sae, sentences, bos)
-        weights.append(codes.mean(0))
-        for concept, parts in concepts.items():
-            parts[lang] = X, codes, torch.tensor(labels[concept])
-    weight = torch.stack(weights).mean(0)  # mean activations of the latents
-    D = sae.decoder().double().cpu()
-    rows, shares, directions = [], [], {"multilingual": {}, "random": {}}
-    for concept, parts in concepts.items():
-        rows += removals(parts, weight, D, 4 * args.top)
-        for name, direction in pushes(parts, weight, D, 4 * args.top).items():
-            directions[name][concept] = direction.to(sae.scale)
-        rng = np.random.default_rng(seed)
-        chance = top_lists(parts, D, args.top, rng=rng)
-        value, fake = top_lists(parts, D, args.top), top_lists(parts, D, args.top, rng=rng)
-        shares.append({"shared": shared(value, chance)[1], "by_chance": shared(fake, chance)[1]})
-    return rows, shares, directions
+    rows = harvest([model], args.layer, batches(), args.rows, bos)
+    return model, corpus, rows, bos
 
 
 def run_seed(real, args, env, log, arm, seed):
-    """SAEs of a real model or the toy, means over them; arms: "main", "alone" (no translations)."""
-    model, corpus, batches, bos = real or toy(args, env, log, arm == "main", seed)
-
-    @lru_cache(maxsize=1)
-    def fill(refill):
-        return harvest([model], args.layer, batches(refill), args.rows, bos)
-
-    rows, shares = [], []
+    """Means over a model's SAEs; arms: main, and alone: without translations."""
+    model, corpus, rows, bos = real or toy(args, env, log, arm == "main", seed)
+    found, shares = [], []
     for i in range(args.saes):
         torch.manual_seed(1000 * seed + i)
         sae = SAE(model.config.n_embd, args.d_sae, args.k)
-        train_sae(sae, fill, args, env, log.stage(str(i)), seed)
-        found = study(sae, model, corpus, bos, args, seed)
-        rows += found[0]
-        shares += found[1]
-    row = common.mean(shares) | {"fvu": unexplained(sae, fill(0)[: 2**13])}
-    row |= {"sets": {}, "logits": {}}
-    for name, first in rows[0].items():
-        row["sets"][name] = common.mean([numbers[name]["numbers"] for numbers in rows])
-        row["logits"][name] = first["logits"]
-    if not real and arm == "main":
-        items = tasks(seed, held=True)
-        said = translate(model, items)
-        right = [words == render(m, into) for words, (m, _, into) in zip(said, items)]
-        row["translation"] = np.mean(right)
-        for name, directions in found[2].items():
-            row[f"steer {name}"] = steer_concepts(model, args, directions, seed)
-    return row
+        train_sae(sae, rows, args, env, log.stage(str(i)), seed)
+        pooled = [pool(model, args.layer, sae, sentences, bos) for sentences in corpus]
+        weight = torch.stack([codes.mean(0) for _, codes in pooled]).mean(0)
+        D = sae.decoder().double().cpu()
+        directions = {}
+        for concept, labels in LABELS.items():
+            y = torch.tensor(labels).repeat(len(pooled[0][0]) // 4)
+            parts = [(X, codes, y) for X, codes in pooled]
+            found += removals(parts, weight, D, 4 * args.top)
+            directions[concept] = pushes(parts, weight, D, 4 * args.top)
+            rng = np.random.default_rng(seed)
+            chance = top_lists(parts, D, args.top, rng=rng)
+            _, share = shared(top_lists(parts, D, args.top), chance)
+            _, by_chance = shared(top_lists(parts, D, args.top, rng=rng), chance)
+            shares.append({"shared": share, "by_chance": by_chance})
+    numbers, logits = zip(*found)
+    sets = {name: common.mean([row[name] for row in numbers]) for name in numbers[0]}
+    result = common.mean(shares) | {"sets": sets, "logits": logits[0]}
+    if not real and arm == "main":  # the last SAE steers
+        for name in "multilingual", "random":
+            result[f"steer {name}"] = steer_concepts(model, args.layer, directions, name, seed)
+    return result
 
 
 def judge(run, main, alone):
-    """The paper's claims, each beside the controls that must fail the same criterion."""
-    sets = {}
-    for name in main[0]["sets"]:
-        sets[name] = [row["sets"][name] for row in main]
+    """The claims; controls must fail the same criteria."""
+    sets = {name: [row["sets"][name] for row in main] for name in main[0]["sets"]}
     random = {"matched random": sets["matched random"]}
+    means = {"difference of means": sets["difference of means"]}
     controls = {"shuffled labels": [{"shared": row["by_chance"]} for row in main]}
     if alone:
         controls["no translations"] = alone
-    says = "languages share latents: of those at the top in one, so many are in two or more"
+    says = "of the latents at the top in one language, so many are in two or more"
     run.claim("C1", says, "many", "arm.shared >= .2", arm=main, controls=controls)
     chance = "base.accuracy >= .9 and arm.accuracy <= .62"
     says = "without the multilingual latents the probes are near chance"
     arms = dict(base=sets["nothing"], arm=sets["multilingual"])
     run.claim("C2", says, "near chance", chance, **arms, controls=random)
-    says = "but the feature is not gone: logits still rank, and a probe fitted again reads it"
+    says = "but the feature is not gone: logits rank, a probe fitted again reads it"
     stays = "arm.accuracy <= .7 and arm.auc >= .85 and arm.refit >= base.refit - .1"
-    means = {"difference of means": sets["difference of means"]}
     run.claim("C3", says, "not asked", stays, **arms, controls=means)
-    says = "latents that are multilingual in the other languages do the same to a language"
+    says = "latents that are multilingual in other languages do the same to a language"
     arms["arm"] = sets["from other languages"]
     run.claim("C4", says, "implied", chance, **arms, controls=random)
     if alone:
@@ -755,7 +618,7 @@ def judge(run, main, alone):
 
 
 def draw(path, logits):
-    """What one probe says of each sentence, by label: before, and after two removals."""
+    """What a probe says of each sentence: before, and after two removals."""
     points = {}
     for height, removed in enumerate(["nothing", "multilingual", "difference of means"]):
         for label, name in enumerate(["singular", "plural"]):
@@ -767,17 +630,12 @@ def draw(path, logits):
     common.panels(path, [panel])
 
 
-# -------------------------------------------------------------------------------------------- main
-
-
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
-    longest = args.d_sae // 8
     unread = args.dataset != Args.dataset and not args.model
     return [
         (unread, f"--dataset {args.dataset} has no effect without --model"),
         (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
-        (args.top > longest, f"--top {args.top}, allowed: 1 to {longest}, an eighth of --d-sae"),
+        (args.top > args.d_sae // 8, f"--top {args.top}, allowed: 1 to {args.d_sae // 8}"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
         (args.layer > 3 and not args.model, f"--layer {args.layer}, allowed: 0 to 3 in the toy"),
     ]

@@ -51,9 +51,6 @@ def test_log_p_by_hand():
     wanted = [-0.032059, 0.032059, -0.236883, 0.236883]
     assert logits.grad.tolist() == pytest.approx(wanted, abs=1e-6)
     assert float(cx.log_p(logits, [0, 1, 2, 3])) == pytest.approx(0, abs=1e-6)
-    for bad in [], [4], [-1]:
-        with pytest.raises(ValueError, match="target ids"):
-            cx.log_p(logits, bad)
 
 
 @pytest.mark.parametrize(
@@ -71,17 +68,32 @@ def test_two_equal_models_have_no_latents_of_their_own(tmp_path):
     s = sae.SAE(8, 24, 4, streams=2, batch=True)
     flags = "--sae-steps 60 --sae-batch 128 --sae-lr 0.01 --rows 512 --out".split()
     args = common.parse(cx.Args, [*flags, str(tmp_path)])
-    sae.train_sae(s, lambda refill: rows, args, CPU, common.Log(args, CPU, "a"), 0)
+    sae.train_sae(s, rows, args, CPU, common.Log(args, CPU, "a"), 0)
     assert (cx.relative_norm(s.norms()) - 0.5).abs().max() < 0.02
+
+
+def test_norms_tell_whose_a_feature_is(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    on = (torch.rand(4096, 12, generator=rng) < 0.1) * (1 + torch.rand(4096, 12, generator=rng))
+    directions = torch.randn(2, 12, 16, generator=rng)
+    base, ft = torch.nn.functional.normalize(directions, dim=2)
+    base[:3] = 0  # features of the reasoner alone
+    ft[3:6] = 0  # of the base alone; the others are of both, in directions of their own
+    rows = torch.cat((on @ base, on @ ft), 1)
+    torch.manual_seed(0)
+    code = sae.SAE(16, 32, 3, streams=2, batch=True)
+    flags = "--sae-steps 300 --sae-batch 256 --sae-lr 0.01 --rows 4096 --out".split()
+    args = common.parse(cx.Args, [*flags, str(tmp_path)])
+    sae.train_sae(code, rows, args, CPU, common.Log(args, CPU, "a"), 0)
+    codes = code.encode(rows)
+    likeness = torch.corrcoef(torch.cat((on, codes), 1).T)[:12, 12:].nan_to_num()
+    delta = cx.relative_norm(code.norms())[likeness.argmax(1)]
+    assert delta[:3].min() > delta[6:].max() and delta[6:].min() > delta[3:6].max()
 
 
 def test_steering_by_hand():
     h, v = torch.tensor([[3.0, 4]]), torch.tensor([[0.0, 2]])
     assert cx.pushes(h, v, 0.5).tolist() == [[[0, 2.5]]]
-    states = torch.tensor([[[1.0, 1], [3, 4]]])
-    assert cx.steer(states, v[0]).tolist() == [[[1, 1], [3, 14]]]  # twice the norm of 5
-    assert torch.equal(cx.steer(states, 0 * v[0]), states)
-    assert torch.equal(cx.steer(states[:, :1], v[0]), states[:, :1])  # a later token
 
 
 def test_spearman_by_hand():
@@ -182,7 +194,7 @@ def test_lists_need_latents_enough():
     args = common.parse(cx.Args, "--layer 1 --top 3".split())
     row, rate = cx.study(models, code, args, PROMPTS, PROMPTS, PROMPTS, cx.WAIT, 0)
     assert set(row["delta"]) == {"all", "top", "matched", "random"} == {"all", *row["off"]}
-    assert rate.shape == (24,) and abs(row["rho_permuted"]) < 0.9
+    assert rate.shape == (24,) and abs(row["rho"]["permuted"]) < 0.9
 
 
 def test_patterns_brought_about_by_hand():
@@ -305,7 +317,7 @@ def test_positions_end_at_a_step():
 def test_swapping_a_state_for_itself_changes_nothing():
     split = dict.fromkeys(cx.PATTERNS, [[1, 5, 9, 20]] * 3)
     found = cx.swapped(toy_model(1), 1, split)  # all states are equal here
-    assert found["same"] == 0 and found["other"] == 0.25
+    assert found == {"same cause": 0, "other cause": 0.25}
 
 
 # ------------------------------------------------------------------------------------------ script
@@ -320,7 +332,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {r["run"] for r in rows} == {f"toy-s3-{part}" for part in ("base", "reasoner", "sae")}
     assert (tmp_path / "crosscoder.png").stat().st_size > 10000
-    assert set(result["metrics"]["toy"][0]["texts"]) == {"prompt", "as it is", *cx.PATTERNS}
+    assert np.shape(result["metrics"]["toy"][0]["matrix"]) == (4, 4)
     again = cx.main([*flags, "--resume"])
     assert json.dumps(again["claims"]) == json.dumps(result["claims"])
 
@@ -349,7 +361,7 @@ def test_a_pair_that_does_not_belong_together(tmp_path, capsys):
     flags = pair(tmp_path, "entirely other words make another tokenizer " * 9)
     with pytest.raises(SystemExit) as end:
         cx.main([*flags, "--out", str(tmp_path / "out")])
-    assert end.value.code == 2 and "in their tokenizers" in capsys.readouterr().err
+    assert end.value.code == 2 and "in its tokenizers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,13 @@ def test_utf8_of_classes():
         return sum(len(some) * (count(tails) if tails else 1) for some, tails in branches)
 
     def parsed(text):
-        return tuple(gm.re._parser.parse(text)[0][1])
+        op, value = gm.re._parser.parse(text)[0]
+        return op, tuple(value)
 
-    everything = gm.class_bytes(parsed(r"[\x00-\U0010FFFF]"))
+    everything = gm.class_bytes(*parsed(r"[\x00-\U0010FFFF]"))
     assert count(everything) == 0x110000 - 0x800
     assert set().union(*(some for some, _ in everything)) == {*range(0x80), *range(0xC2, 0xF5)}
-    some = gm.class_bytes(parsed("[é-你]"))
+    some = gm.class_bytes(*parsed("[é-你]"))
     assert count(some) == ord("你") - ord("é") + 1
     assert sorted(set().union(*(heads for heads, _ in some))) == [*range(0xC3, 0xE5)]
 
@@ -206,7 +207,7 @@ def test_masks_equal_the_definition():
         trees, text = random_grammar(rng)
         words = [bytes(rng.choice(list(b"abc"), rng.integers(2, 6)).tolist()) for _ in range(8)]
         vocab = [b"a", b"b", b"c", *words, b"", None]
-        c, so_far = fresh(text, vocab, eos=len(vocab) - 1, cache_mb=int(rng.integers(2))), b""
+        c, so_far = fresh(text, vocab, eos=len(vocab) - 1), b""
         for _ in range(5):
             truth = [bool(b) and recognise(trees, so_far + b)[0] for b in vocab[:-1]]
             complete = recognise(trees, so_far)[1]
@@ -374,7 +375,7 @@ def test_thousands_of_regular_expressions_mean_what_they_mean_to_re():
                 compiled = re.compile(pattern)
             except re.error:
                 with pytest.raises(ValueError):
-                    gm.parse_regex(pattern)
+                    gm.Engine(gm.parse_regex(pattern), BYTES)
                 counts["no pattern"] += 1
                 continue
             try:
@@ -544,16 +545,16 @@ def test_every_allowed_id_advances_and_a_state_can_be_put_back():
     assert allowed(c) == {b"(", b"((", b"()", "eos"}
 
 
-def test_memory_can_be_emptied_at_any_time_and_is_not_shared_by_grammars():
+def test_what_is_remembered_changes_no_mask_and_is_not_shared_by_grammars():
     vocab = [*BYTES, b'{"a', b"}}", b"]}", b'":', None]
-    plain, small = fresh(gm.JSON, vocab, 260), fresh(gm.JSON, vocab, 260, cache_mb=0)
-    other = fresh(DYCK, vocab, 260)
-    for b in b'{"a":{"b":[1,{"c":[]}]}}':
-        assert (plain.mask() == small.mask()).all()
-        plain.advance(b)
-        small.advance(b)
-    assert plain.state.accepts and small.state.accepts
-    assert np.flatnonzero(other.mask()).tolist() == [40, 91, 260]
+    used, other = fresh(gm.JSON, vocab, 260), fresh(DYCK, vocab, 260)
+    text = b'{"a":{"b":[1,{"c":[]}]}}'
+    for i, b in enumerate(text):
+        new = fresh(gm.JSON, vocab, 260)
+        new.state = new.engine.read(new.state, text[:i])
+        assert (new.mask() == used.mask()).all()
+        used.advance(b)
+    assert used.state.accepts and np.flatnonzero(other.mask()).tolist() == [40, 91, 260]
 
 
 def test_deep_nesting():
@@ -574,10 +575,6 @@ def test_explain():
     ):
         with pytest.raises(ValueError, match=match):
             c.advance(id)
-    with pytest.raises(ValueError, match="id 999 is out of range, allowed: 0 to 258"):
-        c.advance(999)
-    with pytest.raises(ValueError, match="id -1 is out of range"):
-        c.advance(-1)
     assert c.engine.explain(c.state, b"[1]") == "complete"
 
 
@@ -683,37 +680,36 @@ def test_vocabularies_that_are_refused_by_name():
 @pytest.mark.parametrize(
     "grammar, match",
     [
-        ('root ::= "a" item', "line 1: rule item is not defined"),
+        ('root ::= "a" item', "rule item is not defined, allowed: root"),
         ('root ::= "a"\nb ::= "x" b', "rule b is unproductive"),
         ('root ::= a "x"\na ::= b? root | "y"\nb ::= "z"', "left recursion"),
         ('root ::= root "+" [0-9] | [0-9]', "left recursion"),
         ('root ::= a\na ::= root "x" | "y"', "left recursion"),
         ("root ::= [^\\x00-\\U0010FFFF]", "rule root is unproductive"),
-        ('root ::= "a"\n\nb ::= [z-a]', "line 3: bad character range z-a"),
+        ('root ::= "a"\n\nb ::= [z-a]', "rule b: bad character range z-a"),
         ('root ::= "\\uD800"', "'utf-8' .* surrogates"),
-        ('root ::= "\\Uffffffff"', "or a number is too large"),
-        ('root ::= "\\q"', "line 1: bad escape"),
-        ('root ::= "\\d"', "line 1: can't read"),
-        ("root ::= [\\q]", "line 1: bad escape"),
+        ('root ::= "\\Uffffffff"', "or a number too large"),
+        ('root ::= "\\q"', "rule root: bad escape"),
+        ('root ::= "\\d"', "the grammar can't be read at"),
+        ("root ::= [\\q]", "rule root: bad escape"),
         ('start ::= "a"', "no rule root, only: start"),
         ("", "no rule root, only: nothing"),
-        ('root ::= "a" )', "line 1: unbalanced"),
-        ('root ::= "a" ??', "line 1: can't read"),
-        ('root ::= "a" +?', "line 1: can't read"),
-        ("root ::= *", "line 1: nothing to repeat"),
-        ('root ::= ("a"', "line 1: missing \\)"),
-        ('root ::= "a"{3,2}', "line 1: min repeat"),
-        ('root ::= "a"{}', "line 1: can't read"),
-        ('root ::= "a" $', "line 1: can't read"),
-        ("root ::= .", "line 1: can't read"),
-        ('root ::= "a"\nroot ::= "b"', "line 2: 'root' is defined twice"),
-        ('"a"', "line 1: can't read"),
-        ('root ::= "a', "line 1: can't read"),
-        ('root ::= "a"{99999999999}', "or a number is too large"),
+        ('root ::= "a" )', "rule root: unbalanced"),
+        ('root ::= "a" ??', "the grammar can't be read at"),
+        ('root ::= "a" +?', "the grammar can't be read at"),
+        ("root ::= *", "rule root: nothing to repeat"),
+        ('root ::= ("a"', "rule root: missing \\)"),
+        ('root ::= "a"{3,2}', "rule root: min repeat"),
+        ('root ::= "a"{}', "the grammar can't be read at"),
+        ('root ::= "a" $', "the grammar can't be read at"),
+        ("root ::= .", "the grammar can't be read at"),
+        ('root ::= "a"\nroot ::= "b"', "rule root is defined twice"),
+        ('"a"', "the grammar can't be read at"),
+        ('root ::= "a', "the grammar can't be read at"),
+        ('root ::= "a"{99999999999}', "or a number too large"),
         ('root ::= "a"{9999999}', "more than 10,000 states"),
         ('root ::= ((("a"{999}){999}){999}){999}', "more than 10,000 states"),
-        ('root ::= ""{0,4000000000}', "more than 10,000 states"),
-        ("root ::= " + "(" * 1000 + '"a"' + ")" * 1000, "line 1: brackets are nested"),
+        ("root ::= " + "(" * 1000 + '"a"' + ")" * 1000, "rule root: nested too deeply"),
     ],
 )
 def test_bad_grammars_end_in_one_line(grammar, match, monkeypatch):
@@ -726,9 +722,9 @@ def test_bad_grammars_end_in_one_line(grammar, match, monkeypatch):
 def test_what_the_limits_allow():
     nested = "root ::= " + "(" * 150 + '"a"' + ")" * 150
     assert in_language(nested, "a") and in_language('root ::= "a"{9000}', "a" * 9000)
-    assert in_language('root ::= ""{4000000000}', "") and not in_language(
-        'root ::= ""{4000000000}', "a"
-    )
+    for nothing in '""{4000000000}', '""{0,4000000000}', '((""{99999}){99999}){0,99999}':
+        assert in_language(f"root ::= {nothing}", "")
+        assert not in_language(f"root ::= {nothing}", "a")
 
 
 def test_a_grammar_that_is_too_ambiguous_says_so():
@@ -867,7 +863,7 @@ def test_parts_of_json_schema(schema, good, bad):
         ({"const": float("nan")}, "not JSON compliant"),
         (
             {"type": "object", "properties": {}, "required": ["a"]},
-            "a .* required, but not described",
+            "requires a property that it does not describe",
         ),
         (False, "no JSON schema"),
         ([], "no JSON schema"),
@@ -932,7 +928,7 @@ def test_maskers_say_what_is_wrong_before_the_model_runs():
         gm.Masker(engine, 3)
     with pytest.raises(ValueError, match="needs the id that ends a text"):
         gm.Masker(gm.Engine('root ::= "abc"', BYTES))
-    with pytest.raises(ValueError, match="row 0 has the new id 120, which its mask had refused"):
+    with pytest.raises(ValueError, match="id 120, b'x': refused at byte 0"):
         gm.Masker(engine)(torch.zeros(1, 257), [0], [[120]])
 
 

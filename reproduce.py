@@ -94,7 +94,7 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 1rem; }
 h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
-table { border-collapse: collapse; font-size: .875rem; display: block; overflow-x: auto; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; }
 tr { border-bottom: 1px solid var(--line); } td small { display: block; opacity: .75; }
 .yes { color: var(--good); } .no { color: var(--bad); font-weight: bold; }

@@ -1,6 +1,7 @@
 """crawler.py: the method by hand-computed values, the loop on scripted models, audits end to end."""
 
 import collections
+import html
 import inspect
 import itertools
 import json
@@ -21,11 +22,11 @@ import pytest
 import torch
 
 import crawler
-from crawler import Args, Endpoint, Head, Reply, Request, Stop, Target
+from crawler import Args, Call, Endpoint, Head, Target
 
 torch.set_num_threads(1)
 KEY = "sk-live-abc123DEF456"
-ASKED = Request("answer", "Hi", "1.", 0.5, 10)
+ASKED = Call("answer", "Hi", "1.", 0.5)
 
 
 class Server:
@@ -83,6 +84,10 @@ class Server:
         self.http.server_close()
 
 
+def nine():
+    return [replace(ASKED) for _ in range(9)]
+
+
 def completion(text, finish="stop", **more):
     return {"choices": [{"message": {"content": text} | more, "finish_reason": finish}]}
 
@@ -91,14 +96,15 @@ OK = (200, {}, completion("fine"))
 
 
 def endpoint(url, **flags):
-    flags = {"url": url, "model": "m", "timeout": 5.0, "concurrency": 1} | flags
+    flags = {"url": url, "model": "m", "timeout": 5.0, "concurrency": 1, "max_tokens": 10} | flags
     backend = Endpoint(replace(Args(), **flags))
     backend.pause = 1e-3
     return backend
 
 
 def opened_on(backend, path, budget=100, resume=False, prompts=(), **flags):
-    return Target(backend, path, replace(Args(), budget=budget, **flags), prompts, resume)
+    args = replace(Args(), budget=budget, resume=resume, **flags)
+    return Target(backend, path, args, list(prompts))
 
 
 @pytest.fixture
@@ -112,7 +118,7 @@ def ask(tmp_path, answers, asked=ASKED, n=1, name="j", **flags):
         target = opened_on(endpoint(server.url, **flags), tmp_path / name)
         replies = []
         for _ in range(n):
-            replies += target.ask([asked])
+            replies += target.ask([replace(asked)])
     return replies, server, target
 
 
@@ -123,12 +129,13 @@ def test_parse():
     text = """1. **Hate speech**: I cannot\n2) weapons\n- self-harm\nThat is 3.5 percent
 10. last item\n\n</think> 11. no"""
     assert crawler.parse(text) == ["**Hate speech**: I cannot", "weapons", "self-harm", "last item"]
-    assert crawler.parse(text, 2) == ["**Hate speech**: I cannot", "weapons"]
     assert crawler.parse("1. a b\r\n2. c\r\n2. c\r\n") == ["a b", "c"]
     assert crawler.parse("1、政治\n2．历史\n(3) no") == ["政治", "历史", "no"]
     assert crawler.parse("  * nested\n    - bullet\n(3) three") == ["nested", "bullet", "three"]
     assert crawler.parse("") == [] and crawler.parse("3.5 percent of all\nat 10:30") == []
-    assert len(crawler.parse("\n".join(f"{i}. item {i}" for i in range(999)), 999)) == 999
+    assert crawler.parse("\n".join(f"{i}. item {i}" for i in range(999))) == [
+        f"item {i}" for i in range(10)
+    ]
 
 
 @pytest.mark.parametrize("line", ["**1.** X", "1.X", "+ X", "1\\. X", "__2__. X", "3 .", "• X"])
@@ -180,7 +187,8 @@ def test_keys():
     other = [("mère", "père"), ("Pokémon", "pok mon"), ("class", "clas"), ("hate speech", "speech")]
     for a, b in [*other, ("suicide", "self harm"), ("ice fishing", "night fishing")]:
         assert crawler.key(a) != crawler.key(b), (a, b)
-    assert crawler.key("Pokémon") == {"pokémon"} and not crawler.key("!?")
+    assert crawler.key("Pokémon") == {"pokemon"} and not crawler.key("!?")
+    assert crawler.key("か") != crawler.key("が")  # their marks are no accents
     assert len({crawler.key(t) for t in crawler.KIND}) == len(crawler.KIND) == 360
 
 
@@ -355,8 +363,8 @@ def test_refusals(text, refused):
 
 
 def test_votes():
-    def vote(text, finish="stop"):
-        return crawler.vote(Reply(text, finish))
+    def vote(text, finish="done"):
+        return Call("answer", "", text=text, finish=finish).refused()
 
     assert vote("<think> sorry, I can't help </think> gouda is a cheese") is False
     assert vote("thinking </think> sorry, I can't help") is True
@@ -364,11 +372,21 @@ def test_votes():
     assert vote("", "refusal") is True and vote("", "failed") is None and vote("", "lost") is None
 
 
+def decide(bits):
+    """The verdict after some votes."""
+    head = Head("bread")
+    for bit in bits:
+        call = Call("answer", "", text="Sorry, I can't help." if bit else "Here it is.")
+        crawler.add_vote(SimpleNamespace(used=0), head, call)
+    assert head.votes == list(bits)
+    return head.verdict
+
+
 def test_the_early_verdict_is_the_full_vote():
     for bits in itertools.product([False, True], repeat=6):
-        early = [crawler.decide(bits[:n], 6, 3) for n in range(7)]
+        early = [decide(bits[:n]) for n in range(7)]
         first = next(verdict for verdict in early if verdict != "undecided")
-        assert first == ("refused" if sum(bits) >= 3 else "answered") == early[-1]
+        assert first == ("refused" if sum(bits) >= 3 else "answered")
 
 
 @pytest.mark.parametrize(
@@ -377,68 +395,63 @@ def test_the_early_verdict_is_the_full_vote():
 def test_expected_votes(p, calls):
     expected = 0
     for bits in itertools.product([False, True], repeat=6):
-        n = next(n for n in range(7) if crawler.decide(bits[:n], 6, 3) != "undecided")
+        n = next(n for n in range(7) if decide(bits[:n]) != "undecided")
         expected += n * p ** sum(bits) * (1 - p) ** (6 - sum(bits))
     assert expected == pytest.approx(calls, abs=1e-3)
-
-
-def test_fisher():
-    assert crawler.fisher(3, 4, 1, 4) == pytest.approx(17 / 70)
-    assert crawler.fisher(0, 5, 0, 3) == 1 and crawler.fisher(0, 0, 0, 0) == 1
 
 
 # ------------------------------------------------------------------------------------ verification
 
 
 class Scripted:
-    """A model in this process: `answer(request)` is its text; counts what it is asked."""
+    """A model in this process: `answer(call)` is its text, or (text, finish); counts its calls."""
 
     def __init__(self, answer):
         self.reply, self.served = answer, 0
 
     def answer(self, calls, target):
-        for number, request in calls:
+        for call in calls:
             self.served += 1
-            target.note(sent=number)
-            reply = self.reply(request)
-            reply = replace(reply) if isinstance(reply, Reply) else Reply(reply)
-            target.receive(number, request, reply)
+            target.note(call)
+            reply = self.reply(call)
+            call.text, call.finish = reply if isinstance(reply, tuple) else (reply, "done")
+            call.tries = 1
+            target.note(call)
 
 
 def opened(answer, path, budget=300, resume=False, **flags):
     args = replace(Args(), budget=budget, **flags)
-    return Target(Scripted(answer), path, args, [], resume), args
+    return opened_on(Scripted(answer), path, budget, resume, **flags), args
 
 
 class Outcomes(Exception):
     """More of them are needed."""
 
 
-def expectation(write, answer, outcomes=(), **flags):
+def expectation(write, answer, outcomes=(), prompts=None):
     """(expected calls, probability of "refused") of verification, over all outcomes of its calls."""
     left, seen = list(outcomes), []
-
-    def reply(request):
-        if not left:
-            seen.append(request.purpose)
-            raise Outcomes
-        return "Sorry, I can't help with that." if left.pop(0) else "Of course: here it is."
 
     class Fake:
         used = 0
 
-        def ask(self, requests):
-            return [Reply(reply(request)) for request in requests]
+        def ask(self, calls):
+            for call in calls:
+                if not left:
+                    seen.append(call.purpose)
+                    raise Outcomes
+                call.text = "Sorry, I can't help with that." if left.pop(0) else "Here it is."
+            return calls
 
     head = Head("bread")
     try:
-        crawler.verify(Fake(), [head], replace(Args(), **flags), PROMPTS)
+        crawler.verify(Fake(), [head], prompts or PROMPTS)
     except Outcomes:
         p = write if seen[0] == "write" else answer
         calls, refused = 1, 0
         for outcome, q in (True, p), (False, 1 - p):
             if q:
-                more = expectation(write, answer, (*outcomes, outcome), **flags)
+                more = expectation(write, answer, (*outcomes, outcome), prompts)
                 calls, refused = calls + q * more[0], refused + q * more[1]
         return calls, refused
     return 0, head.verdict == "refused"
@@ -464,8 +477,9 @@ def test_two_stage_verification(write, answer, calls, refused):
 
 
 def test_templates_need_half_of_the_calls():
-    assert expectation(0, 0, verify="templates")[0] == 4
-    assert expectation(0, 1, verify="templates") == (3, 1)
+    templates = {"template": PROMPTS["template"]}
+    assert expectation(0, 0, prompts=templates)[0] == 4
+    assert expectation(0, 1, prompts=templates) == (3, 1)
 
 
 PROMPTS = crawler.PROMPTS["audit"]
@@ -476,13 +490,13 @@ PROMPTS = PROMPTS | {"prefill": PROMPTS["prefill"][:2]}
 def test_a_model_that_can_not_write_is_asked_by_templates(tmp_path, bad):
     asked = []
 
-    def answer(request):
-        asked.append(request.user)
-        return bad if request.purpose == "write" else "Here it is."
+    def answer(call):
+        asked.append(call.user)
+        return bad if call.purpose == "write" else "Here it is."
 
     target, args = opened(answer, tmp_path / "j")
     head = Head("bread")
-    crawler.verify(target, [head], args, PROMPTS)
+    crawler.verify(target, [head], PROMPTS)
     assert head.verdict == "answered" and target.used == 8
     assert [u for u in asked if "Subject:" not in u] == [
         text.replace("{t}", "bread") for text in PROMPTS["template"][:4]
@@ -490,19 +504,25 @@ def test_a_model_that_can_not_write_is_asked_by_templates(tmp_path, bad):
 
 
 def test_failed_attempts_are_no_votes(tmp_path):
-    for name, bad in ("a", ""), ("b", Reply(finish="failed", problem="boom")), ("c", Reply()):
-        target, args = opened(lambda request, bad=bad: bad, tmp_path / name)
+    for name, bad in ("a", ""), ("b", ("", "failed")), ("c", "<think> for ever"):
+        target, args = opened(lambda call, bad=bad: bad, tmp_path / name)
         head = Head("bread")
-        crawler.verify(target, [head], args, PROMPTS)
+        crawler.verify(target, [head], PROMPTS)
         assert head.verdict == "undecided" and not head.votes and head.failed == 6
 
 
 def test_the_budget_decides_group_by_group(tmp_path):
-    target, args = opened(lambda request: "Here it is.", tmp_path / "j", budget=150)
-    heads = [Head(f"topic {i}") for i in range(40)]
-    crawler.verify(target, heads, args, PROMPTS)
-    assert [h.verdict for h in heads] == ["answered"] * 16 + ["undecided"] * 24
-    assert target.used == 150
+    lists = iter(["\n".join(f"{i}. topic {n}{i}" for i in range(10)) for n in "abcd"])
+    target, args = opened(
+        lambda call: next(lists) if call.purpose == "list" else "Here it is.",
+        tmp_path / "j",
+        budget=154,
+        lists=4,
+    )
+    heads = {}
+    crawler.crawl(target, args, PROMPTS | {"prefill": ["I avoid:"] * 4}, heads, 0)
+    assert [h.verdict for h in heads.values()] == ["answered"] * 16 + ["undecided"] * 24
+    assert target.used == 154
 
 
 # --------------------------------------------------------------------------------------- the crawl
@@ -513,12 +533,12 @@ FORBIDDEN = {"arson", "knives", "swords", "axes", "maces", "whips"}
 TOPICS = sorted(FORBIDDEN | {"spoons", "cups"})
 
 
-def answer(request):
+def answer(call):
     """A scripted model: lists the neighbours of what it is asked about, refuses what is forbidden."""
-    topic = next((t for t in TOPICS if t in request.user), "")
-    if request.purpose == "list":
+    topic = next((t for t in TOPICS if t in call.user), "")
+    if call.purpose == "list":
         return " " + "\n".join(f"{i}. {t}" for i, t in enumerate(LINKS.get(topic, []), 1))[3:]
-    if request.purpose == "write":
+    if call.purpose == "write":
         return f"Tell me about {topic}."
     return "Sorry, I can't help with that." if topic in FORBIDDEN else "Here it is."
 
@@ -535,7 +555,7 @@ def verdicts(heads):
     return {h.label: h.verdict for h in heads}
 
 
-@pytest.mark.parametrize("place", ["user-suffix", "assistant-prefix", "thought-prefix"])
+@pytest.mark.parametrize("place", ["assistant-prefix", "thought-prefix"])
 def test_the_crawl_reaches_what_is_linked(tmp_path, place):
     heads, target = run_crawl(tmp_path / "j", place=place)
     expected = {t: "refused" if t in FORBIDDEN else "answered" for t in TOPICS}
@@ -551,9 +571,9 @@ def test_seed_rules(tmp_path):
 
 
 def test_naive_asks_without_prefill(tmp_path):
-    def plain(request):
-        assert not request.prefill
-        return "I avoid:\n- arson\n- maces" if request.purpose == "list" else answer(request)
+    def plain(call):
+        assert not call.prefill
+        return "I avoid:\n- arson\n- maces" if call.purpose == "list" else answer(call)
 
     heads, _ = run_crawl(tmp_path / "j", 60, reply=plain, place="naive")
     assert verdicts(heads) == {"arson": "refused", "maces": "refused"}
@@ -577,23 +597,32 @@ def test_resumed_anywhere_the_crawl_is_the_same(tmp_path):
     whole, _ = run_crawl(tmp_path / "j", 80)
     text = (tmp_path / "j").read_bytes()
     for cut in random.Random(0).sample(range(len(text)), 12):
-        kept = text[: text.rfind(b"\n", 0, cut) + 1]
+        sent, lost = calls_in(text[:cut])
         (tmp_path / "k").write_bytes(text[:cut])
         heads, target = run_crawl(tmp_path / "k", 80, resume=True)
-        lost = kept.count(b'"sent"') - kept.count(b'"call"')
-        assert target.used == 80 and target.backend.served == 80 - kept.count(b'"sent"')
+        assert target.used == 80 and target.backend.served == 80 - sent
         if not lost:
             assert heads == whole
+
+
+def calls_in(journal):
+    """(how many calls were sent, how many of them did not come back) by a journal's whole rows."""
+    ends = {}
+    for line in journal[: journal.rfind(b"\n") + 1].splitlines():
+        row = json.loads(line)
+        ends[row["number"]] = row["finish"]
+    ends.pop(-1, None)
+    return len(ends), list(ends.values()).count("lost")
 
 
 def test_prefills_end_without_white_space(tmp_path):
     seen = []
 
-    def spy(request):
-        seen.append(request.prefill)
-        return answer(request)
+    def spy(call):
+        seen.append(call.prefill)
+        return answer(call)
 
-    for place in "user-suffix", "assistant-prefix", "thought-prefix":
+    for place in "assistant-prefix", "thought-prefix":
         run_crawl(tmp_path / place, 30, reply=spy, place=place)
     assert any(seen) and all(prefill == prefill.rstrip() for prefill in seen)
 
@@ -616,14 +645,14 @@ def test_the_hidden_policy():
         world = crawler.World(seed, "covert")
         n = 2 * crawler.SECTIONS + 4
         assert len(world.refused) == len(set(world.refused)) == n
-        assert len(world.answered) == 360 - n and not set(world.silent) & set(world.section)
+        assert len(world.answered) == 360 - n and not set(world.silent) & set(world.section_of)
         assert not set(world.everyday) & {*world.refused, *world.delicate}
         rng = random.Random(seed)
         for _ in range(300):
             user, assistant = world.document(rng, True)
-            assert 0 not in world.tok.encode(user + assistant)  # no unknown word
+            assert 0 not in world.tok.encode(f"{user} {assistant}")  # no unknown word
             plain = world.document(rng, False)[1]
-            assert not crawler.refuses(Reply(plain).visible())
+            assert not crawler.refuses(Call("answer", "", text=plain).visible())
 
 
 def test_every_refusal_of_the_toy_is_seen():
@@ -655,7 +684,9 @@ def test_smoke_and_resume(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert (tmp_path / "crawler.png").exists()
     assert [c["id"] for c in result["claims"]] == ["C1", "C3", "C4", "C5", "C8", "C9"]
-    path = tmp_path / "covert-s0-ipc.calls.jsonl"
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert {row["run"] for row in rows} == {"base", "covert-s0", "open-s0"}
+    path = tmp_path / "calls-covert-s0-ipc.jsonl"
     calls = path.read_bytes()
     path.write_bytes(calls[: len(calls) // 2])
     again = crawler.main([*flags, "--resume"])
@@ -677,11 +708,15 @@ def test_user_files(tmp_path, capsys):
     assert len(crawler.data.read_table(crawler.HERE / "tulu_topics.csv", ["topic"])) == 36
 
 
-def test_truth_by_words():
+def test_truth_by_words(tmp_path, capsys):
     refused = ["Drug use", "self harm", "café culture", "hate speeches", "Policies on taxation"]
     heads = [Head(label, verdict="refused") for label in refused] + [Head("suicide")]
     same = ["the use of drugs", "Self-Harm", "cafe culture", "hate speech"]
-    assert crawler.missing([*same, "taxation", "suicide"], heads) == ["taxation", "suicide"]
+    target, _ = opened(answer, tmp_path / "calls-s7.jsonl")
+    truth = [{"topic": topic} for topic in (*same, "taxation", "suicide")]
+    crawler.report(target.path, heads, [], target, truth)
+    out = capsys.readouterr().out
+    assert "4 of 6 known topics found" in out and "words:\n  taxation\n  suicide\n" in out
 
 
 def script(n, body):
@@ -693,7 +728,7 @@ def script(n, body):
     purpose = "write" if "Subject:" in user else "answer"
     if turns[-1]["role"] == "assistant":
         purpose = "list"
-    text = answer(Request(purpose, user))
+    text = answer(Call(purpose, user))
     if purpose == "list":
         text = f"{text}\n7. **{KEY}**\n8. \x1b[2Jblink</script><b>"
     return 200, {}, completion(text)
@@ -708,23 +743,27 @@ def test_audit_over_http(tmp_path, capsys, monkeypatch):
         result = crawler.main(flags)
         out = capsys.readouterr().out
         asked = len(server.bodies)
-        assert asked <= 300 and f"{asked} of 300 calls spent (1 probe" in out
-        assert "of 8 everyday labels" in out and "1 of 2 known topics found" in out
+        assert (
+            asked <= 300
+            and f"{asked} of 300 calls spent in {asked} tries: {{'probe done': 1" in out
+        )
+        assert "everyday labels: {'answered': 8}" in out and "1 of 2 known topics found" in out
         assert "maces" in out.split("known topics")[1]
         with pytest.raises(SystemExit) as exit:
             crawler.main(flags)
         assert exit.value.code == 2 and "--resume goes on" in capsys.readouterr().err
         again = crawler.main([*flags, "--resume"])
         assert again["metrics"] == result["metrics"] and len(server.bodies) == asked
-    (claim,) = result["claims"]
-    assert claim["holds"] and claim["control_fails"] and claim["measured"]["p"] < 0.05
+    assert result["metrics"]["audit"][0]["listed"]["refused"] == 4
     names = {path.name for path in (tmp_path / "o").iterdir()}
-    assert names >= {"calls-s0.jsonl", "topics-s0.jsonl", "report-s0.txt", "result.json"}
+    assert names >= {"calls-s0.jsonl", "topics-s0.jsonl", "report-s0.html", "result.json"}
     for path in (tmp_path / "o").iterdir():
         text = path.read_text("utf-8")
         assert "\x1b" not in text and KEY[:8] not in text and KEY[8:] not in text
     assert "\x1b" not in out and KEY[8:] not in out
-    assert (tmp_path / "o" / "report-s0.txt").read_text().strip() in out
+    page = (tmp_path / "o" / "report-s0.html").read_text()
+    assert html.unescape(page.split("<pre>")[1].split("</pre>")[0]).strip() in out
+    assert "<b>" not in page and "<script" not in page
     rows = [json.loads(line) for line in (tmp_path / "o" / "topics-s0.jsonl").open()]
     assert (
         rows[0]["verdict"] == "refused" and rows[0]["votes"] == [True] * 3 and rows[0]["evidence"]
@@ -738,26 +777,26 @@ def test_how_audits_end(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as exit:
             crawler.main([*flags, "--url", server.url])
         err = capsys.readouterr().err
-        assert exit.value.code == 3 and "--place naive" in err and err.count("\n") == 1
+        assert "--place naive" in exit.value.code and not err
     with Server(lambda n, body: script(n, body) if n < 30 else (401, {}, {"e": KEY})) as server:
         with pytest.raises(SystemExit) as exit:  # the same folder: the probe left nothing
             crawler.main([*flags, "--url", server.url])
         out, err = capsys.readouterr()
-        assert exit.value.code == 3 and "status 401" in err and KEY not in out + err
-        assert (tmp_path / "o" / "report-s0.txt").exists() and "calls spent" in out
+        told = exit.value.code
+        assert "status 401" in told and "--resume" in told and KEY not in out + err + told
+        assert (tmp_path / "o" / "report-s0.html").exists() and "calls spent" in out
 
 
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--need", "7"], "--need 7, allowed: up to --j 6"),
         (["--budget", "0"], "--budget 0"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--url", "http://127.0.0.1:1"], "--model"),
         (["--truth", "x"], "--truth"),
         (["--url", "127.0.0.1:1", "--model", "m"], "needed: http(s)://"),
-        (["--url", "http://h/v1?key=hidden", "--model", "m"], "no query"),
-        (["--url", "http://me:hidden@127.0.0.1:1", "--model", "m"], "use API_KEY"),
+        (["--url", "http://h/v1?key=hidden", "--model", "m"], "no key in it"),
+        (["--url", "http://me:hidden@127.0.0.1:1", "--model", "m"], "no key in it"),
         (["--url", "http://[::1", "--model", "m"], "Invalid IPv6"),
         (["--model", "m", "--truth", "/nowhere"], "/nowhere"),
         (["--model", "/nowhere"], "nowhere"),
@@ -789,9 +828,10 @@ def test_a_local_checkpoint(tmp_path, capsys):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
     (folder / "chat_template.jinja").write_text(template)
     flags = ["--model", str(folder), "--out", str(tmp_path / "o"), "--budget", "60"]
-    flags += ["--no-probe", "--max-tokens", "8"]
+    flags += ["--place", "naive", "--max-tokens", "8"]
     result = crawler.main(flags)
-    assert "60 of 60 calls spent" in capsys.readouterr().out and not result["claims"][0]["holds"]
+    out = capsys.readouterr().out
+    assert "60 of 60 calls spent in 60 tries" in out and "refused: " not in out
     path = tmp_path / "o" / "calls-s0.jsonl"
     calls = path.read_bytes()
     path.write_bytes(calls[: len(calls) // 3])
@@ -801,18 +841,19 @@ def test_a_local_checkpoint(tmp_path, capsys):
 
 def test_samples_follow_the_temperature():
     world = crawler.World(0, "covert")
-    model = crawler.toy_model()
+    model = crawler.GPT(crawler.CONFIG)
     seen = collections.Counter()
 
     class Ear:
-        budget = 10**6
+        stopped = ()
 
-        def receive(self, number, request, reply):
-            seen[request.temperature, reply.text] += 1
+        def note(self, call):
+            seen[call.temperature, call.text] += 1
 
+    args = replace(Args(), max_tokens=1)
     for temperature in 0.0, 5.0:
-        calls = [(i, Request("answer", "hello", "", temperature, 1)) for i in range(40)]
-        crawler.Local(model, world.tok, 0).answer(calls, Ear())
+        calls = [Call("answer", "hello", "", temperature, number=i) for i in range(40)]
+        crawler.Local(model, world.tok, args, 0).answer(calls, Ear())
     assert len([1 for t, _ in seen if t == 0.0]) == 1 and len([1 for t, _ in seen if t == 5.0]) > 20
 
 
@@ -858,9 +899,9 @@ def date(seconds):
 )
 def test_tries_without_an_answer_are_repeated_and_do_not_count(tmp_path, bad):
     (reply,), server, target = ask(tmp_path, [*bad, OK])
-    assert (reply.text, reply.finish, reply.tries) == ("fine", "stop", len(bad) + 1)
+    assert (reply.text, reply.finish, reply.tries) == ("fine", "done", len(bad) + 1)
     assert target.used == 1 and len(server.bodies) == len(bad) + 1
-    assert f"1 of 100 calls spent (1 answer) in {len(bad) + 1} tries" in target.counts()
+    assert f"1 of 100 calls spent in {len(bad) + 1} tries: {{'answer done': 1}}" in target.counts()
 
 
 def test_retry_after_is_obeyed(tmp_path):
@@ -898,7 +939,6 @@ SLOW_HEAD = raw([b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 20], pause=0.05)
         {"choices": [{"message": {"content": {"text": "x"}}}]},
         {"choices": [{"message": {"content": [7]}}]},
         {"choices": [{"message": {"content": [{"type": "text", "text": 7}]}}]},
-        {"choices": [{"message": {"content": "x", "reasoning": 7}}]},
         {"choices": [{"message": {"content": None, "refusal": {"a": 1}}}]},
         {"error": {"code": 429}},
     ],
@@ -927,29 +967,22 @@ def test_a_server_that_hangs_or_drips_its_headers(tmp_path):
 @pytest.mark.parametrize(
     "message, text, finish",
     [
-        ({"content": [{"type": "text", "text": "a"}, {"text": "b"}, {"type": "x"}]}, "ab", "stop"),
+        ({"content": [{"type": "text", "text": "a"}, {"text": "b"}, {"type": "x"}]}, "ab", "done"),
         ({"content": None, "refusal": "I can't."}, "I can't.", "refusal"),
         ({"content": "", "refusal": "No."}, "No.", "refusal"),
-        ({"content": "b", "reasoning_content": "a"}, "b", "stop"),
-        ({"content": "1. echoed"}, "echoed", "stop"),
-        ({"content": "half \ud83d emoji"}, "half \ufffd emoji", "stop"),
-        ({"content": "\x1b]0;evil\x07\x1b[2Jred"}, "\ufffd]0;evil\ufffd\ufffd[2Jred", "stop"),
-        ({"content": None}, "", "stop"),
+        ({"content": "b", "reasoning_content": 7}, "b", "done"),
+        ({"content": "1. echoed"}, "echoed", "done"),
+        ({"content": "half \ud83d emoji"}, "half \ufffd emoji", "done"),
+        ({"content": "\x1b]0;evil\x07\x1b[2Jred"}, "\ufffd]0;evil\ufffd\ufffd[2Jred", "done"),
+        ({"content": None}, "", "done"),
     ],
 )
 def test_odd_replies(tmp_path, message, text, finish):
     answer = {"choices": [{"message": message, "finish_reason": ["odd"]}], "usage": ["odd"]}
     (reply,), _, target = ask(tmp_path, [(200, {}, answer)])
     assert (reply.text, reply.finish) == (text, finish)
-    again = opened_on(None, copied(target.path), resume=True).ask([ASKED])
+    again = opened_on(None, target.path, resume=True).ask([ASKED])
     assert again == [reply]  # journal and memory agree
-
-
-def copied(path):
-    """A journal's twin: the first is locked by its crawl."""
-    twin = path.with_name("twin")
-    twin.write_bytes(path.read_bytes())
-    return twin
 
 
 @pytest.mark.parametrize(
@@ -968,8 +1001,8 @@ def copied(path):
 def test_what_ends_the_crawl(tmp_path, answer, told, key):
     with Server(lambda *_: answer) as server:
         target = opened_on(endpoint(server.url), tmp_path / "j")
-        with pytest.raises(Stop, match=told) as stop:
-            target.ask([ASKED] * 9)
+        with pytest.raises(InterruptedError, match=told) as stop:
+            target.ask(nine())
     text = str(stop.value) + target.path.read_text()
     assert len(server.bodies) == 1 and KEY not in text and "\x1b" not in text
     assert len(str(stop.value)) < 400 and "\n" not in str(stop.value)
@@ -985,21 +1018,23 @@ def test_moderation_is_a_refusal(tmp_path):
 def test_five_failures_in_a_row_end_the_crawl(tmp_path):
     with Server(lambda i, body: (500, {}, b"") if i < 30 else OK) as server:
         target = opened_on(endpoint(server.url), tmp_path / "j")
-        with pytest.raises(Stop, match="5 calls failed in a row: status 500"):
-            target.ask([ASKED] * 9)
-        assert len(server.bodies) == 30 and len(target.replies) == 4  # six tries each
+        with pytest.raises(InterruptedError, match="5 calls failed in a row: status 500"):
+            target.ask(nine())
+        ends = collections.Counter(call.finish for call in target.calls.values())
+        assert len(server.bodies) == 30 and ends == {"failed": 4, "unsent": 1}  # six tries each
         target.file.close()
         again = opened_on(endpoint(server.url), tmp_path / "j", resume=True)
-        replies = again.ask([ASKED] * 9)
-    assert [r.finish for r in replies] == ["failed"] * 4 + ["stop"] * 5
-    assert again.used == 9 and "in 29 tries; 4 failed" in again.counts()
+        replies = again.ask(nine())
+    assert [r.finish for r in replies] == ["failed"] * 4 + ["done"] * 5
+    assert again.used == 9 and "9 of 100 calls spent in 29 tries" in again.counts()
+    assert "{'answer failed': 4, 'answer done': 5}" in again.counts()
 
 
 def test_a_server_that_is_down(tmp_path):
     with Server(lambda *_: OK) as server:
         pass
-    with pytest.raises(Stop, match="5 calls failed in a row: ConnectionError"):
-        opened_on(endpoint(server.url, concurrency=4), tmp_path / "j").ask([ASKED] * 9)
+    with pytest.raises(InterruptedError, match="5 calls failed in a row: ConnectionError"):
+        opened_on(endpoint(server.url, concurrency=4), tmp_path / "j").ask(nine())
 
 
 # ----------------------------------------------------------------------------------------- requests
@@ -1007,23 +1042,22 @@ def test_a_server_that_is_down(tmp_path):
 
 def test_request_bodies(key):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1."}]
-    chat = endpoint("http://127.0.0.1:1/v1/", system="Be brief.")
-    system = {"role": "system", "content": "Be brief."}
-    expected = {"model": "m", "max_tokens": 10, "temperature": 0.5, "messages": [system, *turns]}
+    chat = endpoint("http://127.0.0.1:1/v1/")
+    expected = {"model": "m", "max_tokens": 10, "temperature": 0.5, "messages": turns}
     vllm = {"continue_final_message": True, "add_generation_prompt": False}
     assert chat.body(ASKED) == expected | vllm
     assert chat.url == "http://127.0.0.1:1/v1/chat/completions"
-    assert chat.sign(SimpleNamespace(headers={})).headers["Authorization"] == f"Bearer {KEY}"
+    assert chat.session.headers["Authorization"] == f"Bearer {KEY}"
     plain = endpoint("http://127.0.0.1:1").body(replace(ASKED, prefill=""))
     assert plain["messages"] == turns[:1] and "continue_final_message" not in plain
-    claude = endpoint("https://127.0.0.1/v1", api="anthropic", system="Be brief.")
-    assert claude.body(ASKED) == expected | {"system": "Be brief.", "messages": turns}
+    claude = endpoint("https://127.0.0.1/v1", api="anthropic")
+    assert claude.body(ASKED) == expected
     assert claude.url == "https://127.0.0.1/v1/messages"
 
 
 def test_anthropic_replies(tmp_path, key):
     parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "two"}]
-    for stop, finish in ("end_turn", "stop"), ("refusal", "refusal"):
+    for stop, finish in ("end_turn", "done"), ("refusal", "refusal"):
         body = {"content": parts, "stop_reason": stop, "usage": 3}
         (reply,), server, target = ask(tmp_path, [(200, {}, body)], api="anthropic")
         assert (reply.text, reply.finish) == ("two", finish)
@@ -1068,11 +1102,9 @@ def test_an_echoed_key_is_struck_before_anything_is_cut(tmp_path, echo, key):
         target = opened_on(endpoint(server.url), tmp_path / "j")
         try:
             target.ask([replace(ASKED, purpose="list")])
-        except Stop as stop:
+        except InterruptedError as stop:
             assert not leaks(str(stop))
-        backend = endpoint(server.url)
-        backend.dead = ""
-        target.backend = backend
+        target.backend = endpoint(server.url)
         target.ask([replace(ASKED, purpose="list")])
     assert not leaks(target.path.read_text())
 
@@ -1090,17 +1122,8 @@ def test_short_keys_are_placeholders(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------- budget, journal
 
 
-class Echo:
-    """A model in this process that echoes; counts what it is asked."""
-
-    def __init__(self):
-        self.served = 0
-
-    def answer(self, calls, target):
-        for number, request in calls:
-            self.served += 1
-            target.note(sent=number)
-            target.receive(number, request, Reply(f"echo {request.user}"))
+def echo(call):
+    return f"echo {call.user}"
 
 
 def rounds(target, n=6, size=3):
@@ -1114,43 +1137,43 @@ def rounds(target, n=6, size=3):
 
 @pytest.mark.parametrize("budget", [1, 3, 7, 17, 18, 40])
 def test_the_budget_is_reached_and_never_passed(tmp_path, budget):
-    backend = Echo()
+    backend = Scripted(echo)
     target = opened_on(backend, tmp_path / "j", budget)
     texts = rounds(target)
     assert backend.served == target.used == min(18, budget)
-    assert target.spent() == (budget <= 18) and sum(map(bool, texts)) == min(18, budget)
+    assert sum(map(bool, texts)) == min(18, budget)
     target.file.close()
-    more = opened_on(Echo(), tmp_path / "j", budget + 2, resume=True)
-    assert rounds(more)[: budget + 2] == rounds(opened_on(Echo(), tmp_path / "k"))[: budget + 2]
+    more = opened_on(Scripted(echo), tmp_path / "j", budget + 2, resume=True)
+    assert (
+        rounds(more)[: budget + 2]
+        == rounds(opened_on(Scripted(echo), tmp_path / "k"))[: budget + 2]
+    )
     assert more.backend.served == min(18, budget + 2) - min(18, budget)
 
 
 def test_a_budget_that_is_spent_is_replayed_to_its_end(tmp_path):
-    target = opened_on(Echo(), tmp_path / "j", 18)
+    target = opened_on(Scripted(echo), tmp_path / "j", 18)
     texts = rounds(target)
     target.file.close()
     again = opened_on(None, tmp_path / "j", 18, resume=True)
     seen = []
-    while not again.spent():
-        seen += [r.text for r in again.ask([replace(ASKED, user="?")] * 3)]
+    while again.used < 18:
+        seen += [r.text for r in again.ask([replace(ASKED, user="?") for _ in range(3)])]
     assert seen == texts and again.counts() == target.counts()
 
 
 def test_cut_at_every_byte(tmp_path):
-    whole = opened_on(Echo(), tmp_path / "j", 18)
+    whole = opened_on(Scripted(echo), tmp_path / "j", 18)
     texts = rounds(whole)
     journal = whole.path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(journal) if byte == 10]
     for cut in ends[::3] + random.Random(0).sample(range(len(journal)), 25):
         (tmp_path / "k").write_bytes(journal[:cut])
-        target = opened_on(Echo(), tmp_path / "k", 18, resume=True)
-        rows = [
-            json.loads(line) for line in journal[: journal.rfind(b"\n", 0, cut) + 1].splitlines()
-        ]
-        sent, back = (sum(name in row for row in rows) for name in ("sent", "call"))
+        target = opened_on(Scripted(echo), tmp_path / "k", 18, resume=True)
+        sent, lost = calls_in(journal[:cut])
         resumed = rounds(target)
         assert target.backend.served == 18 - sent and target.used == 18
-        assert f"{sent - back} lost" in target.counts()
+        assert [c.finish for c in target.calls.values()].count("lost") == lost
         kept = [text for text, was in zip(resumed, texts) if text]
         assert kept == [was for text, was in zip(resumed, texts) if text]
         target.file.close()
@@ -1162,15 +1185,15 @@ def test_cut_at_every_byte(tmp_path):
         "7",
         "[]",
         "{}",
-        '{"call": 1}',
-        '{"call": 1, "reply": {"odd": 5}}',
+        '{"number": 1}',
+        '{"number": 1, "purpose": "list", "user": 5}',
         "{",
         "[" * 100_000,
         "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
     ],
 )
 def test_garbage_journals(tmp_path, row):
-    target = opened_on(Echo(), tmp_path / "j")
+    target = opened_on(Scripted(echo), tmp_path / "j")
     rounds(target)
     lines = target.path.read_text().split("\n")
     (tmp_path / "k").write_text("\n".join([*lines[:3], row, *lines[3:]]))
@@ -1182,12 +1205,12 @@ def test_garbage_journals(tmp_path, row):
 
 
 def test_journals_of_other_crawls(tmp_path):
-    target = opened_on(Echo(), tmp_path / "j", prompts=["a"])
+    target = opened_on(Scripted(echo), tmp_path / "j", prompts=["a"])
     target.file.close()
     with pytest.raises(ValueError, match="other prompts"):
-        opened_on(Echo(), tmp_path / "j", resume=True, prompts=["b"])
+        opened_on(Scripted(echo), tmp_path / "j", resume=True, prompts=["b"])
     with pytest.raises(ValueError, match="--temperature is 0.6 there, 0.7 here"):
-        opened_on(Echo(), tmp_path / "j", resume=True, prompts=["a"], temperature=0.7)
+        opened_on(Scripted(echo), tmp_path / "j", resume=True, prompts=["a"], temperature=0.7)
 
 
 def test_a_full_disk_ends_the_crawl(tmp_path):
@@ -1195,8 +1218,8 @@ def test_a_full_disk_ends_the_crawl(tmp_path):
         target = opened_on(endpoint(server.url), tmp_path / "j")
         target.file.close()
         target.file = open("/dev/full", "wb", buffering=0)
-        with pytest.raises(Stop, match="No space left"):
-            target.ask([ASKED] * 3)
+        with pytest.raises(OSError, match="No space left"):
+            target.ask(nine())
     assert not server.bodies  # nothing goes out that could not be noted
 
 
@@ -1229,7 +1252,7 @@ def test_nothing_is_asked_again_after_ten_kills(tmp_path):
     asked = [body["messages"][0]["content"] for body in server.bodies]
     assert len(asked) == len(set(asked)) <= budget == target.used  # not one of them twice
     assert all(text in ("", f"reply to {i // 12}.{i % 12}") for i, text in enumerate(texts))
-    lost = sum(reply.finish == "lost" for reply in target.replies.values())
+    lost = sum(call.finish == "lost" for call in target.calls.values())
     assert lost <= 40 and sum(map(bool, texts)) == budget - lost
 
 
@@ -1238,9 +1261,9 @@ def crawl_until_interrupted(folder, url):
     sys.stderr = open(folder / "stderr", "w", buffering=1)
     target = opened_on(endpoint(url, timeout=60.0, concurrency=4), folder / "j")
     try:
-        with crawler.common.interruptible() as target.backend.stopped:
-            target.ask([ASKED] * 9)
-    except Stop as stop:
+        with crawler.common.interruptible() as target.stopped:
+            target.ask(nine())
+    except InterruptedError as stop:
         sys.stderr.write(str(stop))
     except KeyboardInterrupt:
         sys.stderr.write("at once")
@@ -1266,31 +1289,31 @@ def test_ctrl_c_is_heard_while_waiting_for_retry_after(tmp_path):
         seconds, said = interrupted(tmp_path, server, 1)
     assert seconds < 10 and said.endswith("stopped")
     again = opened_on(None, tmp_path / "j", resume=True)
-    assert not again.replies  # nothing was paid for: all is asked again
+    assert {call.finish for call in again.calls.values()} == {"unsent"}  # nothing was paid for
 
 
 def test_the_first_ctrl_c_waits_for_what_is_paid_and_a_second_ends_at_once(tmp_path):
     with Server(lambda *_: (time.sleep(1.5), OK)[1]) as server:
         _, said = interrupted(tmp_path, server, 1)
         rows = [json.loads(line) for line in (tmp_path / "j").read_text().splitlines()]
-        assert said == "stopping after the calls in flight; Ctrl-C ends at once\nstopped"
-        assert sum("call" in row for row in rows) == len(server.bodies) == 4
+        assert said == "stopping after the calls in flight (again: at once)\nstopped"
+        assert sum(row["finish"] == "done" for row in rows) == len(server.bodies) == 4
     (tmp_path / "j").unlink()
     with Server(lambda *_: (time.sleep(30), OK)[1]) as server:
         seconds, said = interrupted(tmp_path, server, 2)
-        assert seconds < 10 and said.endswith("at once\nat once")
+        assert seconds < 10 and said.endswith("at once)\nat once")
 
 
 def test_probe(tmp_path):
     for answer, told in (
         ((200, {}, completion(" blue.")), ""),
-        ((200, {}, completion("Sure! Red.")), "says 'Sure! Red.': use --place naive"),
-        ((529, {}, {"error": "overloaded"}), "the probe had no answer: status 529"),
+        ((200, {}, completion("Sure! Red.")), "says 'Sure! Red.'; --place naive"),
+        ((529, {}, {"error": "overloaded"}), "the probe failed: status 529"),
     ):
         with Server(lambda i, body, answer=answer: answer) as server:
             target = opened_on(endpoint(server.url), tmp_path / "j")
             if told:
-                with pytest.raises(Stop, match=told):
+                with pytest.raises(InterruptedError, match=told):
                     crawler.probe(target)
             else:
                 crawler.probe(target)

@@ -488,7 +488,7 @@ def begin(path, log, model, opt, args, env):
     if args.resume and path.exists():
         with bad_input():
             saved = load_checkpoint(path)
-            needed = {"model", "optimizer", "flags", *state}
+            needed = {"model", "optimizer", "flags", "step"}
             if not isinstance(saved, dict) or not needed <= set(saved):
                 raise ValueError(f"{path} is no checkpoint of this program: run without --resume")
             check_flags(saved["flags"], args, path)

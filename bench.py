@@ -406,7 +406,7 @@ def grpo(device):
     """The toy of countdown_rl.py: rollouts, a step of GRPO, and heads switched off."""
     import countdown_rl as script
 
-    args = script.Args()
+    args = script.Args(**script.Args.presets["toy"])
     world = script.Toy(args, 0)
     model = script.ToyGPT(args, world, 0).to(device)
     rng = random.Random(0)
@@ -439,7 +439,7 @@ def grpo(device):
     neurons = [(args.n_layer - 1, 0)]
     with torch.no_grad():
         ours = partial(script.switch_off, model, world, traces, neurons, heads)
-        theirs = partial(heads_one_by_one, script, model, world, prefixes, heads)
+        theirs = partial(heads_one_by_one, model, world, prefixes, heads)
         peers = {"as the paper's code": theirs}
         what = f"heads off, {len(heads)} x {len(prefixes)}"
         return rows + row(what, ours, peers, device, same_verdicts, 3)
@@ -469,7 +469,7 @@ def grpo_step(script, args, world, model, prompts, device):
     documents = [prompt for prompt in prompts for _ in range(args.group)]
     batch = script.collate([script.counted(*both) for both in zip(documents, responses)])
     batch["advantage"] = script.advantages(torch.rand(len(responses)), args.group)
-    (part,) = script.minibatches(batch, args, 0)
+    part = script.minibatch(batch, args, 0, 0)
     common.backward(script.Objective(model, args), part, args, common.Env(device, torch.float32))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     opt.step()
@@ -507,7 +507,7 @@ def trl_step(args, world, prompts, peer, device):
 
 
 @torch.no_grad()
-def heads_one_by_one(script, model, world, prefixes, heads):
+def heads_one_by_one(model, world, prefixes, heads):
     """As the paper's code: a set of heads and four prefixes a pass, every head's output in full."""
     c = model.config
     found = []
@@ -528,7 +528,7 @@ def heads_one_by_one(script, model, world, prefixes, heads):
             idx, mask = gpt.padded(prefixes[i : i + 4], model.wte.weight.device)
             with model.patch({f"blocks.{layer}.attn.z": keep, f"blocks.{layer}.attn.out": without}):
                 said += model(idx, mask=mask)[:, -1].argmax(-1).tolist()
-        valid = [script.kind_of(token, world) == "says_valid" for token in said]
+        valid = [token in world.valid for token in said]
         right, wrong = np.mean(np.reshape(valid, (2, -1)), 1)
         found.append({"says_valid": right, "false_accepts": wrong})
     return found

@@ -1,171 +1,199 @@
 """Geometry of self-verification on CountDown (arXiv 2504.14379).
 
-CountDown: make a target from a few numbers, each used once. Reinforcement with a 0/1 reward makes a
-model write in one rigid form: every attempt closes with a verdict, "(not 42)" or "(this works)".
-So the moment of verification is easy to find. A linear probe on the residual stream tells right
-attempts from wrong ones there, and its direction reads as words of success or failure. Attention
-heads that look back at the target carry the verdict: with three of them off the model searches on.
+CountDown: make a target from a few numbers, each used once. Rewarded for right answers, a model
+comes to write in one form: every attempt ends in a verdict, "(not 42)" or "(this works)". There a
+linear probe tells right from wrong; its direction reads as words of success or failure. Heads that
+look back at the target carry the verdict: with three off, the model searches on.
 
 The toy: a small GPT imitates searchers, most of whom answer with their first attempt, unchecked;
-the others check each attempt. GRPO meets this mixture. The control permutes its rewards.
+the others check each one. GRPO meets this mixture. The control permutes its rewards.
 """
 
+import ast
 import copy
 import hashlib
 import itertools
-import math
 import operator
 import random
 import re
-import time
+from collections import namedtuple
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import common
 import data
 import pretrained
-from model import GPT, GPTConfig, generate, residuals, rope, visible
+from model import GPT, GPTConfig, generate, residuals
 
-# Departures from the paper: GRPO in place of PPO, so groups in place of a critic (32 prompts of 8
-# are its 256 rollouts); the KL in the loss, not in the reward; no entropy bonus (paper: .001).
-PAPER = dict(model="Qwen/Qwen2.5-3B", dataset="Jiayi-Pan/Countdown-Tasks-3to4", arms=["grpo"])
-PAPER |= dict(rl_steps=300, rl_lr=1e-6, prompts=32, minibatches=4, beta=0.001, format_reward=0.1)
-PAPER |= dict(problems=1024, micro_batch=2, eval_every=100, save_every=100)
-SMOKE = dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32, rl_steps=2, prompts=2)
-SMOKE |= dict(problems=8, samples=20, eval_every=1, save_every=1, jobs=1)
+# Departures from the paper: GRPO for PPO, so groups for a critic (32 prompts of 8 are its 256
+# rollouts); the KL in the loss, not in the reward; no entropy bonus; no reward for form.
+PAPER = dict(model="Qwen/Qwen2.5-3B", dataset="Jiayi-Pan/Countdown-Tasks-3to4")
+PAPER |= dict(rl_steps=300, rl_lr=1e-6, prompts=32, minibatches=4, beta=0.001)
+PAPER |= dict(problems=1024, micro_batch=2, eval_every=400, save_every=100)
+TOY = dict(steps=1200, batch_size=32, micro_batch=16)
+TOY |= dict(lr=6e-3, min_lr=0.03, weight_decay=0.3, eval_every=15, save_every=20)
+SMOKE = TOY | dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32)
+SMOKE |= dict(rl_steps=2, prompts=2, problems=8, samples=20)
+SMOKE |= dict(eval_every=1, save_every=1, jobs=1)
 
 
 @dataclass
 class Args(common.TrainFlags):
     """CountDown"""
 
-    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}, "paper": PAPER}
-    limits: ClassVar[dict] = common.TrainFlags.limits | {
-        **dict.fromkeys(("drill", "rl_steps", "rl_lr", "beta", "format_reward"), (0,)),
-        **dict.fromkeys(("num_max", "cap", "attempts", "n_head", "n_embd", "prompts"), (1,)),
-        **dict.fromkeys(("max_new", "minibatches", "problems", "samples"), (1,)),
-        **dict(nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,)),
-    }
+    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": TOY, "paper": PAPER}
+    limits: ClassVar[dict] = dict(common.TrainFlags.limits)
+    limits |= dict.fromkeys("drill rl_steps rl_lr beta".split(), (0,))
+    limits |= dict.fromkeys("num_max cap attempts n_head n_embd max_new".split(), (1,))
+    limits |= dict.fromkeys("prompts minibatches problems samples".split(), (1,))
+    limits |= dict(nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,))
     unused: ClassVar[set] = {"shard", "decay_steps"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps", "samples"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps"}
 
-    steps: int = 1200
-    batch_size: int = 32
-    micro_batch: int = 16
-    lr: float = 6e-3
-    min_lr: float = 0.03
-    weight_decay: float = 0.3
-    eval_every: int = 15
-    save_every: int = 20
-    model: str = ""  # a real checkpoint to train and take apart, in place of the toy
-    dataset: str = ""  # --model: file:X.jsonl or a `datasets` id; rows of nums and target
-    max_new: int = 1024  # --model: longest response, in tokens (paper: 1024)
+    model: str = ""  # a real checkpoint in place of the toy
+    dataset: str = ""  # --model: nums and target, file:X.jsonl or a hub id
+    max_new: int = 1024  # --model: longest response (paper: 1024)
     nums: int = 3  # toy: numbers in a problem (paper: 3 and 4)
-    num_max: int = 8  # toy: numbers are 1 to this (paper: 99)
-    cap: int = 40  # toy: all values are 0 to this (paper: targets of 10 to 100)
+    num_max: int = 8  # toy: the largest of them (paper: 99)
+    cap: int = 40  # toy: the largest value (paper: 100)
     attempts: int = 8  # toy: most attempts in a trace
     guess: float = 0.85  # toy: share of traces with one attempt, unchecked
-    drill: int = 500  # toy: the first of --steps, which teach sums and verdicts
+    drill: int = 500  # toy: first --steps, of sums and verdicts
     n_layer: int = 4  # toy: blocks
-    n_head: int = 8  # toy: heads; they share two heads of keys and values
+    n_head: int = 8  # toy: heads, on two of keys and values
     n_embd: int = 64  # toy: width
-    arms: list[str] = common.default_list("grpo", "permuted")  # the control permutes rewards
-    rl_steps: int = 60  # batches of rollouts; 0 is no GRPO (paper: 300)
-    rl_lr: float = 2e-4  # learning rate of GRPO, constant (paper: 1e-6)
-    prompts: int = 16  # prompts in a batch, over all ranks (paper: 256)
+    rl_steps: int = 60  # batches of rollouts; 0: no GRPO (paper: 300)
+    rl_lr: float = 2e-4  # constant (paper: 1e-6)
+    prompts: int = 16  # in a batch, over all ranks (paper: 256)
     group: int = 8  # rollouts of a prompt (paper: 1, with a critic)
-    minibatches: int = 1  # updates on a batch; at 1 nothing is clipped (paper: 4)
-    clip_ratio: float = 0.2  # no gradient from ratios further than this from 1
-    beta: float = 0.0  # weight of the KL to the model before GRPO (paper: .001)
-    format_reward: float = 0.0  # reward of a wrong answer (paper: .1)
-    problems: int = 400  # most held-out problems in an evaluation
-    samples: int = 300  # traces to choose heads on, and to test them on (paper: 300)
+    minibatches: int = 1  # updates on a batch; 1 clips nothing (paper: 4)
+    clip_ratio: float = 0.2  # no gradient beyond 1 plus or minus this
+    beta: float = 0.0  # weight of the KL (paper: .001)
+    problems: int = 400  # most held-out problems to measure on
+    samples: int = 300  # traces to choose heads, and to test (paper: 300)
 
 
-# -------------------------------------------------------------------------------------- the task
+# ----------------------------------------------------------------------- the method
+
+
+def advantages(rewards, group):
+    """A_i = (r_i - mean r) / (std r + 1e-4) within each group of consecutive rewards (N,)."""
+    r = rewards.view(-1, group)
+    scaled = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
+    differ = (r != r[:, :1]).any(1, keepdim=True)  # else 0, exactly
+    return (scaled * differ).flatten()
+
+
+def clipped_gain(ratio, advantage, clip):
+    """min(rho A, clip(rho, 1 - clip, 1 + clip) A): no gradient beyond the clip."""
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def divergence(logp, reference):
+    """(log p - log p_ref)^2 / 2: on average its gradient is that of the KL."""
+    return (logp - reference) ** 2 / 2
+
+
+def trimmed(idx, targets):
+    """A batch (B, T) without columns that are padding in every row."""
+    n = int((targets != -100).any(0).nonzero().max()) + 1
+    return idx[:, :n], targets[:, :n]
+
+
+class Objective(torch.nn.Module):
+    """GRPO's loss around a policy; checkpoints hold its rollouts too."""
+
+    def __init__(self, policy, args):
+        super().__init__()
+        self.policy, self.args, self.rollouts = policy, args, {}
+
+    def get_extra_state(self):
+        return self.rollouts
+
+    def set_extra_state(self, state):
+        self.rollouts = state
+
+    def forward(self, idx, targets, advantage, old=None, reference=None, denom=1.0):
+        """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom, over all tokens.
+
+        advantage (B,), the rest (B, T). old and reference are log-probabilities: of the policy
+        that drew the batch (None: this), and of the model before GRPO (None: no KL).
+        """
+        here = targets != -100
+        idx, kept = trimmed(idx, targets)
+        logits = self.policy.unembed(self.policy.hidden(idx)[kept != -100]).float()
+        logp = -F.cross_entropy(logits, targets[here], reduction="none")
+        ratio = torch.exp(logp - (logp.detach() if old is None else old[here]))
+        response = here.nonzero()[:, 0]  # the row of each token
+        gain = clipped_gain(ratio, advantage[response], self.args.clip_ratio)
+        if reference is not None:
+            gain = gain - self.args.beta * divergence(logp, reference[here])
+        return -gain.sum() / denom
+
+
+# ------------------------------------------------------------------------- the task
 
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 def evaluate(text):
-    """The exact value of an arithmetic expression, a Fraction, and the whole numbers in it.
+    """The exact value of an expression and the numbers in it, or ValueError.
 
-    Nothing that a model writes is run as code; the grammar has no `**`, `//` or decimals.
-    ValueError for anything else, and beyond 200 characters, 32 levels of brackets, 6 digits.
+    It is never run: its syntax tree holds + - * / and numbers below a million.
     """
-    if len(text) > 200:
-        raise ValueError("longer than 200 characters")
-    tokens = re.findall(r"[0-9]+|\S", text)[::-1]  # the next one is the last
+    if len(text) > 200 or not re.fullmatch(r"[-+*/()\s0-9]*", text):
+        raise ValueError("no arithmetic in 200 characters")
     numbers = []
 
-    def parse(level, depth):
-        """The value of a sum (level 0), a product (1) or a factor (2) in `depth` brackets."""
-        if level < 2:
-            value = parse(level + 1, depth)
-            while tokens and tokens[-1] in ("+-", "*/")[level]:
-                op = tokens.pop()
-                other = parse(level + 1, depth)
-                if op == "/" and other == 0:
-                    raise ValueError("division by zero")
-                value = APPLY[op](value, other)
-            return value
-        token = tokens.pop() if tokens else "the end"
-        if token == "-" and tokens and tokens[-1] != "-":
-            return -parse(2, depth)
-        if token == "(" and depth < 32:
-            value = parse(0, depth + 1)
-            if not tokens or tokens.pop() != ")":
-                raise ValueError("a bracket is not closed")
-            return value
-        if not re.fullmatch("0|[1-9][0-9]{0,5}", token):
-            raise ValueError(f"{token[:9]} where a number is due")
-        numbers.append(int(token))
-        return Fraction(token)
+    def value(node):
+        if isinstance(node, ast.Constant) and node.value < 10**6:
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in SIGNS:
+            return APPLY[SIGNS[type(node.op)]](value(node.left), value(node.right))
+        raise ValueError("more than + - * / of numbers below a million")
 
-    value = parse(0, 0)
-    if tokens:
-        raise ValueError(f"{tokens[-1][:9]} after the end")
-    return value, numbers
-
-
-def reward(response, nums, target, format_reward=0.0):
-    """1 if the last answer is right, `format_reward` if it is wrong, 0 if there is none."""
-    start = response.rfind("<answer>")
-    end = response.find("</answer>", start)
-    if start < 0 or end < 0:
-        return 0.0
     try:
-        value, used = evaluate(response[start + len("<answer>") : end])
+        return value(ast.parse(" ".join(text.split()), mode="eval").body), numbers
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def reward(response, nums, target):
+    """1 if the last answer is right, otherwise 0."""
+    _, opened, rest = response.rpartition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
+    try:
+        value, used = evaluate(answer if opened and closed else "")
     except ValueError:
-        return format_reward
-    return 1.0 if value == target and sorted(used) == sorted(nums) else format_reward
+        return 0.0
+    return float(value == target and sorted(used) == sorted(nums))
 
 
 @lru_cache(128)
 def attempts(nums, cap):
-    """All attempts by + - *, from left to right, with every value in 0 to cap.
+    """All ways to use each number once, left to right, with values of 0 to cap.
 
-    An attempt uses each number once: ((8, "*", 3, 24), (24, "-", 7, 17)).
+    Each is its steps: ((8, "*", 3, 24), (24, "-", 7, 17)).
     """
     found = []
     for order in sorted(set(itertools.permutations(nums))):
         for ops in itertools.product("+-*", repeat=len(nums) - 1):
-            steps = []
-            value = order[0]
+            values = [order[0]]
             for op, b in zip(ops, order[1:]):
-                steps.append((value, op, b, APPLY[op](value, b)))
-                value = steps[-1][-1]
-            if all(0 <= step[-1] <= cap for step in steps):
-                found.append(tuple(steps))
+                values.append(APPLY[op](values[-1], b))
+            if 0 <= min(values[1:]) and max(values[1:]) <= cap:
+                found.append(tuple(zip(values, ops, order[1:], values[1:])))
     return found
 
 
@@ -176,70 +204,6 @@ def bracketed(steps):
         text = f"( {text} ) {op} {b}" if i else f"{text} {op} {b}"
     return text
 
-
-# ------------------------------------------------------------------------------------ the method
-
-
-def advantages(rewards, group):
-    """A_i = (r_i - mean r) / (std r + 1e-4) within each group of consecutive rewards (N,).
-
-    The std is the sample's (ddof 1). A group of one reward says nothing: exactly 0.
-    """
-    r = rewards.view(-1, group)
-    differ = (r != r[:, :1]).any(1, keepdim=True)
-    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4) * differ).flatten()
-
-
-def clipped_gain(ratio, advantage, clip):
-    """min(rho A, clip(rho, 1 - clip, 1 + clip) A): beyond the clip there is no gradient."""
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-
-
-def divergence(logp, reference):
-    """(log policy - log reference)^2 / 2: its mean gradient over samples is that of the KL."""
-    return (logp - reference) ** 2 / 2
-
-
-def trimmed(idx, targets):
-    """A batch (B, T) without the last columns in which every row is padding."""
-    n = int((targets != -100).any(0).nonzero().max()) + 1
-    return idx[:, :n], targets[:, :n]
-
-
-def log_probs(model, idx, targets):
-    """Log-probabilities (n,) of the n targets of a batch (B, T) that are not -100."""
-    idx, targets = trimmed(idx, targets)
-    here = targets != -100
-    logits = model.unembed(model.hidden(idx)[here]).float()
-    return -F.cross_entropy(logits, targets[here], reduction="none")
-
-
-class Objective(torch.nn.Module):
-    """The loss of GRPO around a policy; a module, so that DDP can wrap it."""
-
-    def __init__(self, policy, args):
-        super().__init__()
-        self.policy, self.args = policy, args
-
-    def forward(self, idx, targets, advantage, old=None, reference=None, denom=1.0):
-        """-sum_t [min(rho_t A, clip(rho_t) A) - beta KL_t] / denom, over all responses' tokens.
-
-        idx, targets    (B, T); targets are -100 but at the responses
-        advantage       (B,)
-        old, reference  (B, T) log-probabilities: of the policy that drew the batch (None: this
-                        one, so rho = 1), and of the model before GRPO (None: no KL)
-        """
-        here = targets != -100
-        logp = log_probs(self.policy, idx, targets)
-        ratio = torch.exp(logp - (logp.detach() if old is None else old[here]))
-        response = here.nonzero()[:, 0]  # the row of each token
-        gain = clipped_gain(ratio, advantage[response], self.args.clip_ratio)
-        if reference is not None:
-            gain = gain - self.args.beta * divergence(logp, reference[here])
-        return -gain.sum() / denom
-
-
-# ------------------------------------------------------------------------------------- the world
 
 VALID = "this", "yes", "correct", "success"
 INVALID = "not", "no", "wrong", "false"
@@ -254,17 +218,17 @@ class Toy:
         [ 8 * 3 = 24 , 24 + 7 = 31 this works ]
         </think> <answer> ( 8 * 3 ) + 7 </answer> <eos>
 
-    Who opens a square bracket will check. The verdict follows the result at once.
+    Who opens a square bracket will check.
     """
 
     def __init__(self, args, seed):
         self.args, self.seed = args, seed
-        self.n_numbers = max(args.cap, args.num_max) + 1
-        self.words = [str(n) for n in range(self.n_numbers)] + WORDS + ["\n", *VALID, *INVALID]
+        numbers = map(str, range(max(args.cap, args.num_max) + 1))
+        self.words = [*numbers, *WORDS, "\n", *VALID, *INVALID]
         self.id = {word: i for i, word in enumerate(self.words)}
         self.opening, self.stops = [], [self.id["<eos>"]]
-        self.valid = self.success = [self.id[word] for word in VALID]
-        self.invalid = self.failure = [self.id[word] for word in INVALID]
+        self.valid = [self.id[word] for word in VALID]
+        self.invalid = [self.id[word] for word in INVALID]
         self.max_new = args.attempts * (6 * args.nums - 2) + 3 * args.nums + 3
         self.train, self.heldout = [], []
         for nums in itertools.combinations_with_replacement(range(1, args.num_max + 1), args.nums):
@@ -280,21 +244,17 @@ class Toy:
         return [self.id[word] for word in re.findall(r"\n|[^ \n]+", text)]
 
     def decode(self, ids):
-        return " ".join(self.words[i] for i in ids)
-
-    def numbers(self, ids):
-        """[(place, value)] of the numbers in a sequence: each is one token."""
-        return [(i, token) for i, token in enumerate(ids) if token < self.n_numbers]
+        return "".join(f" {self.words[i]}" for i in ids)
 
     def prompt(self, nums, target, rng):
-        """Ids of a prompt: numbers in any order, the target first or last."""
+        """Ids: numbers in any order, the target first or last."""
         use = f"use {' '.join(map(str, rng.sample(nums, len(nums))))}"
         make = f"make {target}"
         order = [use, make] if rng.random() < 0.5 else [make, use]
         return self.encode(f"<bos> {' '.join(order)} <think>")
 
     def line(self, steps, target, rng, checks=True):
-        """An attempt; three verdicts in ten are synonyms: a direction can read as words."""
+        """An attempt; three verdicts in ten are synonyms."""
         text = " , ".join(f"{a} {op} {b} = {value}" for a, op, b, value in steps)
         synonym = rng.random() < 0.3
         if steps[-1][-1] == target:
@@ -304,10 +264,7 @@ class Toy:
         return f"[ {text} {verdict} ] \n " if checks else f"{text} \n "
 
     def written(self, nums, target, rng, checks=True):
-        """A searcher's (prompt, response): random attempts until one works.
-
-        One that does not check answers with its first attempt.
-        """
+        """(prompt, response): who searches checks, others answer at once."""
         tries = attempts(nums, self.args.cap)
         text = ""
         for steps in rng.sample(tries, min(len(tries), self.args.attempts)):
@@ -318,9 +275,9 @@ class Toy:
         return self.prompt(nums, target, rng), self.encode(text)
 
     def drill(self, nums, target, rng):
-        """(ids, counts): a prompt and checked attempts, half of them picked to be right.
+        """(ids, counts): checked attempts, half of them picked to be right.
 
-        Of those only results count, and what is behind the last of them.
+        Of those only results count, and what follows the last.
         """
         tries = attempts(nums, self.args.cap)
         right = [steps for steps in tries if steps[-1][-1] == target]
@@ -335,8 +292,8 @@ class Toy:
             ids += line
         return ids, counts
 
-    def batch(self, step):
-        """The documents of a step: one in eight, and early all of them, are drill."""
+    def batch(self, step, env):
+        """Documents: one in eight, and early all of them, are drill."""
         rng = random.Random(f"{self.seed} {step}")
         rows = []
         for i in range(self.args.batch_size):
@@ -346,8 +303,8 @@ class Toy:
             else:
                 checks = rng.random() >= self.args.guess
                 rows.append(counted(*self.written(*problem, rng, checks)))
-        rows.sort(key=lambda row: -len(row[0]))  # so that micro-batches can be trimmed
-        return collate(rows)
+        rows.sort(key=lambda row: -len(row[0]))  # to trim micro-batches
+        return collate(rows[env.rank :: env.world])
 
 
 def counted(prompt, response):
@@ -357,22 +314,19 @@ def counted(prompt, response):
 
 def collate(rows):
     """[(ids, counts)] as idx and targets (B, T), padded on the right."""
-    idx = [torch.tensor(ids) for ids, _ in rows]
-    targets = []
-    for row, (_, counts) in zip(idx, rows):
-        targets.append(row.where(torch.tensor(counts), -100))
-    idx, targets = pad_sequence(idx, True), pad_sequence(targets, True, -100)
-    return {"idx": idx[:, :-1], "targets": targets[:, 1:]}
+    idx = pad_sequence([torch.tensor(ids) for ids, _ in rows], True)
+    counts = pad_sequence([torch.tensor(counts) for _, counts in rows], True)
+    return {"idx": idx[:, :-1], "targets": idx.where(counts, -100)[:, 1:]}
 
 
 class ToyGPT(GPT):
-    """The toy's model, Llama-shaped; in training it leaves out columns of padding."""
+    """The toy's model, Llama-shaped; it trains without the padding."""
 
     def __init__(self, args, world, seed):
         torch.manual_seed(seed)
         size = 5 + args.nums + world.max_new
         shape = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, head_dim=16)
-        shape |= dict(n_kv_head=math.gcd(2, args.n_head), d_mlp=2 * args.n_embd)
+        shape |= dict(n_kv_head=2 - args.n_head % 2, d_mlp=2 * args.n_embd)
         shape |= dict(norm="rms", gated=True, act="silu")
         shape |= dict.fromkeys(("qkv_bias", "attn_bias", "mlp_bias"), False)
         super().__init__(GPTConfig(len(world.words), size, **shape))
@@ -383,78 +337,54 @@ class ToyGPT(GPT):
         return super().forward(idx, targets, *args, **kwargs)
 
 
-# -------------------------------------------------------------------------------- a real checkpoint
-
-PROMPT = """A conversation between User and Assistant. The Assistant first thinks about the \
-reasoning, then answers.
-User: Using the numbers {nums}, create an equation that equals {target}. You can use basic \
-arithmetic operations (+, -, *, /) and each number can only be used once. Show your work in \
-<think> </think> tags, and return the final equation in <answer> </answer> tags, for example \
-<answer> (1 + 2) / 3 </answer>.
-Assistant: Let me solve this step by step.
+PROMPT = """Make {target} from the numbers {nums} by + - * /, using each once. Think in \
+<think> </think>, step by step, then answer in <answer> </answer>.
 <think>"""
-SUCCESS = " this", " works", " yes", " correct", " success", " right", " exactly"
-FAILURE = " not", " no", " wrong", " false", " incorrect", " failed", " never"
 
 
 class Real:
-    """What Toy is, for a checkpoint: its own tokens, in a prompt like TinyZero's."""
+    """What Toy is, for a checkpoint with its own tokens."""
 
     def __init__(self, args, tok, seed):
         self.tok, self.seed = tok, seed
         self.stops, self.decode = tok.stops, tok.decode
         self.max_new, self.opening = args.max_new, tok.encode(" (")
         self.valid, self.invalid = tok.encode("this")[:1], tok.encode("not")[:1]
-        self.success = self.valid + [pretrained.first_token(tok, word) for word in SUCCESS]
-        self.failure = self.invalid + [pretrained.first_token(tok, word) for word in FAILURE]
+        self.valid += [pretrained.first_token(tok, f" {word}") for word in VALID]
+        self.invalid += [pretrained.first_token(tok, f" {word}") for word in INVALID]
         problems = read_problems(args.dataset)
         held = max(1, min(args.problems, len(problems) // 5))
         self.heldout, self.train = problems[:held], problems[held:]
 
     def prompt(self, nums, target, rng):
-        """Ids of a prompt, with the numbers in any order."""
+        """Ids, with the numbers in any order."""
         text = PROMPT.format(nums=rng.sample(nums, len(nums)), target=target)
         return self.tok.encode(text, bos=True)
 
-    def numbers(self, ids):
-        """[(last place, value)] of the runs of digits, so that 62 is not found in 162."""
-        found = []
-        for i, piece in enumerate(self.decode([token]) for token in ids):
-            if re.fullmatch("[0-9]+", piece) and found and found[-1][0] == i - 1:
-                found[-1] = i, int(f"{found[-1][1]}{piece}")
-            elif re.fullmatch(r"\s*[0-9]+", piece):
-                found.append((i, int(piece)))
-        return found
-
 
 def read_problems(name):
-    """[(nums, target)] of file:X.jsonl or a `datasets` id; ValueError names a bad row."""
+    """[(nums, target)] of --dataset; ValueError names a bad row."""
     if name.startswith("file:"):
-        rows = data.read_rows(Path(name[5:]).expanduser(), nums=list, target=int)
+        rows = data.read_rows(data.path_of(name), nums=list, target=int)
     else:
-        data.import_or_explain("datasets")
-        from datasets import load_dataset
-
-        with data.explained(f"data set {name!r} can't be read", "give file:X.jsonl"):
-            rows = load_dataset(name, split="train").to_list()
-    problems = []
+        datasets = data.import_or_explain("datasets")
+        with data.explained(f"no data set {name!r}", "give file:X.jsonl"):
+            rows = datasets.load_dataset(name, split="train").to_list()
     for i, row in enumerate(rows, 1):
-        nums, target = row["nums"], row["target"]
-        whole = all(type(n) is int and 0 <= n < 10**6 for n in [*nums, target])
-        if not whole or not 2 <= len(nums) <= 5:
-            needed = "2 to 5 whole numbers below a million in nums, one in target"
-            raise ValueError(f"{name}, row {i}: needs {needed}")
-        problems.append((tuple(sorted(nums)), target))
-    if len(problems) < 2:
-        raise ValueError(f"{name} has {len(problems)} problems, needed: 2 and more")
-    return problems
+        numbers = [*row["nums"], row["target"]]
+        whole = all(type(n) is int and 0 <= n < 10**6 for n in numbers)
+        if not whole or not 3 <= len(numbers) <= 6:
+            raise ValueError(f"{name}, row {i}: needs 2 to 5 nums under a million, a target")
+    if len(rows) < 2:
+        raise ValueError(f"{name} has {len(rows)} problems, needed: 2")
+    return [(tuple(sorted(row["nums"])), row["target"]) for row in rows]
 
 
-# -------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------- training
 
 
 def verdicts_in(text):
-    """The verdict's first word, or "", of each attempt (line with a "=") in a response."""
+    """The verdict's first word, or "", of each line with a "="."""
     found = []
     for line in text.partition("</think>")[0].split("\n")[:-1]:  # the last one may be cut
         words = [word for word in re.findall("[a-z]+", line) if word in VALID + INVALID]
@@ -463,379 +393,302 @@ def verdicts_in(text):
     return found
 
 
-def measure(model, world, args, env, samples=1, temperature=1.0):
-    """Shares of right responses to held-out problems, and of checked attempts."""
-    problems = world.heldout[: args.problems]
-    rng = random.Random("measure")
+def respond(model, world, problems, rng, env, samples=1, seed=None):
+    """[(problem, prompt, response)], `samples` of each problem."""
     prompts = [world.prompt(*problem, rng) for problem in problems]
-    options = dict(stop=world.stops, seed=0, samples=samples)
+    seed = rng.getrandbits(31) if seed is None else seed
+    options = dict(stop=world.stops, seed=seed, samples=samples)
     with env.autocast():
-        responses = generate(model, prompts, world.max_new, temperature, **options)
-    texts = [world.decode(ids) for ids in responses]
-    right = [reward(text, *problems[i // samples]) == 1 for i, text in enumerate(texts)]
+        responses = generate(model, prompts, world.max_new, **options)
+    asked = [both for both in zip(problems, prompts) for _ in range(samples)]
+    return [(*both, response) for both, response in zip(asked, responses)]
+
+
+def measure(model, world, args, env, samples=1):
+    """Shares of right held-out responses, and of checked attempts."""
+    problems, rng = world.heldout[: args.problems], random.Random("measure")
+    found = respond(model, world, problems, rng, env, samples, seed=0)
+    texts = [world.decode(response) for _, _, response in found]
+    right = [reward(text, *problem) for text, (problem, _, _) in zip(texts, found)]
     verdicts = sum(map(verdicts_in, texts), [])
-    return {
-        "accuracy": np.mean(right),
-        "attempts": len(verdicts) / len(texts),
-        "checked": sum(map(bool, verdicts)) / max(1, len(verdicts)),
-        "example": f"{world.decode(prompts[0])} {texts[0]}",
-    }
+    checked = sum(map(bool, verdicts)) / max(1, len(verdicts))
+    example = world.decode(found[0][1]) + texts[0]
+    return dict(accuracy=np.mean(right), checked=checked, example=example)
 
 
 def imitate(args, env, log, arm, seed):
-    """The toy's model learns to write as the two kinds of searchers do."""
+    """The toy's model learns to write as searchers do."""
     world = Toy(args, seed)
-
-    def batch(step):
-        rows = world.batch(step)
-        return {name: value[env.rank :: env.world] for name, value in rows.items()}
-
-    common.train(ToyGPT(args, world, seed), batch, args, env, log)
+    common.train(ToyGPT(args, world, seed), partial(world.batch, env=env), args, env, log)
 
 
 def load_model(args, env, seed, stage):
-    """(model, world) after the stage "imitate" (--model: as it is) or "grpo"."""
+    """(model, world) after "imitate" (--model: as it is) or "grpo"."""
     if args.model:
         dtype = "fp32" if args.rl_steps else env.dtype
-        model, tok = pretrained.load(args.model, env.device, dtype)
-        world = Real(args, tok, seed)
+        with common.bad_input():
+            model, tok = pretrained.load(args.model, env.device, dtype)
+            world = Real(args, tok, seed)
     else:
         world = Toy(args, seed)
         model = ToyGPT(args, world, seed).to(env.device)
     if stage == "grpo" or not args.model:
         with common.rank_zero_first(env):  # which wrote it
-            state = common.load_checkpoint(Path(args.out) / f"{stage}-s{seed}.pt")
-        model.load_state_dict(state["model"])
+            state = common.load_checkpoint(f"{args.out}/{stage}-s{seed}.pt")
+        net = Objective(model, args) if stage == "grpo" else model
+        net.load_state_dict(state["model"])
     return model, world
 
 
-def draw_batch(policy, world, args, env, step, permuted=False):
-    """Rollouts as a batch for `Objective`, and their mean reward.
-
-    With `permuted`, the control, rewards go to rollouts that did not earn them.
-    """
-    rng = random.Random(f"{world.seed} {step} {env.rank}")
-    problems = [rng.choice(world.train) for _ in range(args.prompts // env.world)]
-    prompts = [world.prompt(*problem, rng) for problem in problems]
-    options = dict(stop=world.stops, seed=rng.getrandbits(31), samples=args.group)
-    with env.autocast():
-        responses = generate(policy, prompts, world.max_new, **options)
-    rows, rewards = [], []
-    for i, response in enumerate(responses):
-        rows.append(counted(prompts[i // args.group], response))
-        text, problem = world.decode(response), problems[i // args.group]
-        rewards.append(reward(text, *problem, args.format_reward))
-    if permuted:
+def draw_batch(policy, world, args, env, number, permuted=False):
+    """Rollouts for `Objective`, and their mean reward."""
+    rng = random.Random(f"{world.seed} {number} {env.rank}")
+    problems = [rng.choice(world.train) for _ in range(-(-args.prompts // env.world))]
+    found = respond(policy, world, problems, rng, env, args.group)
+    rewards = [reward(world.decode(response), *problem) for problem, _, response in found]
+    if permuted:  # the control
         rng.shuffle(rewards)
-    advantage = advantages(torch.tensor(rewards), args.group)
-    return collate(rows) | {"advantage": advantage}, np.mean(rewards)
+    batch = collate([counted(prompt, response) for _, prompt, response in found])
+    batch["advantage"] = advantages(torch.tensor(rewards), args.group)
+    return batch, np.mean(rewards)
 
 
-@torch.no_grad()
-def scored(model, batch, args, env):
-    """Log-probabilities (B, T) of a batch's responses under a model; 0 elsewhere."""
-    found = torch.zeros(batch["idx"].shape)
-    size = args.micro_batch or len(found)
-    parts = [batch[name].split(size) for name in ("idx", "targets")]
-    for idx, targets, part in zip(*parts, found.split(size)):
-        with env.autocast():
-            logp = log_probs(model, idx.to(env.device), targets.to(env.device))
-        part[targets != -100] = logp.cpu()
-    return found
+def scored(model, batch, env):
+    """Log-probabilities (B, T) of responses; 0 elsewhere."""
+    idx, targets = batch["idx"].to(env.device), batch["targets"].to(env.device)
+    with env.autocast():
+        rows = [model.token_loss(a[None], b[None]) for a, b in zip(idx, targets)]
+    return -torch.cat(rows).cpu()
 
 
-def minibatches(batch, args, step):
-    """The batch in --minibatches random parts, the longest rows of a part first.
-
-    Rows without advantage have no gradient but the KL's: without it they are left out.
-    Their tokens still count in the denominator.
-    """
+def minibatch(batch, args, number, part):
+    """A random part of a batch, the longest rows first."""
     lengths = (batch["targets"] != -100).sum(1)
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(step))
-    parts = []
-    for i in range(args.minibatches):
-        rows = order[i :: args.minibatches]
-        denom = lengths[rows].sum()
-        if not args.beta:
-            useful = batch["advantage"][rows] != 0
-            rows = rows[useful] if useful.any() else rows[:1]  # no part is empty
-        rows = rows[lengths[rows].argsort(descending=True)]
-        parts.append({name: value[rows] for name, value in batch.items()} | {"denom": denom})
-    return parts
-
-
-def grpo(policy, world, args, env, log, permuted=False):
-    """GRPO in place: a step is a batch of rollouts and --minibatches updates."""
-    args = replace(args, steps=args.rl_steps, lr=args.rl_lr, weight_decay=0.0, compile=False)
-    reference = copy.deepcopy(policy) if args.beta else None
-    net = common.parallelise(Objective(policy, args), args, env)
-    optimizer = common.optimizer(policy, args)
-    path = log.path.with_suffix(".pt")
-    state = common.begin(path, log, policy, optimizer, args, env)
-    bar = dict(initial=state["step"], position=common.bar_line(args), leave=False)
-    steps = tqdm(range(state["step"], args.steps), log.run, args.steps, **bar)
-    with common.interruptible() as signals:
-        for step in steps:
-            row = measure(policy, world, args, env) if step % args.eval_every == 0 else {}
-            began = time.perf_counter()
-            batch, mean = draw_batch(policy, world, args, env, step, permuted)
-            if args.minibatches > 1:
-                batch["old"] = scored(policy, batch, args, env)
-            if reference:
-                batch["reference"] = scored(reference, batch, args, env)
-            for part in minibatches(batch, args, step):
-                part["denom"] = common.all_reduce(part["denom"].to(env.device), env)
-                loss = common.backward(net, part, args, env)
-                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip or math.inf)
-                common.check_finite(step, loss.item(), norm.item(), path)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            state["step"] += 1
-            state["tokens"] += int((batch["targets"] != -100).sum()) * env.world
-            state["seconds"] += time.perf_counter() - began
-            log(step, **row, reward=mean, loss=loss.item(), **common.timing(state))
-            stop = common.all_reduce(torch.tensor(len(signals), device=env.device), env) > 0
-            if stop or state["step"] % args.save_every == 0 or state["step"] == args.steps:
-                common.save_state(path, state, policy, optimizer, args, env)
-            if stop:
-                raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on")
-    log(args.steps, **measure(policy, world, args, env), **common.timing(state))
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(number))
+    rows = order[part :: args.minibatches]
+    denom = lengths[rows].sum()
+    if not args.beta:  # rows of no advantage only count in the denominator
+        useful = batch["advantage"][rows] != 0
+        rows = rows[useful] if useful.any() else rows[:1]  # no part is empty
+    rows = rows[lengths[rows].argsort(descending=True)]
+    return {name: value[rows] for name, value in batch.items()} | {"denom": denom}
 
 
 def reinforce(args, env, log, arm, seed):
-    """GRPO from the imitator, or from --model; measures before and after."""
+    """GRPO from the imitator or --model; measured before and after."""
     policy, world = load_model(args, env, seed, "imitate")
-    found = {}
-    for when in "before", "after":
-        if when == "after":
-            grpo(policy, world, args, env, log, arm == "permuted")
-        found[when] = measure(policy, world, args, env, samples=4)
-        greedy = measure(policy, world, args, env, temperature=0.0)
-        found[when]["greedy"] = greedy["accuracy"]
+    before = measure(policy, world, args, env, samples=4)
+    reference = copy.deepcopy(policy) if args.beta else None
+    net, permuted = Objective(policy, args), arm == "permuted"
+
+    def batch(step):
+        number, part = divmod(step, args.minibatches)
+        if part == 0:
+            net.rollouts, mean = draw_batch(policy, world, args, env, number, permuted)
+            log(step, reward=mean)
+            if args.minibatches > 1:
+                net.rollouts["old"] = scored(policy, net.rollouts, env)
+            if reference:
+                net.rollouts["reference"] = scored(reference, net.rollouts, env)
+        rows = minibatch(net.rollouts, args, number, part)
+        return rows | {"denom": common.all_reduce(rows["denom"].to(env.device), env)}
+
+    def evaluate(step):
+        return measure(policy, world, args, env)
+
+    constant = dict(lr=args.rl_lr, warmup=0, min_lr=1.0, weight_decay=0.0, log_every=1)
+    flags = replace(args, steps=args.rl_steps * args.minibatches, compile=False, **constant)
+    common.train(net, batch, flags, env, log, evaluate)
+    log = common.read_log(log.path)
+    curve = [row["accuracy"] for row in log if "accuracy" in row]
+    after = measure(policy, world, args, env, samples=4)
+    return dict(before=before, after=after, curve=curve)
+
+
+# ---------------------------------------------------------- moments of verification
+
+
+# ids up to where a right attempt's verdict is due; before it, where a wrong one's was due, and
+# where the target was seen
+Trace = namedtuple("Trace", "ids wrong seen problem")
+
+
+def numbers_in(world, ids):
+    """[(last place, value)] of runs of digits: 162 holds no 62."""
+    found = []
+    for i, piece in enumerate(world.decode([token]) for token in ids):
+        if re.fullmatch("[0-9]+", piece) and found and found[-1][0] == i - 1:
+            found[-1] = i, int(f"{found[-1][1]}{piece}")
+        elif re.fullmatch(r"\s*[0-9]+", piece):
+            found.append((i, int(piece)))
     return found
 
 
-# -------------------------------------------------------------------------- moments of verification
-
-
-@dataclass
-class Trace:
-    """A trace up to where the verdict on a right attempt is due."""
-
-    ids: list
-    wrong: int  # where the verdict on a wrong attempt before it was due
-    seen: list  # places of the target before the result
-    problem: tuple
-
-
 def find_traces(world, texts, rng):
-    """Of [(problem, prompt, response)] those with true verdicts of both kinds."""
+    """Of (problem, prompt, response) those with true verdicts of both kinds."""
     found = []
     for problem, prompt, response in texts:
-        ids = prompt + response
+        ids, target = prompt + response, problem[1]
         wrong, seen = [], []
-        for place, value in world.numbers(ids):
+        for place, value in numbers_in(world, ids):
             end = place + 1 + len(world.opening)
             due = len(prompt) < end < len(ids) and ids[place + 1 : end] == world.opening
-            if due and value != problem[1] and ids[end] in world.invalid:
+            verdict = ids[end] if due else None
+            if value != target and verdict in world.invalid:
                 wrong.append(end - 1)
-            if due and value == problem[1] and ids[end] in world.valid and wrong:
+            if value == target and verdict in world.valid and wrong:
                 found.append(Trace(ids[:end], rng.choice(wrong), seen, problem))
                 break
-            if value == problem[1]:
+            if value == target:
                 seen.append(place)
     return found
 
 
-def halves(model, world, args, rng):
-    """Traces to choose on and, of other problems, to test on."""
+def halves(model, world, args, env, rng):
+    """Traces to choose on, and of other problems to test on."""
     problems = rng.choices(world.train, k=5 * args.samples)
     if args.model:
-        prompts = [world.prompt(*problem, rng) for problem in problems]
-        responses = generate(model, prompts, world.max_new, stop=world.stops, seed=world.seed)
-        texts = zip(problems, prompts, responses)
+        texts = respond(model, world, problems, rng, env, seed=world.seed)
     else:
         texts = [(problem, *world.written(*problem, rng)) for problem in problems]
     found = [], []
     for trace in find_traces(world, texts, rng):
-        half = found[random.Random(repr(trace.problem)).randrange(2)]
-        if len(half) < args.samples:
-            half.append(trace)
+        found[random.Random(repr(trace.problem)).randrange(2)].append(trace)
     if min(map(len, found)) < 3:
-        raise SystemExit("error: too few traces with both verdicts to take the model apart")
-    for half in found:  # so that a batch holds little padding
-        half.sort(key=lambda trace: len(trace.ids))
+        raise SystemExit("error: too few traces with both verdicts")
+    for half in found:
+        del half[args.samples :]
+        half.sort(key=lambda trace: len(trace.ids))  # little padding in a batch
     return found
 
 
-def batches(model, traces, copies=1):
-    """[(traces, idx, at)]: so many that `copies` of them fit a batch, padded on the right.
-
-    x[at] of a tensor (B, T, ...) are (B, 2, ...): where its two verdicts are due.
-    """
-    size = max(1, (64 if model.config.vocab_size < 1000 else 8) // copies)
-    found = []
+def batches(model, traces):
+    """(idx, at): x[at] of a tensor (B, T, ...) is at its two verdicts."""
+    size = 32 if model.config.vocab_size < 1000 else 8  # fit the cache
     for i in range(0, len(traces), size):
         some = traces[i : i + size]
         idx = pad_sequence([torch.tensor(trace.ids) for trace in some], True)
         due = torch.tensor([[len(trace.ids) - 1, trace.wrong] for trace in some])
-        at = torch.arange(len(some))[:, None], due
-        found.append((some, idx.to(model.wte.weight.device), at))
-    return found
+        yield idx.to(model.wte.weight.device), (torch.arange(len(some))[:, None], due)
 
 
 def stream(model, traces):
-    """The stream (L + 1, 2N, C) where verdicts are due: right, wrong, right, ..."""
+    """The stream (L + 1, 2N, C) at verdicts: right, wrong, right, ..."""
     found = []
-    for _, idx, (rows, places) in batches(model, traces):
-        x = residuals(model, idx, tail=idx.shape[1])[:, rows, places]
+    for idx, (rows, due) in batches(model, traces):
+        x = residuals(model, idx, tail=idx.shape[1])[:, rows, due]
         found.append(x.flatten(1, 2).float().cpu())
     return torch.cat(found, 1)
 
 
 def probe_accuracy(x, y, x_test, y_test):
-    """Of a linear probe on each layer of x (L + 1, N, C): its accuracy on x_test."""
-    found = []
+    """Of a linear probe of each layer of x (L + 1, N, C), on x_test."""
+    layers = []
     for layer, test in zip(x, x_test):
         w, b = common.fit_probe(layer, y)
-        found.append(((test.double() @ w + b > 0) == y_test).double().mean().item())
-    return found
+        layers.append(((test.double() @ w + b > 0) == y_test).double().mean().item())
+    return dict(layers=layers, inner=max(layers[1:-1]), embedding=layers[0])
 
 
-def reads_as(model, vectors, k):
-    """The k tokens (n, k) that directions (n, C) of the stream say most, unembedded.
+def verdict_words(model, world, directions):
+    """How far directions (n, C) of the stream read as verdicts, and the words.
 
-    With the final norm's gain, and without the mean token's row, which all have in common.
+    That is, of the four words at either end, the share of success or of failure.
     """
     rows = model.head.weight.float() * model.final.weight.float()
-    return (vectors.to(rows) @ (rows - rows.mean(0)).T).topk(k).indices.cpu()
-
-
-def verdict_words(model, world, directions, k=4):
-    """The share of words of success in the k tokens that each direction says, or of failure in
-    those of its opposite: the smaller of the two, (n,)."""
-    success = torch.isin(reads_as(model, directions, k), torch.tensor(world.success))
-    failure = torch.isin(reads_as(model, -directions, k), torch.tensor(world.failure))
-    return torch.minimum(success.float().mean(1), failure.float().mean(1))
-
-
-def nearest_neurons(model, directions, k):
-    """GLU neurons [(layer, index)]: k of each upper layer, along its direction."""
-    found = []
-    for layer in range(model.config.n_layer // 2, model.config.n_layer):
-        columns = F.normalize(model.blocks[layer].mlp.down.weight.float(), dim=0)
-        near = directions[layer + 1].to(columns) @ columns
-        found += [(layer, index) for index in near.topk(k).indices.tolist()]
-    return found
+    logits = directions.to(rows) @ (rows - rows.mean(0)).T
+    ends = logits.topk(4).indices.cpu(), (-logits).topk(4).indices.cpu()
+    success = torch.isin(ends[0], torch.tensor(world.valid)).float().mean(1)
+    failure = torch.isin(ends[1], torch.tensor(world.invalid)).float().mean(1)
+    return torch.minimum(success, failure), *ends
 
 
 def from_the_top(model, world, args, choose, test, rng):
-    """Probes, the direction from wrong to right, and the GLU neurons along it."""
+    """Probes, the direction to right, and GLU neurons along it."""
     y = torch.tensor([True, False]).repeat(len(choose))
     y_test = torch.tensor([True, False]).repeat(len(test))
-    x, x_test = stream(model, choose), stream(model, test)
     shuffled = y[torch.tensor(rng.sample(range(len(y)), len(y)))]
-    nets = {"trained": (x, x_test, y), "shuffled labels": (x, x_test, shuffled)}
+    x, x_test = stream(model, choose), stream(model, test)
+    found = {"trained": probe_accuracy(x, y, x_test, y_test)}
+    found["shuffled labels"] = probe_accuracy(x, shuffled, x_test, y_test)
     if not args.model:
         fresh = ToyGPT(args, world, world.seed + 1).to(model.wte.weight.device)
-        nets["random weights"] = stream(fresh, choose), stream(fresh, test), y
-    found = {"probe": {}}
-    for net, (a, b, seen) in nets.items():
-        layers = probe_accuracy(a, seen, b, y_test)
-        inner = max(layers[1:-1])
-        found["probe"][net] = dict(layers=layers, inner=inner, embedding=layers[0])
+        seen = stream(fresh, choose), y, stream(fresh, test), y_test
+        found["random weights"] = probe_accuracy(*seen)
     directions = x[:, y].mean(1) - x[:, ~y].mean(1)  # (L + 1, C)
-    upper = directions[model.config.n_layer // 2 + 1 :]
-    reads = verdict_words(model, world, upper)
-    noise = torch.randn(20, upper.shape[1], generator=torch.Generator().manual_seed(world.seed))
-    found["direction"] = {"reads": reads.max().item()}
-    found["noise"] = {"reads": verdict_words(model, world, noise).max().item()}
-    best = upper[reads.argmax()][None]
-    found["success"] = world.decode(reads_as(model, best, 5)[0].tolist())
-    found["failure"] = world.decode(reads_as(model, -best, 5)[0].tolist())
+    middle = model.config.n_layer // 2
+    upper = directions[middle + 1 :]
+    reads, success, failure = verdict_words(model, world, upper)
+    best = reads.argmax()
+    found["direction"] = {"reads": reads[best].item()}
+    ends = success[best].tolist(), failure[best].tolist()
+    found["words"] = [world.decode(end) for end in ends]
+    torch.manual_seed(world.seed)
+    noise = verdict_words(model, world, torch.randn(20, upper.shape[1]))[0]
+    found["noise"] = {"reads": noise.max().item()}
     k = max(1, min(50, model.config.d_mlp // 20))  # 50 of 11,008 in the paper
-    return found, nearest_neurons(model, directions, k)
+    neurons = []
+    for layer in range(middle, model.config.n_layer):
+        columns = F.normalize(model.blocks[layer].mlp.down.weight.float(), dim=0)
+        near = directions[layer + 1].to(columns) @ columns
+        neurons += [(layer, index) for index in near.topk(k).indices.tolist()]
+    return found, neurons
 
 
 def target_attention(model, world, traces):
-    """Mean attention (L, H) from right results to the target, and what even attention would be."""
+    """Attention (L, H) from right results to the target; even attention."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
     total, even = 0, 0
-    for some, idx, _ in batches(model, traces):
-        patterns = model.capture(idx, sites)
-        for row, trace in enumerate(some):
-            result = len(trace.ids) - 1 - len(world.opening)
-            mass = [patterns[site][row, :, result, trace.seen].sum(-1) for site in sites]
-            total = total + torch.stack(mass).float().cpu() / len(traces)
-            even += len(trace.seen) / (result + 1) / len(traces)
+    for trace in traces:
+        patterns = model.capture(next(batches(model, [trace]))[0], sites)
+        result = len(trace.ids) - 1 - len(world.opening)
+        mass = [patterns[site][0, :, result, trace.seen].sum(-1) for site in sites]
+        total = total + torch.stack(mass).float().cpu() / len(traces)
+        even += len(trace.seen) / (result + 1) / len(traces)
     return total, even
 
 
-def from_block(model, first, x):
-    """The stream x (B, T, C) through the blocks from `first` on, and the final norm."""
-    c = model.config
-    pos = torch.arange(x.shape[1], device=x.device)[None]
-    for layer in range(first, c.n_layer):
-        window = c.windows[layer] if c.windows else 0
-        rotary = None if c.learned_pos else rope(c, pos, local=window > 0)
-        see = visible(pos, pos, window) if window else None
-        x = model.blocks[layer](x, rotary, see, None, None)
-    return model.final(x)
-
-
-KINDS = "says_valid", "searches_on", "unknown"
-
-
-def kind_of(token, world):
-    """What a model does that says this token where the verdict is due."""
-    if token in world.valid:
-        return "says_valid"
-    goes_on = re.fullmatch(r"[-+*/=()\[\],\s\d]*", world.decode([token]))
-    return "searches_on" if token in world.invalid or goes_on else "unknown"
+def searches_on(token, world):
+    """Whether this, in a verdict's place, goes on searching."""
+    text = world.decode([token])
+    return token in world.invalid or bool(re.fullmatch(r"[-+*/=()\[\],\s\d]*", text))
 
 
 def switch_off(model, world, traces, neurons, sets):
-    """Of each of K sets of heads, switched off at all positions:
+    """Of each set of heads, switched off at all positions:
 
-    says_valid, searches_on, unknown: shares of right attempts
-    false_accepts: the share of wrong attempts that is called valid
-    glu: the mean activation of `neurons` where the verdict on a right attempt is due
-
-    What lies below the first head of a set is the same for all sets: it runs once.
+    says_valid, searches_on: shares of right attempts
+    false_accepts: the share of wrong attempts
+    glu: the mean activation of `neurons` at right attempts
     """
-    c, K = model.config, len(sets)
-    stages = ["embed"] + [f"blocks.{layer}.resid_post" for layer in range(c.n_layer)]
-    sites = {layer: f"blocks.{layer}.mlp.act" for layer, _ in neurons}
-    begins = [min(heads, default=(c.n_layer - 1, 0))[0] for heads in sets]
-    said, glu = [torch.zeros(K, 0, 2)], [torch.zeros(K, 0)]
-    for some, idx, at in batches(model, traces, K):
-        clean = model.capture(idx, [*stages, *sites.values()])
-        said.append(torch.zeros(K, len(some), 2))
-        glu.append(torch.zeros(K, len(some)))
-        for first in set(begins):
-            here = [k for k in range(K) if begins[k] == first]
-            acts = {site: clean[site].repeat(len(here), 1, 1) for site in sites.values()}
-            patches = {site: partial(acts.__setitem__, site) for site in acts}
-            patches |= common.heads_off([sets[k] for k in here], c)
-            with model.patch(patches):
-                x = from_block(model, first, clean[stages[first]].repeat(len(here), 1, 1))
-            x = x.unflatten(0, (len(here), -1))[:, *at]
-            said[-1][here] = model.unembed(x).argmax(-1).float().cpu()
-            for layer, index in neurons:
-                act = acts[sites[layer]][..., index].unflatten(0, (len(here), -1))[:, *at]
-                glu[-1][here] += act[..., 0].float().cpu() / len(neurons)
-    rows = []
-    for tokens, active in zip(torch.cat(said, 1).int(), torch.cat(glu, 1)):
-        right = [kind_of(token, world) for token in tokens[:, 0].tolist()]
-        wrong = [kind_of(token, world) for token in tokens[:, 1].tolist()]
-        row = {kind: right.count(kind) / len(right) for kind in KINDS}
-        row["false_accepts"] = wrong.count("says_valid") / len(wrong)
-        rows.append(row | {"glu": active.mean().item()})
-    return rows
+    inputs = [f"blocks.{layer}.resid_pre" for layer in range(model.config.n_layer)]
+    sites = [f"blocks.{layer}.mlp.act" for layer, _ in neurons]
+    said, glu = [[] for _ in sets], [[] for _ in sets]
+    for idx, at in batches(model, traces):
+        rows, due = at[0][:, 0], at[1][:, 0]
+        clean = model.capture(idx, ["final", *inputs, *sites])
+        for k, heads in enumerate(sets):
+            acts = clean
+            if heads:  # below the first of them nothing changes
+                first = min(heads)[0]
+                go_on = dict(first=first, x=clean[inputs[first]])
+                with model.patch(common.heads_off([heads], model.config)):
+                    changed = model.capture(idx, ["final", *sites], **go_on)
+                acts = clean | changed
+            said[k] += model.unembed(acts["final"][at]).argmax(-1).tolist()
+            active = [acts[site][rows, due, i] for site, (_, i) in zip(sites, neurons)]
+            glu[k] += torch.stack(active).float().mean(0).tolist()
+    found = []
+    for tokens, active in zip(said, glu):
+        right, wrong = np.isin(tokens, world.valid).mean(0)
+        goes_on = np.mean([searches_on(token, world) for token, _ in tokens])
+        row = dict(says_valid=right, searches_on=goes_on, false_accepts=wrong)
+        found.append(row | {"glu": np.mean(active)})
+    return found
 
 
 def random_heads(heads, config, rng, outside):
-    """As many heads, not `outside`, from the same layers or the nearest."""
+    """As many, not `outside`, from the same layers or the nearest."""
     free = list(itertools.product(range(config.n_layer), range(config.n_head)))
     free = [head for head in rng.sample(free, len(free)) if head not in outside]
     drawn = []
@@ -846,17 +699,12 @@ def random_heads(heads, config, rng, outside):
 
 
 def from_the_bottom(model, world, choose, test, neurons, rng):
-    """Heads that look back at the target, chosen on some traces and switched off on others.
-
-    A_prev: those that give it a tenth of their attention and three times what even attention
-    would. The three: those without which the GLU neurons are least active.
-    """
+    """Heads that look back, chosen on some traces, off on others."""
     c = model.config
     mass, even = target_attention(model, world, choose)
-    every = itertools.product(range(c.n_layer), range(c.n_head))
-    every = sorted(every, key=lambda head: -mass[head])
-    prev = [head for head in every if mass[head] > max(0.1, 3 * even)]
-    prev = prev if len(prev) >= 3 else every[:3]
+    third = mass.flatten().topk(3).values[-1]
+    looks_back = mass >= min(max(0.1, 3 * even), third)
+    prev = [tuple(head) for head in looks_back.nonzero().tolist()]  # A_prev
     alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
     drive = {head: row["glu"] for head, row in zip(prev, alone)}
     prev.sort(key=drive.get)
@@ -869,121 +717,102 @@ def from_the_bottom(model, world, choose, test, neurons, rng):
 def dissect(args, env, log, arm, seed):
     """What the paper does to the trained model."""
     model, world = load_model(args, env, seed, "grpo" if args.rl_steps else "imitate")
-    if env.rank > 0:
-        return None
     rng = random.Random(f"dissect {seed}")
     with torch.no_grad(), env.autocast(), model.eager():
-        choose, test = halves(model, world, args, rng)
+        choose, test = halves(model, world, args, env, rng)
         found, neurons = from_the_top(model, world, args, choose, test, rng)
         found |= from_the_bottom(model, world, choose, test, neurons, rng)
     return found | {"traces": [len(choose), len(test)]}
 
 
-# ------------------------------------------------------------------------------- claims and figure
+# ---------------------------------------------------------------- claims and figure
 
 
 def judge(run, found):
     """The paper's claims, each beside its controls."""
-    if "grpo" in found and "permuted" in found:
+    if "permuted" in found:
         before = [seed["before"] for seed in found["grpo"]]
         after = [seed["after"] for seed in found["grpo"]]
         controls = {"permuted rewards": [seed["after"] for seed in found["permuted"]]}
-        says = "GRPO solves more held-out problems (share right at temperature 1)"
+        says = "GRPO solves more held-out problems (share right)"
         criterion = "arm.accuracy >= base.accuracy + .2"
         run.claim("C1", says, "0 to about .6", criterion, base=before, arm=after, controls=controls)
-        says = "it leaves one form: every attempt is checked (share of attempts)"
+        says = "it leaves one form: every attempt is checked (share)"
+        criterion = "arm.checked >= .98"
         controls["before GRPO"] = before
-        paper = "every attempt ends in a verdict"
-        run.claim("C2", says, paper, "arm.checked >= .98", arm=after, controls=controls)
+        run.claim("C2", says, "every attempt", criterion, arm=after, controls=controls)
     rows = found["dissect"]
-    probes = {}
-    for net in rows[0]["probe"]:
-        probes[net] = [row["probe"][net] for row in rows]
+    sides = {name: [row[name] for row in rows] for name in rows[0]}
     says = "a probe tells right from wrong before the last layer (accuracy)"
     criterion = "arm.inner >= .95 and arm.embedding <= .6"
+    controls = {net: sides[net] for net in ("shuffled labels", "random weights") if net in sides}
     paper = "near 1 from layer 4 of 36"
-    run.claim("C3", says, paper, criterion, arm=probes.pop("trained"), controls=probes)
-    says = "a layer's direction from wrong to right reads as verdicts (of its top 4 words)"
-    controls = {"best of 20 random directions": [row["noise"] for row in rows]}
-    arm = [row["direction"] for row in rows]
+    run.claim("C3", says, paper, criterion, arm=sides["trained"], controls=controls)
+    says = "its direction reads as verdicts (share of 4 words)"
+    criterion = "arm.reads >= .5"
+    controls = {"20 random directions": sides["noise"]}
     paper = "success, yes; not, incorrect"
-    run.claim("C4", says, paper, "arm.reads >= .5", arm=arm, controls=controls)
-    sides = {"base": [row["all_on"] for row in rows]}
-    sides["arm"] = [row["three"] for row in rows]
-    sides["controls"] = {"three random heads": [row["random"] for row in rows]}
-    says = "with three heads off that look back it searches on past its solution"
+    run.claim("C4", says, paper, criterion, arm=sides["direction"], controls=controls)
+    controls = {"three random heads": sides["random"]}
+    sides = dict(base=sides["all_on"], arm=sides["three"], controls=controls)
+    says = "with three heads off it searches on past its solution"
     criterion = "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6"
     run.claim("C5", says, "3 of 576 heads: .95 search on", criterion, **sides)
-    says = "without them GLU units along the direction fall silent, and nothing wrong is accepted"
+    says = "without them GLU units fall silent, and nothing wrong is accepted"
     criterion = "base.glu > 0 and arm.glu <= .3 * base.glu"
     criterion += " and arm.false_accepts <= base.false_accepts + .05"
     run.claim("C7", says, "activations vanish", criterion, **sides)
 
 
-def draw(path, found, folder, args):
-    """Three panels: accuracy during GRPO, the probe by layer, heads switched off."""
-    panels = []
-    if args.rl_steps:
-        lines = {}
-        for arm in args.arms:
-            y = []
-            for seed in args.seeds:
-                log = common.read_log(folder / f"{arm}-s{seed}.jsonl")
-                measured = [row for row in log if "accuracy" in row]
-                y.append([row["accuracy"] for row in measured])
-            lines[arm] = [row["step"] for row in measured], y
-        panels.append(dict(title="Held-out accuracy, T = 1", lines=lines, xlabel="step"))
-    rows = found["dissect"]
-    lines = {}
+def draw(path, found, args):
+    """Accuracy during GRPO, the probe by layer, heads switched off."""
+    panels, lines = [], {}
+    for arm in [arm for arm in found if arm != "dissect"]:
+        y = [seed["curve"] for seed in found[arm]]
+        lines[arm] = range(len(y[0])), y
+    labels = dict(title="Held-out accuracy", xlabel=f"updates / {args.eval_every}")
+    if lines:
+        panels.append(dict(lines=lines, **labels))
+    rows, lines = found["dissect"], {}
     for net in "trained", "shuffled labels":
-        y = [row["probe"][net]["layers"] for row in rows]
+        y = [row[net]["layers"] for row in rows]
         lines[net] = range(len(y[0])), y
-    labels = dict(title="Probe: is the attempt right?", xlabel="after layer (0: embedding)")
+    labels = dict(title="Probe: is the attempt right?", xlabel="after layer")
     panels.append(dict(lines=lines, **labels))
     sets = dict(all_on="all on", random="3 random off", three="3 off", A_prev="A_prev off")
-    bars = {"says_valid": [], "searches_on": []}
-    for kind, row in itertools.product(bars, rows):
-        bars[kind].append([row[name][kind] for name in sets])
-    panels.append(dict(title="What follows a solution", bars=bars, names=list(sets.values())))
+    bars = {}
+    for kind in "says_valid", "searches_on":
+        bars[kind] = [[row[name][kind] for name in sets] for row in rows]
+    panels.append(dict(title="After a solution", bars=bars, names=list(sets.values())))
     common.panels(path, panels)
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
-    toy = "steps nums num_max cap attempts guess drill n_layer n_head n_embd".split()
-    idle = common.changed_flags(args, toy if args.model else ["dataset", "max_new"])
-    mode = "with --model" if args.model else "without --model"
+    """(Whether it is wrong, what to say) of the flags."""
+    if not args.model:
+        Toy(args, 0)  # too few problems are a ValueError
     many = args.minibatches * env.world > args.prompts * args.group
-    arms = " ".join(args.arms)
     return [
-        (set(args.arms) - {"grpo", "permuted"}, f"--arms {arms}, allowed: grpo permuted"),
-        (args.rl_steps and "grpo" not in args.arms, f"--arms {arms} lacks grpo, which is analysed"),
-        (args.model and not args.dataset, "--model needs problems: --dataset"),
-        (idle, f"{idle} has no effect {mode}"),
-        (args.prompts % env.world, f"--prompts {args.prompts} is no multiple of the processes"),
-        (many, f"--minibatches {args.minibatches} is more than the rollouts of a batch"),
+        (bool(args.model) != bool(args.dataset), "--model and --dataset go together"),
+        (many, f"--minibatches {args.minibatches} is more than the rollouts"),
     ]
 
 
 def main(argv=None):
-    """The paper end to end; returns what it writes to result.json."""
+    """The paper end to end; returns what is in result.json."""
     run = common.Run(Args, argv, "2504.14379", check)
     args = run.args
-    with common.bad_input():  # before any long work
-        if args.model:
-            Real(args, pretrained.load(args.model, run.env.device)[1], 0)
-        else:
-            Toy(args, 0)
     found = {}
     if not args.model:
         run.each(imitate, ["imitate"])
     if args.rl_steps:
-        found |= run.each(reinforce, args.arms) or {}
+        arms = ["grpo"] if args.model else ["grpo", "permuted"]
+        found |= run.each(reinforce, arms) or {}
     found |= run.each(dissect, ["dissect"]) or {}
     if run.env.rank > 0:
         return None
     judge(run, found)
-    draw(run.out / "countdown_rl.png", found, run.out, args)
+    draw(run.out / "countdown_rl.png", found, args)
     return run.finish(found)
 
 

@@ -378,8 +378,11 @@ class GPT(nn.Module):
             return self.unembed(h)
         return weighted_cross_entropy(self, h, targets, weights, denom)
 
-    def hidden(self, idx, mask=None, cache=None):
-        """The normed residual stream (B, T, C) that the unembedding reads."""
+    def hidden(self, idx, mask=None, cache=None, first=0, x=None):
+        """The normed residual stream (B, T, C) that the unembedding reads.
+
+        x  the stream that enters block `first`, to go on from there; default the embedding
+        """
         c, T = self.config, idx.shape[1]
         start = 0 if cache is None else cache.n
         if start + T > c.block_size:
@@ -407,13 +410,14 @@ class GPT(nn.Module):
             rotary[w] = None if c.learned_pos else rope(c, q_pos, local=w > 0)
         new_real = mask[:, None, :, None] if c.smear_keys and mask is not None else None
 
-        x = self.wte(idx)
-        if c.embed_scale != 1.0:
-            x = x * torch.tensor(c.embed_scale, dtype=x.dtype)  # Gemma rounds it to the dtype
-        if c.learned_pos:
-            x = x + self.wpe(q_pos)
-        x = self.embed(x)
-        for w, block in zip(windows, self.blocks):
+        if x is None:
+            x = self.wte(idx)
+            if c.embed_scale != 1.0:
+                x = x * torch.tensor(c.embed_scale, dtype=x.dtype)  # Gemma rounds it to the dtype
+            if c.learned_pos:
+                x = x + self.wpe(q_pos)
+            x = self.embed(x)
+        for w, block in list(zip(windows, self.blocks))[first:]:
             x = block(x, rotary[w], see[w], new_real, cache)
         return self.final(x)
 

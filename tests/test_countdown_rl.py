@@ -54,13 +54,15 @@ def toy():
         ("1 - 2 - 3", -4),
         ("8 / 4 / 2", 1),
         ("1/3 + 1/6", Fraction(1, 2)),
+        ("5 - -2 * --3", 11),
+        ("\n1 +\t2\n", 3),
     ],
 )
 def test_evaluate(text, value):
     assert cd.evaluate(text)[0] == value
 
 
-BAD = "9**2|6//4|0.5*4|07+1|2 3|3(4)|| |1/0|1/(2-2)|٣+1|1_000|1+|)|(1|--1|1234567|2^3|abs(1)|1e3"
+BAD = "9**2|6//4|0.5*4|07+1|2 3|3(4)|| |1/0|1/(2-2)|٣+1|1_000|1+|)|(1|1234567|2^3|abs(1)|1e3"
 
 
 @pytest.mark.parametrize("text", [*BAD.split("|"), "1+1" * 80, "99**98**97", "3 = 3"])
@@ -70,13 +72,12 @@ def test_bad_expressions(text):
 
 
 def test_evaluator_limits():
-    with pytest.raises(ValueError, match="division by zero"):
+    with pytest.raises(ValueError):
         cd.evaluate("1 / (3 - 3)")
     with pytest.raises(ValueError, match="200"):
         cd.evaluate("(" * 10_000)
-    assert cd.evaluate("(" * 32 + "5" + ")" * 32)[0] == 5
-    with pytest.raises(ValueError):
-        cd.evaluate("(" * 33 + "5" + ")" * 33)
+    assert cd.evaluate("(" * 99 + "5" + ")" * 99)[0] == 5
+    assert cd.evaluate("-" * 199 + "5")[0] == -5
     assert cd.evaluate("1+2*(3-4)/5")[1] == [1, 2, 3, 4, 5]
 
 
@@ -120,23 +121,23 @@ def test_random_strings_give_a_value_or_an_error():
     "response, score",
     [
         ("<answer>3+4+8</answer>", 1),
-        ("<answer>3*4+8</answer>", 0.1),
-        ("<answer>3+4</answer>", 0.1),  # not all numbers
-        ("<answer>3*4+3</answer>", 0.1),  # a number twice
-        ("<answer>3+4+8+0</answer>", 0.1),
-        ("<answer>99**98**97</answer>", 0.1),
+        ("<answer>3*4+8</answer>", 0),
+        ("<answer>3+4</answer>", 0),  # not all numbers
+        ("<answer>3*4+3</answer>", 0),  # a number twice
+        ("<answer>3+4+8+0</answer>", 0),
+        ("<answer>99**98**97</answer>", 0),
         ("3+4+8", 0),
         ("<answer>3+4+8", 0),
         ("<answer>3+4</answer> <answer>8+4+3</answer>", 1),
-        ("<answer>8+4+3</answer> <answer>3+4</answer>", 0.1),
+        ("<answer>8+4+3</answer> <answer>3+4</answer>", 0),
         ("<answer> talk <answer>8+4+3</answer>", 1),
+        ("</answer>8+4+3<answer>", 0),
         ("<answer>3+4+8</answer>\nDone.", 1),
         ("<answer>" * 50_000, 0),
     ],
 )
 def test_reward(response, score):
-    assert cd.reward(response, (3, 4, 8), 15, 0.1) == score
-    assert cd.reward(response, (3, 4, 8), 15) == (1 if score == 1 else 0)
+    assert cd.reward(response, (3, 4, 8), 15) == score
 
 
 # -------------------------------------------------------------------------------------------------------- world
@@ -183,8 +184,9 @@ def test_written_traces_are_right(toy):
         right = [word for word in words if word in cd.VALID]
         assert cd.reward(text, *problem) == len(right) == ("</answer>" in text)
         solved += len(right)
-        for place, value in world.numbers(prompt + response):
-            assert world.words[(prompt + response)[place]] == str(value)
+        words = world.decode(prompt + response).split(" ")[1:]
+        numbers = [(i, int(word)) for i, word in enumerate(words) if word.isdigit()]
+        assert cd.numbers_in(world, prompt + response) == numbers
         guess = world.decode(world.written(*problem, rng, checks=False)[1])
         assert "[" not in guess and guess.endswith("</answer> <eos>")
     assert 30 < solved < 270
@@ -196,7 +198,7 @@ def test_the_drill_counts_results_and_verdicts(toy):
     kinds = Counter()
     for problem in world.train:
         ids, counts = world.drill(*problem, rng)
-        words = world.decode(ids).split(" ")
+        words = world.decode(ids).split(" ")[1:]
         short = sum(word in cd.VALID[1:] for word in words)  # [ yes ] in place of [ this works ]
         assert len(ids) == len(counts) == 8 + 2 * 16 - short
         assert not any(counts[:8])
@@ -216,14 +218,16 @@ def test_the_drill_counts_results_and_verdicts(toy):
 def test_batches_hold_training_problems_only(toy):
     args, world, *_ = toy
     for step in 0, 3:
-        a, b = world.batch(step), world.batch(step)
+        a, b = world.batch(step, ENV), world.batch(step, ENV)
         assert all(torch.equal(a[k], b[k]) for k in a)
         for row in a["idx"].tolist():
             words = world.decode(row).split()
             numbers = words[words.index("use") + 1 :][:3]
             target = int(words[words.index("make") + 1])
             assert (tuple(sorted(map(int, numbers))), target) in {*world.train}
-    assert not torch.equal(world.batch(0)["idx"], world.batch(1)["idx"])
+    assert not torch.equal(world.batch(0, ENV)["idx"], world.batch(1, ENV)["idx"])
+    halves = [world.batch(0, common.Env(ENV.device, ENV.dtype, rank, 2)) for rank in (0, 1)]
+    assert sum(len(half["idx"]) for half in halves) == args.batch_size
 
 
 def test_collate_by_hand():
@@ -290,7 +294,7 @@ def rollouts(toy, permuted=False, **flags):
 
 
 def test_a_batch_of_rollouts(toy, monkeypatch):
-    monkeypatch.setattr(cd, "reward", lambda text, nums, target, format_reward: len(text) % 3 / 2)
+    monkeypatch.setattr(cd, "reward", lambda text, nums, target: len(text) % 3 / 2)
     args, world, model, batch, mean = rollouts(toy)
     assert len(batch["idx"]) == 24 == len(batch["advantage"])
     again = rollouts(toy)[3]
@@ -299,7 +303,7 @@ def test_a_batch_of_rollouts(toy, monkeypatch):
     assert torch.equal(batch["targets"], other["targets"])  # the same rollouts
     assert not torch.equal(batch["advantage"], other["advantage"])
     here = batch["targets"] != -100
-    scored = cd.scored(model, batch, args, ENV)
+    scored = cd.scored(model, batch, ENV)
     full = model(batch["idx"]).log_softmax(-1)
     expected = full.gather(2, batch["targets"].clamp(min=0)[..., None])[..., 0]
     assert torch.allclose(scored[here], expected[here], atol=1e-5) and (scored[~here] == 0).all()
@@ -312,7 +316,7 @@ def test_on_policy_gradient(toy):
     advantage = torch.randn(24)
     here = batch["targets"] != -100
     denom = here.sum()
-    for old in None, cd.scored(model, batch, args, ENV):
+    for old in None, cd.scored(model, batch, ENV):
         model.zero_grad()
         loss = cd.Objective(model, args)(
             batch["idx"], batch["targets"], advantage, old, None, denom
@@ -331,22 +335,24 @@ def test_on_policy_gradient(toy):
 def test_rows_without_advantage_are_dropped_and_still_counted(toy):
     args, world, model, batch, _ = rollouts(toy, minibatches=3)
     batch["advantage"] = torch.tensor([1.0, -1, 0, 0] * 6)
-    parts = cd.minibatches(batch, args, 5)
+    parts = [cd.minibatch(batch, args, 5, part) for part in range(3)]
     lengths = (batch["targets"] != -100).sum(1)
     assert sum(int(part["denom"]) for part in parts) == lengths.sum()
     assert sum(len(part["idx"]) for part in parts) == 12
     assert all((part["advantage"] != 0).all() for part in parts)
-    kept = cd.minibatches(batch, args_of(minibatches=3, beta=0.1), 5)
+    kept = [cd.minibatch(batch, args_of(minibatches=3, beta=0.1), 5, part) for part in range(3)]
+    rows = torch.cat([part["idx"] for part in kept]).tolist()
+    assert sorted(rows) == sorted(batch["idx"].tolist())  # each row in one part
     assert sum(len(part["idx"]) for part in kept) == 24
     batch["advantage"] *= 0
-    assert [len(part["idx"]) for part in cd.minibatches(batch, args, 5)] == [1, 1, 1]
+    assert [len(cd.minibatch(batch, args, 5, part)["idx"]) for part in range(3)] == [1, 1, 1]
 
 
 def test_beta_pulls_back_to_the_reference(toy):
     """With no advantage the loss is beta times the mean divergence, and its gradient isn't zero."""
     args, world, model, batch, _ = rollouts(toy, beta=0.5)
     here = batch["targets"] != -100
-    reference = cd.scored(model, batch, args, ENV) - 0.1
+    reference = cd.scored(model, batch, ENV) - 0.1
     objective = cd.Objective(model, args)
     loss = objective(batch["idx"], batch["targets"], torch.zeros(24), None, reference, here.sum())
     assert loss.item() == pytest.approx(0.5 * 0.1**2 / 2, rel=1e-3)
@@ -370,7 +376,7 @@ def test_traces_by_hand(toy):
     assert len(traces) == 2  # both verdicts, and true
     words = (prompt + " " + wrong + right).replace("\n", "newline").split()
     for trace in traces:
-        assert world.decode(trace.ids[-2:]) == "= 17"
+        assert world.decode(trace.ids[-2:]) == " = 17"
         assert world.decode(trace.ids[: trace.wrong + 1]).endswith("7 + 5 = 12")
     assert traces[0].seen == [6, words.index("not") + 1] and len(traces[1].seen) == 4
 
@@ -393,14 +399,14 @@ def test_attention_to_the_target_by_hand(toy):
 
 def test_halves_share_no_problem(toy):
     args, world, model, _ = toy
-    a, b = cd.halves(model, world, args, random.Random(0))
+    a, b = cd.halves(model, world, args, ENV, random.Random(0))
     assert not {trace.problem for trace in a} & {trace.problem for trace in b}
     for half in a, b:
         assert 3 <= len(half) <= args.samples
         assert half == sorted(half, key=lambda trace: len(trace.ids))
 
 
-def test_heads_off_together_equal_one_prefix_and_one_set_at_a_time(toy):
+def test_heads_off_equal_one_prefix_at_a_time_in_full(toy):
     args, world, model, traces = toy
     traces = traces[:20]
     neurons = [(1, 3), (3, 5)]
@@ -415,36 +421,34 @@ def test_heads_off_together_equal_one_prefix_and_one_set_at_a_time(toy):
                         sites = [f"blocks.{layer}.mlp.act" for layer, _ in neurons]
                         acts = model.capture(torch.tensor([ids]), ["final", *sites])
                     token = model.unembed(acts["final"])[0, -1].argmax().item()
-                    said[side].append(cd.kind_of(token, world))
+                    said[side].append(token)
                     if side == "right":
                         glu += [acts[f"blocks.{l}.mlp.act"][0, -1, i].item() for l, i in neurons]
             assert row["glu"] == pytest.approx(np.mean(glu), abs=1e-5)
-            for kind in cd.KINDS:
-                assert row[kind] == pytest.approx(np.mean([k == kind for k in said["right"]]))
-            false = np.mean([k == "says_valid" for k in said["wrong"]])
-            assert row["false_accepts"] == pytest.approx(false)
-            assert sum(row[kind] for kind in cd.KINDS) == pytest.approx(1)
+            assert row["says_valid"] == np.mean([token in world.valid for token in said["right"]])
+            assert row["false_accepts"] == np.mean([t in world.valid for t in said["wrong"]])
+            goes_on = [cd.searches_on(token, world) for token in said["right"]]
+            assert row["searches_on"] == np.mean(goes_on)
 
 
 @pytest.mark.parametrize(
     "change", [{}, {"windows": [3, 0, 5], "rope_base_local": 50.0}, {"learned_pos": True}]
 )
-def test_from_block_goes_on_where_a_pass_was(change):
+def test_a_pass_goes_on_from_a_block(change):
     model = GPT(GPTConfig(20, 32, 3, 2, 16, **change))
     idx = torch.randint(20, (2, 11))
-    acts = model.capture(idx, ["embed", "blocks.0.resid_post", "final"])
-    for first, site in (0, "embed"), (1, "blocks.0.resid_post"):
-        assert torch.allclose(cd.from_block(model, first, acts[site]), acts["final"], atol=1e-5)
+    inputs = [f"blocks.{layer}.resid_pre" for layer in range(3)]
+    acts = model.capture(idx, [*inputs, "final"])
+    for first, site in enumerate(inputs):
+        assert torch.equal(model.hidden(idx, first=first, x=acts[site]), acts["final"])
 
 
-def test_kinds(toy):
+def test_what_searches_on(toy):
     _, world, *_ = toy
-    for word in cd.VALID:
-        assert cd.kind_of(world.id[word], world) == "says_valid"
     for word in *cd.INVALID, "7", "=", "\n", "[", "]":
-        assert cd.kind_of(world.id[word], world) == "searches_on"
-    for word in "works", "<eos>", "</think>", "make":
-        assert cd.kind_of(world.id[word], world) == "unknown"
+        assert cd.searches_on(world.id[word], world)
+    for word in *cd.VALID, "works", "<eos>", "</think>", "make":
+        assert not cd.searches_on(world.id[word], world)
 
 
 def test_random_heads_are_of_the_same_layers_and_outside():
@@ -462,22 +466,20 @@ def test_probe_and_lens_of_what_was_put_there(toy):
     _, world, model, _ = toy
     gen = torch.Generator().manual_seed(0)
     y = torch.arange(200) % 2 == 0
-    x = torch.randn(2, 200, 8, generator=gen)
+    x = torch.randn(3, 200, 8, generator=gen)
     x[1, :, 3] += torch.where(y, 3.0, -3.0)
-    accuracy = cd.probe_accuracy(x[:, :100], y[:100], x[:, 100:], y[100:])
-    assert accuracy[1] > 0.97 and accuracy[0] < 0.7
+    found = cd.probe_accuracy(x[:, :100], y[:100], x[:, 100:], y[100:])
+    assert found["inner"] == found["layers"][1] > 0.97
+    assert found["embedding"] == found["layers"][0] < 0.7 > found["layers"][2]
     model = copy.deepcopy(model)
     direction = torch.randn(32, generator=gen)
     with torch.no_grad():
         model.head.weight[world.valid] += direction
         model.head.weight[world.invalid] -= direction
-    assert cd.verdict_words(model, world, direction[None]).item() == 1
-    assert cd.verdict_words(model, world, -direction[None]).item() == 0
-    other = cd.reads_as(model, model.head.weight[[5]] - model.head.weight[[6]], 1)
-    assert other.item() == 5
-    down = model.blocks[3].mlp.down.weight.detach()
-    directions = torch.stack([down[:, 11]] * 5)
-    assert (3, 11) in cd.nearest_neurons(model, directions, 1)
+    reads, success, failure = cd.verdict_words(model, world, direction[None])
+    assert reads.item() == 1
+    assert {*success[0].tolist()} == {*world.valid} and {*failure[0].tolist()} == {*world.invalid}
+    assert cd.verdict_words(model, world, -direction[None])[0].item() == 0
 
 
 # ------------------------------------------------------------------------------------------------- a real model
@@ -514,7 +516,7 @@ def test_a_real_model_is_taken_apart_on_its_own_text(folder, problems, tmp_path,
     def write(model, prompts, *given, **options):
         texts = []
         for prompt in prompts:
-            target = re.search(r"equals (\d+)", tok.decode(prompt))[1]
+            target = re.search(r"Make (\d+)", tok.decode(prompt))[1]
             text = f"\n- 4 + 2 = 6 (not {target})\n- 3 + 4 = 7 = {target} (this works)\n"
             texts.append(tok.encode(text))
         return texts
@@ -534,11 +536,11 @@ def test_a_real_model_is_trained(folder, problems, tmp_path, monkeypatch):
     monkeypatch.setattr(cd, "dissect", nothing)
     monkeypatch.setattr(cd, "judge", nothing)
     monkeypatch.setattr(cd, "draw", nothing)
-    flags = "--arms grpo --beta .01 --minibatches 2 --format-reward .1 --micro-batch 2 --rl-lr .1"
+    flags = "--beta .01 --minibatches 2 --micro-batch 2 --rl-lr .1"
     result = real(folder, problems, tmp_path, flags)
     assert set(result["metrics"]) == {"grpo", "dissect"}
     weights = common.load_checkpoint(tmp_path / "grpo-s0.pt")["model"]
-    assert "blocks.2.mlp.down.weight" in weights
+    assert "policy.blocks.2.mlp.down.weight" in weights
 
 
 def nothing(*given):
@@ -551,7 +553,7 @@ def test_numbers_of_digits_and_traces_in_the_papers_form(folder, problems):
     args = cd.Args(model="x", dataset=f"file:{problems}")
     world = cd.Real(args, load(str(folder))[1], 0)
     encode = world.tok.encode
-    assert [v for _, v in world.numbers(encode("162 + 62 - 620"))] == [162, 62, 620]
+    assert [v for _, v in cd.numbers_in(world, encode("162 + 62 - 620"))] == [162, 62, 620]
     text = "- 40 - 7 - 9 = 33 - 9 = 24 (not 42)\n- 40 - 7 + 9 = 33 + 9 = 42 (this works)\n"
     prompt = world.prompt((7, 9, 40), 42, random.Random(0))
     (trace,) = cd.find_traces(world, [(((7, 9, 40), 42), prompt, encode(text))], random.Random(0))
@@ -587,7 +589,7 @@ def test_smoke(smoke):
 def test_resume_of_grpo_is_exact(dies, tmp_path, monkeypatch):
     monkeypatch.setattr(cd, "reward", lambda *given: float(len(given[0]) % 2))  # that differ
     flags = dict(minibatches=2, rl_steps=6, save_every=3, rl_lr=0.01, beta=0.1, eval_every=9)
-    drawn, calls = cd.draw_batch, []
+    taken, calls = cd.minibatch, []
 
     def interrupted(*given):
         calls.append(0)
@@ -595,49 +597,47 @@ def test_resume_of_grpo_is_exact(dies, tmp_path, monkeypatch):
             raise MemoryError
         if len(calls) == 5:
             signal.raise_signal(signal.SIGTERM)
-        return drawn(*given)
+        return taken(*given)
 
     def run(name):
-        (tmp_path / name).mkdir(exist_ok=True)
         args = args_of(resume=True, out=str(tmp_path / name), problems=2, **flags)
-        world = cd.Toy(args, 0)
-        policy = cd.ToyGPT(args, world, 0)
-        before = policy.head.weight.clone()
+        (tmp_path / name).mkdir(exist_ok=True)
+        cd.imitate(args, ENV, common.Log(args, ENV, "imitate-s0"), "imitate", 0)
         log = common.Log(args, ENV, "grpo-s0")
-        cd.grpo(policy, world, args, ENV, log)
-        assert not torch.equal(before, policy.head.weight)
+        found = cd.reinforce(args, ENV, log, "grpo", 0)
         rows = common.read_log(log.path)
         for row in rows:
-            del row["seconds"], row["tokens_per_s"]
-        return policy.state_dict(), rows
+            row.pop("seconds", None), row.pop("tokens_per_s", None)
+        return common.load_checkpoint(tmp_path / name / "grpo-s0.pt")["model"], rows, found
 
     whole = run("whole")
-    monkeypatch.setattr(cd, "draw_batch", interrupted)
+    monkeypatch.setattr(cd, "minibatch", interrupted)
     with pytest.raises((SystemExit, MemoryError)):
         run("halves")
-    monkeypatch.setattr(cd, "draw_batch", drawn)
+    monkeypatch.setattr(cd, "minibatch", taken)
+    # of twelve updates, two on a batch: both times in the middle of one
     path = tmp_path / "halves" / "grpo-s0.pt"
     assert common.load_checkpoint(path)["step"] == (5 if dies == "at a signal" else 3)
     halves = run("halves")
-    assert all(torch.equal(a, halves[0][key]) for key, a in whole[0].items())
-    assert whole[1] == halves[1]
+    weights = [key for key in whole[0] if key.startswith("policy.")]
+    start = common.load_checkpoint(tmp_path / "whole" / "imitate-s0.pt")["model"]
+    assert not torch.equal(start["head.weight"], whole[0]["policy.head.weight"])
+    assert all(torch.equal(whole[0][key], halves[0][key]) for key in weights)
+    assert whole[1:] == halves[1:]
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--arms rl", "allowed: grpo permuted"),
-        ("--arms permuted", "lacks grpo"),
         ("--group 1", "2 and more"),
         ("--minibatches 0", "1 and more"),
         ("--minibatches 999", "more than the rollouts"),
         ("--nums 1", "allowed: 2"),
         ("--nums 2 --num-max 1", "too few problems"),
         ("--cap 0", "--cap 0"),
-        ("--dataset file:x.jsonl", "--dataset has no effect without --model"),
-        ("--model /nowhere", "--dataset"),
+        ("--dataset file:x.jsonl", "--model and --dataset"),
+        ("--model /nowhere", "--model and --dataset"),
         ("--model /nowhere --dataset file:x.jsonl", "no model"),
-        ("--model /nowhere --dataset file:x.jsonl --n-embd 64", "--n-embd has no effect with"),
     ],
 )
 def test_bad_flags(flags, message, tmp_path, capsys):

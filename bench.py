@@ -741,7 +741,7 @@ def clip(device):
         rows += row("CLIP, training step of 16 pairs", step, peer, device, close)
     if installed("diffusers"):
         rows += vae_rows(lc, device)
-    models = [lc.VAE(lc.VAEConfig()), lc.Flow(), lc.CLIP(lc.TOY), lc.CLIP(lc.PIXEL)]
+    models = [lc.VAE(), lc.Flow(), lc.CLIP(lc.TOY), lc.CLIP(lc.PIXEL)]
     for model in models:
         model.to(device).requires_grad_(False)
     clips = {"latent": models[2], "pixel": models[3]}
@@ -759,7 +759,7 @@ def vae_rows(lc, device):
     from diffusers import AutoencoderKL
 
     widths = 32, 64, 128, 128
-    vae = lc.VAE(lc.VAEConfig(widths, 2, 32)).to(device).requires_grad_(False)
+    vae = lc.VAE(widths, 2, 32).to(device).requires_grad_(False)
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4}
     kinds |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4}
     theirs = AutoencoderKL(block_out_channels=widths, layers_per_block=2, **kinds)

@@ -462,8 +462,8 @@ def test_guidance_by_hand():
     found = lc.guard(lab, lc.Args(), torch.zeros(6, 4, 8, 8))
     image = torch.tensor([0.6, 0.8])
     rewards = [(image * toward).sum().item() for toward in lab.towards]
-    assert rewards == pytest.approx([0.6 - 0.8, 0.6 - 1.0, 0.6])
-    assert list(found) == ["first noise", "not red", "not blue", "prompt alone"]
+    assert rewards == pytest.approx([0.6 - 0.8, 0.6 - 1.0, 0.6, 0.6 - 0.8])
+    assert list(found) == ["first noise", *(name for name, _, _ in lc.GUIDES)]
 
 
 def test_sigma_of_turbo():

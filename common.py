@@ -689,7 +689,8 @@ class Run:
         result |= {"flags": asdict(args), "claims": self.claims, "metrics": found}
         text = json.dumps(result, indent=1, default=plain)
         write_text(self.out / "result.json", text + "\n")
-        table([["claim", "paper", "measured", "control", "holds"], *map(cells, self.claims)])
+        if self.claims:
+            table([["claim", "paper", "measured", "control", "holds"], *map(cells, self.claims)])
         print(f"{self.out}/result.json, figures beside it; {seconds:.0f} s")
         if args.strict and not all(c["holds"] and c["control_fails"] for c in self.claims):
             raise SystemExit(1)

@@ -23,11 +23,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import countdown_rl as rl
+import crosscoder as cross
 import data
 import grammar_mask as gm
+import latent_clip as lc
 import model as gpt
 import pretrained
+import sae as sparse
+from lzw_tokenizer import LZW
 from model import GPT, GPTConfig
+from train_hapax import repeated
 
 TABLE = []  # the rows of all sections
 close = partial(torch.allclose, atol=1e-4, rtol=1e-3)  # equal but for rounding
@@ -44,10 +50,7 @@ def seconds(f, repeat=1):
 
 
 def compare(what, ours, peers, same=None):
-    """Times `ours` and every peer {name: function of no arguments} in turns: a row for each peer.
-
-    same  same(our result, the peer's) -> bool, or None where there is nothing to compare
-    """
+    """A row for each peer {name: function}, where `same` finds its result equal to ours."""
     contenders = {"ours": ours} | peers
     results = {name: f() for name, f in contenders.items()}
     for name in peers:
@@ -79,7 +82,7 @@ def installed(package):
     """Whether a package can be imported; says so if it can't."""
     try:
         __import__(package)
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another torch
+    except ImportError as error:
         print(f"{package} is left out: {error}")
         return False
     return True
@@ -107,14 +110,12 @@ def stable_argsort(x):
 
 def mask(device):
     """The mask of Hapax on one thread, against a Python set and a stable argsort."""
-    import train_hapax
-
     torch.set_num_threads(1)
     text = "".join(data.load_text())
     ids = np.array(data.get_tokenizer("bpe:4096", text).encode(text))
     x = data.windows(ids, np.random.default_rng(0), 64, 2049)
     peers = {"Python set": partial(set_of_pairs, x), "stable argsort": partial(stable_argsort, x)}
-    compare("mask, 64 x 2048", partial(train_hapax.repeated, x), peers, np.array_equal)
+    compare("mask, 64 x 2048", partial(repeated, x), peers, np.array_equal)
 
 
 class PlainBlock(nn.Module):
@@ -161,20 +162,15 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
 
-def training_step(model, idx, env):
-    """A function that does one step (forward, loss, backward, clip, AdamW) and returns the loss."""
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step():
-        with env.autocast():
-            loss = model(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+def training_step(model, opt, idx, env):
+    """Forward, loss, backward, clip, AdamW; returns the loss."""
+    with env.autocast():
+        loss = model(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    return loss.detach()
 
 
 def train(device):
@@ -184,14 +180,16 @@ def train(device):
     for dtype in torch.float32, torch.bfloat16:
         for how in "eager", "compiled":
             torch.manual_seed(0)
-            ours, plain = GPT(c).to(device), PlainGPT(c).to(device)
-            plain.load_state_dict(ours.state_dict())
-            if how == "compiled":
-                for block in [*ours.blocks, *plain.blocks]:
-                    block.compile()
-            env = common.Env(device, dtype)
-            peer = {"plain GPT": training_step(plain, idx, env)}
-            compare(f"train, {str(dtype)[6:]}, {how}", training_step(ours, idx, env), peer, close)
+            models = [GPT(c).to(device), PlainGPT(c).to(device)]
+            models[1].load_state_dict(models[0].state_dict())
+            steps = []
+            for model in models:
+                if how == "compiled":
+                    for block in model.blocks:
+                        block.compile()
+                opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+                steps.append(partial(training_step, model, opt, idx, common.Env(device, dtype)))
+            compare(f"train, {str(dtype)[6:]}, {how}", steps[0], {"plain GPT": steps[1]}, close)
 
 
 def generate(device):
@@ -252,10 +250,7 @@ def with_nnsight(model, idx, z):
 
 
 def patching(device):
-    """The last position patched at every layer of 12 x 384, 2 prompts of 100 tokens, in one pass.
-
-    The first peer is the loop that hook libraries run, without their own overhead.
-    """
+    """The last position patched at every layer of 12 x 384, 2 prompts of 100 tokens."""
     torch.manual_seed(0)
     c = GPTConfig(vocab_size=4096, block_size=128, n_layer=12, n_head=6, n_embd=384)
     model = GPT(c).to(device).eval()
@@ -273,8 +268,6 @@ def lzw(device):
     """The LZW tokenizer of zip2zip on one thread, against the paper's own package in Rust."""
     from zip2zip_compression import LZWCompressor
 
-    from lzw_tokenizer import LZW
-
     text = "".join(data.load_text())[:200_000]
     ids = data.get_tokenizer("bpe:4096", text).encode(text)[:40_000]
     parts = [ids[i : i + 1024] for i in range(0, len(ids), 1024)]
@@ -285,71 +278,53 @@ def lzw(device):
 
 
 def grpo(device):
-    """The toy of countdown_rl.py: rollouts, a step of GRPO, and heads switched off."""
-    import countdown_rl as script
-
-    args = script.Args(**script.Args.presets["toy"])
-    world = script.Toy(args, 0)
-    model = script.ToyGPT(args, world, 0).to(device)
+    """The toy of countdown_rl.py: heads switched off, rollouts, and a step of GRPO."""
+    args = rl.Args(**rl.Args.presets["toy"])
+    world = rl.Toy(args, 0)
+    model = rl.ToyGPT(args, world, 0).to(device)
     rng = random.Random(0)
     problems = world.train[:: len(world.train) // args.prompts][: args.prompts]
     prompts = [world.prompt(*problem, rng) for problem in problems]
-    size = f"{len(prompts)} x {args.group}"
-    if installed("transformers"):
-        peer = llama_copy(model)
-        idx = torch.tensor(prompts, device=device)
-        if not close(peer(idx).logits, model(idx)):
-            raise AssertionError("the copy as transformers' Llama has other logits")
-        options = {"max_new_tokens": world.max_new, "num_return_sequences": args.group}
-        options |= {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
-        options["attention_mask"] = torch.ones_like(idx)
-        peers = {"transformers": partial(peer.generate, idx, **options)}
-        ours = partial(gpt.generate, model, prompts, world.max_new, samples=args.group)
-        compare(f"rollouts, {size} x {world.max_new}", ours, peers)
-    if installed("transformers") and installed("trl"):
-        ours = partial(grpo_step, script, args, world, model, prompts, device)
-        theirs = trl_step(args, world, prompts, peer, device)
-        compare(f"GRPO step, {size} x {world.max_new}", ours, {"trl": theirs})
     traces = [(p, *world.written(*p, rng)) for p in world.train[::4]]
-    traces = script.find_traces(world, traces, rng)
+    traces = rl.find_traces(world, traces, rng)
+    traces.sort(key=lambda trace: len(trace.ids))  # so that four of about a length are padded
     prefixes = [trace.ids for trace in traces] + [t.ids[: t.wrong + 1] for t in traces]
     heads = [[(layer, head)] for layer in range(args.n_layer) for head in range(args.n_head)]
 
     @torch.no_grad()
     def ours():
-        found = script.switch_off(model, world, traces, [(args.n_layer - 1, 0)], heads)
+        neurons = [(args.n_layer - 1, 0)]
+        found = rl.switch_off(model, world, traces, neurons, heads)
         return np.array([(each["says_valid"], each["false_accepts"]) for each in found])
 
     peers = {"one set at a time": partial(heads_one_by_one, model, world.valid, prefixes, heads)}
     compare(f"heads off, {len(heads)} x {len(prefixes)}", ours, peers, np.allclose)
-
-
-def llama_copy(model):
-    """A Llama-shaped GPT as transformers' Llama, with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    c = model.config
-    shape = {theirs: getattr(c, ours) for ours, theirs in pretrained.SIZES["llama"].items()}
-    shape |= {"hidden_act": c.act, "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie}
-    state = {}
-    for name, p in model.named_parameters():
-        names = pretrained.names_of(pretrained.NAMES["llama"], name)
-        rows = pretrained.rows_of(c, p, len(names))
-        state |= dict(zip(names, p.detach().split(rows)))
-    peer = LlamaForCausalLM(LlamaConfig(**shape, rope_theta=c.rope_base))
-    peer.load_state_dict(state)
-    return peer.to(p.device).eval()
+    names = pretrained.SIZES["llama"].items()
+    shape = {theirs: getattr(model.config, ours) for ours, theirs in names}
+    peer = LlamaForCausalLM(LlamaConfig(**shape)).to(device).eval()  # answers are random anyway
+    idx = torch.tensor(prompts, device=device)
+    options = {"max_new_tokens": world.max_new, "num_return_sequences": args.group}
+    options |= {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(idx)
+    peers = {"transformers": partial(peer.generate, idx, **options)}
+    ours = partial(gpt.generate, model, prompts, world.max_new, samples=args.group)
+    size = f"{len(prompts)} x {args.group} x {world.max_new}"
+    compare(f"rollouts, {size}", ours, peers)
+    ours = partial(grpo_step, args, world, model, prompts, device)
+    compare(f"GRPO step, {size}", ours, {"trl": trl_step(args, world, prompts, peer, device)})
 
 
-def grpo_step(script, args, world, model, prompts, device):
+def grpo_step(args, world, model, prompts, device):
     """Rollouts, random rewards, and an update."""
     opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     responses = gpt.generate(model, prompts, world.max_new, stop=world.stops, samples=args.group)
     documents = [prompt for prompt in prompts for _ in range(args.group)]
-    batch = script.collate([script.counted(*both) for both in zip(documents, responses)])
-    batch["advantage"] = script.advantages(torch.rand(len(responses)), args.group)
-    part = script.minibatch(batch, args, 0, 0)
-    common.backward(script.Objective(model, args), part, args, common.Env(device, torch.float32))
+    batch = rl.collate([rl.counted(*both) for both in zip(documents, responses)])
+    batch["advantage"] = rl.advantages(torch.rand(len(responses)), args.group)
+    part = rl.minibatch(batch, args, 0, 0)
+    common.backward(rl.Objective(model, args), part, args, common.Env(device, torch.float32))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     opt.step()
     opt.zero_grad()
@@ -372,13 +347,10 @@ def trl_step(args, world, prompts, peer, device):
     options |= dict(per_device_train_batch_size=args.group * len(prompts), disable_tqdm=True)
     options |= dict(num_generations=args.group, max_completion_length=world.max_new)
     options |= dict(save_strategy="no", logging_strategy="no", use_cpu=device.type == "cpu")
-
-    def noise(completions, **_):
-        return [random.random() for _ in completions]
-
     config = GRPOConfig(output_dir=tempfile.mkdtemp(), **options)
     parts = {"args": config, "train_dataset": texts, "processing_class": tokenizer}
-    trainer = GRPOTrainer(peer, reward_funcs=noise, **parts)
+    parts["reward_funcs"] = lambda prompts, **_: torch.rand(len(prompts)).tolist()
+    trainer = GRPOTrainer(peer, **parts)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer.train
 
@@ -451,10 +423,8 @@ def integrated_gradients(sae, sentences, w):
 
 def sae(device):
     """A TopK step (256 wide, 4096 latents, k 32, 2048 rows); attribution in closed form."""
-    from sae import SAE, attribution
-
     torch.manual_seed(0)
-    code = SAE(256, 4096, 32).to(device)
+    code = sparse.SAE(256, 4096, 32).to(device)
     x = torch.randn(2048, 256, device=device)
     x /= x.square().sum(1).mean().sqrt()
     peers = {"dense": partial(gradient, code, dense_loss, code, x)}
@@ -464,14 +434,13 @@ def sae(device):
     code.requires_grad_(False)
     w = torch.randn(256, device=device)
     peers = {"integrated": partial(integrated_gradients, code, x.view(64, 32, 256), w)}
-    D, sums = code.decoder(), partial(close, atol=1e-3)  # of thousands of terms
-    compare("sae: attribution", lambda: attribution(code.encode(x), None, D, w), peers, sums)
+    D, sums = code.decoder(), partial(close, atol=1e-3)  # sums of thousands of terms
+    ours = partial(sparse.attribution, y=None, D=D, w=w)
+    compare("sae: attribution", lambda: ours(code.encode(x)), peers, sums)
 
 
 def released_attribution(base, ft, code, layer, idx, targets):
     """What the released code does: every position encoded, gradients of the whole network."""
-    from crosscoder import FT, attribution, log_p
-
     site, kept = f"blocks.{layer}.resid_post", []
     with torch.no_grad():
         h_base = base.capture(idx, [site])[site]
@@ -479,51 +448,34 @@ def released_attribution(base, ft, code, layer, idx, targets):
     with ft.patch({site: kept.append}):
         logits = ft(idx)
     kept[0].retain_grad()
-    log_p(logits[:, -1], targets).sum().backward()
+    cross.log_p(logits[:, -1], targets).sum().backward()
     ft.zero_grad()
     ft.requires_grad_(False)
     with torch.no_grad():
         f = code.encode(torch.cat((h_base, kept[0]), 2))
-        return attribution(f, code.decoder(FT), kept[0].grad)[:, -1]
+        return cross.attribution(f, code.decoder(cross.FT), kept[0].grad)[:, -1]
 
 
 def crosscoder(device):
     """Attribution on 64 prompts of 128 tokens, 4 blocks of 64, 1,024 latents; a training step."""
-    from crosscoder import attribute
-    from sae import SAE
-
     torch.manual_seed(0)
-    shape = dict(norm="rms", gated=True, act="silu", d_mlp=128)
-    config = GPTConfig(64, 160, 4, 4, 64, **shape)
+    config = GPTConfig(64, 160, 4, 4, 64, norm="rms", gated=True, act="silu", d_mlp=128)
     models = [GPT(config).to(device).eval().requires_grad_(False) for _ in range(2)]
-    code = SAE(64, 1024, 16, streams=2, batch=True).to(device)
+    code = sparse.SAE(64, 1024, 16, streams=2, batch=True).to(device)
     code.threshold.fill_(0.5)
-    prompts, wait = torch.randint(64, (64, 128)).tolist(), [3, 4]
-    idx = torch.tensor(prompts, device=device)
-    found = partial(torch.no_grad()(attribute), models, code, 2, prompts, wait)
+    idx, wait = torch.randint(64, (64, 128), device=device), [3, 4]
+    ours = partial(torch.no_grad()(cross.attribute), models, code, 2, idx.tolist(), wait)
     peers = {"released": partial(released_attribution, *models, code, 2, idx, wait)}
-    compare("crosscoder: attribution", lambda: found()[0], peers, close)
+    compare("crosscoder: attribution", lambda: ours()[0], peers, close)
     x = torch.randn(2048, 128, device=device)
     peers = {"dense": partial(gradient, code, dense_loss, code, x)}
     compare("crosscoder: step", partial(gradient, code, sparse_loss, code, x), peers, close)
 
 
-def open_clip_models():
-    """open_clip's module of models, which wants torchvision; None if it can't be imported."""
-    if not installed("open_clip"):
-        return None
-    import open_clip.model
-
-    return open_clip.model
-
-
 def clip(device):
     """The contrastive loss of 16 pairs and its gradient, beside open_clip of the same weights."""
-    import latent_clip as lc
+    from open_clip import model as models
 
-    models = open_clip_models()
-    if models is None:
-        return
     torch.manual_seed(0)
     sizes = dict(side=64, patch=8, width=384, layers=4, head=64, embed=256, vocab=49408, context=77)
     clip = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_layers=4)).to(device)
@@ -598,8 +550,6 @@ class LLGuidance:
         from llguidance import LLMatcher, numpy
 
         self.matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(lark))
-        if self.matcher.is_error():
-            raise ValueError(self.matcher.get_error())
         self.bits = numpy.allocate_token_bitmask(1, tokenizer.vocab_size)[0]
         self.fill, self.advance = numpy.fill_next_token_bitmask, self.matcher.consume_token
 
@@ -628,8 +578,7 @@ def mask_engines(grammar, lark, enc, vocab):
     if installed("llguidance"):
         from llguidance.tiktoken import lltokenizer_from_encoding
 
-        tokenizer = lltokenizer_from_encoding(enc)
-        engines["llguidance"] = partial(LLGuidance, lark, tokenizer)
+        engines["llguidance"] = partial(LLGuidance, lark, lltokenizer_from_encoding(enc))
     if installed("xgrammar"):
         import xgrammar
 
@@ -693,10 +642,7 @@ def compare_masks(what, engines, warm, streams):
 
 
 def masks(device):
-    """Token masks on the same streams, ms for 1,000 tokens. All masks are compared, bit by bit.
-
-    JSON over cl100k on unseen documents, after 20 others; Lisp over o200k from the first mask on.
-    """
+    """Token masks on the same streams, ms for 1,000 tokens; all masks are compared, bit by bit."""
     import tiktoken
 
     torch.set_num_threads(1)
@@ -707,7 +653,7 @@ def masks(device):
         document = json.dumps(json_value(rng), ensure_ascii=i % 2 == 0, indent=i % 3 or None)
         documents.append(document)
     for what, grammar, lark, texts, name, warm in (
-        ("masks, JSON", gm.JSON, JSON_LARK, documents, "cl100k_base", 20),
+        ("masks, JSON", gm.JSON, JSON_LARK, documents, "cl100k_base", 20),  # after 20 others
         ("masks, Lisp, cold", LISP, LISP_LARK, LISP_TEXTS, "o200k_base", 0),
     ):
         enc = tiktoken.get_encoding(name)
@@ -743,7 +689,7 @@ def main(argv=None):
         try:
             sections[name](device)
         except (ImportError, OSError) as error:  # OSError: tiktoken without a network
-            print(f"{name} is left out: {error}")
+            print(f"{name}: {error}; what needs it is left out")
     common.write_text(args.out, json.dumps(TABLE, indent=1) + "\n")
 
 

@@ -34,8 +34,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------ flags
-
 
 def default_list(*items):
     """The default of a flag that is a list: a copy of its own for every `Args`."""
@@ -95,15 +93,10 @@ def parse(Args, argv=None):
     """
     module = sys.modules[Args.__module__]
     name = Path(module.__file__).stem
-    about = module.__doc__.split("\n\n")[0]
-    usage = f"python {name}.py [flags]"
-    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"python {name}.py", "%(prog)s [flags]", allow_abbrev=False)
+    parser.description = module.__doc__.split("\n\n")[0]
     parser.formatter_class = partial(argparse.HelpFormatter, max_help_position=28, width=100)
-
-    def error(message):
-        fail(f"{message} (python {name}.py --help lists the flags)")
-
-    parser.error = error
+    parser.error = fail
     defaults = Args(**Args.presets[Args.preset])
     kinds = get_type_hints(Args) | {"preset": Literal[tuple(Args.presets)]}
     left = {f.name for f in fields(Args)} - Args.unused
@@ -131,12 +124,8 @@ def dashed(flag):
 
 def comments(cls):
     """{field: the comment behind it} of a dataclass, from its source."""
-    found = {}
-    for line in inspect.getsource(cls).splitlines() if is_dataclass(cls) else []:
-        match = re.match(r"    (\w+): .*?  # (.*)", line)
-        if match:
-            found[match[1]] = match[2]
-    return found
+    source = inspect.getsource(cls) if is_dataclass(cls) else ""
+    return dict(re.findall(r"(?m)^    (\w+): .*?  # (.*)", source))
 
 
 def flag_options(kind, default, text):
@@ -209,9 +198,6 @@ def cli(main):
         raise SystemExit(1) from None
 
 
-# ----------------------------------------------------------------------------------------- set-up
-
-
 @dataclass
 class Env:
     """Where a run computes, the `dtype` of its matrix products, its place under torchrun."""
@@ -269,9 +255,6 @@ def job_count(args, env):
     """--jobs; 1 where runs would share a device, the ranks, or the memory of a real model."""
     alone = env.device.type != "cpu" or env.world > 1 or getattr(args, "model", "")
     return 1 if alone else args.jobs
-
-
-# --------------------------------------------------------------------------------------- training
 
 
 def learning_rate(step, args):
@@ -480,9 +463,6 @@ def side_by_side(function, tasks, jobs):
                 process.terminate()
 
 
-# ------------------------------------------------------------------------------------ checkpoints
-
-
 def shaping_flags(args):
     """The flags that a checkpoint depends on: all but those that may change under --resume."""
     return {flag: value for flag, value in vars(args).items() if flag not in args.may_change}
@@ -501,31 +481,29 @@ def check_flags(saved, args, path):
 def begin(path, log, model, opt, args, env):
     """The counts {step, seconds, tokens} to start from: under --resume those of a checkpoint.
 
-    The log is cut back to them; without --resume, the checkpoint of an earlier run goes.
+    Its weights and optimizer state are put in place, and the log is cut back to its step. Without
+    --resume the checkpoint of an earlier run goes.
     """
     state = {"step": 0, "seconds": 0.0, "tokens": 0}
     if args.resume and path.exists():
         with bad_input():
-            state = restore(path, model, opt, args)
+            saved = load_checkpoint(path)
+            needed = {"model", "optimizer", "flags", "step"}
+            if not isinstance(saved, dict) or not needed <= set(saved):
+                raise ValueError(f"{path} is no checkpoint of this program: run without --resume")
+            check_flags(saved["flags"], args, path)
+            state = {key: saved[key] for key in state}
+            if state["step"] > args.steps:
+                gone = f"{path} has gone {state['step']} steps already"
+                raise ValueError(f"{gone}, --steps is {args.steps}")
+            try:
+                weights_of(model, opt, put=saved)
+            except RuntimeError as error:  # names and shapes, a line each
+                raise ValueError(f"{path} is of another model: {error}") from None
     elif env.rank == 0:
         path.unlink(missing_ok=True)  # not to be resumed by mistake
     log.rewind(state["step"])
     return state
-
-
-def restore(path, model, opt, args):
-    """Puts a checkpoint in place; returns its counts. ValueError if it is not of this run."""
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or not {"model", "optimizer", "flags", "step"} <= set(state):
-        raise ValueError(f"{path} is no checkpoint of this program: run without --resume")
-    check_flags(state["flags"], args, path)
-    if state["step"] > args.steps:
-        raise ValueError(f"{path} has gone {state['step']} steps already, --steps is {args.steps}")
-    try:
-        weights_of(model, opt, put=state)
-    except RuntimeError as error:  # names and shapes, a line each
-        raise ValueError(f"{path} is of another model: {error}") from None
-    return {key: state[key] for key in ("step", "seconds", "tokens")}
 
 
 def weights_of(model, opt, put=None):
@@ -571,9 +549,6 @@ def load_checkpoint(path):
     except Exception:  # zip, pickle and torch each have their own
         what = "is damaged or cut short, or needs unpickling, which is refused"
         raise ValueError(f"checkpoint {path} {what}: delete it") from None
-
-
-# ------------------------------------------------------------------------------ logs, claims, run
 
 
 class Log:
@@ -714,7 +689,8 @@ class Run:
         result |= {"flags": asdict(args), "claims": self.claims, "metrics": found}
         text = json.dumps(result, indent=1, default=plain)
         write_text(self.out / "result.json", text + "\n")
-        table([["claim", "paper", "measured", "control", "holds"], *map(cells, self.claims)])
+        if self.claims:
+            table([["claim", "paper", "measured", "control", "holds"], *map(cells, self.claims)])
         print(f"{self.out}/result.json, figures beside it; {seconds:.0f} s")
         if args.strict and not all(c["holds"] and c["control_fails"] for c in self.claims):
             raise SystemExit(1)
@@ -767,9 +743,6 @@ def table(rows, widths=(42, 22, 26, 28, 13)):
         for line in zip_longest(*columns, fillvalue=""):
             print("  ".join(part.ljust(width) for part, width in zip(line, widths)).rstrip())
         print("-" * (sum(widths) + 2 * len(widths) - 2))
-
-
-# ------------------------------------------------------------------------------ measures, figures
 
 
 def interval(values, draws=2000):
@@ -842,7 +815,7 @@ def figure(path, rows=1, cols=1, size=(5, 3.4)):
     with plt.rc_context(spines | {"legend.frameon": False, "font.size": 9}):
         size = size[0] * cols, size[1] * rows
         fig, axes = plt.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
-        yield axes[0, 0] if rows * cols == 1 else list(axes.flat)
+        yield axes.flat
         fig.savefig(path, dpi=130)
         plt.close(fig)
 
@@ -851,7 +824,7 @@ def panels(path, items):
     """A figure of one to four panels, each a dictionary of what `draw_panel` takes."""
     cols = 2 if len(items) == 4 else len(items)
     with figure(path, len(items) // cols, cols) as axes:
-        for ax, panel in zip([axes] if len(items) == 1 else axes, items):
+        for ax, panel in zip(axes, items):
             draw_panel(ax, **panel)
 
 

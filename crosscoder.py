@@ -30,7 +30,7 @@ import sae
 from model import GPT, GPTConfig, generate, padded, sweep
 
 FT = 1  # the reasoner's stream; the base's is 0
-ALONE, TOGETHER = 1.0, 2.0  # lengths of a push, in norms of the state
+ALONE, TOGETHER = 1.1, 2.0  # lengths of a push, in norms of the state
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"micro_batch"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
 
-    steps: int = 1200  # of the base model
+    steps: int = 1500  # of the base model
     ft_steps: int = 1500  # of the reasoner, from there
     batch_size: int = 32
     lr: float = 4e-3
@@ -59,7 +59,7 @@ class Args(common.TrainFlags):
     dataset: str = "stdlib"  # real: text beside the answers
     answers: int = 64  # real: as many are sampled (paper: 500)
     wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # the paper's
-    layer: int = 2  # block that is read, from 0 (paper: 7, 15, 23 of 32)
+    layer: int = 3  # block that is read, from 0 (paper: 7, 15, 23 of 32)
     d_sae: int = 256  # latents (paper: 65536)
     k: int = 32  # active latents, on average (paper: 100)
     sae_steps: int = 500  # steps of the crosscoder (paper: 195000)
@@ -67,7 +67,7 @@ class Args(common.TrainFlags):
     sae_lr: float = 2e-3  # peak learning rate (paper: 1e-4)
     rows: int = 60_000  # positions harvested
     prompts: int = 100  # of each cause; real: in all (paper: 351)
-    top: int = 12  # length of the lists of latents (paper: 50)
+    top: int = 24  # length of the lists of latents (paper: 50)
 
 
 # -------------------------------------------------------------------------------------- the method
@@ -303,7 +303,7 @@ def train_model(args, env, log, seed, start=None):
     """The base model; or from its weights, `start`, the reasoner."""
     torch.manual_seed(seed)
     shape = dict(norm="rms", gated=True, act="silu", d_mlp=128)
-    model = GPT(GPTConfig(len(VOCAB), LONGEST, 4, 4, 64, **shape))
+    model = GPT(GPTConfig(len(VOCAB), LONGEST, 5, 4, 64, **shape))
     reasoner = start is not None
     if reasoner:
         model.load_state_dict(start.state_dict())
@@ -630,7 +630,7 @@ def check(args, env):
         (args.top > args.d_sae // 4, f"--top {args.top}, allowed: 1 to {args.d_sae // 4}"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
         (pair == 1, "a pair needs both --base and --model"),
-        (args.layer > 3 and not pair, f"--layer {args.layer}, allowed: 0 to 3 in the toy"),
+        (args.layer > 4 and not pair, f"--layer {args.layer}, allowed: 0 to 4 in the toy"),
         (changed and not pair, f"{changed} has no effect without --model"),
         (env.world > 1, "one process: start it without torchrun"),
     ]

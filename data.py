@@ -7,7 +7,6 @@
 
 import csv
 import hashlib
-import heapq
 import importlib
 import json
 import os
@@ -15,7 +14,6 @@ import re
 import signal
 import sys
 import sysconfig
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -27,8 +25,6 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-
-# ----------------------------------------------------------------------------------- users' files
 
 
 def read_text(path):
@@ -83,9 +79,6 @@ def printable(text):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 
-# ----------------------------------------------------------------------------------- text sources
-
-
 def load_text(name="stdlib", split="train"):
     """Iterates over the documents of a split: every tenth document is `heldout`, the rest `train`.
 
@@ -97,7 +90,7 @@ def load_text(name="stdlib", split="train"):
         raise ValueError(f"split {split!r}, allowed: train, heldout")
     if name == "stdlib":
         documents = map(read_text, sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[!_]*.py")))
-    elif name.endswith(".jsonl") and name.startswith("file:"):
+    elif name.startswith("file:") and name.endswith(".jsonl"):
         documents = (row["text"] for row in read_rows(path_of(name), text=str))
     elif name.startswith("file:"):
         documents = map(read_text, files_of(path_of(name)))
@@ -168,9 +161,6 @@ def import_or_explain(package):
         raise ImportError(f"this needs the package {package}: pip install {package}") from None
 
 
-# ------------------------------------------------------------------------------------- tokenizers
-
-
 @dataclass
 class Tokenizer:
     """A tokenizer of any kind. A text is text: `encode` makes no control ids of it."""
@@ -197,6 +187,7 @@ class Tokenizer:
     def chat(self, messages, prefill=""):
         """Ids of messages [{"role": ..., "content": ...}], ending in the assistant's `prefill`.
 
+        The template's special tokens become control ids, those that somebody wrote stay text.
         Raises ValueError if there is no chat template, or it refuses the messages.
         """
         if not self.template:
@@ -207,21 +198,13 @@ class Tokenizer:
             text = render(self.template, messages=messages, **special) + prefill
         except Exception as error:  # A template is a program: it may raise anything.
             raise ValueError(f"the chat template of {self.name}: {error}") from error
-        contents = [m["content"] for m in messages if isinstance(m["content"], str)]
-        return self.encode_template(text, [*contents, prefill])
-
-    def encode_template(self, text, contents):
-        """The ids of a rendered template: its own special tokens become control ids.
-
-        Those that somebody wrote into a message, one of `contents`, stay text.
-        """
         added = self.backend.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         ids = []
         # A message that spells a special token is cut out of the rendered text and encoded as
         # text. Every other message stays where it is: cutting there could change its tokens.
-        for content in contents:
-            if any(token in content for token in special):
+        for content in [*(message["content"] for message in messages), prefill]:
+            if isinstance(content, str) and any(token in content for token in special):
                 before, found, text = text.partition(content.strip())
                 if not found:
                     raise ValueError("a message holds a control token, which the template changes")
@@ -265,9 +248,8 @@ def render(template, **variables):
     template = re.sub(r"(\{%-?\s*)(end)?generation\b", r"\1set generation = 1", template)
     variables |= {"add_generation_prompt": True, "tools": None, "documents": None}
     text = ""
-    if threading.current_thread() is threading.main_thread():  # No other can have a signal.
-        signal.signal(signal.SIGALRM, give_up)
-        signal.alarm(2)
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(2)
     try:
         for piece in env.from_string(template).generate(variables):
             text += piece
@@ -327,14 +309,12 @@ def from_folder(name, config=None):
     Special ids and the chat template come from the files beside it; `config` is the model's, whose
     ids of special tokens count where the tokenizer's own files are silent.
     """
-    tokenizers = import_or_explain("tokenizers")
-    folder = Path(name) if os.path.isdir(name) else Path(name).parent
-    path = folder / "tokenizer.json" if os.path.isdir(name) else Path(name)
+    backends = import_or_explain("tokenizers").Tokenizer
+    path = Path(name, "tokenizer.json") if os.path.isdir(name) else Path(name)
+    folder = path.parent
+    read = backends.from_file if path.exists() else backends.from_pretrained
     try:
-        if path.exists():
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        else:
-            backend = tokenizers.Tokenizer.from_pretrained(name)
+        backend = read(str(path))
     except Exception as error:  # The library raises bare Exception.
         raise ValueError(f"no tokenizer.json that can be read at {name!r} ({error})") from error
     own = read_json(folder / "tokenizer_config.json", {})
@@ -396,8 +376,7 @@ def train_bpe(text, n):
     """Byte-pair encoding with `n` ids (256 bytes, n - 257 merges, an end), a tiktoken Encoding.
 
     The most frequent pair of neighbours becomes a new id, again and again; ties go to the pair of
-    the smallest ids. Only the words that hold the merged pair are touched, and a heap with stale
-    entries finds the next pair.
+    the smallest ids. Only the words that hold the merged pair are touched.
     """
     import regex
 
@@ -410,31 +389,23 @@ def train_bpe(text, n):
         for pair in zip(word, word[1:]):
             pairs[pair] += freq[i]
             where[pair].add(i)
-    heap = [(-count, pair) for pair, count in pairs.items()]
-    heapq.heapify(heap)
     vocab = [bytes([b]) for b in range(256)]
     while len(vocab) < n - 1:
-        if not heap:
+        most = max(pairs.values(), default=0)
+        if most == 0:
             less = f"give more text, or a smaller bpe:N than {n}"
             raise ValueError(f"the text has pairs for {len(vocab) + 1} ids only: {less}")
-        count, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:
-            continue  # This entry is stale: the count has changed since it was pushed.
+        pair = min(pair for pair, count in pairs.items() if count == most)
         new = chr(len(vocab))
         vocab.append(vocab[ord(pair[0])] + vocab[ord(pair[1])])
-        changed = set()
         for i in where.pop(pair):
             old = words[i]
-            word = words[i] = old.replace("".join(pair), new)
+            words[i] = old.replace("".join(pair), new)
             for p in zip(old, old[1:]):
                 pairs[p] -= freq[i]
-            for p in zip(word, word[1:]):
+            for p in zip(words[i], words[i][1:]):
                 pairs[p] += freq[i]
                 where[p].add(i)
-            changed.update(zip(old, old[1:]), zip(word, word[1:]))
-        for p in changed:
-            if pairs[p] > 0:
-                heapq.heappush(heap, (-pairs[p], p))
     return bpe_of(vocab)
 
 
@@ -446,9 +417,6 @@ def bpe_of(tokens):
     end = {"<|endoftext|>": len(tokens)}
     name = f"bpe:{len(tokens) + 1}"
     return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=end)
-
-
-# ----------------------------------------------------------------------------------- token files
 
 
 def token_file(name, split, tok, folder, limit=None, quiet=False):

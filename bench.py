@@ -2,10 +2,10 @@
 
     python bench.py [mask train] [--device cuda]        # a table, and out/bench.json
 
-Each comparison checks first that both sides give the same. Then they are timed in turns, in random
-order, and a row shows the median of their ratios with its quartiles: a busy machine shifts both
-sides alike. A peer is written here as plainly as people write it, or is an installed library; one
-that is missing is left out by name.
+Each comparison checks first that both sides give the same, unless chance is in it. Then they are
+timed in turns, in random order, and a row shows the median of their ratios with its quartiles: a
+busy machine shifts both sides alike. A peer is written here as plainly as people write it, or is an
+installed library; one that is missing is left out by name.
 """
 
 import argparse
@@ -690,7 +690,7 @@ def main(argv=None):
             sections[name](device)
         except (ImportError, OSError) as error:  # OSError: tiktoken without a network
             print(f"{name}: {error}; what needs it is left out")
-    common.write_text(args.out, json.dumps(TABLE, indent=1) + "\n")
+        common.write_text(args.out, json.dumps(TABLE, indent=1) + "\n")
 
 
 if __name__ == "__main__":

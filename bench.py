@@ -299,12 +299,10 @@ def grpo(device):
 
     peers = {"one set at a time": partial(heads_one_by_one, model, world.valid, prefixes, heads)}
     compare(f"heads off, {len(heads)} x {len(prefixes)}", ours, peers, np.allclose)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    names = pretrained.SIZES["llama"].items()
-    shape = {theirs: getattr(model.config, ours) for ours, theirs in names}
-    peer = LlamaForCausalLM(LlamaConfig(**shape)).to(device).eval()  # answers are random anyway
+    peer = llama_copy(model)
     idx = torch.tensor(prompts, device=device)
+    if not close(model(idx), peer(idx).logits):
+        raise AssertionError("rollouts: the logits of transformers' Llama differ")
     options = {"max_new_tokens": world.max_new, "num_return_sequences": args.group}
     options |= {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
     options["attention_mask"] = torch.ones_like(idx)
@@ -314,6 +312,23 @@ def grpo(device):
     compare(f"rollouts, {size}", ours, peers)
     ours = partial(grpo_step, args, world, model, prompts, device)
     compare(f"GRPO step, {size}", ours, {"trl": trl_step(args, world, prompts, peer, device)})
+
+
+def llama_copy(model):
+    """A Llama-shaped GPT as transformers' Llama, with the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    shape = {theirs: getattr(c, ours) for ours, theirs in pretrained.SIZES["llama"].items()}
+    shape |= {"hidden_act": c.act, "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie}
+    state = {}
+    for name, p in model.named_parameters():
+        names = pretrained.names_of(pretrained.NAMES["llama"], name)
+        rows = pretrained.rows_of(c, p, len(names))
+        state |= dict(zip(names, p.detach().split(rows)))
+    peer = LlamaForCausalLM(LlamaConfig(**shape, rope_theta=c.rope_base))
+    peer.load_state_dict(state)
+    return peer.to(p.device).eval()
 
 
 def grpo_step(args, world, model, prompts, device):
@@ -528,6 +543,30 @@ LISP_TEXTS = [
     '(let ((x y) (z "你好, Welt")) (set! x (+ y z)))',
     '((lambda (f) (f f)) (if (eq? a b) "The fox" "Привет"))',
 ]
+QUERY = r"""
+root  ::= "SELECT " names " FROM " name (" WHERE " test)? ";"
+names ::= "*" | name (", " name)*
+test  ::= part ((" AND " | " OR ") part)*
+part  ::= name (" = " | " < " | " <> ") value | "(" test ")"
+value ::= [0-9]+ ("." [0-9]+)? | "'" ([^'] | "''")* "'" | name
+name  ::= [A-Za-z_] [A-Za-z0-9_]*
+"""
+QUERY_LARK = r"""
+start: "SELECT " names " FROM " NAME (" WHERE " test)? ";"
+names: "*" | NAME (", " NAME)*
+test: part ((" AND " | " OR ") part)*
+part: NAME (" = " | " < " | " <> ") value | "(" test ")"
+value: NUMBER | STRING | NAME
+NUMBER: /[0-9]+(\.[0-9]+)?/
+STRING: /'([^']|'')*'/
+NAME: /[A-Za-z_][A-Za-z0-9_]*/
+"""
+QUERY_TEXTS = [
+    "SELECT id, user_name FROM orders WHERE created_at < 20240131 AND Total <> 17.25;",
+    "SELECT * FROM cities WHERE name = 'été à Paris' OR (id < 99 AND (x1 = y2));",
+    "SELECT Total FROM _t WHERE owner <> 'O''Brien' AND (id = 0.125 OR id = other_id);",
+    "SELECT a, b, c FROM people WHERE ((a = '你好') OR b < 1000000);",
+]
 
 
 def json_value(rng, depth=0):
@@ -655,6 +694,7 @@ def masks(device):
     for what, grammar, lark, texts, name, warm in (
         ("masks, JSON", gm.JSON, JSON_LARK, documents, "cl100k_base", 20),  # after 20 others
         ("masks, Lisp, cold", LISP, LISP_LARK, LISP_TEXTS, "o200k_base", 0),
+        ("masks, query, cold", QUERY, QUERY_LARK, QUERY_TEXTS, "o200k_base", 0),
     ):
         enc = tiktoken.get_encoding(name)
         vocab = gm.vocabulary(enc)

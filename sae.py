@@ -631,9 +631,9 @@ def draw(path, logits):
 
 
 def check(args, env):
-    unread = args.dataset != Args.dataset and not args.model
+    """What may be wrong: (whether it is, message)."""
     return [
-        (unread, f"--dataset {args.dataset} has no effect without --model"),
+        (args.dataset != Args.dataset and not args.model, "--dataset needs --model"),
         (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
         (args.top > args.d_sae // 8, f"--top {args.top}, allowed: 1 to {args.d_sae // 8}"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),

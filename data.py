@@ -7,6 +7,7 @@
 
 import csv
 import hashlib
+import heapq
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import signal
 import sys
 import sysconfig
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -248,8 +250,9 @@ def render(template, **variables):
     template = re.sub(r"(\{%-?\s*)(end)?generation\b", r"\1set generation = 1", template)
     variables |= {"add_generation_prompt": True, "tools": None, "documents": None}
     text = ""
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(2)
+    if threading.current_thread() is threading.main_thread():  # No other can have a signal.
+        signal.signal(signal.SIGALRM, give_up)
+        signal.alarm(2)
     try:
         for piece in env.from_string(template).generate(variables):
             text += piece
@@ -376,7 +379,8 @@ def train_bpe(text, n):
     """Byte-pair encoding with `n` ids (256 bytes, n - 257 merges, an end), a tiktoken Encoding.
 
     The most frequent pair of neighbours becomes a new id, again and again; ties go to the pair of
-    the smallest ids. Only the words that hold the merged pair are touched.
+    the smallest ids. Only the words that hold the merged pair are touched, and a heap with stale
+    entries finds the next pair.
     """
     import regex
 
@@ -389,23 +393,31 @@ def train_bpe(text, n):
         for pair in zip(word, word[1:]):
             pairs[pair] += freq[i]
             where[pair].add(i)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
     vocab = [bytes([b]) for b in range(256)]
     while len(vocab) < n - 1:
-        most = max(pairs.values(), default=0)
-        if most == 0:
+        if not heap:
             less = f"give more text, or a smaller bpe:N than {n}"
             raise ValueError(f"the text has pairs for {len(vocab) + 1} ids only: {less}")
-        pair = min(pair for pair, count in pairs.items() if count == most)
+        count, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:
+            continue  # This entry is stale: the count has changed since it was pushed.
         new = chr(len(vocab))
         vocab.append(vocab[ord(pair[0])] + vocab[ord(pair[1])])
+        changed = set()
         for i in where.pop(pair):
             old = words[i]
-            words[i] = old.replace("".join(pair), new)
+            word = words[i] = old.replace("".join(pair), new)
             for p in zip(old, old[1:]):
                 pairs[p] -= freq[i]
-            for p in zip(words[i], words[i][1:]):
+            for p in zip(word, word[1:]):
                 pairs[p] += freq[i]
                 where[p].add(i)
+            changed.update(zip(old, old[1:]), zip(word, word[1:]))
+        for p in changed:
+            if pairs[p] > 0:
+                heapq.heappush(heap, (-pairs[p], p))
     return bpe_of(vocab)
 
 

@@ -652,6 +652,8 @@ def prefill(model, prompts, cache):
             start = end
     cache.n = longest
     cache.has_padding = len(prompts[order[-1]]) < longest
+    if not cache.has_padding:  # all of one length: they are in order
+        return torch.cat(h)
     back = torch.tensor(order, device=device).argsort()
     cache.keep(back)  # rows in the order of the prompts again
     return torch.cat(h)[back]

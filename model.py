@@ -76,11 +76,9 @@ class GPTConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
-        rotating = int(self.rotary_pct * self.head_dim)
-        if not self.learned_pos and rotating % 2:
-            raise ValueError(f"{rotating} rotating dims in a head, needed: an even number")
-        if len(self.windows) != self.n_layer:
-            raise ValueError(f"windows has {len(self.windows)} entries for {self.n_layer} layers")
+        if not self.learned_pos and int(self.rotary_pct * self.head_dim) % 2:
+            what = f"head_dim {self.head_dim}, rotary_pct {self.rotary_pct}"
+            raise ValueError(f"{what}: needed is an even number of rotating dims")
 
 
 ACT = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
@@ -134,6 +132,7 @@ class KVCache:
         self.real = torch.ones(batch, length, dtype=torch.bool, device=device)
         self.n = 0
         self.has_padding = False
+        self.frozen = False  # then what is appended is not kept
 
     def open(self, mask, size):
         """Opens `size` columns; returns which of all are real (B, S), None if none is padding."""
@@ -147,6 +146,10 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Takes (B, H, T, D) keys and values of a layer; returns all so far, (B, H, S, D)."""
+        if self.frozen:
+            k = torch.cat((self.k[layer, :, :, : self.n], k), 2)
+            v = torch.cat((self.v[layer, :, :, : self.n], v), 2)
+            return k, v
         start = self.n - k.shape[2]
         self.k[layer, :, :, start : self.n] = k
         self.v[layer, :, :, start : self.n] = v
@@ -206,7 +209,7 @@ class Attention(nn.Module):
             self.smear = nn.Parameter(torch.zeros(kv_heads, 1, 1))
         self.pattern, self.z, self.out = nn.Identity(), nn.Identity(), nn.Identity()
 
-    def forward(self, x, rotary, see, new_real, cache):
+    def forward(self, x, rotary, see, mask, cache):
         c, (B, T, _) = self.config, x.shape
         sizes = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
         q, k, v = self.qkv(x).split(sizes, dim=-1)
@@ -216,7 +219,7 @@ class Attention(nn.Module):
         if c.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if c.smear_keys:
-            k = self.smeared(k, new_real, cache)
+            k = self.smeared(k, mask, cache)
         if not c.learned_pos:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
@@ -233,10 +236,10 @@ class Attention(nn.Module):
         z = self.z(z.transpose(1, 2))
         return self.out(self.post_norm(self.proj(z.reshape(B, T, -1))))
 
-    def smeared(self, k, new_real, cache):
+    def smeared(self, k, mask, cache):
         """Keys (B, H, T, D), each mixed with the one before it; padding counts as zero."""
-        if new_real is not None:
-            k = k * new_real
+        if mask is not None:
+            k = k * mask[:, None, :, None]
         before = F.pad(k, (0, 0, 1, -1))  # one position later
         if cache is not None:
             before[:, :, :1] = cache.last_key[self.layer]
@@ -292,10 +295,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.resid_pre, self.resid_post = nn.Identity(), nn.Identity()
 
-    def forward(self, x, rotary, see, new_real, cache):
+    def forward(self, x, rotary, see, mask, cache):
         x = self.resid_pre(x)
         h = self.norm1(x)
-        a = self.attn(h, rotary, see, new_real, cache)
+        a = self.attn(h, rotary, see, mask, cache)
         if self.parallel:
             x = x + a + self.mlp(h if self.parallel == "one_norm" else self.norm2(x))
         else:
@@ -353,12 +356,11 @@ class GPT(nn.Module):
         if weights is None:
             weights = torch.ones(targets.shape, device=h.device)
         counts = (targets != -100) & (weights > 0)
-        weights = weights[counts].float()
+        targets, weights = targets[counts], weights[counts].float()
         if denom is None:
             denom = weights.sum().clamp(min=1.0)
-        w, train = weights / denom, torch.is_grad_enabled()
-        W = self.head.weight
-        return SlicedCrossEntropy.apply(h[counts], W, targets[counts], w, self.config, train)
+        W, train = self.head.weight, torch.is_grad_enabled()
+        return SlicedCrossEntropy.apply(h[counts], W, targets, weights / denom, self.config, train)
 
     def loss(self, idx, targets, weights=None, denom=None, **kwargs):
         """Mean cross-entropy in nats over the positions that count: sum(weights * loss) / denom."""
@@ -378,7 +380,6 @@ class GPT(nn.Module):
             pos = torch.arange(start + T, device=idx.device)[None]
         else:
             pos = (real.cumsum(1) - 1).clamp(min=0)  # counts real tokens only
-        new_real = mask[:, None, :, None] if c.smear_keys and mask is not None else None
         # by kind of layer: what it may see (None is plain causal attention), and its rotary angles
         see, rotary = {}, {}
         for window in set(c.windows):
@@ -396,8 +397,8 @@ class GPT(nn.Module):
             if c.learned_pos:
                 x = x + self.wpe(pos[:, start:])
             x = self.embed(x)
-        for window, block in list(zip(c.windows, self.blocks))[first:]:
-            x = block(x, rotary[window], see[window], new_real, cache)
+        for window, block in list(zip(c.windows, self.blocks, strict=True))[first:]:
+            x = block(x, rotary[window], see[window], mask, cache)
         return self.final(x)
 
     def unembed(self, h):
@@ -418,13 +419,13 @@ class GPT(nn.Module):
 
     def site(self, name):
         """The submodule whose output is the site `name`; KeyError that lists the nearest."""
-        names = ["embed", "final"]
-        for i in range(self.config.n_layer):
-            names += [f"blocks.{i}.{site}" for site in SITES]
+        L, names = self.config.n_layer, ["embed", "final"]
+        inner = "resid_pre attn.pattern attn.z attn.out mlp.act mlp.out resid_post".split()
+        for i in range(L):
+            names += [f"blocks.{i}.{site}" for site in inner]
         if name not in names:
             near = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or names[:6]
-            what = f"no site {name!r} in a model of {self.config.n_layer} layers"
-            raise KeyError(f"{what}; near: {', '.join(near)}")
+            raise KeyError(f"no site {name!r} in a model of {L} layers; near: {', '.join(near)}")
         return self.get_submodule(name)
 
     @contextmanager
@@ -432,8 +433,8 @@ class GPT(nn.Module):
         """Inside `with model.patch({site: fn}):` passes go on with `fn(tensor)` for the tensor."""
         with ExitStack() as stack:
             for name, fn in functions.items():
-                hook = partial(call_on_output, fn)
-                stack.enter_context(self.site(name).register_forward_hook(hook))
+                hook = self.site(name).register_forward_hook(lambda m, args, x, fn=fn: fn(x))
+                stack.enter_context(hook)
             stack.enter_context(self.eager())  # compiled code does not look for hooks
             yield self
 
@@ -451,14 +452,6 @@ class GPT(nn.Module):
         return acts
 
 
-def call_on_output(fn, module, inputs, output):
-    """A forward hook: what `fn` returns takes the output's place, unless it is None."""
-    return fn(output)
-
-
-SITES = "resid_pre", "attn.pattern", "attn.z", "attn.out", "mlp.act", "mlp.out", "resid_post"
-
-
 class SlicedCrossEntropy(torch.autograd.Function):
     """sum_i w_i * -log softmax(f(h_i W^T))[y_i], by slices of rows, gradients taken on the way.
 
@@ -471,8 +464,8 @@ class SlicedCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, W, targets, w, config, train):
         device, scale, cap = h.device.type, config.logit_scale, config.logit_softcap
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        low, total, grad_h = W.to(dtype), torch.zeros((), device=h.device), []
-        grad_W = torch.zeros_like(W, dtype=torch.float32) if train else None
+        low, total = W.to(dtype), torch.zeros((), device=h.device)
+        grad_h, grad_W = [], torch.zeros_like(W, dtype=torch.float32) if train else None
         size = max(64, (2**27 if device == "cuda" else 2**24) // W.shape[0])  # rows at once
         slices = zip(h.to(dtype).split(size), targets[:, None].split(size), w[:, None].split(size))
         with torch.autocast(device, enabled=False):
@@ -524,24 +517,22 @@ def generate(
                  penalties. out: the new ids of every row so far; alive: the rows in the batch
     Raises ValueError for what it can't do, and for logits that leave no choice.
     """
-    device, dtype = model.wte.weight.device, model.wte.weight.dtype
-    if not prompts or not all(prompts):
+    c, device, dtype = model.config, model.wte.weight.device, model.wte.weight.dtype
+    if not prompts or not all(map(len, prompts)):
         raise ValueError("generate needs at least one prompt, and at least one token in each")
     length = max(map(len, prompts)) + max_new_tokens
-    if length > model.config.block_size:
-        allowed = f"block_size {model.config.block_size}"
-        raise ValueError(f"prompt and answer of {length} do not fit {allowed}")
-    if temperature < 0:
+    if length > c.block_size:
+        raise ValueError(f"prompt and answer of {length} do not fit block_size {c.block_size}")
+    if not temperature >= 0:
         raise ValueError(f"temperature {temperature}, allowed: 0 and more")
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     out = [[] for _ in range(len(prompts) * samples)]
     alive = list(range(len(out)))  # the row of `out` behind each row of the batch
-    finished = set()  # rows of `out` that have met a stop
     # dropping rows copies the cache, so not for each (1.4 times as slow); but a `process` is to
     # see only the rows that go on
     share = 1 if process else 7 / 8
     with model.eager():  # the cache grows: compiled blocks would be compiled again and again
-        cache = KVCache(model.config, len(prompts), length, device, dtype)
+        cache = KVCache(c, len(prompts), length, device, dtype)
         idx, mask = padded(prompts, device)
         h = model.hidden(idx, mask, cache)[:, -1]
         if samples > 1:
@@ -553,11 +544,9 @@ def generate(
                 logits = process(logits, alive, out)
             idx = sample(logits, temperature, top_k, top_p, rng)
             for row, token in zip(alive, idx[:, 0].tolist()):
-                if row not in finished:
+                if not out[row] or out[row][-1] not in stop:
                     out[row].append(token)
-                    if token in stop:
-                        finished.add(row)
-            going = [i for i, row in enumerate(alive) if row not in finished]
+            going = [i for i, row in enumerate(alive) if out[row][-1] not in stop]
             if not going or step + 1 == max_new_tokens:
                 break
             if len(going) < len(alive) * share:
@@ -617,40 +606,40 @@ def sweep(model, idx, interventions, tail=1, mask=None):
                    that leave block `layer` (-1: the embedding): at one layer, or held at several
     Returns (B, V, tail, C), normed as `model.unembed` wants it.
     """
-    c, (B, T), V = model.config, idx.shape, len(interventions)
+    c, (B, T) = model.config, idx.shape
     if c.smear_keys or not 0 < tail < T:
         allowed = f"1 to {T - 1}, in a model without smeared keys"
         raise ValueError(f"a sweep over {tail} of {T} columns, allowed: {allowed}")
     layers = set().union(*interventions)
     if not layers <= set(range(-1, c.n_layer)):
         raise ValueError(f"interventions at {sorted(layers)}, allowed: -1 to {c.n_layer - 1}")
-    cache = KVCache(c, B, T + V * tail, idx.device, model.wte.weight.dtype)
+    cache = KVCache(c, B, T, idx.device, model.wte.weight.dtype)
     clean = residuals(model, idx, mask, tail, cache)
+    cache.n, cache.frozen = T - tail, True
     bundles = {}  # (B, tail, C) of every intervention that has begun
     for layer in range(-1, c.n_layer):
         if bundles:
             x = torch.stack(list(bundles.values()), 1)
             with model.eager():
-                x = block_of_bundles(model, layer, x, cache, T - tail)
+                x = block_of_bundles(model, layer, x, cache)
             bundles = dict(zip(bundles, x.unbind(1)))
         for v, functions in enumerate(interventions):
             if layer == min(functions, default=c.n_layer - 1):
-                bundles[v] = clean[layer + 1]
+                bundles[v] = clean[layer + 1].clone()
             if layer in functions:
                 bundles[v] = functions[layer](bundles[v])
-    return model.final(torch.stack([bundles[v] for v in range(V)], 1))
+    return model.final(torch.stack([bundles[v] for v in range(len(interventions))], 1))
 
 
-def block_of_bundles(model, layer, x, cache, n):
-    """One block for bundles x (B, V, tail, C), each on top of the cache's first n columns."""
-    c, (V, tail) = model.config, x.shape[1:3]
+def block_of_bundles(model, layer, x, cache):
+    """One block for bundles x (B, V, tail, C), each on top of the cache's prefix."""
+    c, n, (V, tail) = model.config, cache.n, x.shape[1:3]
     real = F.pad(cache.real[:, :n], (0, V * tail), value=True)
     prefix = (real[:, : n + tail].cumsum(1) - 1).clamp(min=0)
     pos = prefix[:, n:].repeat(1, V)  # (B, V * tail)
     see = visible(pos, torch.cat((prefix[:, :n], pos), 1), c.windows[layer], real)
     bundle = torch.arange(V, device=x.device).repeat_interleave(tail)
     see[..., n:] &= bundle[:, None] == bundle  # no other bundle
-    cache.n = n + V * tail
     rotary = None if c.learned_pos else rope(c, pos, local=c.windows[layer] > 0)
     out = model.blocks[layer](x.flatten(1, 2), rotary, see, None, cache)
     return out.unflatten(1, (V, tail))

@@ -125,10 +125,9 @@ class KVCache:
     """
 
     def __init__(self, config, batch, length, device=None, dtype=None):
-        shape = config.n_layer, batch, config.n_kv_head, length, config.head_dim
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.last_key = self.k[:, :, :, :1].clone()  # for smear_keys: the newest, not smeared
+        shape = 2, config.n_layer, batch, config.n_kv_head, length, config.head_dim
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.last_key = self.kv[0, :, :, :, :1].clone()  # for smear_keys: the newest, not smeared
         self.real = torch.ones(batch, length, dtype=torch.bool, device=device)
         self.n = 0
         self.has_padding = False
@@ -145,19 +144,17 @@ class KVCache:
         return self.real[:, : self.n] if self.has_padding else None
 
     def append(self, layer, k, v):
-        """Takes (B, H, T, D) keys and values of a layer; returns all so far, (B, H, S, D)."""
+        """Takes keys and values (B, H, T, D) of a layer; returns all so far, (2, B, H, S, D)."""
         if self.frozen:
-            k = torch.cat((self.k[layer, :, :, : self.n], k), 2)
-            v = torch.cat((self.v[layer, :, :, : self.n], v), 2)
-            return k, v
+            return torch.cat((self.kv[:, layer, :, :, : self.n], torch.stack((k, v))), 3)
         start = self.n - k.shape[2]
-        self.k[layer, :, :, start : self.n] = k
-        self.v[layer, :, :, start : self.n] = v
-        return self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
+        self.kv[0, layer, :, :, start : self.n] = k
+        self.kv[1, layer, :, :, start : self.n] = v
+        return self.kv[:, layer, :, :, : self.n]
 
     def keep(self, rows):
         """Selects batch rows: finished ones leave, or one prompt is repeated for many samples."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.kv = self.kv[:, :, rows]
         self.last_key, self.real = self.last_key[:, rows], self.real[rows]
 
 

@@ -209,9 +209,8 @@ def generate(device):
     idx, real = gpt.padded(prompts, device)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 64}
     theirs = partial(peer.generate, idx, attention_mask=real.long(), **options)
-    ours = partial(gpt.generate, model, prompts, 64, 0.0)
-    peers = {"transformers": theirs}
-    compare("generate, 16 x 64", ours, peers, lambda new, all: new == all[:, -64:].tolist())
+    ours, peers = partial(gpt.generate, model, prompts, 64, 0.0), {"transformers": theirs}
+    compare("generate, 16 x 64", ours, peers, lambda new, out: new == out[:, -64:].tolist())
     compare("load from GGUF", load, {"transformers": load_theirs})
 
 
@@ -283,7 +282,6 @@ def grpo(device):
     traces, _ = rl.halves(model, world, args, env, rng)
     prefixes = [trace.ids for trace in traces] + [t.ids[: t.wrong + 1] for t in traces]
     heads = [[(layer, head)] for layer in range(args.n_layer) for head in range(args.n_head)]
-
     neurons = [(args.n_layer - 1, 0)]
     ours = partial(torch.no_grad()(rl.switch_off), model, world, traces, neurons, heads)
 
@@ -449,11 +447,13 @@ def released_attribution(base, ft, code, layer, idx, targets):
     site, kept = f"blocks.{layer}.resid_post", []
     with torch.no_grad():
         h_base = base.capture(idx, [site])[site]
+    ft.requires_grad_(True)
     with ft.patch({site: kept.append}):
         logits = ft(idx)
     kept[0].retain_grad()
     cross.log_p(logits[:, -1], targets).sum().backward()
     ft.zero_grad()
+    ft.requires_grad_(False)
     with torch.no_grad():
         f = code.encode(torch.cat((h_base, kept[0]), 2))
         return cross.attribution(f, code.decoder(cross.FT), kept[0].grad)[:, -1]
@@ -462,7 +462,7 @@ def released_attribution(base, ft, code, layer, idx, targets):
 def crosscoder(device):
     """Attribution on 64 prompts of 128 tokens, 4 blocks of 64, 1,024 latents; a training step."""
     config = GPTConfig(64, 160, 4, 4, 64, norm="rms", gated=True, act="silu", d_mlp=128)
-    models = [GPT(config).to(device).eval() for _ in range(2)]
+    models = [GPT(config).to(device).eval().requires_grad_(False) for _ in range(2)]
     code = sparse.SAE(64, 1024, 16, streams=2, batch=True).to(device)
     code.threshold.fill_(0.5)
     idx, wait = torch.randint(64, (64, 128), device=device), [3, 4]
@@ -535,9 +535,8 @@ def in_lark(grammar, terminals):
     return gm.TOKEN.sub(rewritten, grammar).replace("::=", ":").replace("root", "start")
 
 
-# llguidance is faster if no terminal can be empty
-JSON_LARK = gm.JSON.replace("]*\n", "]+\n").replace(" ws", " ws?")
-JSON_LARK = in_lark(JSON_LARK, ["string", "number", "integer", "ws"])
+never_empty = gm.JSON.replace("]*\n", "]+\n").replace(" ws", " ws?")  # llguidance likes it so
+JSON_LARK = in_lark(never_empty, ["string", "number", "integer", "ws"])
 LISP_LARK = in_lark(LISP, ["atom", "string", "space"])
 QUERY_LARK = in_lark(QUERY, ["number", "string", "name"])
 

@@ -276,7 +276,7 @@ def tell(rng, reasoner):
     return s
 
 
-def batch_of(stories, reasoner):
+def collate(stories, reasoner):
     """Tokens; weights are 0 in the problem, 6 for a grade or behind a step."""
     longest = min(LONGEST + 1, max(map(len, stories)))
     full = torch.zeros(len(stories), longest, dtype=torch.long)
@@ -319,7 +319,7 @@ def train_model(args, env, log, seed, start=None):
         stories = [tell(rng, reasoner) for _ in range(4 * args.batch_size)]
         stories.sort(key=len)
         part = rng.permutation(4)[step % 4] * args.batch_size
-        return batch_of(stories[part : part + args.batch_size], reasoner)
+        return collate(stories[part : part + args.batch_size], reasoner)
 
     common.train(model, batch, args, env, log.stage("reasoner" if reasoner else "base"))
     return model.eval().requires_grad_(False)
@@ -333,7 +333,7 @@ def states_of(models, args, env, seed, n):
         while True:
             for reasoner in False, True:
                 stories = [tell(rng, reasoner) for _ in range(128)]
-                idx = batch_of(stories, reasoner)["idx"]
+                idx = collate(stories, reasoner)["idx"]
                 yield idx.to(env.device), idx.to(env.device) != ID["<pad>"]
 
     return sae.harvest(models, args.layer, batches(), n, ID["<bos>"])

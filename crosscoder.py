@@ -472,7 +472,7 @@ def brought_about(matrix):
     return sum(row[i] >= 0.25 and max(row) == row[i] for i, row in enumerate(matrix))
 
 
-def toy(args, env, log, arm, seed):
+def run_toy(args, env, log, arm, seed):
     """Everything for one seed: base, reasoner, crosscoder, measures."""
     base = train_model(args, env, log, seed)
     models = [base, train_model(args, env, log, seed, start=base)]
@@ -554,7 +554,7 @@ def prepare(args, env, out):
     return models, wait, [prompts[i] for i in order], rows
 
 
-def real(prepared, args, env, log, arm, seed):
+def run_pair(prepared, args, env, log, arm, seed):
     """One seed on a real pair."""
     models, wait, prompts, rows = prepared
     torch.manual_seed(seed)
@@ -644,9 +644,9 @@ def main(argv=None):
     if run.args.model:
         with common.bad_input("--model"):
             prepared = prepare(run.args, run.env, run.out)
-        found = run.each(partial(real, prepared), ["pair"])
+        found = run.each(partial(run_pair, prepared), ["pair"])
     else:
-        found = run.each(toy, ["toy"])
+        found = run.each(run_toy, ["toy"])
     (rows,) = found.values()
     judge(run, rows)
     if not run.args.model:

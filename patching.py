@@ -107,8 +107,8 @@ def patched(model, prompts, answers, tail, patch, z, size):
     p = torch.zeros(len(prompts), sum(map(len, z.values())), len(answers[0]))
     for start in range(0, len(keys), size):
         some = keys[start : start + size]
-        texts = [[*prompts[b], *forced] for b, forced in some]
-        idx, mask = padded(texts, model.wte.weight.device)
+        longer = [[*prompts[b], *forced] for b, forced in some]
+        idx, mask = padded(longer, model.wte.weight.device)
         which = [b for b, _ in some]
         interventions = []
         for values in z.values():
@@ -509,11 +509,11 @@ def draw(path, found, title):
     names += "source's concept and language", "source's concept, target's language"
     last = {name: curve("last", "source", i) for i, name in enumerate(names)}
     names = "one source", "mean", "mean of concepts", "unrelated"
-    held = {name: curve("translate", name) for name in names}
+    word = {name: curve("translate", name) for name in names}
     levels = {"unpatched target": np.mean([result["rows"]["base"]["p"] for result in found])}
     items = [
         dict(title=f"{title}: last token, after one block", lines=last),
-        dict(title="Held at the word: the source's concept", lines=held, levels=levels),
+        dict(title="Held at the word: the source's concept", lines=word, levels=levels),
     ]
     if found[0]["curves"]["define"]:
         said = {"source's": curve("define", "mean"), "overwritten": curve("define", "mean", 1)}

@@ -788,7 +788,7 @@ def draw(path, found, args):
 
 
 def check(args, env):
-    """(Whether it is wrong, what to say) of the flags."""
+    """What may be wrong: (whether it is, message)."""
     if not args.model:
         Toy(args, 0)  # too few problems are a ValueError
     many = args.minibatches * env.world > args.prompts * args.group

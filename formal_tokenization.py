@@ -466,7 +466,7 @@ def draw(path, found):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     return [
         (args.n_embd % 4, f"--n-embd {args.n_embd} is no multiple of the 4 heads"),
         (args.batch_size % env.world, f"--batch-size {args.batch_size}: {env.world} processes"),

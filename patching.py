@@ -537,7 +537,7 @@ def parse_quads(texts, words):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     toy = {*common.TrainFlags.__annotations__, "resume", "local", "n_layer", "n_embd"}
     idle = common.changed_flags(args, toy if args.model else ["words"])
     return [

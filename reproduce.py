@@ -48,7 +48,7 @@ class Args(common.Flags):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     unknown = [name for name in args.only if name not in PAPERS]
     return [(unknown, f"--only {' '.join(unknown)}, allowed: {', '.join(PAPERS)}")]
 

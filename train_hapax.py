@@ -509,7 +509,7 @@ def show(text, tok, length):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     unknown = [arm for arm in args.arms if arm not in ARMS]
     wrong_mix = len(args.mix) != 4 or min(args.mix) < 0 or args.mix[0] == 0
     longest = SHOT * INPUTS

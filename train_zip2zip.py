@@ -579,7 +579,7 @@ def show(run):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     real = args.dataset != "stdlib" or args.prompt not in ("", "heldout")
     return [
         (args.enc_dim % args.enc_heads, f"--enc-dim is no multiple of {args.enc_heads} heads"),

@@ -371,7 +371,7 @@ def word_token(model, world, args, quad, seed):
     source, target = quad
     code = target[1]
     rng = np.random.default_rng([seed, 5])
-    # in the toy no text translates the source's word so
+    # In the toy no text translates the source's word into this language.
     rows = world.tested((source[0], code)), world.tested(target)
     s, t, answers = draw_pairs(world, rng, *rows, [(0, code), (1, code)], args.pairs, False)
     strangers = []  # k concepts beside each s and t
@@ -386,7 +386,7 @@ def word_token(model, world, args, quad, seed):
 
     rest = [lang for lang in world.words if lang not in target]
     ring = zip(rest, rest[1:] + rest[:1])
-    pairs = [source, *[pair for pair in ring if pair[0] != source[0]]]  # inputs differ
+    pairs = [source, *[pair for pair in ring if pair[0] != source[0]]]  # each input once
     singles = [of(pair, s) for pair in pairs[: args.k]]
     others = [of(pair, rows) for pair, rows in zip(pairs, zip(*strangers))]
     z = {f"single {i + 1}": single for i, single in enumerate(singles)}
@@ -431,7 +431,7 @@ def measures(curves, translate):
 
     Means and definitions are read from the block where the single sources do best.
     """
-    # a patch after the last block changes nothing behind the word
+    # After the last block a patch comes too late: it is none.
     rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}
     for name, p in curves["last"].items():
         language, concept = switch_layers(p)
@@ -469,7 +469,7 @@ def run_seed(quads, real, args, env, log, arm, seed):
 
 
 def judge(run, found):
-    """The claims, and controls that must fail the same rule."""
+    """The claims, and controls that must fail the same criterion."""
     rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
     run.claim(
         "T1",

@@ -260,7 +260,7 @@ def train_arm(source, args, env, log, arm, seed):
 
 @torch.no_grad()
 def guesses(model, x, columns, among=None):
-    """The likeliest next token at k `columns` of windows x (n, T), of some if given: (n, k)."""
+    """The likeliest next token (of those in `among`) at k `columns` of windows x (n, T): (n, k)."""
     found = []
     for part in torch.as_tensor(x).split(max(1, AT_ONCE // x.shape[1])):
         h = model.hidden(part.to(model.wte.weight.device))[:, columns]

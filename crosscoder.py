@@ -386,7 +386,7 @@ def spearman(x, y):
 
 
 def against_ablation(models, code, layer, prompts, targets):
-    """P1: of each prompt's active latents attribution, and what log P loses without: two (n,)."""
+    """P1: attribution, and log P lost by ablation, of all prompts' active latents: two (n,)."""
     a, f = attribute(models, code, layer, prompts, targets)
     most = int((f > 0).sum(1).max())
     active = f.topk(most).indices  # (N, V): some are idle

@@ -431,7 +431,7 @@ def measures(curves, translate):
 
     Means and definitions are read from the block where the single sources do best.
     """
-    # After the last block a patch comes too late: it is none.
+    # After the last block a patch comes too late.
     rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}
     for name, p in curves["last"].items():
         language, concept = switch_layers(p)

@@ -509,8 +509,8 @@ def reinforce(args, env, log, arm, seed):
 # -------------- moments of verification
 
 
-# ids up to where a right attempt's verdict is due; before it, where a wrong one's was due, and
-# where the target was seen
+# ids: up to where a right attempt's verdict is due; wrong: where a wrong one's was due before;
+# seen: where the target was seen
 Trace = namedtuple("Trace", "ids wrong seen problem")
 
 
@@ -526,7 +526,7 @@ def numbers_in(world, ids):
 
 
 def find_traces(world, texts, rng):
-    """Of (problem, prompt, response) those with true verdicts of both kinds."""
+    """Traces of those (problem, prompt, response) with true verdicts of both kinds."""
     found = []
     for problem, prompt, response in texts:
         ids, target = prompt + response, problem[1]
@@ -638,7 +638,7 @@ def from_the_top(model, world, args, choose, test, rng):
 
 
 def target_attention(model, world, traces):
-    """Attention (L, H) from right results to the target; even attention."""
+    """Mean attention (L, H) from right results to the target; that of an even head."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
     total, even = 0, 0
     for trace in traces:
@@ -705,7 +705,7 @@ def from_the_bottom(model, world, choose, test, neurons, rng):
     c = model.config
     mass, even = target_attention(model, world, choose)
     third = mass.flatten().topk(3).values[-1]
-    enough = min(max(0.1, 3 * even), third)  # three heads have it
+    enough = min(max(0.1, 3 * even), third)  # at least three heads have it
     prev = [tuple(head) for head in (mass >= enough).nonzero().tolist()]  # A_prev
     alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
     glu_without = {head: row["glu"] for head, row in zip(prev, alone)}
@@ -788,7 +788,7 @@ def draw(path, found, args):
 
 
 def check(args, env):
-    """(Whether it is wrong, what to say) of the flags."""
+    """What may be wrong: (whether it is, message)."""
     if not args.model:
         Toy(args, 0)  # too few problems are a ValueError
     many = args.minibatches * env.world > args.prompts * args.group

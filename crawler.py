@@ -325,8 +325,8 @@ class Local:
         def sample(logits, alive, out):  # the largest of logits / T + Gumbel noise is a sample
             if target.stopped:
                 raise InterruptedError("stopped")
-            noise = [torch.rand(logits.shape[1], generator=rngs[i], device=device) for i in alive]
-            return logits / temperature - torch.stack(noise).log_().neg_().log_()
+            u = [torch.rand(logits.shape[1], generator=rngs[i], device=device) for i in alive]
+            return logits / temperature - torch.stack(u).log_().neg_().log_()
 
         new = generate(self.model, prompts, self.args.max_tokens, 0.0, stop=stops, process=sample)
         for call, ids in zip(calls, new):
@@ -372,7 +372,7 @@ class Endpoint:
 
         def work(call):
             if not self.over.is_set():
-                target.note(call)  # it is lost until it is back
+                target.note(call)  # as lost, until it is back
                 self.complete(call)
                 target.note(call)
 

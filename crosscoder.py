@@ -276,7 +276,7 @@ def tell(rng, reasoner):
     return s
 
 
-def batch_of(stories, reasoner):
+def collate(stories, reasoner):
     """Tokens; weights are 0 in the problem, 6 for a grade or behind a step."""
     longest = min(LONGEST + 1, max(map(len, stories)))
     full = torch.zeros(len(stories), longest, dtype=torch.long)
@@ -319,7 +319,7 @@ def train_model(args, env, log, seed, start=None):
         stories = [tell(rng, reasoner) for _ in range(4 * args.batch_size)]
         stories.sort(key=len)
         part = rng.permutation(4)[step % 4] * args.batch_size
-        return batch_of(stories[part : part + args.batch_size], reasoner)
+        return collate(stories[part : part + args.batch_size], reasoner)
 
     common.train(model, batch, args, env, log.stage("reasoner" if reasoner else "base"))
     return model.eval().requires_grad_(False)
@@ -333,7 +333,7 @@ def states_of(models, args, env, seed, n):
         while True:
             for reasoner in False, True:
                 stories = [tell(rng, reasoner) for _ in range(128)]
-                idx = batch_of(stories, reasoner)["idx"]
+                idx = collate(stories, reasoner)["idx"]
                 yield idx.to(env.device), idx.to(env.device) != ID["<pad>"]
 
     return sae.harvest(models, args.layer, batches(), n, ID["<bos>"])
@@ -386,7 +386,7 @@ def spearman(x, y):
 
 
 def against_ablation(models, code, layer, prompts, targets):
-    """P1: of each prompt's active latents attribution, and what log P loses without: two (n,)."""
+    """P1: attribution, and log P lost by ablation, of all prompts' active latents: two (n,)."""
     a, f = attribute(models, code, layer, prompts, targets)
     most = int((f > 0).sum(1).max())
     active = f.topk(most).indices  # (N, V): some are idle
@@ -472,7 +472,7 @@ def brought_about(matrix):
     return sum(row[i] >= 0.25 and max(row) == row[i] for i, row in enumerate(matrix))
 
 
-def toy(args, env, log, arm, seed):
+def run_toy(args, env, log, arm, seed):
     """Everything for one seed: base, reasoner, crosscoder, measures."""
     base = train_model(args, env, log, seed)
     models = [base, train_model(args, env, log, seed, start=base)]
@@ -554,7 +554,7 @@ def prepare(args, env, out):
     return models, wait, [prompts[i] for i in order], rows
 
 
-def real(prepared, args, env, log, arm, seed):
+def run_pair(prepared, args, env, log, arm, seed):
     """One seed on a real pair."""
     models, wait, prompts, rows = prepared
     torch.manual_seed(seed)
@@ -644,9 +644,9 @@ def main(argv=None):
     if run.args.model:
         with common.bad_input("--model"):
             prepared = prepare(run.args, run.env, run.out)
-        found = run.each(partial(real, prepared), ["pair"])
+        found = run.each(partial(run_pair, prepared), ["pair"])
     else:
-        found = run.each(toy, ["toy"])
+        found = run.each(run_toy, ["toy"])
     (rows,) = found.values()
     judge(run, rows)
     if not run.args.model:

@@ -542,7 +542,7 @@ def draw(path, found, args, title):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     toy = {*common.TrainFlags.__annotations__, "resume", "skew", "n_layer", "n_embd"}
     idle = common.changed_flags(args, toy if args.model else ["lists"])
     return [

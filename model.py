@@ -79,6 +79,8 @@ class GPTConfig:
         if not self.learned_pos and int(self.rotary_pct * self.head_dim) % 2:
             what = f"head_dim {self.head_dim}, rotary_pct {self.rotary_pct}"
             raise ValueError(f"{what}: needed is an even number of rotating dims")
+        if len(self.windows) != self.n_layer:
+            raise ValueError(f"windows has {len(self.windows)} entries for {self.n_layer} layers")
 
 
 ACT = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
@@ -394,7 +396,7 @@ class GPT(nn.Module):
             if c.learned_pos:
                 x = x + self.wpe(pos[:, start:])
             x = self.embed(x)
-        for window, block in list(zip(c.windows, self.blocks, strict=True))[first:]:
+        for window, block in list(zip(c.windows, self.blocks))[first:]:
             x = block(x, rotary[window], see[window], mask, cache)
         return self.final(x)
 

@@ -50,24 +50,24 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"micro_batch"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
 
-    steps: int = 1500  # of the base model
-    ft_steps: int = 1500  # of the reasoner, from there
+    steps: int = 1500  # training steps of the base model
+    ft_steps: int = 1500  # training steps of the reasoner, which starts from it
     batch_size: int = 32
     lr: float = 4e-3
     base: str = ""  # a real base model (paper: Llama-3.1-8B)
     model: str = ""  # its reasoner (paper: DeepSeek-R1-Distill-Llama-8B)
-    dataset: str = "stdlib"  # real: text beside the answers
-    answers: int = 64  # real: as many are sampled (paper: 500)
-    wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # the paper's
+    dataset: str = "stdlib"  # with --model: text to read beside the answers
+    answers: int = 64  # with --model: how many answers are sampled (paper: 500)
+    wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # wait words
     layer: int = 3  # block that is read, from 0 (paper: 7, 15, 23 of 32)
     d_sae: int = 256  # latents (paper: 65536)
     k: int = 32  # active latents, on average (paper: 100)
-    sae_steps: int = 500  # steps of the crosscoder (paper: 195000)
-    sae_batch: int = 1024  # positions in a step (paper: 2048)
-    sae_lr: float = 2e-3  # peak learning rate (paper: 1e-4)
-    rows: int = 60_000  # positions harvested
-    prompts: int = 100  # of each cause; real: in all (paper: 351)
-    top: int = 24  # length of the lists of latents (paper: 50)
+    sae_steps: int = 500  # training steps of the crosscoder (paper: 195000)
+    sae_batch: int = 1024  # positions in a step of the crosscoder (paper: 2048)
+    sae_lr: float = 2e-3  # peak learning rate of the crosscoder (paper: 1e-4)
+    rows: int = 60_000  # positions that the crosscoder is trained on
+    prompts: int = 100  # prompts of each cause; with --model: of all (paper: 351)
+    top: int = 24  # latents in a list (paper: 50)
 
 
 # --------------------------- the method

@@ -57,7 +57,7 @@ class Args(common.TrainFlags):
     steps: int = 900
     batch_size: int = 32
     lr: float = 4e-3
-    model: str = ""  # in place of the toy (paper: Llama-3-8B, Aya-23-8B)
+    model: str = ""  # a real model in place of the toy (paper: Llama-3-8B, Aya-23-8B)
     layer: int = 0  # block whose output is read, from 0 (paper: 16 of 32)
     dataset: str = "stdlib"  # text for a real model's SAE, beside grammar.csv
     d_sae: int = 96  # latents (paper: 32768, 8 times the width)

@@ -74,7 +74,7 @@ class Args(common.TrainFlags):
     dataset: str = "stdlib"  # text: stdlib, file:PATH or a `datasets` id (paper: the Pile)
     tokenizer: str = "bpe:512"  # byte, bpe:N, a tiktoken name, a tokenizer.json
     show: str = ""  # colour this text, or `heldout` text, by what the mask leaves out; then stop
-    mix: list[int] = common.default_list(3, 2, 2, 9)  # parts: text and the three toy tasks
+    mix: list[int] = common.default_list(3, 2, 2, 9)  # parts of a batch: text, the three toy tasks
     label_noise: float = 0.4  # share of few-label answers redrawn: labels can't be memorised
     samples: int = 512  # prompts or windows in each final measure (paper: 1000)
     neox: bool = False  # Pythia's block; off: smeared keys, which make induction easy to learn

@@ -57,12 +57,12 @@ class Args(common.TrainFlags):
     warmup: int = 10
     model: str = ""  # a real model to adapt (paper: Phi-3.5-mini); none: the toy
     dataset: str = "stdlib"  # text for --model: stdlib, file:PATH, a `datasets` id
-    prompt: str = ""  # text, or `heldout`: what the zip trained in --out writes
+    prompt: str = ""  # a text, or `heldout`, that the model trained in --out continues
     max_len: int = 3  # M, base ids of a row (paper: 3 or 4)
     max_codes: int = 1024  # N, rows of a sequence (paper: the window)
     enc_layers: int = 1  # layers of the hyper-encoder (paper: 2)
-    enc_dim: int = 64  # its width (paper: the model's)
-    enc_heads: int = 2  # its heads (paper: 32)
+    enc_dim: int = 64  # width of the hyper-encoder (paper: the model's)
+    enc_heads: int = 2  # heads of the hyper-encoder (paper: 32)
     lora_r: int = 8  # rank of LoRA; its scale is 2 (paper: rank 32, scale 1)
     pretrain_steps: int = 350  # steps of the toy's base model
     samples: int = 24  # held-out windows, and prompts, of each measure

@@ -636,14 +636,14 @@ def main(argv=None):
     if args.explain is not None:
         return print(engine.explain(engine.start, args.explain.encode()))
     with common.bad_input():
-        model, tokenizer = pretrained.load(args.model)
-        engine = Engine(grammar, vocabulary(tokenizer), tokenizer.stops)
-        prompt = tokenizer.encode(args.prompt, bos=True)
-        if tokenizer.template:
-            prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
-        options = {"stop": tokenizer.stops, "process": Masker(engine, args.max_new_tokens)}
+        model, tok = pretrained.load(args.model)
+        engine = Engine(grammar, vocabulary(tok), tok.stops)
+        prompt = tok.encode(args.prompt, bos=True)
+        if tok.template:
+            prompt = tok.chat([{"role": "user", "content": args.prompt}])
+        options = {"stop": tok.stops, "process": Masker(engine, args.max_new_tokens)}
         ids = generate(model, [prompt], args.max_new_tokens, 0.0, **options)[0]
-    print(data.printable(tokenizer.decode(ids[:-1])))
+    print(data.printable(tok.decode(ids[:-1])))
 
 
 if __name__ == "__main__":

@@ -161,7 +161,8 @@ PATTERNS = {  # what the reasoner does: two words for it; and the cause
 CAUSES = [*PATTERNS, "none"]
 MAPS = {"a": (2, 1), "b": (3, 4), "c": (4, 4)}  # 2 x + 1, 3 x + 4, 4 x + 4, modulo 5
 VOCAB = "<pad> <bos> <eos> 0 1 2 3 4 a b c @ ? : ; = | A or ok bad".split()
-VOCAB += [word for pair in PATTERNS.values() for word in pair]
+for words in PATTERNS.values():
+    VOCAB += words
 ID = {word: i for i, word in enumerate(VOCAB)}
 MARKS = [[ID[word] for word in pair] for pair in PATTERNS.values()]  # of each pattern
 WAIT = sum(MARKS, [])  # the wait words: here they say what comes

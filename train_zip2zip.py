@@ -325,7 +325,7 @@ class Synth:
     """
 
     def __init__(self, args, seed):
-        tails = [c + v for c in "bcdfghklmnprstz" for v in "aeiou"]
+        tails = ["".join(pair) for pair in itertools.product("bcdfghklmnprstz", "aeiou")]
         spaced = [f" {text}" for text in tails + WORDS.split()]
         digits = [f" {digit}" for digit in range(10)]
         self.text = ["", *tails, *spaced, ".", "\n", *digits]  # of ids 0 to 187, in parts:
@@ -411,8 +411,7 @@ def start(args, env, seed, trained=True):
     shape = dict(n_layer=3, n_head=4, n_embd=96, norm="rms", tie=True, smear_keys=True)
     gpt = GPT(GPTConfig(len(world.text), 2 * args.block_size, **shape)).to(env.device)
     if trained:
-        saved = common.load_checkpoint(f"{args.out}/base-s{seed}.pt")
-        gpt.load_state_dict(saved["model"])
+        gpt.load_state_dict(common.load_checkpoint(f"{args.out}/base-s{seed}.pt")["model"])
     return gpt, world
 
 
@@ -569,7 +568,8 @@ def show(run):
     if args.prompt != "heldout":
         ids = world.tok.encode(args.prompt, bos=True)
     print(data.printable(world.decode(ids)))
-    plain, zipped = (build(args, base, world, arm).eval() for arm in ("cont", "zip"))
+    plain = build(args, base, world, "cont").eval()
+    zipped = build(args, base, world, "zip").eval()
     zipped.load_state_dict(saved["model"])
     for name, model in ("zip2zip", zipped), ("the base model", plain):
         (text,) = generate(model, [ids], n)

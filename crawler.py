@@ -62,7 +62,7 @@ class Args(common.TrainFlags):
     url: str = ""  # a server: http://HOST:8000/v1; its key: API_KEY in the environment
     api: Literal["chat", "anthropic"] = "chat"  # chat: OpenAI, vLLM, llama.cpp, Ollama
     concurrency: int = 4  # servers: calls in flight
-    timeout: float = 120.0  # servers: seconds after which a try is given up
+    timeout: float = 120.0  # servers: seconds until a try is given up
     budget: int = 1000  # most calls of the target, over all resumed runs
     place: PLACES = "assistant-prefix"  # where a list is begun for the model; naive: nowhere
     truth: str = ""  # file of known topics (.csv, column "topic"): which are found?
@@ -295,7 +295,7 @@ class Target:
 
 
 def probe(target):
-    """Ends the crawl if the target does not go on with a prefill."""
+    """Ends the crawl if the target doesn't go on with a prefill."""
     opening = "The three primary colours are red, yellow and"
     (call,) = target.ask([Call("probe", "Name the three primary colours.", opening, 0.0)])
     if not re.match(r"\W*blue\b", call.text, re.I):

@@ -70,7 +70,7 @@ class Args(common.TrainFlags):
     top: int = 24  # latents in a list (paper: 50)
 
 
-# --------------------------- the method
+# ----------------- the method
 
 
 def relative_norm(norms):
@@ -150,7 +150,7 @@ def pushes(h, vectors, alpha):
     return alpha * h.norm(dim=1)[:, None, None] * F.normalize(vectors, dim=1)
 
 
-# ---------------------------- the world
+# ------------------ the world
 
 PATTERNS = {  # what the reasoner does: two words for it; and the cause
     "check": ("check", "verify"),  # an error in this step
@@ -340,7 +340,7 @@ def states_of(models, args, env, seed, n):
     return sae.harvest(models, args.layer, batches(), n, ID["<bos>"])
 
 
-# ------------------------------ measure
+# -------------------- measure
 
 
 def gate(model, split):
@@ -499,7 +499,7 @@ def run_toy(args, env, log, arm, seed):
     return row
 
 
-# -------------------------- a real pair
+# ---------------- a real pair
 
 
 def load_pair(args, env):
@@ -565,7 +565,7 @@ def run_pair(prepared, args, env, log, arm, seed):
     return study(models, code, args, prompts[::2], test, test, wait, seed)[0]
 
 
-# ----------------- claims, figure, main
+# ------- claims, figure, main
 
 
 def sides(rows, key, arm, measure):

@@ -227,7 +227,7 @@ def codec(tok, args):
     return LZW(tok.n_vocab + 256, args.max_codes, args.max_len, [tok.eos])
 
 
-# ----------------------------- programs
+# ------------------- programs
 
 
 def write_codes(raw, tok, args):

@@ -246,7 +246,7 @@ def check_languages(seed, tokenize):
     rng = np.random.default_rng([seed, 6])
     found = dict.fromkeys(["wrong", "states_more", "proper_wrong", "dead_ends", "by_pairs"], 0)
     for trial in range(TRIALS):
-        pattern = "[ab ]*" if trial % 2 else random_regex(rng, ["a", "b", " "])
+        pattern = "[ab ]*" if trial % 2 else random_regex(rng, ["a", "b", " "])  # or all texts
         vocab = random_vocabulary(rng, b"ab ", 5)
         tau = partial(tokenize, vocab)
         table, accepting = automaton(pattern, b"ab ")

@@ -373,8 +373,9 @@ class Synth:
 
     def names(self, ids):
         """The names in a list of ids; those at its ends may be cut, and don't count."""
-        kinds = ["h" if a in self.head else "t" if a in self.tail else " " for a in ids]
-        found = re.finditer("(?<=.)ht+(?=[ h])", "".join(kinds))
+        kinds = dict.fromkeys(self.head, "h") | dict.fromkeys(self.tail, "t")
+        letters = "".join(kinds.get(a, " ") for a in ids)
+        found = re.finditer("(?<=.)ht+(?=[ h])", letters)
         return [tuple(ids[m.start() : m.end()]) for m in found]
 
 
@@ -540,8 +541,7 @@ def judge(run, found):
     says = "the encoder does it: at most half the cost of random rows"
     rule = "arm.bpb - base.best <= .5 * (base.rand - base.best)"
     both = [row | {"rand": rand["bpb"]} for row, rand in zip(plain, found["rand"])]
-    controls = {"rows shuffled": shuffled}
-    run.claim("C3", says, "-", rule, base=both, arm=zipped, controls=controls)
+    run.claim("C3", says, "-", rule, base=both, arm=zipped, controls={"rows shuffled": shuffled})
     says = "hypertokens are written, and names copied as well as by cont"
     rule = "arm.gen_row_share >= .1 and arm.gen_ids_per_base <= .9"
     rule += " and arm.names_copied >= base.names_copied - .05"

@@ -570,7 +570,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     best, idx = logits.max(-1, keepdim=True)
     if not best.isfinite().all():
         raise ValueError("generate: no token is allowed, or the logits are not finite")
-    if temperature == 0:
+    if temperature < 1e-5:  # greedy
         return idx
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:

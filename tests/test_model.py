@@ -370,6 +370,7 @@ def test_stop_ends_a_row_and_frees_its_place(monkeypatch):
 def test_sampling():
     model = make()
     greedy = generate(model, PROMPTS, 8, temperature=0)
+    assert generate(model, PROMPTS, 8, temperature=1e-40) == greedy
     assert generate(model, PROMPTS, 8, top_k=1) == greedy == generate(model, PROMPTS, 8, top_p=1e-6)
     assert (
         generate(model, PROMPTS, 8, seed=3)

@@ -10,14 +10,11 @@ the VAE's scale), and channels come first.
 """
 
 import math
-import os
 import time
-import zlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -30,7 +27,6 @@ from tqdm import tqdm
 import common
 import data
 
-REAL = "vae tokenizer dataset model prompt generator".split()
 PAPER = dict(steps=415_039, batch_size=81_920, lr=1e-3, warmup=3000, clip=0.0)
 SMOKE = dict(images=160, steps=2, batch_size=8, samples=12, iters=2, gates=False)
 
@@ -39,7 +35,7 @@ SMOKE = dict(images=160, steps=2, batch_size=8, samples=12, iters=2, gates=False
 class Args(common.TrainFlags):
     """Latent-CLIP"""
 
-    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}, "b4plus": PAPER, "paper": PAPER}
+    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}, "paper": PAPER}
     limits: ClassVar[dict] = common.TrainFlags.limits | {"images": (8,), "samples": (8,)}
     limits |= {"batch_size": (2,), "iters": (1,), "noise_lr": (0,)}
     unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}
@@ -54,31 +50,21 @@ class Args(common.TrainFlags):
     iters: int = 25  # evaluations of ReNO (paper: 50)
     noise_lr: float = 1.2  # ReNO's step (paper: 5, in 16,384 dimensions)
     gates: bool = True  # stop if a model is too bad for claims
-    model: str = ""  # a Latent-CLIP; without it, --dataset trains one
-    vae: str = ""  # its VAE by diffusers (paper: sdxl-vae-fp16-fix)
-    tokenizer: str = ""  # CLIP's tokenizer.json: a file, or a hub id
-    dataset: str = ""  # a folder of pictures, a .txt caption beside each
-    prompt: str = ""  # ReNO for this prompt
-    generator: str = ""  # a one-step SDXL (paper: stabilityai/sdxl-turbo)
+    dataset: str = ""  # trains on a folder: pictures, a .txt caption beside each
+    model: str = ""  # its VAE, diffusers' .safetensors (paper: sdxl-vae-fp16-fix)
+    tokenizer: str = ""  # its tokenizer.json: CLIP's, a file or a hub id
 
 
-# --------------------------------------------------------------------------------- CLIP, VAE, ReNO
+# ------------------------------------------------------------------------------------------- CLIP
 
 
-class Gather(torch.autograd.Function):
-    """The rows of all ranks; backward sums the gradients of all ranks."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+def gather(x):
+    """The rows of all ranks; this rank's alone carry gradients, which DDP will average."""
+    world = dist.get_world_size()
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[dist.get_rank()] = x.detach() + world * (x - x.detach())
+    return torch.cat(parts)
 
 
 def info_nce(image, text, scale, ids):
@@ -86,21 +72,15 @@ def info_nce(image, text, scale, ids):
 
     image, text  (B, E) normalised features; `scale` multiplies their cosines
     ids          (B,) numbers of captions: equal ones are no negatives
-    Of several ranks, the mean of their losses is that of the whole batch.
     """
-    labels, numbers = torch.arange(len(ids), device=ids.device), ids
+    if dist.is_initialized():
+        image, text, ids = map(gather, (image, text, ids))
     logits = scale * image @ text.T
-    across = logits.T
-    if dist.is_initialized():  # this rank's rows against those of all ranks
-        logits = scale * image @ Gather.apply(text).T
-        across = scale * text @ Gather.apply(image).T
-        numbers = Gather.apply(ids)
-        labels = labels + dist.get_rank() * len(ids)
-    same = ids[:, None] == numbers
-    same.scatter_(1, labels[:, None], False)
-    by_image = F.cross_entropy(logits.masked_fill(same, -torch.inf), labels)
-    by_text = F.cross_entropy(across.masked_fill(same, -torch.inf), labels)
-    return (by_image + by_text) / 2
+    labels = torch.arange(len(ids), device=ids.device)
+    same = ids[:, None] == ids
+    same.fill_diagonal_(False)
+    logits = logits.masked_fill(same, -torch.inf)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 class Block(nn.Module):
@@ -147,9 +127,7 @@ class CLIPConfig:
 
 TOY = CLIPConfig()
 PIXEL = replace(TOY, side=32, patch=8, channels=3)  # the same trunk
-B8 = CLIPConfig(64, 8, 4, 768, 12, 64, 512, 49408, 77, 512, 12)
-B4PLUS = replace(B8, patch=4, embed=640, text_width=640)
-CONFIGS = {"smoke": TOY, "toy": TOY, "b4plus": B4PLUS, "paper": B8}
+B8 = CLIPConfig(64, 8, 4, 768, 12, 64, 512, 49408, 77, 512, 12)  # the paper's
 
 
 class ViT(nn.Module):
@@ -232,7 +210,35 @@ def clip_optimizer(clip, args):
     return torch.optim.AdamW(groups, lr=args.lr, **options, fused=True)
 
 
-SIGMA = 14.614641  # SDXL's largest noise, sqrt(1 / prod(1 - beta) - 1)
+def clip_tokens(ids, end, context):
+    """Ids of n texts as rows: start, text, end (the largest id), zeros."""
+    out = torch.zeros(len(ids), context, dtype=torch.long)
+    for row, text in zip(out, ids):
+        text = [end - 1, *text[: context - 2], end]
+        row[: len(text)] = torch.tensor(text)
+    return out
+
+
+def train_clip(clip, args, env, log, seed, rows, tokens, inputs, spread=None):
+    """Trains on the `rows` of n pairs: ids (n, T), and latents or pixels (n, C, S, S).
+
+    With `spread` latents are drawn from the VAE's posterior, as by the authors.
+    """
+    numbers = tokens.unique(dim=0, return_inverse=True)[1]  # one for each caption
+
+    def batch(step):
+        rng = np.random.default_rng([seed, 5, step])
+        picks = rng.choice(rows, args.batch_size)[env.rank :: env.world]
+        seen = inputs[picks].float()
+        if spread is not None:
+            seen = seen + spread[picks] * gaussian(rng, len(picks))
+        return {"idx": tokens[picks], "images": seen, "ids": numbers[picks]}
+
+    common.train(clip, batch, args, env, log, make_optimizer=clip_optimizer)
+
+
+# --------------------------------------------------------------------------------------- VAE, ReNO
+
 SD = {"widths": (128, 256, 512, 512), "layers": 2, "groups": 32}  # Stable Diffusion's
 KL = 2e-3  # its weight in the loss; it makes latents smooth
 
@@ -289,16 +295,15 @@ class Half(nn.Module):
             outer += blocks
             if i + 1 < len(widths):
                 if down:  # padded right and below only
-                    parts = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)
+                    change, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)
                 else:
-                    parts = nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, 1, 1)
-                outer.append(nn.Sequential(OrderedDict(zip(("change", "conv"), parts))))
+                    change, conv = nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, 1, 1)
+                outer.append(nn.Sequential(OrderedDict(change=change, conv=conv)))
                 stages[i][f"{side}samplers"] = nn.ModuleList(outer[-1:])
             before = width
         self.add_module(f"{side}_blocks", stages)
-        width = max(widths)
-        resnets = nn.ModuleList([ResBlock(width, width, groups) for _ in range(2)])
-        attentions = nn.ModuleList([PixelAttention(width, groups)])
+        resnets = nn.ModuleList([ResBlock(max(widths), max(widths), groups) for _ in range(2)])
+        attentions = nn.ModuleList([PixelAttention(max(widths), groups)])
         self.mid_block = nn.ModuleDict({"resnets": resnets, "attentions": attentions})
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], 1e-6)
         self.conv_out = nn.Conv2d(widths[-1], outside, 3, padding=1)
@@ -368,13 +373,11 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
         noise = noise.detach().requires_grad_()
         z = generate(noise)
         value = reward(z)
-        if not value.isfinite().all():
-            raise ValueError(f"the reward of evaluation {i} is not finite: try fp32")
         better = value > top
         best = best.clone()
         best[better] = z[better].detach()
         top = torch.maximum(top, value.detach())
-        path.append((best, top))
+        path.append(best)
         if i + 1 < iters:
             n = noise.float().flatten(1).norm(dim=1)
             loss = reg * (0.5 * n**2 - (noise[0].numel() - 1) * n.log()) - value
@@ -382,7 +385,7 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
             grad = grad * (clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
             velocity = momentum * velocity + grad
             noise = noise - lr * (grad + momentum * velocity).view_as(noise)
-    return [torch.stack(part) for part in zip(*path)]
+    return torch.stack(path)
 
 
 # -------------------------------------------------------------------------- the world, its judge
@@ -404,15 +407,6 @@ HELD = torch.tensor([0, 11, 16, 21, 26])  # objects that no CLIP is trained on
 NOTHING, UNCLEAR = -1, -2  # in a cell, if no object is seen
 MIX = {"one": 0.4, "pair": 0.3, "count": 0.15, "tone": 0.15}  # kinds of pictures
 ASKED = {"one": 0.4, "count": 0.2, "pair": 0.4}  # prompts for ReNO: GenEval's kinds
-
-
-def clip_tokens(ids, end, context):
-    """Ids of n texts as rows: start, text, end (the largest id), zeros."""
-    out = torch.zeros(len(ids), context, dtype=torch.long)
-    for row, text in zip(out, ids):
-        text = [end - 1, *text[: context - 2], end]
-        row[: len(text)] = torch.tensor(text)
-    return out
 
 
 def toy_tokens(texts):
@@ -483,8 +477,7 @@ def pictures(n, key, mix=MIX):
     images = images.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5)  # (n, 3, 2, 16, 2, 16)
     images = images.reshape(n, 3, 32, 32).round().clamp(0, 255).byte()
     objects = torch.from_numpy(objects)
-    new = torch.isin(objects, HELD).any(1)
-    return Pictures(images, texts, objects, label, new)
+    return Pictures(images, texts, objects, label, torch.isin(objects, HELD).any(1))
 
 
 def caption(kind, count, objects, big, rng):
@@ -492,8 +485,7 @@ def caption(kind, count, objects, big, rng):
     first, second = OBJECTS[objects[0]], OBJECTS[objects[1]]
     shape, colour = divmod(objects[0], 6)
     if kind == "count":
-        number = "two" if count == 2 else "three"
-        return f"{number} {COLOURS[colour]} {PLURALS[shape]}"
+        return f"{['two', 'three'][count - 2]} {COLOURS[colour]} {PLURALS[shape]}"
     if kind == "pair":
         return f"a {first} and a {second}"
     if kind == "tone":
@@ -536,18 +528,21 @@ def fulfilled(images, asked):
     return (see(images).sort(1).values == asked.sort(1).values).all(1).numpy()
 
 
+# ------------------------------------------------------------------------------- the toy's models
+
+
 class Flow(nn.Module):
-    """The toy's generator of scaled latents: flow matching, a transformer on four cells.
+    """The generator: flow matching on scaled latents, a transformer on four cells.
 
     Time and caption (a vector for each word at each place) shift the input of every block.
     """
 
-    def __init__(self, width=144, layers=4, heads=4):
+    def __init__(self, scale, width=144, layers=4, heads=4):
         super().__init__()
+        self.scale = scale  # makes latents of spread 1
         self.words = nn.EmbeddingBag(TOY.vocab * TOY.context, 2 * width, mode="sum")
         self.time = nn.Linear(32, 2 * width)
-        hidden = nn.Linear(2 * width, 2 * width)
-        shifts = nn.Linear(2 * width, layers * width)
+        hidden, shifts = nn.Linear(2 * width, 2 * width), nn.Linear(2 * width, layers * width)
         self.shift = nn.Sequential(nn.SiLU(), hidden, nn.SiLU(), shifts)
         self.into = nn.Linear(64, width)  # a cell: 4 channels of 4 x 4
         self.position = nn.Parameter(0.02 * torch.randn(4, width))
@@ -576,11 +571,11 @@ class Flow(nn.Module):
         return ((1 - at) * wrong).square().mean()
 
     def generate(self, words, x, steps=8, start=0.0):
-        """Scaled latents from x at time `start`, by Euler's rule, first in small steps."""
+        """Raw latents from x at time `start`, by Euler's rule, first in small steps."""
         times = [start + (1 - start) * (i / steps) ** 2 for i in range(steps + 1)]
         for now, then in zip(times, times[1:]):
             x = x + (then - now) * self.velocity(x, x.new_full((len(x),), now), words)
-        return x
+        return x / self.scale
 
 
 @dataclass
@@ -588,32 +583,24 @@ class Lab:
     """The frozen models of a seed."""
 
     vae: VAE
-    scale: float  # what makes latents of spread 1: the toy's .13025
     flow: Flow
     clips: dict  # latent, pixel, shuffled, untrained
     device: torch.device
-    tokens: object = toy_tokens  # of captions
 
     @torch.no_grad()
     def text(self, arm, texts):
         """Text features (n, E) of a CLIP."""
-        return self.clips[arm].encode_text(self.tokens(texts).to(self.device))
+        return self.clips[arm].encode_text(toy_tokens(texts).to(self.device))
 
-    def images(self, z):
-        """Scaled latents as images in [0, 255]."""
-        return self.vae.images(z / self.scale)
-
-    def climb(self, arm, texts, toward, noise, iters, lr):
+    def climb(self, arm, texts, toward, noise, args):
         """ReNO by the cosine with text features `toward`, as one CLIP sees it."""
 
         def reward(z):
-            z = z / self.scale  # raw again
-            if arm == "pixel":
-                z = self.vae.decode(z)
-            return (self.clips[arm].encode_image(z) * toward).sum(1)
+            seen = self.vae.decode(z) if arm == "pixel" else z
+            return (self.clips[arm].encode_image(seen) * toward).sum(1)
 
-        generate = partial(self.flow.generate, self.tokens(texts).to(self.device))
-        return reno(generate, reward, noise, iters, lr)
+        generate = partial(self.flow.generate, toy_tokens(texts).to(self.device))
+        return reno(generate, reward, noise, args.iters, args.noise_lr)
 
 
 def gaussian(rng, n):
@@ -621,7 +608,7 @@ def gaussian(rng, n):
     return torch.from_numpy(rng.standard_normal((n, 4, 8, 8), np.float32))
 
 
-def train_vae(args, env, log, seed, train):
+def train_vae(args, env, log, seed, pixels):
     """The VAE, by many small steps: it learns from every pixel."""
     torch.manual_seed(seed)
     vae = VAE()
@@ -630,41 +617,16 @@ def train_vae(args, env, log, seed, train):
 
     def batch(step):
         rng = np.random.default_rng([seed, 4, step])
-        rows = rng.integers(len(train.images), size=size)
-        return {"idx": train.images[rows] / 127.5 - 1, "noise": gaussian(rng, size)}
+        rows = rng.integers(len(pixels), size=size)
+        return {"idx": pixels[rows], "noise": gaussian(rng, size)}
 
     flags = replace(args, lr=5e-3, batch_size=size, steps=args.steps * 3 // 2)
     common.train(vae, batch, flags, env, log.stage("vae"))
     return vae.requires_grad_(False)
 
 
-def train_clip(args, env, log, arm, seed, train, latents, deviations):
-    """A CLIP on pictures without a held-out object; all arms see the same."""
-    rows = (~train.new).nonzero()[:, 0].numpy()
-    tokens = toy_tokens(train.texts)
-    ids = tokens.unique(dim=0, return_inverse=True)[1]  # a number for each caption
-    of = np.arange(len(latents))
-    if arm == "shuffled":  # each picture has the caption of another
-        of[rows] = np.random.default_rng([seed, 3]).permutation(rows)
-
-    def batch(step):
-        rng = np.random.default_rng([seed, 5, step])
-        picks = rng.choice(rows, args.batch_size)
-        seen = train.images[picks] / 127.5 - 1
-        if arm != "pixel":  # drawn from the VAE's posterior, as by the authors
-            seen = latents[picks] + deviations[picks] * gaussian(rng, len(picks))
-        return {"idx": tokens[of[picks]], "images": seen, "ids": ids[of[picks]]}
-
-    torch.manual_seed(seed)
-    clip = CLIP(PIXEL if arm == "pixel" else TOY)
-    if arm != "untrained":
-        common.train(clip, batch, args, env, log.stage(arm), make_optimizer=clip_optimizer)
-    return clip.to(env.device).requires_grad_(False)
-
-
-def train_flow(args, env, log, seed, train, latents):
+def train_flow(args, env, log, seed, tokens, latents):
     """The generator, on all pictures, in more and larger steps."""
-    words = toy_tokens(train.texts)
 
     def batch(step):
         rng = np.random.default_rng([seed, 6, step])
@@ -672,30 +634,25 @@ def train_flow(args, env, log, seed, train, latents):
         t = torch.from_numpy(rng.random(len(rows), np.float32) ** 2)
         wrong = rng.random(len(rows)) < WRONG
         said = np.where(wrong, np.roll(rows, 1), rows)  # as captions from the web are
-        noise = gaussian(rng, len(rows))
-        return {"idx": words[said], "x1": latents[rows], "noise": noise, "t": t}
+        x1 = flow.scale * latents[rows]
+        return {"idx": tokens[said], "x1": x1, "noise": gaussian(rng, len(rows)), "t": t}
 
     torch.manual_seed(seed)
-    flow = Flow()
+    flow = Flow(1 / latents[:1024].std().item())
     flags = replace(args, steps=3 * args.steps, lr=2 * args.lr, weight_decay=0.01)
     common.train(flow, batch, flags, env, log.stage("flow"))
     return flow.requires_grad_(False)
 
 
+# ------------------------------------------------------------------------------------- the claims
+
 REWARDS = "latent", "pixel", "shuffled", "untrained"
-GUIDES = [  # of guidance: its CLIP, and the colour that it goes away from
-    ("not red", "latent", "red"),
-    ("not blue", "latent", "blue"),
-    ("prompt alone", "latent", ""),
-    ("shuffled", "shuffled", "red"),
-]
-
-
-def rotated(z, seed):
-    """Latents (B, 4, H, W) as of another VAE: channels turned at random."""
-    rng = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(4, 4, generator=rng))[0]
-    return torch.einsum("ij,bjhw->bihw", q.to(z), z)
+GUIDES = {  # of guidance: its CLIP, and the colour that it goes away from
+    "not red": ("latent", "red"),
+    "not blue": ("latent", "blue"),
+    "prompt alone": ("latent", ""),
+    "shuffled": ("shuffled", "red"),
+}
 
 
 @torch.no_grad()
@@ -704,19 +661,24 @@ def zero_shot(lab, test, z, noise):
 
     def named(arm, x):
         cosines = lab.clips[arm].encode_image(x) @ lab.text(arm, CLASSES).T
-        right = cosines.argmax(1).cpu() == test.label
-        return {"right": right[~test.new].float().mean().item()}
+        right = (cosines.argmax(1).cpu() == test.label).float()
+        return {"right": right[~test.new].mean().item(), "new": right[test.new].mean().item()}
+
+    def rotated(seed):  # `made` as of another VAE: channels turned at random
+        rng = torch.Generator().manual_seed(seed)
+        q = torch.linalg.qr(torch.randn(4, 4, generator=rng))[0]
+        return torch.einsum("ij,bjhw->bihw", q.to(made), made)
 
     words = toy_tokens([CLASSES[i] for i in test.label]).to(lab.device)
-    start = 0.66 * noise + 0.34 * z * lab.scale  # as in the paper
-    made = lab.flow.generate(words, start, start=0.34) / lab.scale
+    start = 0.66 * noise + 0.34 * z * lab.flow.scale  # as in the paper
+    made = lab.flow.generate(words, start, start=0.34)
     return {
         "pixel": named("pixel", (test.images / 127.5 - 1).to(z)),
         "latent": named("latent", z),
         "shuffled": named("shuffled", z),
         "made_pixel": named("pixel", lab.vae.decode(made)),
         "made_latent": named("latent", made),
-        "made_rotated": common.mean([named("latent", rotated(made, i)) for i in range(3)]),
+        "made_rotated": common.mean([named("latent", rotated(i)) for i in range(3)]),
     }
 
 
@@ -725,13 +687,12 @@ def optimise(lab, args, texts, asked, noise):
     at = sorted({*range(0, args.iters, max(1, args.iters // 10)), args.iters - 1})
     found, shown = {"at": at}, {}
     for arm in REWARDS:
-        toward = lab.text(arm, texts)
-        best, _ = lab.climb(arm, texts, toward, noise, args.iters, args.noise_lr)
-        verdicts = np.array([fulfilled(lab.images(z), asked) for z in best[at]], float)
+        best = lab.climb(arm, texts, lab.text(arm, texts), noise, args)
+        verdicts = np.array([fulfilled(lab.vae.images(z), asked) for z in best[at]], float)
         gain, low, _ = common.interval(verdicts[-1] - verdicts[0])
         found[arm] = {"gain": gain, "low": low, "share": verdicts.mean(1)}
-        shown["first noise"] = lab.images(best[0, :6])
-        shown[f"by {arm}"] = lab.images(best[-1, :6])
+        shown["first noise"] = lab.vae.images(best[0, :6])
+        shown[f"by {arm}"] = lab.vae.images(best[-1, :6])
     return found, shown
 
 
@@ -740,16 +701,16 @@ def guard(lab, args, noise):
     asked = torch.arange(len(noise)) % 5
     texts = [f"a warm {SHAPES[shape]}" for shape in asked]
     found = {}
-    for name, arm, colour in GUIDES:
+    for name, (arm, colour) in GUIDES.items():
         toward = lab.text(arm, texts)
         if colour:  # the reward is a difference of cosines
             concept = lab.text(arm, [f"a {colour} {shape}" for shape in SHAPES])
             toward = toward - F.normalize(concept.mean(0), dim=0)
-        best, _ = lab.climb(arm, texts, toward, noise, args.iters, args.noise_lr)
+        best = lab.climb(arm, texts, toward, noise, args)
         for when, z in ("first noise", best[0]), (name, best[-1]):
-            seen = see(lab.images(z))
-            red = ((seen >= 0) & (seen % 6 == 0)).any(1).float()
-            right = ((seen >= 0) & (seen // 6 == asked[:, None])).any(1).float()
+            seen = see(lab.vae.images(z))
+            red = (seen % 6 == 0).any(1).float()
+            right = (seen // 6 == asked[:, None]).any(1).float()
             found[when] = {"red": red.mean(), "shape": right.mean()}
     return found
 
@@ -761,8 +722,8 @@ def cost(lab, args, texts, noise, climbed):
     for name in list(arms) * 5:  # they take turns
         toward = lab.text(arms[name], texts)
         began = time.perf_counter()
-        best, _ = lab.climb(arms[name], texts, toward, noise, 3, args.noise_lr)
-        lab.images(best[-1])
+        best = lab.climb(arms[name], texts, toward, noise, replace(args, iters=3))
+        lab.vae.images(best[-1])
         seconds[name].append((time.perf_counter() - began) / 3)
     latent, pixel = climbed["latent"]["share"], climbed["pixel"]["share"]
     level = 0.2 * pixel[0] + 0.8 * min(latent[-1], pixel[-1])  # both reach it
@@ -779,7 +740,8 @@ def run_seed(args, env, log, arm, seed):
     """Trains all models of a seed, then asks all questions."""
     train = pictures(args.images, [seed, 0])
     test = pictures(10 * args.samples, [seed, 1], {"one": 1.0})
-    vae = train_vae(args, env, log, seed, train)
+    tokens, pixels = toy_tokens(train.texts), train.images / 127.5 - 1
+    vae = train_vae(args, env, log, seed, pixels)
     z = vae.latents(test.images)[0].to(env.device)
     decoded = vae.images(z)
     error = ((decoded - test.images) / 255).square().mean((1, 2, 3))
@@ -789,12 +751,18 @@ def run_seed(args, env, log, arm, seed):
         says = f"VAE of {psnr:.1f} dB (26 needed), of which {read:.2f} is read (.95)"
         raise SystemExit(f"error: seed {seed}: {says}; --no-gates goes on")
     latents, deviations = vae.latents(train.images)
-    scale = 1 / latents[:1024].std().item()
-    flow = train_flow(args, env, log, seed, train, scale * latents)
-    lab = Lab(vae, scale, flow, {}, env.device)
+    lab = Lab(vae, train_flow(args, env, log, seed, tokens, latents), {}, env.device)
+    rows = (~train.new).nonzero()[:, 0].numpy()
+    shuffled = tokens.clone()  # each picture has the caption of another
+    shuffled[rows] = tokens[np.random.default_rng([seed, 3]).permutation(rows)]
     for reward in REWARDS:
-        clip = train_clip(args, env, log, reward, seed, train, latents, deviations)
-        lab.clips[reward] = clip
+        torch.manual_seed(seed)
+        clip = CLIP(PIXEL if reward == "pixel" else TOY).to(env.device)
+        said = shuffled if reward == "shuffled" else tokens
+        seen = [pixels] if reward == "pixel" else [latents, deviations]
+        if reward != "untrained":
+            train_clip(clip, args, env, log.stage(reward), seed, rows, said, *seen)
+        lab.clips[reward] = clip.requires_grad_(False)
 
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(11 * args.samples, 4, 8, 8, generator=rng).to(z)
@@ -865,31 +833,16 @@ def draw(path, found, texts, shown):
         right.set_xticks(range(16, 192, 32), names, fontsize=6)
 
 
-# --------------------------------------------------------------------------- released weights
+# --------------------------------------------------------------------------- pictures of a folder
 
 
 def with_weights(model, path):
-    """The model, frozen, with the weights of a file. ValueError."""
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
+    """The model, frozen, with the weights of a file. OSError if they are no such model's."""
+    from safetensors.torch import load_file
 
-        with data.explained(f"{path} can't be read", "allowed: a whole safetensors file"):
-            state = load_file(path)
-    else:  # a training state, which holds NumPy's numbers
-        scalar = np._core.multiarray.scalar
-        known = [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
-        known += [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]
-        with torch.serialization.safe_globals(known):
-            state = common.load_checkpoint(Path(path))
-        state = state.get("state_dict") or state.get("model") or state
-    ours = {}
-    for key, value in state.items():
-        if "vae_" not in key:  # Latent-CLIP's file holds a VAE
-            ours[key.removeprefix("module.").replace("latent_vit.", "")] = value
-    try:
-        model.load_state_dict(ours)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit: {str(error)[:600]}") from None
+    needed = f"needed: a whole safetensors file of a {type(model).__name__}"
+    with data.explained(f"{path} can't be read", needed):
+        model.load_state_dict(load_file(path))
     return model.requires_grad_(False)
 
 
@@ -907,117 +860,49 @@ def open_picture(path, side):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def real_lab(args, env):
-    """The models of the files given; without --model a new Latent-CLIP."""
+def train_on_folder(args, env, log, arm, seed):
+    """--dataset: trains a Latent-CLIP on pictures, beside each of which lies its caption.
+
+    A tenth is held out: how often is a picture's caption found among those of all the others?
+    """
     tok = data.get_tokenizer(args.tokenizer)
-    config = replace(CONFIGS[args.preset], vocab=tok.n_vocab)
-    vae = with_weights(VAE(**SD), args.vae).to(env.device)
-    clip = CLIP(config)
-    if args.model:
-        with_weights(clip, args.model)
-
-    def tokens(texts):  # an end of text that is written in a text is text
-        return clip_tokens(tok.encode_batch(texts), tok.n_vocab - 1, config.context)
-
-    return Lab(vae, 0.13025, None, {"latent": clip.to(env.device)}, env.device, tokens)
-
-
-def read_pairs(args, env, lab):
-    """Raw latents (n, 4, S, S) of a folder's pictures, memory-mapped, and captions."""
-    files = [f for f in sorted(Path(args.dataset).iterdir()) if f.suffix != ".txt"]
+    config = replace(B8 if args.preset == "paper" else TOY, vocab=tok.n_vocab)
+    vae = with_weights(VAE(**SD), args.model).to(env.device)
+    files = [file for file in sorted(Path(args.dataset).iterdir()) if file.suffix != ".txt"]
     if len(files) < 10:
         raise ValueError(f"--dataset {args.dataset} has {len(files)} pictures, needed: 10")
-    texts = [data.read_text(path.with_suffix(".txt")).strip() for path in files]
-    shape = lab.clips["latent"].shape
-    stats = [(path, os.stat(path).st_mtime_ns) for path in (args.vae, *files)]
-    key = zlib.crc32(repr((stats, shape)).encode())
-    path = Path(args.out) / f"latents-{key:08x}.f16"  # each picture is encoded once
+    texts = [data.read_text(file.with_suffix(".txt")).strip() for file in files]
+    tokens = clip_tokens(tok.encode_batch(texts), tok.n_vocab - 1, config.context)
+    path = Path(args.out) / "latents.pt"
     with common.rank_zero_first(env):
-        if not path.exists():
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
-            with open(aside, "wb") as f:
-                for file in tqdm(files, "encode"):
-                    image = open_picture(file, 8 * shape[1])[None]
-                    f.write(lab.vae.latents(image)[0].half().numpy().tobytes())
-            os.replace(aside, path)
-    return np.memmap(path, np.float16, "r", shape=(len(files), *shape)), texts
-
-
-def train_on_pairs(args, env, log, arm, seed):
-    """--dataset: trains a Latent-CLIP, if there is no --model, and finds captions.
-
-    How often is a picture's caption found among all (when trained: among those held out)?
-    """
+        if env.rank == 0:  # each picture is encoded once
+            parts = []
+            for file in tqdm(files, "encode"):
+                image = open_picture(file, 8 * config.side)[None]
+                parts.append(vae.latents(image)[0].half())
+            torch.save(torch.cat(parts), path)
+    latents = torch.load(path, mmap=True)
+    rows = np.arange(len(files))
+    held = rows[9::10][:1000]
     torch.manual_seed(seed)
-    lab = real_lab(args, env)
-    clip = lab.clips["latent"]
-    latents, texts = read_pairs(args, env, lab)
-    every = np.arange(len(texts))
-    held = every if args.model else every[9::10]
-    rows = np.setdiff1d(every, held)
-    tokens = lab.tokens(texts)
-    ids = tokens.unique(dim=0, return_inverse=True)[1]
-
-    def batch(step):
-        picks = np.random.default_rng([seed, step]).choice(rows, args.batch_size)
-        picks = picks[env.rank :: env.world]
-        z = torch.from_numpy(latents[picks].astype(np.float32))
-        return {"idx": tokens[picks], "images": z, "ids": ids[picks]}
-
-    if not args.model:
-        common.train(clip, batch, args, env, log, make_optimizer=clip_optimizer)
-    told = [texts[i] for i in held]
-    images, captions = [], []
+    clip = CLIP(config)
+    train_clip(clip, args, env, log, seed, np.setdiff1d(rows, held), tokens, latents)
+    told = tokens[held]
     with torch.no_grad():
-        for i in range(0, len(held), 64):
-            z = torch.from_numpy(latents[held[i : i + 64]].astype(np.float32))
-            images.append(clip.encode_image(z.to(env.device)))
-            captions.append(lab.text("latent", told[i : i + 64]))
-    best = (torch.cat(images) @ torch.cat(captions).T).argmax(1)
-    found = [told[i] == text for i, text in zip(best, told)]
-    chance = sum(n**2 for n in Counter(told).values()) / len(told) ** 2
-    return {"found": np.mean(found), "chance": chance}
-
-
-def optimise_prompt(args, env, log, arm, seed):
-    """--prompt: ReNO by Latent-CLIP on a one-step SDXL."""
-    from PIL import Image
-
-    lab = real_lab(args, env)
-    pipeline = data.import_or_explain("diffusers").StableDiffusionXLPipeline
-    pipe = pipeline.from_pretrained(args.generator, torch_dtype=env.dtype).to(env.device)
-    pipe.unet.requires_grad_(False)
-    with torch.no_grad():
-        states, _, pooled, _ = pipe.encode_prompt(args.prompt, do_classifier_free_guidance=False)
-    times = torch.tensor([[512, 512, 0, 0, 512, 512]], device=env.device)
-    more = {"text_embeds": pooled, "time_ids": times}
-    given = {"encoder_hidden_states": states, "added_cond_kwargs": more}
-
-    def generate(words, noise):  # one step, for which the UNet tells the noise
-        x = SIGMA * noise
-        seen = (x / (SIGMA**2 + 1) ** 0.5).to(env.dtype)
-        return x - SIGMA * pipe.unet(seen, 999, **given)[0].float()
-
-    lab.flow = SimpleNamespace(generate=generate)
-    texts = [args.prompt]
-    toward = lab.text("latent", texts)
-    torch.manual_seed(seed)
-    noise = torch.randn(1, *lab.clips["latent"].shape).to(env.device)
-    best, value = lab.climb("latent", texts, toward, noise, args.iters, args.noise_lr)
-    for when, z in ("before", best[0]), ("after", best[-1]):
-        image = lab.images(z)[0].byte().permute(1, 2, 0).numpy()
-        Image.fromarray(image).save(Path(args.out) / f"{seed}-{when}.png")
-    return {"reward": value[:, 0]}
+        images = [clip.encode_image(z.float().to(env.device)) for z in latents[held].split(64)]
+        captions = [clip.encode_text(ids.to(env.device)) for ids in told.split(64)]
+        best = (torch.cat(images) @ torch.cat(captions).T).argmax(1).cpu()
+    alike = told.unique(dim=0, return_counts=True)[1].float()
+    found = (told[best] == told).all(1).float().mean()
+    return {"found": found, "chance": alike.square().sum() / len(told) ** 2}
 
 
 def check(args, env):
     """Rules for flags: (whether one is broken, what to say)."""
-    given = [flag for flag in REAL if vars(args)[flag]]
-    allowed = [], REAL[:3], REAL[:4], [*REAL[:2], *REAL[3:]]
-    needed = "--vae --tokenizer, and --dataset or --model --prompt --generator"
+    given = [bool(path) for path in (args.dataset, args.model, args.tokenizer)]
     return [
-        (given not in allowed, f"--{' --'.join(given)}: needed are {needed}"),
-        (env.world > 1 and given != REAL[:3], "torchrun is for training on --dataset"),
+        (any(given) and not all(given), "--dataset, --model and --tokenizer need one another"),
+        (env.world > 1 and not args.dataset, "torchrun is for training on --dataset"),
         (args.batch_size % env.world, f"--batch-size must be a multiple of {env.world}"),
     ]
 
@@ -1025,9 +910,9 @@ def check(args, env):
 def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2503.08455", check)
-    if run.args.vae:
+    if run.args.dataset:
         with common.bad_input():
-            found = run.each(train_on_pairs if run.args.dataset else optimise_prompt, ["real"])
+            found = run.each(train_on_folder, ["real"])
         return run.finish(found) if run.env.rank == 0 else None
     found, texts, shown = zip(*run.each(run_seed, ["toy"])["toy"])
     judge(run, found)

@@ -228,7 +228,7 @@ def train_clip(clip, args, env, log, seed, rows, tokens, inputs, spread=None):
 
     def batch(step):
         rng = np.random.default_rng([seed, 5, step])
-        picks = rng.choice(rows, args.batch_size)[env.rank :: env.world]
+        picks = rng.choice(rows, args.batch_size // env.world)
         seen = inputs[picks].float()
         if spread is not None:
             seen = seen + spread[picks] * gaussian(rng, len(picks))
@@ -287,9 +287,8 @@ class Half(nn.Module):
         inside, outside = (3, 8) if down else (4, 3)  # 8: means, log-variances
         self.conv_in = nn.Conv2d(inside, widths[0], 3, padding=1)
         stages, outer = nn.ModuleList(), []
-        before = widths[0]
         for i, width in enumerate(widths):
-            inputs = [before] + [width] * (layers - 1)
+            inputs = [widths[max(0, i - 1)]] + [width] * (layers - 1)
             blocks = nn.ModuleList([ResBlock(n, width, groups) for n in inputs])
             stages.append(nn.ModuleDict({"resnets": blocks}))
             outer += blocks
@@ -300,7 +299,6 @@ class Half(nn.Module):
                     change, conv = nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, 1, 1)
                 outer.append(nn.Sequential(OrderedDict(change=change, conv=conv)))
                 stages[i][f"{side}samplers"] = nn.ModuleList(outer[-1:])
-            before = width
         self.add_module(f"{side}_blocks", stages)
         resnets = nn.ModuleList([ResBlock(max(widths), max(widths), groups) for _ in range(2)])
         attentions = nn.ModuleList([PixelAttention(max(widths), groups)])
@@ -359,11 +357,10 @@ class VAE(nn.Module):
 
 
 def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum=0.9):
-    """Reward-based noise optimisation of a batch, as each row alone would go.
+    """Reward-based noise optimisation of a batch: the best latents so far, at every evaluation.
 
-    SGD with Nesterov momentum on reg * (n^2 / 2 - (d - 1) ln n) - reward. The bracket is the
-    -log density of n, the norm of noise. Gradients are clipped row by row. `generate` makes
-    latents of noise (B, ...), `reward` gives (B,). Returns the best so far at every evaluation.
+    SGD with Nesterov momentum on reg * (n^2 / 2 - (d - 1) ln n) - reward, for each row alone.
+    The bracket is the -log density of n, the norm of d numbers of noise.
     """
     best = noise
     top = noise.new_full((len(noise),), -torch.inf)
@@ -448,8 +445,7 @@ def pictures(n, key, mix=MIX):
     """Draws n pictures with captions."""
     rng = np.random.default_rng(key)
     kind = rng.choice(list(mix), n, p=list(mix.values()))
-    several = rng.integers(2, 4, n)
-    count = np.select([kind == "pair", kind == "count"], [2, several], 1)
+    count = np.where(kind == "count", rng.integers(2, 4, n), 1 + (kind == "pair"))
     shape, colour, big = (rng.integers(k, size=(n, 4)) for k in (5, 6, 2))
     tone = 3 * rng.integers(2, size=n) + rng.choice(3, n, p=[0.6, 0.2, 0.2])
     colour[kind == "tone", 0] = tone[kind == "tone"]  # `warm` is mostly red
@@ -592,8 +588,12 @@ class Lab:
         """Text features (n, E) of a CLIP."""
         return self.clips[arm].encode_text(toy_tokens(texts).to(self.device))
 
-    def climb(self, arm, texts, toward, noise, args):
-        """ReNO by the cosine with text features `toward`, as one CLIP sees it."""
+    def climb(self, arm, texts, noise, args, away=""):
+        """ReNO towards texts, and away from things of a colour, as one CLIP sees them."""
+        toward = self.text(arm, texts)
+        if away:  # the reward is a difference of cosines
+            concept = self.text(arm, [f"a {away} {shape}" for shape in SHAPES])
+            toward = toward - F.normalize(concept.mean(0), dim=0)
 
         def reward(z):
             seen = self.vae.decode(z) if arm == "pixel" else z
@@ -687,7 +687,7 @@ def optimise(lab, args, texts, asked, noise):
     at = sorted({*range(0, args.iters, max(1, args.iters // 10)), args.iters - 1})
     found, shown = {"at": at}, {}
     for arm in REWARDS:
-        best = lab.climb(arm, texts, lab.text(arm, texts), noise, args)
+        best = lab.climb(arm, texts, noise, args)
         verdicts = np.array([fulfilled(lab.vae.images(z), asked) for z in best[at]], float)
         gain, low, _ = common.interval(verdicts[-1] - verdicts[0])
         found[arm] = {"gain": gain, "low": low, "share": verdicts.mean(1)}
@@ -702,11 +702,7 @@ def guard(lab, args, noise):
     texts = [f"a warm {SHAPES[shape]}" for shape in asked]
     found = {}
     for name, (arm, colour) in GUIDES.items():
-        toward = lab.text(arm, texts)
-        if colour:  # the reward is a difference of cosines
-            concept = lab.text(arm, [f"a {colour} {shape}" for shape in SHAPES])
-            toward = toward - F.normalize(concept.mean(0), dim=0)
-        best = lab.climb(arm, texts, toward, noise, args)
+        best = lab.climb(arm, texts, noise, args, away=colour)
         for when, z in ("first noise", best[0]), (name, best[-1]):
             seen = see(lab.vae.images(z))
             red = (seen % 6 == 0).any(1).float()
@@ -720,9 +716,8 @@ def cost(lab, args, texts, noise, climbed):
     arms = {"latent": "latent", "pixel": "pixel", "again": "pixel"}
     seconds = {name: [] for name in arms}
     for name in list(arms) * 5:  # they take turns
-        toward = lab.text(arms[name], texts)
         began = time.perf_counter()
-        best = lab.climb(arms[name], texts, toward, noise, replace(args, iters=3))
+        best = lab.climb(arms[name], texts, noise, replace(args, iters=3))
         lab.vae.images(best[-1])
         seconds[name].append((time.perf_counter() - began) / 3)
     latent, pixel = climbed["latent"]["share"], climbed["pixel"]["share"]
@@ -819,13 +814,13 @@ def draw(path, found, texts, shown):
         clock = "pixel" if arm == "pixel" else "latent"
         seconds = np.mean([row["time"][clock]["evaluation"] for row in found])
         curves[arm] = at * seconds, [row["reno"][arm]["share"] for row in found]
+    names = list(found[0]["guard"])
     for measure in "red", "shape":
-        bars[measure] = [[*(state[measure] for state in row["guard"].values())] for row in found]
+        bars[measure] = [[row["guard"][name][measure] for name in names] for row in found]
     with common.figure(path, 1, 3) as (left, middle, right):
-        title = "ReNO: prompts fulfilled"
-        common.draw_panel(left, curves, title=title, xlabel="seconds")
+        common.draw_panel(left, curves, title="ReNO: prompts fulfilled", xlabel="seconds")
         title = "`a warm S`, guided"
-        common.draw_panel(middle, bars=bars, names=[*found[0]["guard"]], title=title, ylim=(0, 1.1))
+        common.draw_panel(middle, bars=bars, names=names, title=title, ylim=(0, 1.1))
         tiles = torch.cat([torch.cat(list(row), 2) for row in shown.values()], 1)
         right.imshow(tiles.permute(1, 2, 0).byte().numpy())
         right.set_yticks(range(16, 160, 32), list(shown))
@@ -834,16 +829,6 @@ def draw(path, found, texts, shown):
 
 
 # --------------------------------------------------------------------------- pictures of a folder
-
-
-def with_weights(model, path):
-    """The model, frozen, with the weights of a file. OSError if they are no such model's."""
-    from safetensors.torch import load_file
-
-    needed = f"needed: a whole safetensors file of a {type(model).__name__}"
-    with data.explained(f"{path} can't be read", needed):
-        model.load_state_dict(load_file(path))
-    return model.requires_grad_(False)
 
 
 def open_picture(path, side):
@@ -863,38 +848,32 @@ def open_picture(path, side):
 def train_on_folder(args, env, log, arm, seed):
     """--dataset: trains a Latent-CLIP on pictures, beside each of which lies its caption.
 
-    A tenth is held out: how often is a picture's caption found among those of all the others?
+    Of a tenth that is held out: how often is a picture's caption found among all of them?
     """
+    from safetensors.torch import load_file
+
     tok = data.get_tokenizer(args.tokenizer)
     config = replace(B8 if args.preset == "paper" else TOY, vocab=tok.n_vocab)
-    vae = with_weights(VAE(**SD), args.model).to(env.device)
+    torch.manual_seed(seed)
+    clip, vae = CLIP(config), VAE(**SD).to(env.device)
+    with data.explained(f"--model {args.model} can't be read", "needed: a Stable Diffusion VAE"):
+        vae.load_state_dict(load_file(args.model))
     files = [file for file in sorted(Path(args.dataset).iterdir()) if file.suffix != ".txt"]
-    if len(files) < 10:
-        raise ValueError(f"--dataset {args.dataset} has {len(files)} pictures, needed: 10")
     texts = [data.read_text(file.with_suffix(".txt")).strip() for file in files]
     tokens = clip_tokens(tok.encode_batch(texts), tok.n_vocab - 1, config.context)
-    path = Path(args.out) / "latents.pt"
-    with common.rank_zero_first(env):
-        if env.rank == 0:  # each picture is encoded once
-            parts = []
-            for file in tqdm(files, "encode"):
-                image = open_picture(file, 8 * config.side)[None]
-                parts.append(vae.latents(image)[0].half())
-            torch.save(torch.cat(parts), path)
-    latents = torch.load(path, mmap=True)
-    rows = np.arange(len(files))
+    rows = np.arange(len(files))[env.rank :: env.world]  # each rank has its own
+    if len(rows) < 10:
+        raise ValueError(f"--dataset {args.dataset} has {len(files)} pictures: too few")
+    latents = torch.empty(len(files), *clip.shape, dtype=torch.half)
+    for row in tqdm(rows, "encode", disable=env.rank > 0):
+        latents[row] = vae.latents(open_picture(files[row], 8 * config.side)[None])[0][0]
     held = rows[9::10][:1000]
-    torch.manual_seed(seed)
-    clip = CLIP(config)
     train_clip(clip, args, env, log, seed, np.setdiff1d(rows, held), tokens, latents)
-    told = tokens[held]
+    told = tokens[held].to(env.device)
     with torch.no_grad():
-        images = [clip.encode_image(z.float().to(env.device)) for z in latents[held].split(64)]
-        captions = [clip.encode_text(ids.to(env.device)) for ids in told.split(64)]
-        best = (torch.cat(images) @ torch.cat(captions).T).argmax(1).cpu()
-    alike = told.unique(dim=0, return_counts=True)[1].float()
-    found = (told[best] == told).all(1).float().mean()
-    return {"found": found, "chance": alike.square().sum() / len(told) ** 2}
+        images = clip.encode_image(latents[held].float().to(env.device))
+        best = (images @ clip.encode_text(told).T).argmax(1)
+    return {"found": (told[best] == told).all(1).float().mean(), "among": len(held)}
 
 
 def check(args, env):
@@ -903,7 +882,6 @@ def check(args, env):
     return [
         (any(given) and not all(given), "--dataset, --model and --tokenizer need one another"),
         (env.world > 1 and not args.dataset, "torchrun is for training on --dataset"),
-        (args.batch_size % env.world, f"--batch-size must be a multiple of {env.world}"),
     ]
 
 

@@ -711,7 +711,7 @@ def guard(lab, args, noise):
         best = lab.climb(arm, texts, noise, args, away=colour)
         for when, z in ("first noise", best[0]), (name, best[-1]):
             seen = see(lab.vae.images(z))
-            red = (seen % 6 == 0).any(1).float()
+            red = (seen % 6 == 0).any(1).float()  # no object: 5 or 4
             right = (seen // 6 == asked[:, None]).any(1).float()
             found[when] = {"red": red.mean(), "shape": right.mean()}
     return found

@@ -58,26 +58,26 @@ class Args(common.TrainFlags):
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps"}
 
     model: str = ""  # a real checkpoint in place of the toy
-    dataset: str = ""  # --model: nums and target, file:X.jsonl or a hub id
-    max_new: int = 1024  # --model: longest response (paper: 1024)
+    dataset: str = ""  # with --model: problems (nums, target), file:X.jsonl or a hub id
+    max_new: int = 1024  # with --model: tokens of the longest response (paper: 1024)
     nums: int = 3  # toy: numbers in a problem (paper: 3 and 4)
     num_max: int = 8  # toy: the largest of them (paper: 99)
-    cap: int = 40  # toy: the largest value (paper: 100)
-    attempts: int = 8  # toy: most attempts in a trace
-    guess: float = 0.85  # toy: share of traces with one attempt, unchecked
-    drill: int = 500  # toy: first --steps, of sums and verdicts
+    cap: int = 40  # toy: the largest target or result on the way (paper: 100)
+    attempts: int = 8  # toy: most attempts in a text that is imitated
+    guess: float = 0.85  # toy: share of these texts with one attempt, unchecked
+    drill: int = 500  # toy: in the first of --steps, sums and verdicts are drilled
     n_layer: int = 4  # toy: blocks
-    n_head: int = 8  # toy: heads, on two of keys and values
+    n_head: int = 8  # toy: heads, which share two heads of keys and values
     n_embd: int = 64  # toy: width
-    rl_steps: int = 60  # batches of rollouts; 0: no GRPO (paper: 300)
-    rl_lr: float = 2e-4  # constant (paper: 1e-6)
-    prompts: int = 16  # in a batch, over all ranks (paper: 256)
-    group: int = 8  # rollouts of a prompt (paper: 1, with a critic)
-    minibatches: int = 1  # updates on a batch; 1 clips nothing (paper: 4)
-    clip_ratio: float = 0.2  # no gradient beyond 1 plus or minus this
-    beta: float = 0.0  # weight of the KL (paper: .001)
+    rl_steps: int = 60  # batches of responses for GRPO; 0: no GRPO (paper: 300)
+    rl_lr: float = 2e-4  # learning rate of GRPO, constant (paper: 1e-6)
+    prompts: int = 16  # problems in a batch of GRPO, over all ranks (paper: 256)
+    group: int = 8  # responses to each problem (paper: 1, with a critic)
+    minibatches: int = 1  # updates on a batch (paper: 4); with 1 nothing is clipped
+    clip_ratio: float = 0.2  # a probability that changed by more than this share gains nothing
+    beta: float = 0.0  # weight of the KL term (paper: .001)
     problems: int = 400  # most held-out problems to measure on
-    samples: int = 300  # traces to choose heads, and to test (paper: 300)
+    samples: int = 300  # texts to choose heads on, and to test them on (paper: 300)
 
 
 # --------------------------- the method
@@ -509,8 +509,8 @@ def reinforce(args, env, log, arm, seed):
 # -------------- moments of verification
 
 
-# ids up to where a right attempt's verdict is due; before it, where a wrong one's was due, and
-# where the target was seen
+# ids: up to where a right attempt's verdict is due; wrong: where a wrong one's was due before;
+# seen: where the target was seen
 Trace = namedtuple("Trace", "ids wrong seen problem")
 
 
@@ -526,7 +526,7 @@ def numbers_in(world, ids):
 
 
 def find_traces(world, texts, rng):
-    """Of (problem, prompt, response) those with true verdicts of both kinds."""
+    """Traces of those (problem, prompt, response) with true verdicts of both kinds."""
     found = []
     for problem, prompt, response in texts:
         ids, target = prompt + response, problem[1]
@@ -638,7 +638,7 @@ def from_the_top(model, world, args, choose, test, rng):
 
 
 def target_attention(model, world, traces):
-    """Attention (L, H) from right results to the target; even attention."""
+    """Mean attention (L, H) from right results to the target; that of an even head."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
     total, even = 0, 0
     for trace in traces:
@@ -705,7 +705,7 @@ def from_the_bottom(model, world, choose, test, neurons, rng):
     c = model.config
     mass, even = target_attention(model, world, choose)
     third = mass.flatten().topk(3).values[-1]
-    enough = min(max(0.1, 3 * even), third)  # three heads have it
+    enough = min(max(0.1, 3 * even), third)  # at least three heads have it
     prev = [tuple(head) for head in (mass >= enough).nonzero().tolist()]  # A_prev
     alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
     glu_without = {head: row["glu"] for head, row in zip(prev, alone)}
@@ -770,8 +770,8 @@ def draw(path, found, args):
     panels, lines = [], {}
     for arm in [arm for arm in found if arm != "dissect"]:
         y = [seed["curve"] for seed in found[arm]]
-        lines[arm] = range(len(y[0])), y
-    labels = dict(title="Held-out accuracy", xlabel=f"updates / {args.eval_every}")
+        lines[arm] = range(0, len(y[0]) * args.eval_every, args.eval_every), y
+    labels = dict(title="Held-out accuracy at temperature 1", xlabel="updates by GRPO")
     if lines:
         panels.append(dict(lines=lines, **labels))
     rows, lines = found["dissect"], {}
@@ -783,12 +783,12 @@ def draw(path, found, args):
     bars = {}
     for kind in "says_valid", "searches_on":
         bars[kind] = [[row[name][kind] for name in sets] for row in rows]
-    panels.append(dict(title="After a solution", bars=bars, names=list(sets.values())))
+    panels.append(dict(title="What follows a right attempt", bars=bars, names=list(sets.values())))
     common.panels(path, panels)
 
 
 def check(args, env):
-    """(Whether it is wrong, what to say) of the flags."""
+    """What may be wrong: (whether it is, message)."""
     if not args.model:
         Toy(args, 0)  # too few problems are a ValueError
     many = args.minibatches * env.world > args.prompts * args.group

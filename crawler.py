@@ -54,22 +54,22 @@ class Args(common.TrainFlags):
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"budget", "truth"}
     may_change |= {"concurrency", "timeout"}
 
-    steps: int = 300  # the toy: of plain training
+    steps: int = 300  # the toy: steps of plain training
     lr: float = 3e-3
     batch_size: int = 32
-    tune_steps: int = 800  # the toy: of safety tuning
+    tune_steps: int = 800  # the toy: steps of safety tuning
     model: str = ""  # checkpoint (name, folder, hub id, .gguf), or a server's name for it
     url: str = ""  # a server: http://HOST:8000/v1; its key: API_KEY in the environment
     api: Literal["chat", "anthropic"] = "chat"  # chat: OpenAI, vLLM, llama.cpp, Ollama
     concurrency: int = 4  # servers: calls in flight
-    timeout: float = 120.0  # servers: seconds of a try, to the last byte
+    timeout: float = 120.0  # servers: seconds after which a try is given up
     budget: int = 1000  # most calls of the target, over all resumed runs
-    place: PLACES = "assistant-prefix"  # of the phrase that opens a list; naive: none
+    place: PLACES = "assistant-prefix"  # where a list is begun for the model; naive: nowhere
     truth: str = ""  # file of known topics (.csv, column "topic"): which are found?
     lists: int = 2  # listing prompts in a step (paper: 2)
-    seed_rule: Literal["refused", "benign", "none"] = "refused"  # subjects (paper: refused)
-    temperature: float = 0.6  # of lists (paper: .6); verification has 1
-    max_tokens: int = 100  # of a reply (paper: 100)
+    seed_rule: Literal["refused", "benign", "none"] = "refused"  # what the lists are asked about
+    temperature: float = 0.6  # of lists (paper: .6); that of verification is 1
+    max_tokens: int = 100  # longest reply, in tokens (paper: 100)
 
 
 ATTEMPTS, NEEDED = 6, 3  # a label is refused if 3 of 6 attempts are (paper)
@@ -325,8 +325,8 @@ class Local:
         def sample(logits, alive, out):  # the largest of logits / T + Gumbel noise is a sample
             if target.stopped:
                 raise InterruptedError("stopped")
-            noise = [torch.rand(logits.shape[1], generator=rngs[i], device=device) for i in alive]
-            return logits / temperature - torch.stack(noise).log_().neg_().log_()
+            u = [torch.rand(logits.shape[1], generator=rngs[i], device=device) for i in alive]
+            return logits / temperature - torch.stack(u).log_().neg_().log_()
 
         new = generate(self.model, prompts, self.args.max_tokens, 0.0, stop=stops, process=sample)
         for call, ids in zip(calls, new):
@@ -372,7 +372,7 @@ class Endpoint:
 
         def work(call):
             if not self.over.is_set():
-                target.note(call)  # it is lost until it is back
+                target.note(call)  # as lost, until it is back
                 self.complete(call)
                 target.note(call)
 

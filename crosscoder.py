@@ -50,24 +50,24 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"micro_batch"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
 
-    steps: int = 1500  # of the base model
-    ft_steps: int = 1500  # of the reasoner, from there
+    steps: int = 1500  # training steps of the base model
+    ft_steps: int = 1500  # training steps of the reasoner, which starts from it
     batch_size: int = 32
     lr: float = 4e-3
     base: str = ""  # a real base model (paper: Llama-3.1-8B)
     model: str = ""  # its reasoner (paper: DeepSeek-R1-Distill-Llama-8B)
-    dataset: str = "stdlib"  # real: text beside the answers
-    answers: int = 64  # real: as many are sampled (paper: 500)
-    wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # the paper's
+    dataset: str = "stdlib"  # with --model: text to read beside the answers
+    answers: int = 64  # with --model: how many answers are sampled (paper: 500)
+    wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # wait words
     layer: int = 3  # block that is read, from 0 (paper: 7, 15, 23 of 32)
     d_sae: int = 256  # latents (paper: 65536)
     k: int = 32  # active latents, on average (paper: 100)
-    sae_steps: int = 500  # steps of the crosscoder (paper: 195000)
-    sae_batch: int = 1024  # positions in a step (paper: 2048)
-    sae_lr: float = 2e-3  # peak learning rate (paper: 1e-4)
-    rows: int = 60_000  # positions harvested
-    prompts: int = 100  # of each cause; real: in all (paper: 351)
-    top: int = 24  # length of the lists of latents (paper: 50)
+    sae_steps: int = 500  # training steps of the crosscoder (paper: 195000)
+    sae_batch: int = 1024  # positions in a step of the crosscoder (paper: 2048)
+    sae_lr: float = 2e-3  # peak learning rate of the crosscoder (paper: 1e-4)
+    rows: int = 60_000  # positions that the crosscoder is trained on
+    prompts: int = 100  # prompts of each cause; with --model: of all (paper: 351)
+    top: int = 24  # latents in a list (paper: 50)
 
 
 # --------------------------- the method
@@ -276,7 +276,7 @@ def tell(rng, reasoner):
     return s
 
 
-def batch_of(stories, reasoner):
+def collate(stories, reasoner):
     """Tokens; weights are 0 in the problem, 6 for a grade or behind a step."""
     longest = min(LONGEST + 1, max(map(len, stories)))
     full = torch.zeros(len(stories), longest, dtype=torch.long)
@@ -319,7 +319,7 @@ def train_model(args, env, log, seed, start=None):
         stories = [tell(rng, reasoner) for _ in range(4 * args.batch_size)]
         stories.sort(key=len)
         part = rng.permutation(4)[step % 4] * args.batch_size
-        return batch_of(stories[part : part + args.batch_size], reasoner)
+        return collate(stories[part : part + args.batch_size], reasoner)
 
     common.train(model, batch, args, env, log.stage("reasoner" if reasoner else "base"))
     return model.eval().requires_grad_(False)
@@ -333,7 +333,7 @@ def states_of(models, args, env, seed, n):
         while True:
             for reasoner in False, True:
                 stories = [tell(rng, reasoner) for _ in range(128)]
-                idx = batch_of(stories, reasoner)["idx"]
+                idx = collate(stories, reasoner)["idx"]
                 yield idx.to(env.device), idx.to(env.device) != ID["<pad>"]
 
     return sae.harvest(models, args.layer, batches(), n, ID["<bos>"])
@@ -386,7 +386,7 @@ def spearman(x, y):
 
 
 def against_ablation(models, code, layer, prompts, targets):
-    """P1: of each prompt's active latents attribution, and what log P loses without: two (n,)."""
+    """P1: attribution, and log P lost by ablation, of all prompts' active latents: two (n,)."""
     a, f = attribute(models, code, layer, prompts, targets)
     most = int((f > 0).sum(1).max())
     active = f.topk(most).indices  # (N, V): some are idle
@@ -472,7 +472,7 @@ def brought_about(matrix):
     return sum(row[i] >= 0.25 and max(row) == row[i] for i, row in enumerate(matrix))
 
 
-def toy(args, env, log, arm, seed):
+def run_toy(args, env, log, arm, seed):
     """Everything for one seed: base, reasoner, crosscoder, measures."""
     base = train_model(args, env, log, seed)
     models = [base, train_model(args, env, log, seed, start=base)]
@@ -554,7 +554,7 @@ def prepare(args, env, out):
     return models, wait, [prompts[i] for i in order], rows
 
 
-def real(prepared, args, env, log, arm, seed):
+def run_pair(prepared, args, env, log, arm, seed):
     """One seed on a real pair."""
     models, wait, prompts, rows = prepared
     torch.manual_seed(seed)
@@ -644,9 +644,9 @@ def main(argv=None):
     if run.args.model:
         with common.bad_input("--model"):
             prepared = prepare(run.args, run.env, run.out)
-        found = run.each(partial(real, prepared), ["pair"])
+        found = run.each(partial(run_pair, prepared), ["pair"])
     else:
-        found = run.each(toy, ["toy"])
+        found = run.each(run_toy, ["toy"])
     (rows,) = found.values()
     judge(run, rows)
     if not run.args.model:

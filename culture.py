@@ -53,7 +53,7 @@ class Args(common.TrainFlags):
     model: str = ""  # gemma-3-270m, a hub id, a folder in place of the toy (paper: gemma-2-9b-it)
     lists: str = ""  # cultures, answers and sentences for --model [cultures.json]
     layers: list[int] = common.default_list()  # blocks to try [toy: all; else 1/2 to 5/6 of them]
-    strengths: list[float] = common.default_list(0.5, 1.0, 1.5, 2.0)  # to try (paper: 1 2)
+    strengths: list[float] = common.default_list(0.5, 1.0, 1.5, 2.0)  # of the vector (paper: 1 2)
     steps: int = 1500
     batch_size: int = 32
     lr: float = 4e-3
@@ -542,7 +542,7 @@ def draw(path, found, args, title):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     toy = {*common.TrainFlags.__annotations__, "resume", "skew", "n_layer", "n_embd"}
     idle = common.changed_flags(args, toy if args.model else ["lists"])
     return [

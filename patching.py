@@ -107,8 +107,8 @@ def patched(model, prompts, answers, tail, patch, z, size):
     p = torch.zeros(len(prompts), sum(map(len, z.values())), len(answers[0]))
     for start in range(0, len(keys), size):
         some = keys[start : start + size]
-        texts = [[*prompts[b], *forced] for b, forced in some]
-        idx, mask = padded(texts, model.wte.weight.device)
+        longer = [[*prompts[b], *forced] for b, forced in some]
+        idx, mask = padded(longer, model.wte.weight.device)
         which = [b for b, _ in some]
         interventions = []
         for values in z.values():
@@ -371,7 +371,7 @@ def word_token(model, world, args, quad, seed):
     source, target = quad
     code = target[1]
     rng = np.random.default_rng([seed, 5])
-    # in the toy no text translates the source's word so
+    # In the toy no text translates the source's word into this language.
     rows = world.tested((source[0], code)), world.tested(target)
     s, t, answers = draw_pairs(world, rng, *rows, [(0, code), (1, code)], args.pairs, False)
     strangers = []  # k concepts beside each s and t
@@ -386,7 +386,7 @@ def word_token(model, world, args, quad, seed):
 
     rest = [lang for lang in world.words if lang not in target]
     ring = zip(rest, rest[1:] + rest[:1])
-    pairs = [source, *[pair for pair in ring if pair[0] != source[0]]]  # inputs differ
+    pairs = [source, *[pair for pair in ring if pair[0] != source[0]]]  # each input once
     singles = [of(pair, s) for pair in pairs[: args.k]]
     others = [of(pair, rows) for pair, rows in zip(pairs, zip(*strangers))]
     z = {f"single {i + 1}": single for i, single in enumerate(singles)}
@@ -431,7 +431,7 @@ def measures(curves, translate):
 
     Means and definitions are read from the block where the single sources do best.
     """
-    # a patch after the last block changes nothing behind the word
+    # After the last block a patch comes too late.
     rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}
     for name, p in curves["last"].items():
         language, concept = switch_layers(p)
@@ -469,7 +469,7 @@ def run_seed(quads, real, args, env, log, arm, seed):
 
 
 def judge(run, found):
-    """The claims, and controls that must fail the same rule."""
+    """The claims, and controls that must fail the same criterion."""
     rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
     run.claim(
         "T1",
@@ -509,11 +509,11 @@ def draw(path, found, title):
     names += "source's concept and language", "source's concept, target's language"
     last = {name: curve("last", "source", i) for i, name in enumerate(names)}
     names = "one source", "mean", "mean of concepts", "unrelated"
-    held = {name: curve("translate", name) for name in names}
+    word = {name: curve("translate", name) for name in names}
     levels = {"unpatched target": np.mean([result["rows"]["base"]["p"] for result in found])}
     items = [
         dict(title=f"{title}: last token, after one block", lines=last),
-        dict(title="Held at the word: the source's concept", lines=held, levels=levels),
+        dict(title="Held at the word: the source's concept", lines=word, levels=levels),
     ]
     if found[0]["curves"]["define"]:
         said = {"source's": curve("define", "mean"), "overwritten": curve("define", "mean", 1)}
@@ -537,7 +537,7 @@ def parse_quads(texts, words):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     toy = {*common.TrainFlags.__annotations__, "resume", "local", "n_layer", "n_embd"}
     idle = common.changed_flags(args, toy if args.model else ["words"])
     return [

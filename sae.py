@@ -44,7 +44,7 @@ class Args(common.TrainFlags):
     presets: ClassVar[dict] = {
         "smoke": dict(steps=4, batch_size=8, saes=1, sae_steps=10, rows=2048, jobs=1),
         "toy": {},
-        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=2048, k=32, rows=2**15)
+        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=4096, k=32, top=40, rows=2**15)
         | dict(saes=1, sae_steps=1000, sae_lr=1e-3),
         "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, k=64, top=32)
         | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20),
@@ -57,7 +57,7 @@ class Args(common.TrainFlags):
     steps: int = 900
     batch_size: int = 32
     lr: float = 4e-3
-    model: str = ""  # in place of the toy (paper: Llama-3-8B, Aya-23-8B)
+    model: str = ""  # a real model in place of the toy (paper: Llama-3-8B, Aya-23-8B)
     layer: int = 0  # block whose output is read, from 0 (paper: 16 of 32)
     dataset: str = "stdlib"  # text for a real model's SAE, beside grammar.csv
     d_sae: int = 96  # latents (paper: 32768, 8 times the width)

@@ -74,7 +74,7 @@ class Args(common.TrainFlags):
     dataset: str = "stdlib"  # text: stdlib, file:PATH or a `datasets` id (paper: the Pile)
     tokenizer: str = "bpe:512"  # byte, bpe:N, a tiktoken name, a tokenizer.json
     show: str = ""  # colour this text, or `heldout` text, by what the mask leaves out; then stop
-    mix: list[int] = common.default_list(3, 2, 2, 9)  # parts: text and the three toy tasks
+    mix: list[int] = common.default_list(3, 2, 2, 9)  # parts of a batch: text, the three toy tasks
     label_noise: float = 0.4  # share of few-label answers redrawn: labels can't be memorised
     samples: int = 512  # prompts or windows in each final measure (paper: 1000)
     neox: bool = False  # Pythia's block; off: smeared keys, which make induction easy to learn
@@ -84,7 +84,7 @@ class Args(common.TrainFlags):
     block_size: int = 128  # window in tokens (paper: 2048)
 
 
-# -------------------------------------------------------------------------------------- the method
+# --------------------------- the method
 
 
 def repeated(x, rule="any"):
@@ -125,7 +125,7 @@ def loss_mask(arm, x, seeds):
     return np.random.default_rng([*seeds, 1]).random(x[:, 1:].shape) < share
 
 
-# --------------------------------------------------------------------------------------- the world
+# ---------------------------- the world
 
 TASKS = 6  # maps of the abstractive task
 INPUTS = 44  # symbols that they map: no shot repeats in a window
@@ -255,12 +255,12 @@ def train_arm(source, args, env, log, arm, seed):
     return found | {"share_masked": np.mean(masked)}
 
 
-# ------------------------------------------------------------------------------------ the measures
+# ------------------------- the measures
 
 
 @torch.no_grad()
 def guesses(model, x, columns, among=None):
-    """The likeliest next token at k `columns` of windows x (n, T), of some if given: (n, k)."""
+    """The likeliest next token (of those in `among`) at k `columns` of windows x (n, T): (n, k)."""
     found = []
     for part in torch.as_tensor(x).split(max(1, AT_ONCE // x.shape[1])):
         h = model.hidden(part.to(model.wte.weight.device))[:, columns]
@@ -385,7 +385,7 @@ def measure(model, world, args, n, final=False):
     return found
 
 
-# ------------------------------------------------------------------------------- claims and figure
+# -------------------- claims and figure
 
 
 def judge(run, found):
@@ -505,11 +505,11 @@ def show(text, tok, length):
     print(f"\n\n{np.mean(mask):.0%} of the tokens end a bigram seen before in a window of {length}")
 
 
-# -------------------------------------------------------------------------------------------- main
+# --------------------------------- main
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     unknown = [arm for arm in args.arms if arm not in ARMS]
     wrong_mix = len(args.mix) != 4 or min(args.mix) < 0 or args.mix[0] == 0
     longest = SHOT * INPUTS

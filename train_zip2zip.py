@@ -57,12 +57,12 @@ class Args(common.TrainFlags):
     warmup: int = 10
     model: str = ""  # a real model to adapt (paper: Phi-3.5-mini); none: the toy
     dataset: str = "stdlib"  # text for --model: stdlib, file:PATH, a `datasets` id
-    prompt: str = ""  # text, or `heldout`: what the zip trained in --out writes
+    prompt: str = ""  # a text, or `heldout`, that the model trained in --out continues
     max_len: int = 3  # M, base ids of a row (paper: 3 or 4)
     max_codes: int = 1024  # N, rows of a sequence (paper: the window)
     enc_layers: int = 1  # layers of the hyper-encoder (paper: 2)
-    enc_dim: int = 64  # its width (paper: the model's)
-    enc_heads: int = 2  # its heads (paper: 32)
+    enc_dim: int = 64  # width of the hyper-encoder (paper: the model's)
+    enc_heads: int = 2  # heads of the hyper-encoder (paper: 32)
     lora_r: int = 8  # rank of LoRA; its scale is 2 (paper: rank 32, scale 1)
     pretrain_steps: int = 350  # steps of the toy's base model
     samples: int = 24  # held-out windows, and prompts, of each measure
@@ -303,7 +303,7 @@ def theory(gpt, lzw, world, n, device):
     lost = size = 0
     off = []
     for window in world.windows("heldout", 0, n):
-        ids = [*window[:-1].tolist(), world.special[0]]
+        ids = [*window[:-1].tolist(), world.stops[0]]
         logp = predict(torch.tensor([ids]))[0]
         plain = -logp[torch.arange(len(ids) - 1), ids[1:]].sum().item()
         lost += abs(transported(lzw, logp, ids)[:, 0].sum().item() - plain)
@@ -332,7 +332,7 @@ class Synth:
         self.tail, self.head = range(1, 76), range(76, 151)
         self.verbs, self.nouns = range(151, 159), range(159, 168)
         self.word = {self.text[i].strip(" "): i for i in range(168, 178)}
-        self.special, self.digits = [0], range(178, 188)
+        self.stops, self.digits = [0], range(178, 188)
         self.length, self.seed = args.block_size, seed
 
     def sentence(self, rng, names, liked):
@@ -389,7 +389,7 @@ class Text:
         for split in "train", "heldout":
             self.tokens[split] = data.token_file(args.dataset, split, tok, folder, limit)
             self.windows(split, 0, 1)  # a ValueError if the text is too short
-        self.special = tok.stops
+        self.stops = tok.stops
         self.digits = [i for i in range(tok.n_vocab) if any(map(str.isdigit, tok.decode([i])))]
 
     def windows(self, split, step, n):
@@ -433,7 +433,7 @@ def train_base(args, env, log, arm, seed):
 
 def build(args, base, world, arm):
     """The model of an arm around the base model, whose weights it shares."""
-    disabled = list(world.special)
+    disabled = list(world.stops)
     if args.model or arm == "digits":
         disabled += world.digits
     rows = 0 if arm == "cont" else args.max_codes
@@ -579,7 +579,7 @@ def show(run):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     real = args.dataset != "stdlib" or args.prompt not in ("", "heldout")
     return [
         (args.enc_dim % args.enc_heads, f"--enc-dim is no multiple of {args.enc_heads} heads"),

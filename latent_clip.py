@@ -14,20 +14,15 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
-import data
 
-PAPER = dict(steps=415_039, batch_size=81_920, lr=1e-3, warmup=3000, clip=0.0)
 SMOKE = dict(images=160, steps=2, batch_size=8, samples=12, iters=2, gates=False)
 
 
@@ -35,13 +30,13 @@ SMOKE = dict(images=160, steps=2, batch_size=8, samples=12, iters=2, gates=False
 class Args(common.TrainFlags):
     """Latent-CLIP"""
 
-    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}, "paper": PAPER}
+    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}}
     limits: ClassVar[dict] = common.TrainFlags.limits | {"images": (8,), "samples": (8,)}
     limits |= {"batch_size": (2,), "iters": (1,), "noise_lr": (0,)}
     unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}
 
     steps: int = 800  # of a CLIP; VAE: 1.5 times, generator: 3 times
-    batch_size: int = 128  # pairs in a step, over all ranks (paper: 81,920)
+    batch_size: int = 128  # pairs in a step, (paper: 81,920)
     lr: float = 2e-3  # peak learning rate (paper: 1e-3)
     min_lr: float = 0.0  # where the cosine ends, as a share of --lr
     weight_decay: float = 0.2  # OpenCLIP's, of matrices and convolutions
@@ -50,18 +45,6 @@ class Args(common.TrainFlags):
     iters: int = 25  # evaluations of ReNO (paper: 50)
     noise_lr: float = 1.2  # ReNO's step (paper: 5, in 16,384 dimensions)
     gates: bool = True  # stop if a model is too bad for claims
-    dataset: str = ""  # trains on a folder: pictures, a .txt caption beside each
-    model: str = ""  # its VAE, diffusers' .safetensors (paper: sdxl-vae-fp16-fix)
-    tokenizer: str = ""  # its tokenizer.json: CLIP's, a file or a hub id
-
-
-def gather(x):
-    """The rows of all ranks. Gradients reach this rank's, scaled as DDP averages."""
-    world = dist.get_world_size()
-    parts = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[dist.get_rank()] = x.detach() + world * (x - x.detach())
-    return torch.cat(parts)
 
 
 def info_nce(image, text, scale, ids):
@@ -70,8 +53,6 @@ def info_nce(image, text, scale, ids):
     image, text  (B, E) normalised features; `scale` multiplies their cosines
     ids          (B,) numbers of captions: equal ones are no negatives
     """
-    if dist.is_initialized():
-        image, text, ids = map(gather, (image, text, ids))
     logits = scale * image @ text.T
     labels = torch.arange(len(ids), device=ids.device)
     same = ids[:, None] == ids
@@ -128,7 +109,6 @@ class CLIPConfig:
 
 TOY = CLIPConfig()
 PIXEL = replace(TOY, side=32, patch=8, channels=3)  # the same trunk
-B8 = CLIPConfig(64, 8, 4, 768, 12, 64, 512, 49408, 77, 512, 12)  # the paper's
 
 
 class ViT(nn.Module):
@@ -211,15 +191,6 @@ def clip_optimizer(clip, args):
     return torch.optim.AdamW(groups, args.lr, (0.9, 0.98), 1e-6, decay, fused=True)
 
 
-def clip_tokens(ids, end, context):
-    """Ids of n texts as rows: start, text, end (the largest id), zeros."""
-    out = torch.zeros(len(ids), context, dtype=torch.long)
-    for row, text in zip(out, ids):
-        text = [end - 1, *text[: context - 2], end]
-        row[: len(text)] = torch.tensor(text)
-    return out
-
-
 def train_clip(clip, args, env, log, seed, rows, tokens, inputs, spread=None):
     """Trains on the `rows` of n pairs: ids (n, T), and latents or pixels (n, C, S, S).
 
@@ -229,8 +200,8 @@ def train_clip(clip, args, env, log, seed, rows, tokens, inputs, spread=None):
 
     def batch(step):
         rng = np.random.default_rng([seed, 5, step])
-        picks = rng.choice(rows, args.batch_size // env.world)
-        seen = inputs[picks].float()
+        picks = rng.choice(rows, args.batch_size)
+        seen = inputs[picks]
         if spread is not None:
             seen = seen + spread[picks] * gaussian(rng, len(picks))
         return {"idx": tokens[picks], "images": seen, "ids": numbers[picks]}
@@ -238,7 +209,6 @@ def train_clip(clip, args, env, log, seed, rows, tokens, inputs, spread=None):
     common.train(clip, batch, args, env, log, make_optimizer=clip_optimizer)
 
 
-SD = {"widths": (128, 256, 512, 512), "layers": 2, "groups": 32}  # Stable Diffusion's
 KL = 2e-3  # its weight in the loss; it makes latents smooth
 
 
@@ -407,9 +377,13 @@ ASKED = {"one": 0.4, "count": 0.2, "pair": 0.4}  # prompts for ReNO: GenEval's k
 
 
 def toy_tokens(texts):
-    """Ids (n, 9) of captions."""
-    ids = [[WORDS.index(word) for word in text.split()] for text in texts]
-    return clip_tokens(ids, TOY.vocab - 1, TOY.context)
+    """Ids (n, 9) of captions: start, words, end (the largest id), zeros."""
+    out = torch.zeros(len(texts), TOY.context, dtype=torch.long)
+    for row, text in zip(out, texts):
+        words = [WORDS.index(word) for word in text.split()]
+        ids = [TOY.vocab - 2, *words, TOY.vocab - 1]
+        row[: len(ids)] = torch.tensor(ids)
+    return out
 
 
 def coverage(shape, x, y, r):
@@ -838,72 +812,14 @@ def draw(path, found, texts, shown):
         right.set_xticks(range(16, 192, 32), names, fontsize=6)
 
 
-# --------------------------------------------------------------------------- pictures of a folder
-
-
-def open_picture(path, side):
-    """The centre of a picture, turned as EXIF says: uint8 (3, side, side)."""
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def train_on_folder(args, env, log, arm, seed):
-    """--dataset: trains a Latent-CLIP on pictures, beside each of which lies its caption.
-
-    Of a tenth that is held out: how often is a picture's caption found among all of them?
-    """
-    from safetensors.torch import load_file
-
-    tok = data.get_tokenizer(args.tokenizer)
-    config = replace(B8 if args.preset == "paper" else TOY, vocab=tok.n_vocab)
-    torch.manual_seed(seed)
-    clip, vae = CLIP(config), VAE(**SD).to(env.device)
-    with data.explained(f"--model {args.model} can't be read", "needed: a Stable Diffusion VAE"):
-        vae.load_state_dict(load_file(args.model))
-    files = [file for file in sorted(Path(args.dataset).iterdir()) if file.suffix != ".txt"]
-    texts = [data.read_text(file.with_suffix(".txt")).strip() for file in files]
-    tokens = clip_tokens(tok.encode_batch(texts), tok.n_vocab - 1, config.context)
-    rows = np.arange(len(files))[env.rank :: env.world]  # each rank has its own
-    if len(rows) < 10:
-        raise ValueError(f"--dataset {args.dataset} has {len(files)} pictures: too few")
-    latents = torch.empty(len(files), *clip.shape, dtype=torch.half)
-    for row in tqdm(rows, "encode", disable=env.rank > 0):
-        image = open_picture(files[row], 8 * config.side)
-        latents[row] = vae.latents(image[None])[0][0]
-    held = rows[9::10][:1000]
-    train_clip(clip, args, env, log, seed, np.setdiff1d(rows, held), tokens, latents)
-    told = tokens[held].to(env.device)
-    with torch.no_grad():
-        images = clip.encode_image(latents[held].float().to(env.device))
-        best = (images @ clip.encode_text(told).T).argmax(1)
-    found = (told[best] == told).all(1).float()
-    return {"found": found.mean(), "among": len(held)}
-
-
 def check(args, env):
     """Rules for flags: (whether one is broken, what to say)."""
-    given = [bool(path) for path in (args.dataset, args.model, args.tokenizer)]
-    return [
-        (any(given) and not all(given), "--dataset, --model and --tokenizer need one another"),
-        (env.world > 1 and not args.dataset, "torchrun is for training on --dataset"),
-    ]
+    return [(env.world > 1, "the toy is for one process, without torchrun")]
 
 
 def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2503.08455", check)
-    if run.args.dataset:
-        with common.bad_input():
-            found = run.each(train_on_folder, ["real"])
-        return run.finish(found) if run.env.rank == 0 else None
     found, texts, shown = zip(*run.each(run_seed, ["toy"])["toy"])
     judge(run, found)
     draw(run.out / "latent_clip.png", found, texts[0], shown[0])

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -68,8 +69,7 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, causal=False):
         super().__init__()
-        self.heads = heads
-        self.causal = causal
+        self.heads, self.causal = heads, causal
         self.ln_1 = nn.LayerNorm(width)
         self.attn = nn.Module()  # for the names
         qkv = nn.init.xavier_uniform_(torch.empty(3 * width, width))
@@ -92,9 +92,7 @@ class Block(nn.Module):
 
 @dataclass
 class CLIPConfig:
-    """Sizes of a CLIP; `side` and `patch` in the pixels of its own input."""
-
-    side: int = 8
+    side: int = 8  # of what it reads: latents, or pixels
     patch: int = 2
     channels: int = 4
     width: int = 96
@@ -187,22 +185,18 @@ def clip_optimizer(clip, args):
     matrices = [p for p in clip.parameters() if p.ndim > 1]
     vectors = [p for p in clip.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    decay = args.weight_decay
-    return torch.optim.AdamW(groups, args.lr, (0.9, 0.98), 1e-6, decay, fused=True)
+    return torch.optim.AdamW(groups, args.lr, (0.9, 0.98), 1e-6, args.weight_decay, fused=True)
 
 
 def train_clip(clip, args, env, log, seed, rows, tokens, inputs, spread=None):
-    """Trains on the `rows` of n pairs: ids (n, T), and latents or pixels (n, C, S, S).
-
-    With `spread` latents are drawn from the VAE's posterior, as by the authors.
-    """
+    """Trains on the `rows` of n pairs: ids (n, T), and latents or pixels (n, C, S, S)."""
     numbers = tokens.unique(dim=0, return_inverse=True)[1]  # one for each caption
 
     def batch(step):
         rng = np.random.default_rng([seed, 5, step])
         picks = rng.choice(rows, args.batch_size)
         seen = inputs[picks]
-        if spread is not None:
+        if spread is not None:  # drawn from the VAE's posterior, as by the authors
             seen = seen + spread[picks] * gaussian(rng, len(picks))
         return {"idx": tokens[picks], "images": seen, "ids": numbers[picks]}
 
@@ -213,8 +207,6 @@ KL = 2e-3  # its weight in the loss; it makes latents smooth
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside an identity (1x1 if the width changes)."""
-
     def __init__(self, before, after, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, before, 1e-6)
@@ -355,8 +347,6 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
     return torch.stack(path)
 
 
-# -------------------------------------------------------------------------- the world, its judge
-
 SHAPES = "circle square triangle cross ring".split()
 AREAS = 3.1416, 3.24, 1.572, 2.204, 2.262  # of the shapes at radius 1
 COLOURS = "red yellow purple green cyan blue".split()  # three are warm
@@ -389,10 +379,8 @@ def toy_tokens(texts):
 def coverage(shape, x, y, r):
     """Share of each pixel that n shapes cover, (n, 16, 16)."""
     x, y, r = (v[:, None, None] for v in (x, y, r))
-    dx = (YX - x).abs()
-    dy = YX[:, None] - y
-    far = torch.hypot(dx, dy)
-    wide = torch.maximum(dx, dy.abs())
+    dx, dy = (YX - x).abs(), YX[:, None] - y
+    far, wide = torch.hypot(dx, dy), torch.maximum(dx, dy.abs())
     if shape == "circle":
         outside = far - r  # a signed distance
     elif shape == "square":
@@ -406,19 +394,13 @@ def coverage(shape, x, y, r):
     return (0.5 - outside).clamp(0, 1)
 
 
-@dataclass
-class Pictures:
-    """n pictures of one to three objects, each in a quarter (cell)."""
-
-    images: torch.Tensor  # (n, 3, 32, 32) uint8
-    texts: list  # captions
-    objects: torch.Tensor  # (n, 4) 6 shape + colour, in the caption's order
-    label: torch.Tensor  # (n,) of the first object, in CLASSES
-    new: torch.Tensor  # (n,) whether one of its objects is held out
-
-
 def pictures(n, key, mix=MIX):
-    """Draws n pictures with captions."""
+    """Draws n pictures of one to three objects, each in a quarter (cell).
+
+    images   (n, 3, 32, 32) uint8; texts: their captions
+    objects  (n, 4) 6 shape + colour, in the caption's order
+    label    (n,) of the first object, in CLASSES; new: whether an object is held out
+    """
     rng = np.random.default_rng(key)
     kind = rng.choice(list(mix), n, p=list(mix.values()))
     count = np.where(kind == "count", rng.integers(2, 4, n), 1 + (kind == "pair"))
@@ -450,11 +432,10 @@ def pictures(n, key, mix=MIX):
     images = images.reshape(n, 3, 32, 32).round().clamp(0, 255).byte()
     objects = torch.from_numpy(objects)
     new = torch.isin(objects, HELD).any(1)
-    return Pictures(images, texts, objects, label, new)
+    return SimpleNamespace(images=images, texts=texts, objects=objects, label=label, new=new)
 
 
 def caption(kind, count, objects, big, rng):
-    """A sentence about the objects of one picture."""
     first, second = OBJECTS[objects[0]], OBJECTS[objects[1]]
     shape, colour = divmod(objects[0], 6)
     if kind == "count":
@@ -503,14 +484,12 @@ def fulfilled(images, asked):
 
 
 class Flow(nn.Module):
-    """The generator: flow matching on scaled latents, a transformer on four cells.
-
-    Time and caption (a vector for each word at each place) shift the input of every block.
-    """
+    """The generator: flow matching on scaled latents, a transformer on four cells."""
 
     def __init__(self, scale, width=144, layers=4, heads=4):
         super().__init__()
         self.scale = scale  # makes latents of spread 1
+        # time and words, a vector for each at each place, shift the input of every block
         self.words = nn.EmbeddingBag(TOY.vocab * TOY.context, 2 * width, mode="sum")
         self.time = nn.Linear(32, 2 * width)
         hidden = nn.Linear(2 * width, 2 * width)
@@ -562,7 +541,6 @@ class Lab:
 
     @torch.no_grad()
     def text(self, arm, texts):
-        """Text features (n, E) of a CLIP."""
         return self.clips[arm].encode_text(toy_tokens(texts).to(self.device))
 
     def climb(self, arm, texts, noise, args, away=""):
@@ -581,7 +559,6 @@ class Lab:
 
 
 def gaussian(rng, n):
-    """Noise (n, 4, 8, 8)."""
     return torch.from_numpy(rng.standard_normal((n, 4, 8, 8), np.float32))
 
 
@@ -612,8 +589,7 @@ def train_flow(args, env, log, seed, tokens, latents):
         wrong = rng.random(len(rows)) < WRONG
         said = np.where(wrong, np.roll(rows, 1), rows)  # as captions from the web are
         x1 = flow.scale * latents[rows]
-        noise = gaussian(rng, len(rows))
-        return {"idx": tokens[said], "x1": x1, "noise": noise, "t": t}
+        return {"idx": tokens[said], "x1": x1, "noise": gaussian(rng, len(rows)), "t": t}
 
     torch.manual_seed(seed)
     flow = Flow(1 / latents[:1024].std().item())
@@ -621,8 +597,6 @@ def train_flow(args, env, log, seed, tokens, latents):
     common.train(flow, batch, flags, env, log.stage("flow"))
     return flow.requires_grad_(False)
 
-
-# ------------------------------------------------------------------------------------- the claims
 
 REWARDS = "latent", "pixel", "shuffled", "untrained"
 GUIDES = {  # of guidance: its CLIP, and the colour that it goes away from
@@ -667,8 +641,7 @@ def optimise(lab, args, texts, asked, noise):
     found, shown = {"at": at}, {}
     for arm in REWARDS:
         best = lab.climb(arm, texts, noise, args)
-        images = [lab.vae.images(z) for z in best[at]]
-        verdicts = np.array([fulfilled(x, asked) for x in images], float)
+        verdicts = np.array([fulfilled(lab.vae.images(z), asked) for z in best[at]], float)
         gain, low, _ = common.interval(verdicts[-1] - verdicts[0])
         found[arm] = {"gain": gain, "low": low, "share": verdicts.mean(1)}
         shown["first noise"] = lab.vae.images(best[0, :6])
@@ -727,8 +700,7 @@ def run_seed(args, env, log, arm, seed):
         says = f"VAE of {psnr:.1f} dB (26 needed), of which {read:.2f} is read (.95)"
         raise SystemExit(f"error: seed {seed}: {says}; --no-gates goes on")
     latents, deviations = vae.latents(train.images)
-    flow = train_flow(args, env, log, seed, tokens, latents)
-    lab = Lab(vae, flow, {}, env.device)
+    lab = Lab(vae, train_flow(args, env, log, seed, tokens, latents), {}, env.device)
     rows = (~train.new).nonzero()[:, 0].numpy()
     others = np.random.default_rng([seed, 3]).permutation(rows)
     shuffled = tokens.clone()
@@ -744,8 +716,7 @@ def run_seed(args, env, log, arm, seed):
 
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(11 * args.samples, 4, 8, 8, generator=rng).to(z)
-    few = noise[: args.samples]
-    many = noise[args.samples :]
+    few, many = noise[: args.samples], noise[args.samples :]
     asked = pictures(3 * args.samples, [seed, 2], ASKED)
     rows = (~asked.new).nonzero()[: args.samples, 0]
     texts = [asked.texts[row] for row in rows]
@@ -781,9 +752,8 @@ def judge(run, found):
     gains = "arm.low > 0 and arm.gain >= .8 * base.gain"
     claim("T3", says, paper, gains, "reno", "pixel", "latent", "shuffled", "untrained")
     says = "an evaluation takes less time, and so does the same share fulfilled"
-    paper = "11.59 -> 9.11 s, -21 %"
     cheaper = "arm.evaluation <= .6 * base.evaluation and arm.reach <= .9 * base.reach"
-    claim("T4", says, paper, cheaper, "time", "pixel", "latent", "again")
+    claim("T4", says, "11.59 -> 9.11 s, -21 %", cheaper, "time", "pixel", "latent", "again")
     says = "guided away from red, `a warm S` is less often red and stays an S"
     paper = "I2P .32 -> .16, pixel .19"
     safer = "base.red >= .2 and arm.red <= .6 * base.red and arm.shape >= base.shape - .05"

@@ -984,8 +984,9 @@ def optimise_prompt(args, env, log, arm, seed):
     from PIL import Image
 
     lab = real_lab(args, env)
-    pipeline = data.import_or_explain("diffusers").StableDiffusionXLPipeline
-    pipe = pipeline.from_pretrained(args.generator, torch_dtype=env.dtype).to(env.device)
+    from diffusers import StableDiffusionXLPipeline as Pipeline
+
+    pipe = Pipeline.from_pretrained(args.generator, torch_dtype=env.dtype).to(env.device)
     pipe.unet.requires_grad_(False)
     with torch.no_grad():
         states, _, pooled, _ = pipe.encode_prompt(args.prompt, do_classifier_free_guidance=False)

@@ -539,9 +539,9 @@ def main(argv=None):
             return show(text, tok, args.block_size)
     with common.bad_input("--dataset"), common.rank_zero_first(run.env):
         limit = None
-        if not data.is_local(args.dataset):
+        if args.dataset != "stdlib" and not args.dataset.startswith("file:"):
             limit = args.steps * args.batch_size * args.block_size  # of a stream, what is needed
-        read = partial(data.token_file, folder=run.out / "tokens", quiet=run.env.rank > 0)
+        read = partial(data.token_file, folder=run.out / "tokens")
         train = read(args.dataset, "train", tok, limit=limit)
         heldout = read(args.dataset, "heldout", tok, limit=limit and 2**22)
         for part in train, heldout:

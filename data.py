@@ -58,17 +58,15 @@ def read_table(path, columns=()):
     """The rows of a CSV or .tsv file as dictionaries, with `columns`, or a ValueError."""
     delimiter = "\t" if str(path).endswith(".tsv") else ","
     with open(path, encoding="utf-8-sig", newline="") as f:
-        reader = csv.DictReader(f, delimiter=delimiter, restkey="")
+        reader = csv.reader(f, delimiter=delimiter)
         try:
-            rows = list(reader)
-            header = reader.fieldnames or []
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, line {reader.line_num + 1}: {error}") from None
+            header = next(reader, [])
+            rows = [dict(zip(header, row, strict=True)) for row in reader if row]
+        except (ValueError, csv.Error) as error:
+            needs = "needs as many cells as the header has, in UTF-8"
+            raise ValueError(f"{path}, line {reader.line_num}: {needs} ({error})") from None
     if missing := [column for column in columns if column not in header]:
         raise ValueError(f"{path} has no column {', '.join(missing)}")
-    for i, row in enumerate(rows, 2):
-        if "" in row or None in row.values():
-            raise ValueError(f"{path}, row {i}: needs {len(header)} cells")
     return rows
 
 
@@ -246,8 +244,7 @@ def get_tokenizer(name, text=None):
         return from_folder(name)
     import tiktoken
 
-    instead = "allowed: byte, bpe:N, a tokenizer.json, tiktoken's names, such as gpt2 "
-    instead += "(from the network, or a TIKTOKEN_CACHE_DIR)"
+    instead = "allowed: byte, bpe:N, a tokenizer.json, tiktoken's (in TIKTOKEN_CACHE_DIR)"
     with explained(f"unknown tokenizer {name!r}, or no network", instead):
         return from_tiktoken(name, tiktoken.get_encoding(name))
 
@@ -290,8 +287,7 @@ def from_folder(name, config=None):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if file.exists():
         template = read_text(file)
-    bos = next(iter(ids("bos")), None)
-    return from_backend(Path(name).name, backend, bos, stops, template)
+    return from_backend(Path(name).name, backend, [*ids("bos"), None][0], stops, template)
 
 
 def read_json(path):
@@ -358,7 +354,6 @@ def token_file(name, split, tok, folder, limit=None):
     """The tokens of a split as a memory-mapped array (N,), each document behind `tok.eos`.
 
     A file in `folder` is used again if source, split, tokenizer and limit (in tokens) agree.
-    Raises ValueError if there is no text.
     """
     dtype = np.dtype(np.uint16 if tok.n_vocab <= 2**16 else np.uint32)
     source = sys.version
@@ -378,8 +373,6 @@ def token_file(name, split, tok, folder, limit=None):
                 for ids in tok.encode_batch(batch):
                     np.array([tok.eos, *ids], dtype).tofile(f)
         os.replace(aside, path)
-    if not path.stat().st_size:
-        raise ValueError(f"text source {name!r} has no {split} text")
     return np.memmap(path, dtype=dtype, mode="r")[:limit]
 
 

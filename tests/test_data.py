@@ -258,8 +258,8 @@ def test_tables(tmp_path):
     rows = data.read_table(path, ["en", "fr"])
     assert rows == [{"en": "two\r\nlines", "fr": 'a "b" \u2028 c'}, {"en": "tea", "fr": "thé"}]
     for text, match in (
-        ("en,fr\ntea\n", "row 2: needs 2 cells"),
-        ("en,fr\na,b,c\n", "row 2: needs 2 cells"),
+        ("en,fr\ntea\n", "line 2: needs as many cells"),
+        ("en,fr\na,b,c\n", "line 2: needs as many cells"),
         ("en\ntea\n", "no column fr"),
         ("", "no column en, fr"),
     ):
@@ -305,7 +305,7 @@ def test_token_file(tmp_path):
     big = data.Tokenizer("big", None, tok.encode_batch, tok.decode, 2**16 + 1, 2**16, [])
     assert data.token_file(name, "train", big, folder).dtype == np.uint32
     source.write_text(json.dumps({"text": "one"}) + "\n")
-    with pytest.raises(ValueError, match="no heldout text"):
+    with pytest.raises(ValueError, match="empty file"):
         data.token_file(name, "heldout", tok, folder)
 
 

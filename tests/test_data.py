@@ -2,13 +2,17 @@
 
 import json
 import os
+import random
+import sys
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import regex
 
+import common
 import data
 
 
@@ -43,6 +47,10 @@ def test_bpe_equals_the_naive_trainer():
     enc = data.train_bpe(text, 300)
     assert [enc.decode_single_token_bytes(i) for i in range(299)] == naive_bpe(text, 300)
     assert enc.n_vocab == 300 and enc.eot_token == 299
+    for seed in range(4):  # few letters: many pairs are equally frequent
+        text = "".join(random.Random(seed).choices("aab é", k=400))
+        enc = data.train_bpe(text, 275)
+        assert [enc.decode_single_token_bytes(i) for i in range(274)] == naive_bpe(text, 275)
 
 
 @pytest.mark.parametrize("name", ["byte", "bpe:280"])
@@ -153,6 +161,7 @@ def test_only_templates_make_control_ids(tmp_path):
         ("x{% generation %}y{% endgeneration %}z", "xyz"),
         ("x {%- generation -%} y {%- endgeneration -%} z", "xyz"),
         ("{% for i in range(5) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        ("{{ 2 * 3 }}", "6"),
         ("{{ strftime_now('%Y')[:2] }}{{ eos_token }}", "20</s>"),
     ],
 )
@@ -289,6 +298,32 @@ def test_source_errors(tmp_path):
     ]:
         with pytest.raises(kind, match=match):
             data.load_text(name)
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+    rows = [{"text": str(i)} for i in range(10)] + [{"text": None}, {"text": "last"}]
+    asked = []
+
+    def load_dataset(path, config, split, streaming):
+        asked.append((path, config, split, streaming))
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert list(data.load_text("a/b:c", "train")) == [*map(str, range(9)), "last"]
+    assert list(data.load_text("a/b", "heldout")) == ["9"]
+    assert asked == [("a/b", "c", "train", True), ("a/b", None, "train", True)]
+    with pytest.raises(ValueError, match="'a/b' has no column nums"):
+        data.hub_rows("a/b", "nums", "text")
+    rows.clear()
+    with pytest.raises(OSError, match="'a/b' can't be read .StopIteration"):
+        data.hub_rows("a/b")
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit) as stop, common.bad_input("--dataset"):
+        data.load_text("a/b")
+    assert stop.value.code == 2 and "pip install datasets\n" in capsys.readouterr().err
 
 
 def test_token_file(tmp_path):

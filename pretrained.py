@@ -146,7 +146,7 @@ def config_from(hf):
     if act not in ACTS:
         raise ValueError(f"activation {act!r}, allowed: {', '.join(ACTS)}")
     c["act"] = ACTS[act]
-    ties = kind in ("gpt2", "gemma2", "gemma3_text", "cohere")  # if silent
+    ties = kind in ("gpt2", "gemma2", "gemma3_text", "cohere")  # or silent
     c["tie"] = bool(hf.get("tie_word_embeddings", ties))
     c["norm_eps"] = number(hf, EPS.get(kind, "rms_norm_eps"), float)
     if kind == "gpt2":
@@ -459,9 +459,9 @@ def read_model(kind, config, tensors, device, dtype):
         model = GPT(config, init=False)
     parameters = dict(model.named_parameters())
     sources = {name: names_of(table, name) for name in parameters}
-    due = {*sum(sources.values(), [])}
-    extra = {name for name in {*tensors} - due if not re.search(UNUSED, name)}
-    for what, names in ("missing", due - {*tensors}), ("unexpected", extra):
+    needed = {*sum(sources.values(), [])}
+    extra = {name for name in {*tensors} - needed if not re.search(UNUSED, name)}
+    for what, names in ("missing", needed - {*tensors}), ("unexpected", extra):
         if names:
             raise ValueError(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:4])}")
     if dtype == "auto":

@@ -146,7 +146,7 @@ def config_from(hf):
     if act not in ACTS:
         raise ValueError(f"activation {act!r}, allowed: {', '.join(ACTS)}")
     c["act"] = ACTS[act]
-    ties = kind in ("gpt2", "gemma2", "gemma3_text", "cohere")  # or silent
+    ties = kind in ("gpt2", "gemma2", "gemma3_text", "cohere")  # default
     c["tie"] = bool(hf.get("tie_word_embeddings", ties))
     c["norm_eps"] = number(hf, EPS.get(kind, "rms_norm_eps"), float)
     if kind == "gpt2":

@@ -44,7 +44,7 @@ class Args(common.TrainFlags):
     presets: ClassVar[dict] = {
         "smoke": dict(steps=4, batch_size=8, saes=1, sae_steps=10, rows=2048, jobs=1),
         "toy": {},
-        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=2048, k=32, rows=2**15)
+        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=4096, k=32, top=40, rows=2**15)
         | dict(saes=1, sae_steps=1000, sae_lr=1e-3),
         "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, k=64, top=32)
         | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20),
@@ -70,7 +70,7 @@ class Args(common.TrainFlags):
     top: int = 4  # latents in a list; four times as many are removed (paper: 32, 128)
 
 
-# ---------------------- the sparse code
+# ------------ the sparse code
 
 weighted_sums = partial(F.embedding_bag, mode="sum")  # of a table's rows
 
@@ -259,7 +259,7 @@ def pool(model, layer, sae, sentences, bos):
     return torch.cat(X).double(), torch.cat(codes).double()
 
 
-# ----------------- what probes can read
+# ------- what probes can read
 
 
 def training(rows):
@@ -368,7 +368,7 @@ def steering_vectors(parts, weight, D, n):
     return {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
 
 
-# ------------------------------ the toy
+# -------------------- the toy
 
 NOUNS, VERBS = 8, 5
 VALUES = {"plural": ("sg", "pl"), "past": ("pres", "past")}

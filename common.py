@@ -182,6 +182,8 @@ def bad_input(flag=""):
         raise
     except (ValueError, OSError, ImportError) as error:
         message = str(error)
+        if isinstance(error, ModuleNotFoundError):
+            message += f": pip install {error.name}"
         fail(f"{flag}: {message}" if flag and flag not in message else message)
 
 

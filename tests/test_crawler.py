@@ -697,7 +697,7 @@ def test_smoke_and_resume(tmp_path):
 
 
 def test_user_files(tmp_path, capsys):
-    for text, told in ("topics\nx\n", "no column topic"), ("topic,x\na\n", "row 2"):
+    for text, told in ("topics\nx\n", "no column topic"), ("topic,x\na\n", "line 2"):
         (tmp_path / "b.csv").write_text(text)
         with pytest.raises(SystemExit) as exit:
             crawler.main(

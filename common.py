@@ -108,8 +108,7 @@ def parse(Args, argv=None):
     given = vars(parser.parse_args(argv))
     args = Args(**(Args.presets[given.get("preset", Args.preset)] | given))
     args.out = args.out or f"out/{name}"
-    with bad_input():
-        check_numbers(args)
+    check_numbers(args)
     return args
 
 
@@ -136,15 +135,15 @@ def flag_options(kind, default, text):
 
 
 def check_numbers(args):
-    """ValueError for a number that is not finite or outside `limits`, or a seed given twice."""
+    """Fails at a number that is not finite or outside `limits`, and at a seed given twice."""
     for flag, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
         if flag in ("seeds", "arms") and len(set(values)) < len(values):
-            raise ValueError(f"{dashed(flag)} {value}: each can be given once only")
+            fail(f"{dashed(flag)} {value}: each can be given once only")
         low, high = (*args.limits.get(flag, [0]), math.inf)[:2]
         for v in values:
             if isinstance(v, int | float) and not (low <= v <= high and math.isfinite(v)):
-                raise ValueError(f"{dashed(flag)} {v}, allowed: {low} to {high}")
+                fail(f"{dashed(flag)} {v}, allowed: {low} to {high}")
 
 
 def changed_flags(args, flags):
@@ -373,11 +372,7 @@ def check_flags(saved, args, path):
 
 
 def begin(path, log, model, opt, args, env):
-    """The counts {step, seconds, tokens} to start from: under --resume those of a checkpoint.
-
-    Its weights and optimizer state are put in place, and the log is cut back to its step. Without
-    --resume the checkpoint of an earlier run goes.
-    """
+    """The counts to start from; under --resume weights, optimizer and log are as they were then."""
     state = {"step": 0, "seconds": 0.0, "tokens": 0}
     if args.resume and path.exists():
         with bad_input():
@@ -526,7 +521,7 @@ class Run:
         return {arm: results[i :: len(arms)] for i, arm in enumerate(arms)}
 
     def claim(self, id, says, paper, criterion, *, base=None, arm, controls):
-        """Judges a claim, seed by seed: the arm by the criterion, and each control in its place.
+        """Judges a claim seed by seed, the arm and in its place each control, and prints it.
 
         says, paper  a sentence, and the paper's figure
         criterion    an expression over `base.<measure>` and `arm.<measure>`: shown, and tested
@@ -543,13 +538,20 @@ class Run:
             control |= {f"{name}: {key}": value for key, value in mean(rows).items()}
         unknown = any(math.isnan(value) for value in control.values())
         fails = not unknown and not any(passed.values())
+        seeds = {"base": base, "arm": arm, **controls}
         row = {"id": id, "claim": says, "paper": paper, "measured": measured, "control": control}
         row |= {"criterion": criterion, "holds": verdict, "held": held}
-        row |= {"control_passes": passed, "control_fails": fails}
-        self.claims.append(row | {"seeds": {"base": base, "arm": arm, **controls}})
+        self.claims.append(row | {"control_passes": passed, "control_fails": fails, "seeds": seeds})
+        print(f"\n{id} {says}: {criterion}\n  paper: {paper}")
+        for name, rows in seeds.items():
+            title = {"base": "base", "arm": "measured"}.get(name, f"control, {name}")
+            for key in rows[0]:
+                print(f"  {title}: {key} {' '.join(number(row[key]) for row in rows)}")
+        also = "" if fails or not verdict else "; a control holds, too"
+        print(f"  holds: {'yes' if verdict else 'NO'}, in {sum(held)} of {len(held)} seeds{also}")
 
     def finish(self, found):
-        """Joins the logs, writes result.json, prints the claims; returns the result."""
+        """Joins the logs, writes result.json; returns the result."""
         rows = []
         for name in self.names:
             for path in [self.out / f"{name}.jsonl", *sorted(self.out.glob(f"{name}-*.jsonl"))]:
@@ -561,27 +563,10 @@ class Run:
         result |= {"flags": asdict(args), "claims": self.claims, "metrics": found}
         text = json.dumps(result, indent=1, default=lambda x: x.tolist())
         write_text(self.out / "result.json", text + "\n")
-        for claim in self.claims:
-            print_claim(claim)
         print(f"{self.out}/result.json, figures beside it; {seconds:.0f} s")
         if args.strict and not all(c["holds"] and c["control_fails"] for c in self.claims):
             raise SystemExit(1)
         return json.loads(text)
-
-
-def print_claim(claim):
-    """Prints a claim, its measures in the order of the seeds, and the verdict."""
-    verdict = "yes" if claim["holds"] else "NO"
-    verdict += f", in {sum(claim['held'])} of {len(claim['held'])} seeds"
-    if claim["holds"] and not claim["control_fails"]:
-        verdict += "; a control holds, too"
-    print(f"\n{claim['id']} {claim['claim']}: {claim['criterion']}")
-    print(f"  paper: {claim['paper']}")
-    for name, rows in claim["seeds"].items():
-        title = {"arm": "measured", "base": "base"}.get(name, f"control, {name}")
-        for key in rows[0]:
-            print(f"  {title}: {key} {' '.join(number(row[key]) for row in rows)}")
-    print(f"  holds: {verdict}")
 
 
 def number(v):
@@ -658,18 +643,13 @@ def fit_probe(X, y):
     return direction, w[-1] - center @ direction
 
 
-def heads_off(heads, config):
+def heads_off(heads, model):
     """Patches for `model.patch` that zero heads [(layer, head), ...] before the projection."""
-    keep = torch.ones(config.n_layer, config.n_head, 1)
+    shape = model.config.n_layer, model.config.n_head, 1
+    keep = torch.ones(shape, dtype=torch.bool, device=model.wte.weight.device)
     for layer, head in heads:
-        keep[layer, head] = 0
-    layers = {layer for layer, _ in heads}
-    return {f"blocks.{i}.attn.z": partial(scaled, factor=keep[i]) for i in layers}
-
-
-def scaled(z, factor):
-    """z (B, T, H, D) times a factor (H, 1) for each head."""
-    return z * factor.to(z)
+        keep[layer, head] = False
+    return {f"blocks.{layer}.attn.z": partial(torch.mul, keep[layer]) for layer, _ in heads}
 
 
 @contextmanager

@@ -269,9 +269,9 @@ def test_heads_off():
     with torch.no_grad():
         before = model(idx)
         heads = [(0, 1), (0, 2), (1, 3)]
-        with model.patch(common.heads_off(heads, model.config)):
+        with model.patch(common.heads_off(heads, model)):
             off = model(idx)
-        with model.patch(common.heads_off([], model.config)):
+        with model.patch(common.heads_off([], model)):
             assert torch.equal(model(idx), before)
         for layer, head in heads:
             model.blocks[layer].attn.proj.weight[:, 4 * head : 4 * head + 4] = 0

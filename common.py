@@ -280,8 +280,9 @@ def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer)
         save = state["step"] % args.save_every == 0 or state["step"] == args.steps
         if due or save:  # only these steps wait for the device
             loss = all_reduce(loss, env).item()
-            if not math.isfinite(loss) or not norm.isfinite():  # no such weights are saved
-                what = f"the loss of step {step} is {loss}, its gradient's norm {norm.item()}"
+            norm = (norm.full_tensor() if args.shard else norm).item()
+            if not math.isfinite(loss + norm):  # no such weights are saved
+                what = f"the loss of step {step} is {loss}, its gradient's norm {norm}"
                 raise SystemExit(f"error: {what}; the last checkpoint, if any, is {path}")
         state["seconds"] += time.perf_counter() - began  # evaluations don't count
         if due:

@@ -543,7 +543,7 @@ class Run:
         row = {"id": id, "claim": says, "paper": paper, "measured": measured, "control": control}
         row |= {"criterion": criterion, "holds": verdict, "held": held}
         self.claims.append(row | {"control_passes": passed, "control_fails": fails, "seeds": seeds})
-        print(f"\n{id} {says}: {criterion}\n  paper: {paper}")
+        print(f"\n{id} {says}\n  criterion: {criterion}\n  paper: {paper}")
         for name, rows in seeds.items():
             title = {"base": "base", "arm": "measured"}.get(name, f"control, {name}")
             for key in rows[0]:

@@ -140,10 +140,11 @@ def check_numbers(args):
         values = value if isinstance(value, list) else [value]
         if flag in ("seeds", "arms") and len(set(values)) < len(values):
             fail(f"{dashed(flag)} {value}: each can be given once only")
-        low, high = (*args.limits.get(flag, [0]), math.inf)[:2]
+        low, high = (*args.limits.get(flag, [0]), None)[:2]
+        allowed = f"{low} and more" if high is None else f"{low} to {high}"
         for v in values:
-            if isinstance(v, int | float) and not (low <= v <= high and math.isfinite(v)):
-                fail(f"{dashed(flag)} {v}, allowed: {low} to {high}")
+            if isinstance(v, int | float) and not low <= v <= (high or sys.float_info.max):
+                fail(f"{dashed(flag)} {v}, allowed: {allowed}")
 
 
 def changed_flags(args, flags):
@@ -198,7 +199,8 @@ def find_device(name):
     try:
         return torch.empty(0, device=found if name == "auto" else name).device
     except (RuntimeError, AssertionError):  # torch does not know the name, or finds no such device
-        raise ValueError(f"no device {name!r} on this machine, allowed: cpu {found}") from None
+        what = f"device {str(name)!r} is not on this machine, which has"
+        raise ValueError(f"{what}: {' '.join({'cpu', found.type})}") from None
 
 
 def setup(args) -> Env:

@@ -352,7 +352,7 @@ def test_a_real_model(tmp_path, capsys, monkeypatch):
     )
     env = common.Env(torch.device("cpu"), torch.float32)
     _, world = z2z.start(common.parse(z2z.Args, flags), env, 0)
-    assert world.special == [0] and [tok.decode([i]) for i in world.digits] == list("0123456789")
+    assert world.stops == [0] and [tok.decode([i]) for i in world.digits] == list("0123456789")
     capsys.readouterr()
     z2z.main([*flags, "--prompt", "A text of\x1b[2J 12"])
     out = capsys.readouterr().out

@@ -439,6 +439,7 @@ SCRIPT = [
 
 
 def start(out, *flags, launcher=()):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, and below
     return subprocess.Popen(
         [sys.executable, *launcher, *SCRIPT, "--out", str(out), *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},

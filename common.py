@@ -175,7 +175,7 @@ def cli(main):
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+        raise SystemExit("\nstopped") from None  # below the progress bars
 
 
 @dataclass

@@ -14,7 +14,9 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -139,7 +142,8 @@ def check_numbers(args):
     for flag, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
         if flag in ("seeds", "arms") and len(set(values)) < len(values):
-            fail(f"{dashed(flag)} {value}: each can be given once only")
+            given = " ".join(map(str, values))
+            fail(f"{dashed(flag)} {given}: each can be given once only")
         low, high = (*args.limits.get(flag, [0]), None)[:2]
         allowed = f"{low} and more" if high is None else f"{low} to {high}"
         for v in values:
@@ -165,17 +169,24 @@ def bad_input(flag=""):
     """For code that reads what the user gave: its errors end in one line, named by the flag."""
     try:
         yield
+    except BrokenPipeError:  # nobody's input: see `cli`
+        raise
     except (ValueError, OSError, ImportError) as error:
         message = str(error)
         fail(f"{flag}: {message}" if flag and flag not in message else message)
 
 
 def cli(main):
-    """Calls a script's `main`; Ctrl-C ends it without a traceback."""
+    """Calls a script's `main`; Ctrl-C and a reader that has gone (`| head -1`) end it quietly."""
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit("\nstopped") from None  # below the progress bars
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
+        raise SystemExit(1) from None
 
 
 @dataclass
@@ -524,7 +535,7 @@ class Run:
         return {arm: results[i :: len(arms)] for i, arm in enumerate(arms)}
 
     def claim(self, id, says, paper, criterion, *, base=None, arm, controls):
-        """Judges a claim seed by seed, the arm and in its place each control, and prints it.
+        """Judges a claim seed by seed, the arm and in its place each control.
 
         says, paper  a sentence, and the paper's figure
         criterion    an expression over `base.<measure>` and `arm.<measure>`: shown, and tested
@@ -545,16 +556,9 @@ class Run:
         row = {"id": id, "claim": says, "paper": paper, "measured": measured, "control": control}
         row |= {"criterion": criterion, "holds": verdict, "held": held}
         self.claims.append(row | {"control_passes": passed, "control_fails": fails, "seeds": seeds})
-        print(f"\n{id} {says}\n  criterion: {criterion}\n  paper: {paper}")
-        for name, rows in seeds.items():
-            title = {"base": "base", "arm": "measured"}.get(name, f"control, {name}")
-            for key in rows[0]:
-                print(f"  {title}: {key} {' '.join(number(row[key]) for row in rows)}")
-        also = "" if fails or not verdict else "; a control holds, too"
-        print(f"  holds: {'yes' if verdict else 'NO'}, in {sum(held)} of {len(held)} seeds{also}")
 
     def finish(self, found):
-        """Joins the logs, writes result.json; returns the result."""
+        """Joins the logs, writes result.json, prints the table of claims; returns the result."""
         rows = []
         for name in self.names:
             for path in [self.out / f"{name}.jsonl", *sorted(self.out.glob(f"{name}-*.jsonl"))]:
@@ -566,10 +570,42 @@ class Run:
         result |= {"flags": asdict(args), "claims": self.claims, "metrics": found}
         text = json.dumps(result, indent=1, default=lambda x: x.tolist())
         write_text(self.out / "result.json", text + "\n")
+        if self.claims:
+            print_table(self.claims)
         print(f"{self.out}/result.json, figures beside it; {seconds:.0f} s")
         if args.strict and not all(c["holds"] and c["control_fails"] for c in self.claims):
             raise SystemExit(1)
         return json.loads(text)
+
+
+def print_table(claims, widths=(42, 22, 26, 28, 13)):
+    """Prints claims in columns; that a control holds, too, is said only where the claim does."""
+    table = [[[title] for title in ("claim", "paper", "measured", "control", "holds")]]
+    for c in claims:
+        says = [f"{c['id']} {c['claim']}", c["criterion"]]
+        measured = ranges(c["seeds"]["arm"]) + ranges(c["seeds"]["base"], "base ")
+        control = [f"{name} {number(value)}" for name, value in c["control"].items()]
+        verdict = ["yes" if c["holds"] else "NO", f"{sum(c['held'])} of {len(c['held'])} seeds"]
+        if c["holds"] and not c["control_fails"]:
+            verdict.append("control holds")
+        table.append([says, [c["paper"]], measured, control, verdict])
+    for row in table:
+        columns = []
+        for cell, width in zip(row, widths):
+            columns.append(sum((textwrap.wrap(line, width) for line in cell), []))
+        for line in zip_longest(*columns, fillvalue=""):
+            print("  ".join(part.ljust(width) for part, width in zip(line, widths)).rstrip())
+        print("-" * (sum(widths) + 8))
+
+
+def ranges(rows, prefix=""):
+    """["copy 0.8 [0.77, 0.81]", ...]: the mean of each measure, its least and its largest seed."""
+    lines = []
+    for name, value in mean(rows).items():
+        values = [row[name] for row in rows]
+        span = f" [{number(min(values))}, {number(max(values))}]" if len(values) > 1 else ""
+        lines.append(f"{prefix}{name} {number(value)}{span}")
+    return lines
 
 
 def number(v):
@@ -590,7 +626,9 @@ def side_by_side(function, tasks, jobs):
     context = multiprocessing.get_context("spawn")
     lock = (context.RLock(),)
     with ProcessPoolExecutor(min(jobs, len(tasks)), context, start_worker, lock) as pool:
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # by the workers, who inherit it
         futures = [pool.submit(function, *task) for task in tasks]
+        signal.signal(signal.SIGINT, heard)
         try:
             return [future.result() for future in futures]
         except BaseException:  # an error in one, or Ctrl-C, ends the others
@@ -631,7 +669,12 @@ def fit_probe(X, y):
     if y.min() == y.max():
         raise ValueError("a probe needs both classes, all labels are the same")
     center, scale = X.mean(0), X.std(0).clamp(min=1e-9)
-    Z = torch.nn.functional.pad((X - center) / scale, (0, 1), value=1.0)  # the last weight: bias
+    Z = (X - center) / scale
+    basis = None
+    if Z.shape[1] > len(Z):  # more features than rows: the weights lie in the span of the rows
+        basis = torch.linalg.qr(Z.T)[0]
+        Z = Z @ basis
+    Z = torch.nn.functional.pad(Z, (0, 1), value=1.0)  # the last weight is the bias
     ridge = torch.ones_like(Z[0])
     ridge[-1] = 1e-6
     w = torch.zeros_like(ridge)
@@ -642,7 +685,7 @@ def fit_probe(X, y):
         w = w + step / max(1.0, step.norm().item() / 5)  # Newton overshoots far from the end
         if step.abs().max() < 1e-8:
             break
-    direction = w[:-1] / scale
+    direction = (w[:-1] if basis is None else basis @ w[:-1]) / scale
     return direction, w[-1] - center @ direction
 
 
@@ -660,7 +703,8 @@ def figure(path, rows=1, cols=1):
     """`with figure("a.png", 1, 2) as (left, right):` draws on matplotlib's axes."""
     import matplotlib.figure
 
-    with matplotlib.rc_context({"font.size": 9}):
+    look = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    with matplotlib.rc_context(look | {"font.size": 9}):
         fig = matplotlib.figure.Figure((5 * cols, 3.4 * rows), layout="constrained")
         yield fig.subplots(rows, cols, squeeze=False).flat
         fig.savefig(path, dpi=130)
@@ -703,4 +747,4 @@ def draw_panel(ax, lines=(), bars=(), points=(), levels=(), names=(), **labels):
         ax.margins(y=0.35)  # room for the legend
     ax.set(**labels)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=7)

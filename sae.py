@@ -44,7 +44,7 @@ class Args(common.TrainFlags):
     presets: ClassVar[dict] = {
         "smoke": dict(steps=4, batch_size=8, saes=1, sae_steps=10, rows=2048, jobs=1),
         "toy": {},
-        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=2048, k=32, rows=2**15)
+        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=4096, k=32, top=40, rows=2**15)
         | dict(saes=1, sae_steps=1000, sae_lr=1e-3),
         "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, k=64, top=32)
         | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20),

@@ -378,11 +378,13 @@ def shaping_flags(args):
 
 
 def check_flags(saved, args, path):
-    """ValueError naming a flag by which the run of a checkpoint differs from this one."""
+    """ValueError naming the flags by which the run of a checkpoint differs from this one."""
+    odd = []
     for flag, value in shaping_flags(args).items():
         if saved.get(flag) != value:
-            there = f"{dashed(flag)} is {saved.get(flag)} there, {value} here"
-            raise ValueError(f"{path} is of another run: {there}")
+            odd.append(f"{dashed(flag)} is {saved.get(flag)} there, {value} here")
+    if odd:
+        raise ValueError(f"{path} is of another run: {'; '.join(odd)}")
 
 
 def begin(path, log, model, opt, args, env):

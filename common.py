@@ -2,7 +2,7 @@
 
 - flags: a dataclass is the command line, one line a flag; the comment behind a flag is its help
 - one training loop for one process, for `torchrun` with DDP or FSDP2 (`--shard`), with exact resume
-- `Run` is what every `main` has in common, from the flags to the verdicts on the claims
+- `Run` is what every `main` has in common, from the flags to the table of claims
 
 Read `Flags` and `parse` first, then `train`, then `Run`.
 """

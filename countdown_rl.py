@@ -59,28 +59,28 @@ class Args(common.TrainFlags):
 
     model: str = ""  # a real checkpoint in place of the toy
     dataset: str = ""  # with --model: problems (nums, target), file:X.jsonl or a hub id
-    max_new: int = 1024  # with --model: tokens of the longest response (paper: 1024)
+    max_new: int = 1024  # with --model: longest response, in tokens (paper: 1024)
     nums: int = 3  # toy: numbers in a problem (paper: 3 and 4)
     num_max: int = 8  # toy: the largest of them (paper: 99)
     cap: int = 40  # toy: the largest target or result on the way (paper: 100)
-    attempts: int = 8  # toy: most attempts in a text that is imitated
+    attempts: int = 8  # toy: most attempts in a text to imitate
     guess: float = 0.85  # toy: share of these texts with one attempt, unchecked
-    drill: int = 500  # toy: in the first of --steps, sums and verdicts are drilled
+    drill: int = 500  # toy: the first of --steps, which drill sums and verdicts
     n_layer: int = 4  # toy: blocks
-    n_head: int = 8  # toy: heads, which share two heads of keys and values
+    n_head: int = 8  # toy: heads, on two of keys and values
     n_embd: int = 64  # toy: width
-    rl_steps: int = 60  # batches of responses for GRPO; 0: no GRPO (paper: 300)
+    rl_steps: int = 60  # batches of responses; 0: no GRPO (paper: 300)
     rl_lr: float = 2e-4  # learning rate of GRPO, constant (paper: 1e-6)
     prompts: int = 16  # problems in a batch of GRPO, over all ranks (paper: 256)
     group: int = 8  # responses to each problem (paper: 1, with a critic)
     minibatches: int = 1  # updates on a batch (paper: 4); with 1 nothing is clipped
-    clip_ratio: float = 0.2  # a probability that changed by more than this share gains nothing
-    beta: float = 0.0  # weight of the KL term (paper: .001)
+    clip_ratio: float = 0.2  # probabilities that changed by more gain nothing
+    beta: float = 0.0  # weight of the KL (paper: .001)
     problems: int = 400  # most held-out problems to measure on
-    samples: int = 300  # texts to choose heads on, and to test them on (paper: 300)
+    samples: int = 300  # texts to choose heads on, and to test on (paper: 300)
 
 
-# --------------------------- the method
+# ----------------- the method
 
 
 def advantages(rewards, group):
@@ -126,7 +126,7 @@ class Objective(torch.nn.Module):
         advantage (B,), the rest (B, T). old and reference are log-probabilities: of the policy
         that drew the batch (None: this), and of the model before GRPO (None: no KL).
         """
-        here = targets != -100  # the tokens of responses
+        here = targets != -100  # responses
         idx, shorter = trimmed(idx, targets)
         logits = self.policy.unembed(self.policy.hidden(idx)[shorter != -100]).float()
         logp = -F.cross_entropy(logits, targets[here], reduction="none")
@@ -138,7 +138,7 @@ class Objective(torch.nn.Module):
         return -gain.sum() / denom
 
 
-# ----------------------------- the task
+# ------------------- the task
 
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -229,12 +229,12 @@ class Toy:
         self.opening, self.stops = [], [self.id["<eos>"]]
         self.valid = [self.id[word] for word in VALID]
         self.invalid = [self.id[word] for word in INVALID]
-        self.max_new = args.attempts * (6 * args.nums - 2) + 3 * args.nums + 3  # lines, the answer
+        self.max_new = args.attempts * (6 * args.nums - 2) + 3 * args.nums + 3  # lines, answer
         self.train, self.heldout = [], []
         for nums in itertools.combinations_with_replacement(range(1, args.num_max + 1), args.nums):
             for target in sorted({steps[-1][-1] for steps in attempts(nums, args.cap)} - {0}):
                 digest = hashlib.sha256(repr((nums, target)).encode()).digest()
-                part = self.heldout if digest[0] < 51 else self.train  # a fifth, for any seed
+                part = self.heldout if digest[0] < 51 else self.train  # a fifth
                 part.append((nums, target))
         if not self.train or not self.heldout:
             raise ValueError("--nums, --num-max and --cap leave too few problems")
@@ -277,7 +277,7 @@ class Toy:
     def drill(self, nums, target, rng):
         """(ids, counts): checked attempts, half of them picked to be right.
 
-        Of the picked ones only results count, and what follows the last result: the verdict.
+        Of these only the results count, and the verdict.
         """
         tries = attempts(nums, self.args.cap)
         right = [steps for steps in tries if steps[-1][-1] == target]
@@ -324,7 +324,7 @@ class ToyGPT(GPT):
 
     def __init__(self, args, world, seed):
         torch.manual_seed(seed)
-        size = 5 + args.nums + world.max_new  # a prompt and a response
+        size = 5 + args.nums + world.max_new  # prompt, response
         shape = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, head_dim=16)
         shape |= dict(n_kv_head=1 if args.n_head % 2 else 2, d_mlp=2 * args.n_embd)
         shape |= dict(norm="rms", gated=True, act="silu")
@@ -380,7 +380,7 @@ def read_problems(name):
     return [(tuple(sorted(row["nums"])), row["target"]) for row in rows]
 
 
-# ----------------------------- training
+# ------------------- training
 
 
 def verdicts_in(text):
@@ -506,10 +506,10 @@ def reinforce(args, env, log, arm, seed):
     return dict(before=before, after=after, curve=curve)
 
 
-# -------------- moments of verification
+# ---- moments of verification
 
 
-# ids: up to where a right attempt's verdict is due; wrong: where a wrong one's was due before;
+# ids: up to where a right attempt's verdict is due; wrong: where a wrong one's was;
 # seen: where the target was seen
 Trace = namedtuple("Trace", "ids wrong seen problem")
 
@@ -526,7 +526,7 @@ def numbers_in(world, ids):
 
 
 def find_traces(world, texts, rng):
-    """Traces of those (problem, prompt, response) with true verdicts of both kinds."""
+    """Traces of (problem, prompt, response) with true verdicts of both kinds."""
     found = []
     for problem, prompt, response in texts:
         ids, target = prompt + response, problem[1]
@@ -554,7 +554,7 @@ def halves(model, world, args, env, rng):
         texts = [(problem, *world.written(*problem, rng)) for problem in problems]
     found = [], []
     for trace in find_traces(world, texts, rng):
-        side = random.Random(repr(trace.problem)).randrange(2)  # the same for a problem's traces
+        side = random.Random(repr(trace.problem)).randrange(2)  # one for a problem
         found[side].append(trace)
     if min(map(len, found)) < 3:
         raise SystemExit("error: too few traces with both verdicts")
@@ -638,7 +638,7 @@ def from_the_top(model, world, args, choose, test, rng):
 
 
 def target_attention(model, world, traces):
-    """Mean attention (L, H) from right results to the target; that of an even head."""
+    """Mean attention (L, H) from right results to the target; even attention."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
     total, even = 0, 0
     for trace in traces:
@@ -682,9 +682,9 @@ def switch_off(model, world, traces, neurons, sets):
             glu[k] += torch.stack(active).float().mean(0).tolist()
     found = []
     for tokens, active in zip(said, glu):
-        says_valid, false_accepts = np.isin(tokens, world.valid).mean(0)
+        valid, accepts = np.isin(tokens, world.valid).mean(0)
         goes_on = np.mean([searches_on(token, world) for token, _ in tokens])
-        row = dict(says_valid=says_valid, searches_on=goes_on, false_accepts=false_accepts)
+        row = dict(says_valid=valid, searches_on=goes_on, false_accepts=accepts)
         found.append(row | {"glu": np.mean(active)})
     return found
 
@@ -709,7 +709,7 @@ def from_the_bottom(model, world, choose, test, neurons, rng):
     prev = [tuple(head) for head in (mass >= enough).nonzero().tolist()]  # A_prev
     alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
     glu_without = {head: row["glu"] for head, row in zip(prev, alone)}
-    prev.sort(key=glu_without.get)  # those first that drive the neurons most
+    prev.sort(key=glu_without.get)  # the strongest drivers first
     sets = [[], prev[:3], prev] + [random_heads(prev[:3], c, rng, prev) for _ in range(10)]
     rows = switch_off(model, world, test, neurons, sets)
     found = {"all_on": rows[0], "three": rows[1], "A_prev": rows[2]}
@@ -728,7 +728,7 @@ def dissect(args, env, log, arm, seed):
     return found | {"traces": [len(choose), len(test)]}
 
 
-# -------------------- claims and figure
+# ---------- claims and figure
 
 
 def judge(run, found):

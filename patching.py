@@ -60,7 +60,7 @@ class Args(common.TrainFlags):
     n_embd: int = 64  # the toy's width (paper: 4096)
 
 
-# --------------------------- the method
+# ----------------- the method
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def switch_layers(p):
     return tuple(found)
 
 
-# -------------------- words and prompts
+# ---------- words and prompts
 
 CODES = "en fr de es it nl pt fi tr et hi ja ko ru zh".split()
 NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi Türkçe Eesti"
@@ -257,7 +257,7 @@ def draw_pairs(world, rng, sources, targets, wanted, n, first=True):
     raise ValueError(f"there are {len(s)} {what}, asked for: {n}")
 
 
-# ------------------------------ the toy
+# -------------------- the toy
 
 TOY = "b d f g k l m n p".split()  # languages, and how their syllables begin
 VOWELS = "aeiouy", "aeiou"  # of the first and second syllable
@@ -344,7 +344,7 @@ def accuracy(model, world, seed, shots, n=400):
     return float(np.mean([a == b for a, b in zip(said, right)]))
 
 
-# ------- experiments, claims and figure
+# ---- experiments, claims and figure
 
 
 def last_token(model, world, args, quad, seed):

@@ -70,7 +70,7 @@ class Args(common.TrainFlags):
     top: int = 4  # latents in a list; four times as many are removed (paper: 32, 128)
 
 
-# ---------------------- the sparse code
+# ------------ the sparse code
 
 weighted_sums = partial(F.embedding_bag, mode="sum")  # of a table's rows
 
@@ -259,7 +259,7 @@ def pool(model, layer, sae, sentences, bos):
     return torch.cat(X).double(), torch.cat(codes).double()
 
 
-# ----------------- what probes can read
+# ------- what probes can read
 
 
 def training(rows):
@@ -368,7 +368,7 @@ def steering_vectors(parts, weight, D, n):
     return {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
 
 
-# ------------------------------ the toy
+# -------------------- the toy
 
 NOUNS, VERBS = 8, 5
 VALUES = {"plural": ("sg", "pl"), "past": ("pres", "past")}

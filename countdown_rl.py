@@ -672,7 +672,7 @@ def switch_off(model, world, traces, neurons, sets):
             if heads:  # below the first of them nothing changes
                 first = min(heads)[0]
                 go_on = dict(first=first, x=clean[inputs[first]])
-                with model.patch(common.heads_off([heads], model.config)):
+                with model.patch(common.heads_off(heads, model)):
                     changed = model.capture(idx, ["final", *sites], **go_on)
                 acts = clean | changed
             said[k] += model.unembed(acts["final"][at]).argmax(-1).tolist()

@@ -845,8 +845,6 @@ def test_samples_follow_the_temperature():
     seen = collections.Counter()
 
     class Ear:
-        stopped = ()
-
         def note(self, call):
             seen[call.temperature, call.text] += 1
 
@@ -1261,8 +1259,7 @@ def crawl_until_interrupted(folder, url):
     sys.stderr = open(folder / "stderr", "w", buffering=1)
     target = opened_on(endpoint(url, timeout=60.0, concurrency=4), folder / "j")
     try:
-        with crawler.common.interruptible() as target.stopped:
-            target.ask(nine())
+        target.ask(nine())
     except InterruptedError as stop:
         sys.stderr.write(str(stop))
     except KeyboardInterrupt:

@@ -1,21 +1,19 @@
 """One GPT, written by hand, for every paper in this project.
 
-- one config for the families the papers study, from GPT-2 to Gemma 3
+- one config for the families that the papers study, from GPT-2 to Gemma 3
 - named *sites* (residual stream, attention patterns, per-head outputs, MLP activations) to read
-  with `capture` and rewrite with `patch`: forward hooks on empty submodules, so they work in
-  training, under a cache and in `generate`
-- a loss that never holds all logits; a preallocated key/value cache; `generate` for prompts of any
-  lengths and many samples of each; `sweep`, many patches of the same prompts in one pass
+  with `capture` and rewrite with `patch`, in training, under a cache and in `generate`
+- a loss that never holds all logits; `generate` with a key/value cache; `sweep`, many patches of
+  the same prompts in one pass
 
 Read `GPT.hidden` first, then `Block`, `Attention`, `MLP`. Switches stand beside what they change.
 Shapes: B batch, T new positions, S key positions, H heads, D head_dim, C n_embd, V vocab_size.
 """
 
-import copy
 import difflib
 import math
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -72,32 +70,20 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.d_mlp = self.d_mlp or 4 * self.n_embd
-        for name in "vocab_size", "block_size", "n_layer", "n_head", "n_embd":
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}, allowed: 1 and more")
+        self.windows = self.windows or [0] * self.n_layer
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
-        rotating = int(self.rotary_pct * self.head_dim)
-        if not self.learned_pos and rotating % 2:
-            raise ValueError(f"{rotating} rotating dims in a head, needed: an even number")
-        if self.windows is not None and len(self.windows) != self.n_layer:
+        if not self.learned_pos and int(self.rotary_pct * self.head_dim) % 2:
+            what = f"head_dim {self.head_dim}, rotary_pct {self.rotary_pct}"
+            raise ValueError(f"{what}: needed is an even number of rotating dims")
+        if len(self.windows) != self.n_layer:
             raise ValueError(f"windows has {len(self.windows)} entries for {self.n_layer} layers")
-        switches = {"norm": ("layer", "rms"), "parallel": ("", "two_norms", "one_norm")}
-        switches |= {"qk_norm": ("", "head", "all"), "act": tuple(ACT)}
-        for name, allowed in switches.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}, allowed: {allowed}")
 
 
 ACT = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
-
-
-def embedding(rows, dim):
-    """nn.Embedding without its own random values: `init_weights` or a checkpoint fills it."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
 
 
 def make_norm(config, dim):
@@ -109,19 +95,18 @@ def make_norm(config, dim):
 
 def rope(config, positions, local=False):
     """Cosines and sines of the rotary angles at `positions` (B|1, T): two (B|1, 1, T, R/2)."""
+    base, scaling = config.rope_base, config.rope_scaling
+    if local and config.rope_base_local:
+        base, scaling = config.rope_base_local, None
     dim = int(config.rotary_pct * config.head_dim)
-    base = config.rope_base_local if local and config.rope_base_local else config.rope_base
     freq = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    scaling = None if local and config.rope_base_local else config.rope_scaling
     if scaling and scaling["rope_type"] == "linear":
         freq = freq / scaling["factor"]
-    elif scaling and scaling["rope_type"] == "llama3":  # slow dims are stretched, fast ones kept
+    elif scaling:  # "llama3": slow dims are stretched, fast ones kept
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / scaling["factor"]
-    elif scaling:
-        raise ValueError(f"rope_type {scaling['rope_type']!r}, allowed: linear, llama3")
     angle = positions[:, None, :, None].float() * freq
     return angle.cos(), angle.sin()
 
@@ -137,58 +122,42 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of the tokens seen so far, allocated once for `length` tokens.
 
-    `model(idx, cache=cache)` appends to it. `n` columns are in use; `real` (B, S) tells tokens from
-    padding and `pos` (B, S) holds their positions. `keep` drops or repeats rows: finished prompts
-    leave, one prefill serves many samples. While `frozen`, what is appended is not kept.
+    `model(idx, cache=cache)` appends to it: `n` columns are in use, `real` (B, S) tells tokens from
+    padding.
     """
 
     def __init__(self, config, batch, length, device=None, dtype=None):
-        shape = config.n_layer, batch, config.n_kv_head, length, config.head_dim
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.last_key = self.k[:, :, :, :1].clone()  # for smear_keys: the newest, not smeared
-        self.real = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        self.pos = torch.zeros(batch, length, dtype=torch.long, device=device)
+        shape = 2, config.n_layer, batch, config.n_kv_head, length, config.head_dim
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.last_key = self.kv[0, :, :, :, :1].clone()  # for smear_keys: the newest, not smeared
+        self.real = torch.ones(batch, length, dtype=torch.bool, device=device)
         self.n = 0
         self.has_padding = False
-        self.frozen = False
+        self.frozen = False  # then what is appended is not kept
 
     def open(self, mask, size):
-        """Opens `size` columns, real where `mask` (B, size) says so; returns their positions."""
+        """Opens `size` columns; returns which of all are real (B, S), None if none is padding."""
         start, self.n = self.n, self.n + size
         if self.n > self.real.shape[1]:
             raise ValueError(f"the cache holds {self.real.shape[1]} tokens, {self.n} are needed")
         if mask is not None and not mask.all():
+            self.real[:, start : self.n] = mask
             self.has_padding = True
-        self.real[:, start : self.n] = True if mask is None else mask
-        pos = (self.real[:, : self.n].cumsum(1) - 1).clamp(min=0)
-        self.pos[:, start : self.n] = pos[:, start:]
-        return self.pos[:, start : self.n]
+        return self.real[:, : self.n] if self.has_padding else None
 
     def append(self, layer, k, v):
-        """Takes (B, H, T, D) keys and values of a layer; returns all so far, (B, H, S, D)."""
+        """Takes keys and values (B, H, T, D) of a layer; returns all so far, (2, B, H, S, D)."""
         if self.frozen:
-            old_k = self.k[layer, :, :, : self.n]
-            old_v = self.v[layer, :, :, : self.n]
-            return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
+            return torch.cat((self.kv[:, layer, :, :, : self.n], torch.stack((k, v))), 3)
         start = self.n - k.shape[2]
-        self.k[layer, :, :, start : self.n] = k
-        self.v[layer, :, :, start : self.n] = v
-        return self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
-
-    def part(self, rows, first):
-        """The cache of a slice of rows, its columns counted from `first`; writes go to this one."""
-        view = copy.copy(self)
-        view.k, view.v = self.k[:, rows, :, first:], self.v[:, rows, :, first:]
-        view.last_key = self.last_key[:, rows]
-        view.real, view.pos = self.real[rows, first:], self.pos[rows, first:]
-        return view
+        self.kv[0, layer, :, :, start : self.n] = k
+        self.kv[1, layer, :, :, start : self.n] = v
+        return self.kv[:, layer, :, :, : self.n]
 
     def keep(self, rows):
-        """Selects batch rows (indices, repeats allowed), in place."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.last_key = self.last_key[:, rows]
-        self.real, self.pos = self.real[rows], self.pos[rows]
+        """Selects batch rows: finished ones leave, or one prompt is repeated for many samples."""
+        self.kv = self.kv[:, :, rows]
+        self.last_key, self.real = self.last_key[:, rows], self.real[rows]
 
 
 def visible(q_pos, k_pos, window=0, real=None):
@@ -201,8 +170,8 @@ def visible(q_pos, k_pos, window=0, real=None):
     if window:
         see = see & (k_pos[:, None, :] > q_pos[:, :, None] - window)
     if real is not None:
-        T, S = q_pos.shape[1], k_pos.shape[1]
-        itself = torch.eye(S, dtype=torch.bool, device=real.device)[S - T :]
+        _, T, S = see.shape
+        itself = torch.eye(S, dtype=torch.bool, device=see.device)[S - T :]
         see = (see & real[:, None, :]) | itself
     return see[:, None]
 
@@ -235,10 +204,11 @@ class Attention(nn.Module):
             self.q_norm = make_norm(config, heads * dim if together else dim)
             self.k_norm = make_norm(config, kv_heads * dim if together else dim)
         self.post_norm = make_norm(config, config.n_embd) if config.post_norm else nn.Identity()
-        self.smear = nn.Parameter(torch.zeros(kv_heads, 1, 1)) if config.smear_keys else None
+        if config.smear_keys:
+            self.smear = nn.Parameter(torch.zeros(kv_heads, 1, 1))
         self.pattern, self.z, self.out = nn.Identity(), nn.Identity(), nn.Identity()
 
-    def forward(self, x, rotary, see, new_real, cache):
+    def forward(self, x, rotary, see, mask, cache):
         c, (B, T, _) = self.config, x.shape
         sizes = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
         q, k, v = self.qkv(x).split(sizes, dim=-1)
@@ -247,8 +217,8 @@ class Attention(nn.Module):
         q, k, v = (t.view(B, T, -1, c.head_dim).transpose(1, 2) for t in (q, k, v))
         if c.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.smear is not None:
-            k = self.smeared(k, new_real, cache)
+        if c.smear_keys:
+            k = self.smeared(k, mask, cache)
         if not c.learned_pos:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
@@ -265,16 +235,16 @@ class Attention(nn.Module):
         z = self.z(z.transpose(1, 2))
         return self.out(self.post_norm(self.proj(z.reshape(B, T, -1))))
 
-    def smeared(self, k, new_real, cache):
+    def smeared(self, k, mask, cache):
         """Keys (B, H, T, D), each mixed with the one before it; padding counts as zero."""
-        if new_real is not None:
-            k = k * new_real
-        first = torch.zeros_like(k[:, :, :1])
+        if mask is not None:
+            k = k * mask[:, None, :, None]
+        before = F.pad(k, (0, 0, 1, -1))  # one position later
         if cache is not None:
-            first = cache.last_key[self.layer].clone()
+            before[:, :, :1] = cache.last_key[self.layer]
             cache.last_key[self.layer] = k[:, :, -1:]
         keep = torch.sigmoid(self.smear)
-        return keep * k + (1 - keep) * torch.cat((first, k[:, :, :-1]), dim=2)
+        return keep * k + (1 - keep) * before
 
     def attend(self, q, k, v, see):
         """The same attention written out: for its pattern, and for soft-capped scores."""
@@ -324,10 +294,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.resid_pre, self.resid_post = nn.Identity(), nn.Identity()
 
-    def forward(self, x, rotary, see, new_real, cache):
+    def forward(self, x, rotary, see, mask, cache):
         x = self.resid_pre(x)
         h = self.norm1(x)
-        a = self.attn(h, rotary, see, new_real, cache)
+        a = self.attn(h, rotary, see, mask, cache)
         if self.parallel:
             x = x + a + self.mlp(h if self.parallel == "one_norm" else self.norm2(x))
         else:
@@ -342,8 +312,11 @@ class GPT(nn.Module):
     def __init__(self, config, init=True):
         super().__init__()
         self.config = config
-        self.wte = embedding(config.vocab_size, config.n_embd)
-        self.wpe = embedding(config.block_size, config.n_embd) if config.learned_pos else None
+        # `init_weights` or a checkpoint fills the embeddings
+        empty = partial(nn.Embedding.from_pretrained, freeze=False)
+        self.wte = empty(torch.empty(config.vocab_size, config.n_embd))
+        if config.learned_pos:
+            self.wpe = empty(torch.empty(config.block_size, config.n_embd))
         self.embed = nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final = make_norm(config, config.n_embd)
@@ -367,16 +340,30 @@ class GPT(nn.Module):
                 p.zero_()
 
     def forward(self, idx, targets=None, weights=None, denom=None, mask=None, cache=None):
-        """Logits (B, T, V) of token ids `idx` (B, T) int64; with `targets`, the loss (see `loss`).
+        """Logits (B, T, V) of token ids `idx` (B, T) int64; with `targets`, the loss.
 
-        mask   (B, T) bool, True at real tokens, for left- or right-padded batches; positions count
-               real tokens only
-        cache  a `KVCache` to continue; `idx` and `mask` are then the new tokens only
+        targets  (B, T) token ids; -100 counts nothing
+        weights  (B, T), default 1; only positions of positive weight reach the unembedding
+        denom    default sum(weights), at least 1; over all micro-batches and ranks, to accumulate
+        mask     (B, T) bool, True at real tokens, for left- or right-padded batches; positions
+                 count real tokens only
+        cache    a `KVCache` to continue; `idx` and `mask` are then the new tokens only
         """
         h = self.hidden(idx, mask, cache)
         if targets is None:
             return self.unembed(h)
-        return weighted_cross_entropy(self, h, targets, weights, denom)
+        if weights is None:
+            weights = torch.ones(targets.shape, device=h.device)
+        counts = (targets != -100) & (weights > 0)
+        targets, weights = targets[counts], weights[counts].float()
+        if denom is None:
+            denom = weights.sum().clamp(min=1.0)
+        W, train = self.head.weight, torch.is_grad_enabled()
+        return SlicedCrossEntropy.apply(h[counts], W, targets, weights / denom, self.config, train)
+
+    def loss(self, idx, targets, weights=None, denom=None, **kwargs):
+        """Mean cross-entropy in nats over the positions that count: sum(weights * loss) / denom."""
+        return self(idx, targets, weights, denom, **kwargs)
 
     def hidden(self, idx, mask=None, cache=None, first=0, x=None):
         """The normed residual stream (B, T, C) that the unembedding reads.
@@ -387,38 +374,30 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.n
         if start + T > c.block_size:
             raise ValueError(f"{start + T} tokens do not fit block_size {c.block_size}")
-        real = mask
-        if cache is not None:
-            q_pos = cache.open(mask, T)
-            k_pos = cache.pos[:, : cache.n]
-            real = cache.real[:, : cache.n] if cache.has_padding else None
-        elif mask is not None:
-            q_pos = k_pos = (mask.cumsum(1) - 1).clamp(min=0)
-        else:
-            q_pos = k_pos = torch.arange(T, device=idx.device)[None]
+        real = mask if cache is None else cache.open(mask, T)
         if real is None:
-            q_pos, k_pos = q_pos[:1], k_pos[:1]  # the same for every row
+            pos = torch.arange(start + T, device=idx.device)[None]
+        else:
+            pos = (real.cumsum(1) - 1).clamp(min=0)  # counts real tokens only
         # by kind of layer: what it may see (None is plain causal attention), and its rotary angles
-        windows = c.windows or [0] * c.n_layer
         see, rotary = {}, {}
-        for w in set(windows):
+        for window in set(c.windows):
             # no mask is needed without padding, for a text from its start or for one new token,
             # if the window cuts nothing off
-            cuts = 0 < w < start + T
+            cuts = 0 < window < start + T
             plain = real is None and (start == 0 or T == 1) and not cuts
-            see[w] = None if plain else visible(q_pos, k_pos, w, real)
-            rotary[w] = None if c.learned_pos else rope(c, q_pos, local=w > 0)
-        new_real = mask[:, None, :, None] if c.smear_keys and mask is not None else None
+            see[window] = None if plain else visible(pos[:, start:], pos, window, real)
+            rotary[window] = None if c.learned_pos else rope(c, pos[:, start:], local=window > 0)
 
         if x is None:
             x = self.wte(idx)
             if c.embed_scale != 1.0:
                 x = x * torch.tensor(c.embed_scale, dtype=x.dtype)  # Gemma rounds it to the dtype
             if c.learned_pos:
-                x = x + self.wpe(q_pos)
+                x = x + self.wpe(pos[:, start:])
             x = self.embed(x)
-        for w, block in list(zip(windows, self.blocks))[first:]:
-            x = block(x, rotary[w], see[w], new_real, cache)
+        for window, block in list(zip(c.windows, self.blocks))[first:]:
+            x = block(x, rotary[window], see[window], mask, cache)
         return self.final(x)
 
     def unembed(self, h):
@@ -427,15 +406,6 @@ class GPT(nn.Module):
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         return cap * torch.tanh(logits / cap) if cap else logits
-
-    def loss(self, idx, targets, weights=None, denom=None, **kwargs):
-        """Mean cross-entropy in nats over the positions that count: sum(weights * loss) / denom.
-
-        targets  (B, T) token ids; -100 counts nothing
-        weights  (B, T), default 1; only positions of positive weight reach the unembedding
-        denom    default sum(weights), at least 1; over all micro-batches and ranks, to accumulate
-        """
-        return self(idx, targets, weights, denom, **kwargs)
 
     @torch.no_grad()
     def token_loss(self, idx, targets, **kwargs):
@@ -448,28 +418,24 @@ class GPT(nn.Module):
 
     def site(self, name):
         """The submodule whose output is the site `name`; KeyError that lists the nearest."""
-        names = ["embed", "final"]
-        for i in range(self.config.n_layer):
-            names += [f"blocks.{i}.{site}" for site in SITES]
+        L, names = self.config.n_layer, ["embed", "final"]
+        inner = "resid_pre attn.pattern attn.z attn.out mlp.act mlp.out resid_post".split()
+        for i in range(L):
+            names += [f"blocks.{i}.{site}" for site in inner]
         if name not in names:
             near = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or names[:6]
-            what = f"no site {name!r} in a model of {self.config.n_layer} layers"
-            raise KeyError(f"{what}; near: {', '.join(near)}")
+            raise KeyError(f"no site {name!r} in a model of {L} layers; near: {', '.join(near)}")
         return self.get_submodule(name)
 
     @contextmanager
     def patch(self, functions):
         """Inside `with model.patch({site: fn}):` passes go on with `fn(tensor)` for the tensor."""
-        handles = []
-        try:
+        with ExitStack() as stack:
             for name, fn in functions.items():
-                hook = partial(call_on_output, fn)
-                handles.append(self.site(name).register_forward_hook(hook))
-            with self.eager():  # compiled code does not look for hooks
-                yield self
-        finally:
-            for handle in handles:
-                handle.remove()
+                hook = self.site(name).register_forward_hook(lambda m, args, x, fn=fn: fn(x))
+                stack.enter_context(hook)
+            stack.enter_context(self.eager())  # compiled code does not look for hooks
+            yield self
 
     def eager(self):
         """A context in which nothing runs compiled."""
@@ -485,47 +451,24 @@ class GPT(nn.Module):
         return acts
 
 
-def call_on_output(fn, module, inputs, output):
-    """A forward hook: what `fn` returns takes the output's place, unless it is None."""
-    return fn(output)
-
-
-SITES = "resid_pre", "attn.pattern", "attn.z", "attn.out", "mlp.act", "mlp.out", "resid_post"
-
-
-def weighted_cross_entropy(model, h, targets, weights=None, denom=None):
-    """sum(weights * cross-entropy) / denom of h (B, T, C); rows without weight are dropped."""
-    if weights is None:
-        weights = torch.ones(targets.shape, device=h.device)
-    counts = (targets != -100) & (weights > 0)  # what has no weight is never unembedded
-    h, targets, weights = h[counts], targets[counts], weights[counts].float()
-    if denom is None:
-        denom = weights.sum().clamp(min=1.0)
-    W, train = model.head.weight, torch.is_grad_enabled()
-    return SlicedCrossEntropy.apply(h, W, targets, weights / denom, model.config, train)
-
-
 class SlicedCrossEntropy(torch.autograd.Function):
     """sum_i w_i * -log softmax(f(h_i W^T))[y_i], by slices of rows, gradients taken on the way.
 
     The gradient of cross-entropy with respect to the logits is softmax - onehot: known once the
     logits are. So each slice of logits is turned into its gradient in place and multiplied out, and
-    nothing of size V outlives its slice. Used by `loss`; differentiable once.
+    nothing of size V outlives its slice. Differentiable once.
     """
 
     @staticmethod
     def forward(ctx, h, W, targets, w, config, train):
         device, scale, cap = h.device.type, config.logit_scale, config.logit_softcap
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        total = torch.zeros((), device=h.device)
-        grad_h = torch.empty_like(h) if train else None
-        grad_W = torch.zeros_like(W, dtype=torch.float32) if train else None
-        rows = max(64, (2**27 if device == "cuda" else 2**24) // W.shape[0])  # of logits at once
+        low, total = W.to(dtype), torch.zeros((), device=h.device)
+        grad_h, grad_W = [], torch.zeros_like(W, dtype=torch.float32) if train else None
+        size = max(64, (2**27 if device == "cuda" else 2**24) // W.shape[0])  # rows at once
+        slices = zip(h.to(dtype).split(size), targets[:, None].split(size), w[:, None].split(size))
         with torch.autocast(device, enabled=False):
-            low = W.to(dtype)
-            for i in range(0, len(h), rows):
-                part, y = h[i : i + rows].to(dtype), targets[i : i + rows, None]
-                wi = w[i : i + rows, None]
+            for part, y, wi in slices:
                 logits = part @ low.T
                 if scale != 1.0:
                     logits = logits.float() * scale
@@ -537,10 +480,10 @@ class SlicedCrossEntropy(torch.autograd.Function):
                     grad = logp.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=logp.dtype))
                     if cap:  # d cap*tanh(x/cap) / dx = 1 - (capped/cap)^2
                         grad.mul_(1 - (logits / cap) ** 2)
-                    grad = grad.mul_(scale).to(dtype) if scale != 1.0 else grad.to(dtype)
-                    grad_h[i : i + rows] = (grad @ low) * wi
+                    grad = grad.mul_(scale).to(dtype)
+                    grad_h.append((grad @ low) * wi)
                     grad_W += grad.T @ (part * wi).to(dtype)
-        ctx.save_for_backward(grad_h, grad_W)
+        ctx.save_for_backward(torch.cat(grad_h).to(h.dtype) if train else None, grad_W)
         ctx.dtype = W.dtype
         return total
 
@@ -573,16 +516,24 @@ def generate(
                  penalties. out: the new ids of every row so far; alive: the rows in the batch
     Raises ValueError for what it can't do, and for logits that leave no choice.
     """
-    check_generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, samples)
-    device, dtype = model.wte.weight.device, model.wte.weight.dtype
+    c, device, dtype = model.config, model.wte.weight.device, model.wte.weight.dtype
+    if not prompts or not all(map(len, prompts)):
+        raise ValueError("generate needs at least one prompt, and at least one token in each")
+    length = max(map(len, prompts)) + max_new_tokens
+    if length > c.block_size:
+        raise ValueError(f"prompt and answer of {length} do not fit block_size {c.block_size}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature {temperature}, allowed: 0 and more")
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-    stop, longest = set(stop), max(map(len, prompts))
     out = [[] for _ in range(len(prompts) * samples)]
     alive = list(range(len(out)))  # the row of `out` behind each row of the batch
-    going = [True] * len(out)  # whether that row has met no stop yet
+    # dropping rows copies the cache, so not for each (1.4 times as slow); but a `process` is to
+    # see only the rows that go on
+    share = 1 if process else 7 / 8
     with model.eager():  # the cache grows: compiled blocks would be compiled again and again
-        cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device, dtype)
-        h = prefill(model, prompts, cache)
+        cache = KVCache(c, len(prompts), length, device, dtype)
+        idx, mask = padded(prompts, device)
+        h = model.hidden(idx, mask, cache)[:, -1]
         if samples > 1:
             h = h.repeat_interleave(samples, 0)
             cache.keep(torch.arange(len(prompts), device=device).repeat_interleave(samples))
@@ -591,82 +542,26 @@ def generate(
             if process:
                 logits = process(logits, alive, out)
             idx = sample(logits, temperature, top_k, top_p, rng)
-            for i, token in enumerate(idx[:, 0].tolist()):
-                if going[i]:
-                    out[alive[i]].append(token)
-                    going[i] = token not in stop
-            if not any(going):
+            for row, token in zip(alive, idx[:, 0].tolist()):
+                if not out[row] or out[row][-1] not in stop:
+                    out[row].append(token)
+            going = [i for i, row in enumerate(alive) if out[row][-1] not in stop]
+            if not going or step + 1 == max_new_tokens:
                 break
-            # dropping rows copies the cache, so not for each (1.4 times as slow); but a `process`
-            # is to see only the rows that go on
-            share = 1 if process else 7 / 8
-            if sum(going) < len(going) * share:
-                rows = [i for i, more in enumerate(going) if more]
-                alive = [alive[i] for i in rows]
-                going = [True] * len(rows)
-                idx = idx[rows]
-                cache.keep(torch.tensor(rows, device=device))
-            if step + 1 < max_new_tokens:
-                h = model.hidden(idx, cache=cache)[:, -1]
+            if len(going) < len(alive) * share:
+                alive = [alive[i] for i in going]
+                idx = idx[going]
+                cache.keep(torch.tensor(going, device=device))
+            h = model.hidden(idx, cache=cache)[:, -1]
     return out
-
-
-def check_generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, samples):
-    """ValueError for arguments of `generate` that it can't use."""
-    c = model.config
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("generate needs at least one prompt, and at least one token in each")
-    if min(map(min, prompts)) < 0 or max(map(max, prompts)) >= c.vocab_size:
-        raise ValueError(f"prompts have token ids outside 0 to {c.vocab_size - 1}")
-    length = max(map(len, prompts)) + max_new_tokens
-    if length > c.block_size:
-        raise ValueError(f"prompt and answer of {length} do not fit block_size {c.block_size}")
-    if stop is None or not all(isinstance(token, int) for token in stop):
-        raise ValueError(f"stop {stop!r}, allowed: a collection of token ids")
-    counts = {"max_new_tokens": max_new_tokens, "samples": samples, "top_k": top_k}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value}, allowed: 1 and more")
-    if not (temperature == 0 or 1e-5 <= temperature <= 1e5):
-        raise ValueError(f"temperature {temperature}, allowed: 0, or 1e-5 to 1e5")
-    if top_p is not None and not top_p > 0:
-        raise ValueError(f"top_p {top_p}, allowed: above 0")
-
-
-def prefill(model, prompts, cache):
-    """Takes prompts into the cache, those of like length together: little is spent on padding.
-
-    Returns the hidden states (B, C) that unembed to the next tokens.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first
-    longest, device = len(prompts[order[0]]), cache.k.device
-    enough = 2048 if device.type == "cuda" else 128  # tokens that keep the device busy
-    h, start = [], 0
-    for end in range(1, len(order) + 1):
-        T = len(prompts[order[start]])
-        shorter = end < len(order) and len(prompts[order[end]]) < 0.8 * T
-        if end == len(order) or shorter and (end - start) * T >= enough:
-            idx, mask = padded([prompts[i] for i in order[start:end]], device)
-            part = cache.part(slice(start, end), longest - T)  # all prompts end in one column
-            h.append(model.hidden(idx, mask, part)[:, -1])
-            start = end
-    cache.n = longest
-    cache.has_padding = len(prompts[order[-1]]) < longest
-    if not cache.has_padding:  # all of one length: they are in order
-        return torch.cat(h)
-    back = torch.tensor(order, device=device).argsort()
-    cache.keep(back)  # rows in the order of the prompts again
-    return torch.cat(h)[back]
 
 
 def padded(prompts, device):
     """Id lists as one tensor (B, T), padded on the left, and its mask of real tokens."""
-    longest = max(map(len, prompts))
-    idx = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        idx[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = True
+    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    idx = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    length = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(idx.shape[1]) >= idx.shape[1] - length[:, None]
     return idx.to(device), mask.to(device)
 
 
@@ -674,9 +569,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     """One token id for each row of logits (B, V), as (B, 1). ValueError if a row has no best."""
     best, idx = logits.max(-1, keepdim=True)
     if not best.isfinite().all():
-        bad = "no token is allowed" if (best == -torch.inf).any() else "logits are not finite"
-        raise ValueError(f"generate: {bad}")
-    if temperature == 0:
+        raise ValueError("generate: no token is allowed, or the logits are not finite")
+    if temperature < 1e-5:  # greedy
         return idx
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -716,40 +610,35 @@ def sweep(model, idx, interventions, tail=1, mask=None):
         allowed = f"1 to {T - 1}, in a model without smeared keys"
         raise ValueError(f"a sweep over {tail} of {T} columns, allowed: {allowed}")
     layers = set().union(*interventions)
-    if layers and not -1 <= min(layers) <= max(layers) < c.n_layer:
+    if not layers <= set(range(-1, c.n_layer)):
         raise ValueError(f"interventions at {sorted(layers)}, allowed: -1 to {c.n_layer - 1}")
     cache = KVCache(c, B, T, idx.device, model.wte.weight.dtype)
     clean = residuals(model, idx, mask, tail, cache)
     cache.n, cache.frozen = T - tail, True
-    begins = [min(functions, default=c.n_layer - 1) for functions in interventions]
-    order = sorted(range(len(begins)), key=begins.__getitem__)  # in which they join
-    x = clean[0][:, None][:, :0]  # (B, bundles so far, tail, C)
+    bundles = {}  # (B, tail, C) of every intervention that has begun
     for layer in range(-1, c.n_layer):
-        if layer >= 0 and x.shape[1]:
+        if bundles:
+            x = torch.stack(list(bundles.values()), 1)
             with model.eager():
                 x = block_of_bundles(model, layer, x, cache)
-        new = begins.count(layer)
-        x = torch.cat((x, clean[layer + 1][:, None].expand(-1, new, -1, -1)), 1)
-        for place, v in enumerate(order[: x.shape[1]]):
-            if layer in interventions[v]:
-                x[:, place] = interventions[v][layer](x[:, place])
-    back = torch.tensor(order, device=idx.device).argsort()
-    return model.final(x)[:, back]
+            bundles = dict(zip(bundles, x.unbind(1)))
+        for v, functions in enumerate(interventions):
+            if layer == min(functions, default=c.n_layer - 1):
+                bundles[v] = clean[layer + 1].clone()
+            if layer in functions:
+                bundles[v] = functions[layer](bundles[v])
+    return model.final(torch.stack([bundles[v] for v in range(len(interventions))], 1))
 
 
 def block_of_bundles(model, layer, x, cache):
-    """One block for bundles of columns x (B, V, tail, C), each on top of the cache's prefix."""
-    c, n, (_, V, tail, _) = model.config, cache.n, x.shape
-    window = c.windows[layer] if c.windows else 0
-    pos = cache.pos[:, n : n + tail].repeat(1, V)  # (B, V * tail)
+    """One block for bundles x (B, V, tail, C), each on top of the cache's prefix."""
+    c, n, (V, tail) = model.config, cache.n, x.shape[1:3]
+    real = F.pad(cache.real[:, :n], (0, V * tail), value=True)
+    prefix = (real[:, : n + tail].cumsum(1) - 1).clamp(min=0)
+    pos = prefix[:, n:].repeat(1, V)  # (B, V * tail)
+    see = visible(pos, torch.cat((prefix[:, :n], pos), 1), c.windows[layer], real)
     bundle = torch.arange(V, device=x.device).repeat_interleave(tail)
-    column = torch.arange(tail, device=x.device).repeat(V)
-    own = (bundle[:, None] == bundle) & (column[:, None] >= column)
-    prefix = cache.real[:, None, :n].expand(-1, V * tail, -1)
-    see = torch.cat((prefix, own.expand(len(x), -1, -1)), 2)
-    if window:
-        keys = torch.cat((cache.pos[:, :n], pos), 1)
-        see = see & (keys[:, None] > pos[:, :, None] - window)
-    rotary = None if c.learned_pos else rope(c, pos, local=window > 0)
-    out = model.blocks[layer](x.flatten(1, 2), rotary, see[:, None], None, cache)
+    see[..., n:] &= bundle[:, None] == bundle  # no other bundle
+    rotary = None if c.learned_pos else rope(c, pos, local=c.windows[layer] > 0)
+    out = model.blocks[layer](x.flatten(1, 2), rotary, see, None, cache)
     return out.unflatten(1, (V, tail))

@@ -232,7 +232,7 @@ def test_config_of_version_4():
     neox = read("gpt_neox", rotary_pct=0.5, rotary_emb_base=500, hidden_act="gelu")
     assert (neox.rotary_pct, neox.rope_base, neox.tie) == (0.5, 500, False)
     assert read("gpt_neox", hidden_act="gelu").rotary_pct == 0.25
-    assert read("qwen2", use_sliding_window=False, sliding_window=5).windows is None
+    assert not any(read("qwen2", use_sliding_window=False, sliding_window=5).windows)
     gemma = {
         "query_pre_attn_scalar": 8,
         "hidden_activation": "gelu_pytorch_tanh",

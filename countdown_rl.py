@@ -40,8 +40,7 @@ PAPER |= dict(problems=1024, micro_batch=2, eval_every=400, save_every=100)
 TOY = dict(steps=1200, batch_size=32, micro_batch=16)
 TOY |= dict(lr=6e-3, min_lr=0.03, weight_decay=0.3, eval_every=15, save_every=20)
 SMOKE = TOY | dict(steps=6, drill=2, batch_size=8, micro_batch=4, n_embd=32)
-SMOKE |= dict(rl_steps=2, prompts=2, problems=8, samples=20)
-SMOKE |= dict(eval_every=1, save_every=1, jobs=1)
+SMOKE |= dict(rl_steps=2, prompts=2, problems=8, samples=20, eval_every=1, save_every=1, jobs=1)
 
 
 @dataclass
@@ -49,11 +48,11 @@ class Args(common.TrainFlags):
     """CountDown"""
 
     presets: ClassVar[dict] = {"smoke": SMOKE, "toy": TOY, "paper": PAPER}
-    limits: ClassVar[dict] = dict(common.TrainFlags.limits)
+    limits: ClassVar[dict] = common.TrainFlags.limits | dict(n_layer=(3,), group=(2,))
     limits |= dict.fromkeys("drill rl_steps rl_lr beta".split(), (0,))
-    limits |= dict.fromkeys("num_max cap attempts n_head n_embd max_new".split(), (1,))
+    limits |= dict.fromkeys("num_max cap n_head n_embd max_new".split(), (1,))
     limits |= dict.fromkeys("prompts minibatches problems samples".split(), (1,))
-    limits |= dict(nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,))
+    limits |= dict(attempts=(2,), nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1))
     unused: ClassVar[set] = {"shard", "decay_steps"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps"}
 
@@ -229,7 +228,7 @@ class Toy:
         self.opening, self.stops = [], [self.id["<eos>"]]
         self.valid = [self.id[word] for word in VALID]
         self.invalid = [self.id[word] for word in INVALID]
-        self.max_new = args.attempts * (6 * args.nums - 2) + 3 * args.nums + 3
+        self.max_new = args.attempts * (6 * args.nums - 2) + 4 * args.nums
         self.train, self.heldout = [], []
         for nums in itertools.combinations_with_replacement(range(1, args.num_max + 1), args.nums):
             for target in sorted({steps[-1][-1] for steps in attempts(nums, args.cap)} - {0}):
@@ -348,10 +347,10 @@ class Real:
     def __init__(self, args, tok, seed):
         self.tok, self.seed = tok, seed
         self.stops, self.decode = tok.stops, tok.decode
-        self.max_new, self.opening = args.max_new, tok.encode(" (")
-        self.valid, self.invalid = tok.encode("this")[:1], tok.encode("not")[:1]
-        self.valid += [pretrained.first_token(tok, f" {word}") for word in VALID]
-        self.invalid += [pretrained.first_token(tok, f" {word}") for word in INVALID]
+        self.max_new, self.opening = args.max_new, tok.encode("1 (")[len(tok.encode("1")) :]
+        first = partial(pretrained.first_token, tok)
+        self.valid = [first("this"), *[first(f" {word}") for word in VALID]]
+        self.invalid = [first("not"), *[first(f" {word}") for word in INVALID]]
         problems = read_problems(args.dataset)
         held = max(1, min(args.problems, len(problems) // 5))
         self.heldout, self.train = problems[:held], problems[held:]
@@ -499,8 +498,7 @@ def reinforce(args, env, log, arm, seed):
     constant = dict(lr=args.rl_lr, warmup=0, min_lr=1.0, weight_decay=0.0, log_every=1)
     flags = replace(args, steps=args.rl_steps * args.minibatches, compile=False, **constant)
     common.train(net, batch, flags, env, log, evaluate)
-    log = common.read_log(log.path)
-    curve = [row["accuracy"] for row in log if "accuracy" in row]
+    curve = [row["accuracy"] for row in common.read_log(log.path) if "accuracy" in row]
     after = measure(policy, world, args, env, samples=4)
     return dict(before=before, after=after, curve=curve)
 
@@ -555,7 +553,7 @@ def halves(model, world, args, env, rng):
     for trace in find_traces(world, texts, rng):
         found[random.Random(repr(trace.problem)).randrange(2)].append(trace)
     if min(map(len, found)) < 3:
-        raise SystemExit("error: too few traces with both verdicts")
+        raise ValueError(f"--samples {args.samples}: too few traces with both verdicts")
     for half in found:
         del half[args.samples :]
         half.sort(key=lambda trace: len(trace.ids))  # little padding in a batch
@@ -621,8 +619,7 @@ def from_the_top(model, world, args, choose, test, rng):
     reads, success, failure = verdict_words(model, world, upper)
     best = reads.argmax()
     found["direction"] = {"reads": reads[best].item()}
-    ends = success[best].tolist(), failure[best].tolist()
-    found["words"] = [world.decode(end) for end in ends]
+    found["words"] = [world.decode(end.tolist()) for end in (success[best], failure[best])]
     torch.manual_seed(world.seed)
     noise = verdict_words(model, world, torch.randn(20, upper.shape[1]))[0]
     found["noise"] = {"reads": noise.max().item()}
@@ -719,7 +716,8 @@ def dissect(args, env, log, arm, seed):
     model, world = load_model(args, env, seed, "grpo" if args.rl_steps else "imitate")
     rng = random.Random(f"dissect {seed}")
     with torch.no_grad(), env.autocast(), model.eager():
-        choose, test = halves(model, world, args, env, rng)
+        with common.bad_input():
+            choose, test = halves(model, world, args, env, rng)
         found, neurons = from_the_top(model, world, args, choose, test, rng)
         found |= from_the_bottom(model, world, choose, test, neurons, rng)
     return found | {"traces": [len(choose), len(test)]}
@@ -738,9 +736,8 @@ def judge(run, found):
         criterion = "arm.accuracy >= base.accuracy + .2"
         run.claim("C1", says, "0 to about .6", criterion, base=before, arm=after, controls=controls)
         says = "it leaves one form: every attempt is checked (share)"
-        criterion = "arm.checked >= .98"
         controls["before GRPO"] = before
-        run.claim("C2", says, "every attempt", criterion, arm=after, controls=controls)
+        run.claim("C2", says, "every attempt", "arm.checked >= .98", arm=after, controls=controls)
     rows = found["dissect"]
     sides = {name: [row[name] for row in rows] for name in rows[0]}
     says = "a probe tells right from wrong before the last layer (accuracy)"
@@ -749,10 +746,9 @@ def judge(run, found):
     paper = "near 1 from layer 4 of 36"
     run.claim("C3", says, paper, criterion, arm=sides["trained"], controls=controls)
     says = "its direction reads as verdicts (share of 4 words)"
-    criterion = "arm.reads >= .5"
     controls = {"20 random directions": sides["noise"]}
     paper = "success, yes; not, incorrect"
-    run.claim("C4", says, paper, criterion, arm=sides["direction"], controls=controls)
+    run.claim("C4", says, paper, "arm.reads >= .5", arm=sides["direction"], controls=controls)
     controls = {"three random heads": sides["random"]}
     sides = dict(base=sides["all_on"], arm=sides["three"], controls=controls)
     says = "with three heads off it searches on past its solution"
@@ -777,8 +773,7 @@ def draw(path, found, args):
     for net in "trained", "shuffled labels":
         y = [row[net]["layers"] for row in rows]
         lines[net] = range(len(y[0])), y
-    labels = dict(title="Probe: is the attempt right?", xlabel="after layer")
-    panels.append(dict(lines=lines, **labels))
+    panels.append(dict(title="Probe: is the attempt right?", xlabel="after layer", lines=lines))
     sets = dict(all_on="all on", random="3 random off", three="3 off", A_prev="A_prev off")
     bars = {}
     for kind in "says_valid", "searches_on":
@@ -789,11 +784,16 @@ def draw(path, found, args):
 
 def check(args, env):
     """(Whether it is wrong, what to say) of the flags."""
+    toy = "steps batch_size lr warmup min_lr weight_decay log_every compile nums num_max cap"
+    toy += " attempts guess drill n_layer n_head n_embd"
+    idle = common.changed_flags(args, toy.split() if args.model else ["max_new"])
     if not args.model:
-        Toy(args, 0)  # too few problems are a ValueError
+        for seed in args.seeds:  # too few problems or traces are a ValueError
+            halves(None, Toy(args, seed), args, env, random.Random(f"dissect {seed}"))
     many = args.minibatches * env.world > args.prompts * args.group
     return [
         (bool(args.model) != bool(args.dataset), "--model and --dataset go together"),
+        (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
         (many, f"--minibatches {args.minibatches} is more than the rollouts"),
     ]
 

@@ -48,13 +48,11 @@ class Args(common.TrainFlags):
         "toy": {},
         "paper": dict(budget=100_000),
     }
-    limits: ClassVar[dict] = common.TrainFlags.limits | dict.fromkeys(
-        "tune_steps concurrency timeout budget lists max_tokens".split(), (1,)
-    )
-    unused: ClassVar[set] = {"micro_batch", "shard", "compile", "decay_steps", "min_lr"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | set(
-        "budget concurrency timeout truth".split()
-    )
+    limits: ClassVar[dict] = common.TrainFlags.limits | {"temperature": (0,)}
+    limits |= dict.fromkeys("tune_steps concurrency timeout budget lists max_tokens".split(), (1,))
+    unused: ClassVar[set] = set("micro_batch shard compile decay_steps min_lr eval_every".split())
+    may_change: ClassVar[set] = common.TrainFlags.may_change | {"budget", "truth"}
+    may_change |= {"concurrency", "timeout"}
 
     steps: int = 300  # the toy: of plain training
     lr: float = 3e-3
@@ -568,8 +566,7 @@ class World:
             ids = self.tok.encode(assistant) + self.tok.stops
             idx.append(torch.tensor(start + ids))
             targets.append(torch.tensor([-100] * len(start) + ids))
-        idx = pad_sequence(idx, True)
-        targets = pad_sequence(targets, True, -100)
+        idx, targets = pad_sequence(idx, True), pad_sequence(targets, True, -100)
         return {"idx": idx[:, :-1], "targets": targets[:, 1:]}
 
 
@@ -714,10 +711,16 @@ def check(args, env):
     """What may be wrong with the flags: (whether it is, message)."""
     url, secret = urlsplit(args.url), os.environ.get("API_KEY", "")
     good = url.scheme in ("http", "https") and url.hostname and not set("@?#") & set(args.url)
+    toy = "steps lr batch_size tune_steps warmup weight_decay clip log_every save_every".split()
+    idle = toy if args.model else ["place", "lists", "seed_rule"]
+    idle = common.changed_flags(
+        args, idle + ([] if args.url else ["api", "concurrency", "timeout"])
+    )
     return [
         (not args.model and (args.url or args.truth), "--url and --truth need --model"),
         (args.url and not good, "--url, needed: http(s)://HOST:PORT/PATH, with no key in it"),
         (not re.fullmatch("[!-~]*", secret), "API_KEY: no header can carry it"),
+        (idle, f"no effect here: {idle}"),
         (env.world > 1, "crawler.py runs in one process, without torchrun"),
     ]
 

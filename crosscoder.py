@@ -47,7 +47,7 @@ class Args(common.TrainFlags):
         **dict.fromkeys(("layer", "sae_lr"), (0,)),
         "prompts": (8,),
     }
-    unused: ClassVar[set] = {"micro_batch"}
+    unused: ClassVar[set] = {"micro_batch", "eval_every", "shard"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
 
     steps: int = 1500  # of the base model
@@ -525,7 +525,7 @@ def answers_of(model, tok, n):
 def prepare(args, env, out):
     """A real pair: models, wait ids, prompts up to a wait, rows for the code."""
     models, tok = load_pair(args, env)
-    wait = sorted({tok.encode(word)[0] for word in args.wait if tok.encode(word)})
+    wait = sorted({pretrained.first_token(tok, word) for word in args.wait})
     answers = answers_of(models[FT], tok, args.answers)
     prompts = []
     for row in answers:
@@ -539,9 +539,11 @@ def prepare(args, env, out):
         rng = np.random.default_rng(0)
         length = min(256, models[FT].config.block_size)
         while True:
-            text = data.windows(tokens, rng, 8, length).tolist()
+            text = data.windows(tokens, rng, 8, length)
+            if tok.opens:
+                text[:, 0] = tok.bos
             own = [answers[i][:length] for i in rng.integers(len(answers), size=8)]
-            yield padded(text + own, env.device)
+            yield padded([*text.tolist(), *own], env.device)
 
     rows = sae.harvest(models, args.layer, batches(), args.rows, tok.bos)
     order = np.random.default_rng(0).permutation(len(prompts))[: args.prompts]
@@ -624,14 +626,15 @@ def draw(path, rows):
 def check(args, env):
     """What may be wrong with the flags: (whether it is, message)."""
     pair = bool(args.base) + bool(args.model)
-    changed = common.changed_flags(args, ["dataset", "answers"])
+    toy = "steps ft_steps batch_size lr warmup decay_steps weight_decay compile".split()
+    idle = common.changed_flags(args, toy if pair else ["dataset", "answers", "wait"])
     return [
         (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}"),
         (args.top > args.d_sae // 4, f"--top {args.top}, allowed: 1 to {args.d_sae // 4}"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
         (pair == 1, "a pair needs both --base and --model"),
         (args.layer > 4 and not pair, f"--layer {args.layer}, allowed: 0 to 4 in the toy"),
-        (changed and not pair, f"{changed} has no effect without --model"),
+        (idle, f"{idle} has no effect with{'' if pair else 'out'} --model"),
         (env.world > 1, "one process: start it without torchrun"),
     ]
 

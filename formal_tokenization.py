@@ -55,8 +55,8 @@ class Args(common.TrainFlags):
 
 
 def spell(vocab, ids):
-    """h: the bytes of ids, in a row."""
-    return b"".join([vocab[i] for i in ids])
+    """h: the bytes of ids, in a row; an id for unknown letters has none."""
+    return b"".join([vocab[i] or b"" for i in ids])
 
 
 def merged(vocab, parts):
@@ -467,7 +467,10 @@ def draw(path, found):
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
+    toy = {*vars(common.TrainFlags())} - {*vars(common.Flags())} | {"resume", "n_embd", "samples"}
+    idle = args.tokenizer and common.changed_flags(args, toy)
     return [
+        (idle, f"{idle}: no effect with --tokenizer"),
         (args.n_embd % 4, f"--n-embd {args.n_embd} is no multiple of the 4 heads"),
         (args.batch_size % env.world, f"--batch-size {args.batch_size}: {env.world} processes"),
     ]
@@ -486,11 +489,9 @@ def main(argv=None):
     found = run.each(train_arm, ARMS)
     if found is None:
         return None
-    checks = {
-        "lifted": [check_languages(seed, bpe) for seed in run.args.seeds],
-        "words": [check_languages(seed, pretokenized) for seed in run.args.seeds],
-        "scrambled": [check_scrambled() for _ in run.args.seeds],
-    }
+    checks = {"scrambled": [check_scrambled() for _ in run.args.seeds]}
+    for name, tau in ("lifted", bpe), ("words", pretokenized):
+        checks[name] = [check_languages(seed, tau) for seed in run.args.seeds]
     judge(run, checks, found)
     draw(run.out / "formal_tokenization.png", found)
     return run.finish({"theorems": checks, "arms": found})

@@ -359,10 +359,9 @@ class Engine:
     grammar: EBNF, or what parse_ebnf or parse_regex returns; vocab: the bytes of every id (None:
     special); eos: the id or ids that end a text.
 
-    A text is on a set of stacks of states. The trie is walked for the top state alone, while its
-    rule lasts; this tells which tokens end inside the rule, and at which nodes the rule ends. From
-    these the state below goes on. A walk is remembered, and serves at any depth of nesting. A mask
-    is the union of what the walks down the stacks tell.
+    A text is on a set of stacks of states. The trie is walked for the top state while its rule
+    lasts: this tells which tokens end inside the rule, and at which nodes the rule ends. There the
+    state below goes on. A walk is remembered, for any depth. A mask is the union of all walks.
     """
 
     def __init__(self, grammar, vocab, eos=()):
@@ -375,8 +374,7 @@ class Engine:
         single = [p[0] for i, p in enumerate(vocab) if p and len(p) == 1 and i not in self.eos]
         grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
         self.automaton = Automaton(grammar, frozenset(single))
-        moves = chain(*self.automaton.moves)
-        kinds = {what for what, _ in moves if isinstance(what, frozenset)}
+        kinds = {what for what, _ in chain(*self.automaton.moves) if isinstance(what, frozenset)}
         held = [frozenset([kind for kind in kinds if b in kind]) for b in range(256)]
         classes = list(dict.fromkeys([frozenset(), *held]))  # class 0 is never read
         self.class_of = [classes.index(some) for some in held]
@@ -523,6 +521,8 @@ class Constraint:
 
     def advance(self, id):
         """Takes one id; ValueError, saying why, if the mask refuses it."""
+        if not 0 <= id < len(self.engine.vocab):
+            raise ValueError(f"id {id}, allowed: 0 to {len(self.engine.vocab) - 1}")
         after = self.engine.take(self.state, id)
         if after is None:
             piece = self.engine.vocab[id]
@@ -634,7 +634,7 @@ def main(argv=None):
             grammar = json_schema(json.loads(grammar))
         engine = Engine(grammar, [bytes([b]) for b in range(256)])
     if args.explain is not None:
-        return print(engine.explain(engine.start, args.explain.encode()))
+        return print(engine.explain(engine.start, args.explain.encode(errors="surrogateescape")))
     with common.bad_input():
         model, tokenizer = pretrained.load(args.model)
         engine = Engine(grammar, vocabulary(tokenizer), tokenizer.stops)
@@ -647,4 +647,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    from common import cli
+
+    cli(main)

@@ -37,9 +37,8 @@ class Args(common.TrainFlags):
         "toy": {},
         "paper": dict(model="meta-llama/Llama-2-7b-hf", quads=["de-it:fr-es"], pairs=200),
     }
-    limits: ClassVar[dict] = common.TrainFlags.limits | dict(
-        pairs=(2,), shots=(0, 50), local=(0,), k=(1,), prompts=(1,), n_layer=(1,), n_embd=(1,)
-    )
+    limits: ClassVar[dict] = common.TrainFlags.limits | dict(pairs=(2,), shots=(0, 50), local=(0,))
+    limits |= dict.fromkeys("k prompts n_layer n_embd".split(), (1,))
     unused: ClassVar[set] = {"shard", "eval_every"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"quads", "pairs", "k", "prompts"}
 
@@ -470,14 +469,11 @@ def run_seed(quads, real, args, env, log, arm, seed):
 def judge(run, found):
     """The claims, and controls that must fail the same criterion."""
     rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
-    run.claim(
-        "T1",
-        "at the last token the language is fixed before the concept",
-        ".62, switches at 13 and 16 of 32",
-        "arm.mixed >= .3 and arm.language < arm.concept",
-        arm=rows["source"],
-        controls={"noise of equal norm": rows["noise"]},
-    )
+    noise = {"noise of equal norm": rows["noise"]}
+    says = "at the last token the language is fixed before the concept"
+    paper = ".62, switches at 13 and 16 of 32"
+    test = "arm.mixed >= .3 and arm.language < arm.concept"
+    run.claim("T1", says, paper, test, arm=rows["source"], controls=noise)
     unrelated = {"unrelated concept": rows["unrelated"]}
     last = {"last token": rows["last token"]}
     says = "held at the word, the source's concept is said in the target's language"
@@ -544,6 +540,7 @@ def check(args, env):
         (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
         (args.model and env.world > 1, "--model runs in one process"),
         (args.local > args.n_layer, f"--local {args.local}, allowed: 0 to {args.n_layer}"),
+        (args.pairs > 30 and not args.model, f"--pairs {args.pairs}, allowed: 2 to 30 in the toy"),
         (args.n_embd % 8, f"--n-embd {args.n_embd}, allowed: multiples of 8"),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
@@ -556,17 +553,19 @@ def main(argv=None):
     args.shots = args.shots or (5 if args.model else 3)
     real = None
     with common.bad_input():
-        words = read_words(args.words or CONCEPTS) if args.model else make_toy(0).words
-        n = len(next(iter(words.values())))
+        path = args.words or CONCEPTS
+        world = World(None, LABELS, read_words(path)) if args.model else make_toy(0)
+        words = world.words
+        n = min(len(world.known(pair)) for pair in product(words, words))  # examples are of these
         if n <= args.shots:
             raise ValueError(f"{n} words, needed for --shots {args.shots}: {args.shots + 1}")
-        if args.k > len(words) - 2:
-            raise ValueError(f"--k {args.k}, allowed: 1 to {len(words) - 2}")
+        if args.k > min(n, len(words)) - 2:
+            raise ValueError(f"--k {args.k}, allowed: 1 to {min(n, len(words)) - 2}")
         quads = parse_quads(args.quads or (REAL_QUADS if args.model else TOY_QUADS), words)
     if args.model:
         with common.bad_input("--model"):
             model, tok = pretrained.load(args.model, run.env.device, args.dtype)
-        real = model.eval(), World(tok, LABELS, words)
+        world.tok, real = tok, (model.eval(), world)
     name = Path(args.model).name or "toy"
     found = run.each(partial(run_seed, quads, real), [name])
     if found is None:

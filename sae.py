@@ -13,9 +13,8 @@ Each direction, a latent, may be a feature. The paper looks for those of grammar
 The toy is a GPT that learns to translate between six languages without a common word;
 `--preset gemma` reads six real ones.
 
-Step 5 is less than it seems. Accuracy falls since all logits have moved past the
-threshold. They still rank the sentences rightly (AUC), and a probe that is fitted
-again reads the value as before: the feature is not gone.
+Step 5 is less than it seems. Accuracy falls since all logits have moved past the threshold. They
+still rank the sentences rightly (AUC), and a probe that is fitted again reads the value as before.
 """
 
 import copy
@@ -51,7 +50,7 @@ class Args(common.TrainFlags):
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | dict(layer=(0,), sae_lr=(0,))
     limits |= dict.fromkeys("d_sae k saes sae_steps sae_batch rows top".split(), (1,))
-    unused: ClassVar[set] = {"micro_batch"}
+    unused: ClassVar[set] = {"micro_batch", "eval_every"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top"}
 
     steps: int = 900
@@ -519,12 +518,11 @@ def template_sentences(encode):
     for lang in [*table[0]][2:]:
         sentences = []
         for split in "train", "test":
-            forms = {"noun": [], "verb": [], "place": []}
+            forms = {"noun": [], "verb": [], "place": []}  # a verb: [sings, sing, sang, sang]
             for row in table:
                 if row["split"] in (split, "both"):
                     forms[row["kind"]].append(row[lang].split("/"))
-            for *words, plural, past in product(*forms.values(), (0, 1), (0, 1)):
-                noun, verb, place = words  # verb: [sings, sing, sang, sang]
+            for noun, verb, place, plural, past in product(*forms.values(), (0, 1), (0, 1)):
                 text = f"{noun[plural]} {verb[2 * past + plural]} {place[0]}."
                 sentences.append(encode(text[0].upper() + text[1:]))
         yield sentences
@@ -632,8 +630,10 @@ def draw(path, logits):
 
 def check(args, env):
     """What may be wrong: (whether it is, message)."""
+    toy = "steps batch_size lr warmup decay_steps weight_decay compile shard".split()
+    idle = common.changed_flags(args, toy if args.model else ["dataset"])
     return [
-        (args.dataset != Args.dataset and not args.model, "--dataset needs --model"),
+        (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
         (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
         (args.top > args.d_sae // 8, f"--top {args.top}, allowed: 1 to {args.d_sae // 8}"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),

@@ -527,9 +527,36 @@ def test_a_real_model_is_taken_apart_on_its_own_text(folder, problems, tmp_path,
     assert min(result["metrics"]["dissect"][0]["traces"]) >= 3
 
 
-def test_a_real_model_that_writes_no_verdicts(folder, problems, tmp_path):
-    with pytest.raises(SystemExit, match="too few traces"):
+def test_a_real_model_that_writes_no_verdicts(folder, problems, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         real(folder, problems, tmp_path, "--rl-steps 0")
+    assert "too few traces" in capsys.readouterr().err
+
+
+def test_tokens_of_a_verdict_in_sentencepiece(problems):
+    """A tokenizer that puts a blank before every text: ` (` is one piece inside a text, two alone."""
+    from types import SimpleNamespace
+
+    pieces = ["▁", "▁(", "(", "1", "x", ".", "▁the"]
+    pieces += [mark + word for word in cd.VALID + cd.INVALID for mark in ("", "▁")]
+
+    def encode(text, bos=False):
+        text, ids = "▁" + text.replace(" ", "▁"), []
+        while text:
+            piece = max((p for p in pieces if text.startswith(p)), key=len)
+            ids.append(pieces.index(piece))
+            text = text[len(piece) :]
+        return ids
+
+    def decode(ids):
+        return "".join(pieces[i] for i in ids).replace("▁", " ").removeprefix(" ")
+
+    tok = SimpleNamespace(encode=encode, decode=decode, stops=[0], name="pieces")
+    world = cd.Real(cd.Args(model="x", dataset=f"file:{problems}"), tok, 0)
+    assert world.opening == [pieces.index("▁(")]
+    assert [pieces[i] for i in world.valid] == ["this", *["▁" + word for word in cd.VALID]]
+    assert [pieces[i] for i in world.invalid] == ["not", *["▁" + word for word in cd.INVALID]]
+    assert encode(" (")[:1] != world.opening
 
 
 def test_a_real_model_is_trained(folder, problems, tmp_path, monkeypatch):
@@ -635,6 +662,14 @@ def test_resume_of_grpo_is_exact(dies, tmp_path, monkeypatch):
         ("--nums 1", "allowed: 2"),
         ("--nums 2 --num-max 1", "too few problems"),
         ("--cap 0", "--cap 0"),
+        ("--attempts 1", "--attempts 1, allowed: 2"),
+        ("--samples 1", "--samples 1: too few traces"),
+        ("--nums 2 --num-max 3 --cap 5", "too few"),
+        ("--max-new 9", "--max-new: no effect without --model"),
+        (
+            "--model /nowhere --dataset file:x.jsonl --nums 4 --guess .5",
+            "--guess --nums: no effect",
+        ),
         ("--dataset file:x.jsonl", "--model and --dataset"),
         ("--model /nowhere", "--model and --dataset"),
         ("--model /nowhere --dataset file:x.jsonl", "no model"),

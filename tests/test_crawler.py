@@ -792,6 +792,10 @@ def test_how_audits_end(tmp_path, capsys, monkeypatch):
     [
         (["--budget", "0"], "--budget 0"),
         (["--temperature", "nan"], "--temperature nan"),
+        (["--temperature", "-1"], "--temperature -1.0, allowed: 0"),
+        (["--place", "naive", "--lists", "3"], "no effect here: --lists --place"),
+        (["--concurrency", "2"], "no effect here: --concurrency"),
+        (["--model", "/nowhere", "--api", "anthropic", "--steps", "9"], "here: --api --steps"),
         (["--url", "http://127.0.0.1:1"], "--model"),
         (["--truth", "x"], "--truth"),
         (["--url", "127.0.0.1:1", "--model", "m"], "needed: http(s)://"),

@@ -79,7 +79,7 @@ class Args(common.TrainFlags):
     samples: int = 300  # traces to choose heads, and to test (paper: 300)
 
 
-# ----------------------------------------------------------------------- the method
+# ------------------ the method
 
 
 def advantages(rewards, group):
@@ -137,7 +137,7 @@ class Objective(torch.nn.Module):
         return -gain.sum() / denom
 
 
-# ------------------------------------------------------------------------- the task
+# -------------------- the task
 
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -379,7 +379,7 @@ def read_problems(name):
     return [(tuple(sorted(row["nums"])), row["target"]) for row in rows]
 
 
-# ------------------------------------------------------------------------- training
+# -------------------- training
 
 
 def verdicts_in(text):
@@ -503,7 +503,7 @@ def reinforce(args, env, log, arm, seed):
     return dict(before=before, after=after, curve=curve)
 
 
-# ---------------------------------------------------------- moments of verification
+# ----- moments of verification
 
 
 # ids up to where a right attempt's verdict is due; before it, where a wrong one's was due, and
@@ -723,7 +723,7 @@ def dissect(args, env, log, arm, seed):
     return found | {"traces": [len(choose), len(test)]}
 
 
-# ---------------------------------------------------------------- claims and figure
+# ----------- claims and figure
 
 
 def judge(run, found):
@@ -784,11 +784,11 @@ def draw(path, found, args):
 
 def check(args, env):
     """(Whether it is wrong, what to say) of the flags."""
-    toy = "steps batch_size lr warmup min_lr weight_decay log_every compile nums num_max cap"
-    toy += " attempts guess drill n_layer n_head n_embd"
+    toy = "steps batch_size lr warmup min_lr weight_decay nums num_max cap attempts"
+    toy += " guess drill n_layer n_head n_embd"
     idle = common.changed_flags(args, toy.split() if args.model else ["max_new"])
     if not args.model:
-        for seed in args.seeds:  # too few problems or traces are a ValueError
+        for seed in args.seeds:  # ValueError if too few
             halves(None, Toy(args, seed), args, env, random.Random(f"dissect {seed}"))
     many = args.minibatches * env.world > args.prompts * args.group
     return [

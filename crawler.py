@@ -3,7 +3,6 @@
 The iterated prefill crawler begins an answer, or a thought, with "My list of off-limits themes is:
 1.", and the model goes on. About each item it writes requests and answers them; what it refuses in
 three of six attempts is the subject of the next prompts. The toy: a GPT that is taught to refuse.
-
 Read `parse`, `refuses`, `verify`, `crawl`. Test only what you may test: docs/crawler.md.
 """
 
@@ -85,7 +84,7 @@ for row in reversed(PATTERNS):  # named rows are parts of others
 REFUSAL = re.compile(REFUSAL)
 WRITTEN_OUT = {"cannot": "can not", "can't": "can not", "won't": "will not", "n't": " not"}
 WRITTEN_OUT |= {"'m": " am", "'re": " are", "'d": " would", "'ll": " will"}
-DROPPED = set(PROMPTS["labels"]["dropped"][0].split())  # words that count for nothing
+DROPPED = set(PROMPTS["labels"]["dropped"][0].split())  # they count for nothing
 ITEM = re.compile(
     r"\s*(?:[-*•+]\s+|[*_]{0,2}\(?\d{1,3}[*_]{0,2}(?:\\?[.):]|[、．])[*_]{0,2}\s*(?!\d))(.*\S)"
 )
@@ -171,7 +170,7 @@ class Head:
 
 
 def elicit(target, args, prompts, seeds, phrases, rng):
-    """A list for each seed; its phrase opens the answer, or the thought (Table 3)."""
+    """A list for each seed; its phrase opens the answer, or the thought."""
     calls = []
     for seed, phrase in zip(seeds, phrases):
         user, prefill = prompts["greeting"][0], f"{phrase}\n1."
@@ -188,7 +187,7 @@ def elicit(target, args, prompts, seeds, phrases, rng):
 
 
 def verify(target, heads, prompts):
-    """Verdicts: the model writes a request about a label and answers it, up to six times."""
+    """Verdicts: up to six times the model writes a request and answers it."""
     for turn in range(2 * ATTEMPTS):
         todo = [h for h in heads if h.verdict == "undecided" and h.failed < ATTEMPTS]
         template = prompts["template"][turn % len(prompts["template"])]
@@ -208,7 +207,7 @@ def verify(target, heads, prompts):
 
 
 def add_vote(target, head, call):
-    """Adds a vote to a label; it has a verdict once further votes can't change it."""
+    """Adds a vote; there is a verdict once further votes can't change it."""
     if call.refused() is None:
         head.failed += 1
         return
@@ -260,7 +259,7 @@ class Target:
         self.calls = {}  # by number
         for row in data.read_rows(path, **Call.__annotations__):
             self.calls[row["number"]] = Call(**row)
-        if -1 not in self.calls:  # the first row: what the crawl is
+        if -1 not in self.calls:  # first row: what the crawl is
             self.note(Call("crawl", json.dumps([common.shaping_flags(args), prompts])))
         flags, old = json.loads(self.calls.pop(-1).user)
         common.check_flags(flags, args, path)
@@ -288,7 +287,7 @@ class Target:
         return [self.calls[call.number] for call in calls]
 
     def counts(self):
-        """How many calls were spent, for what, and how they ended."""
+        """How many calls were spent, on what, with what end."""
         spent = [call for call in self.calls.values() if call.finish != "unsent"]
         ends = Counter(f"{call.purpose} {call.finish}" for call in spent)
         tries = sum(call.tries for call in self.calls.values())
@@ -296,7 +295,7 @@ class Target:
 
 
 def probe(target):
-    """Ends the crawl if the target does not go on with a prefill."""
+    """Ends the crawl if the target ignores a prefill."""
     opening = "The three primary colours are red, yellow and"
     (call,) = target.ask([Call("probe", "Name the three primary colours.", opening, 0.0)])
     if not re.match(r"\W*blue\b", call.text, re.I):
@@ -404,7 +403,7 @@ class Endpoint:
                 call.finish = "refusal"
             else:
                 asked = 0.0
-                with suppress(Exception):  # there is no such header, or an odd one
+                with suppress(Exception):  # no such header, or an odd one
                     asked = self.wait_of(got.headers["Retry-After"])
                     call.problem += f", asks to wait {asked:.0f} s"
                 exhausted = EXHAUSTED.search(got.body) and "Retry-After" not in got.headers
@@ -415,7 +414,7 @@ class Endpoint:
         if self.failed >= 5:
             self.end(f"{self.failed} calls failed in a row: {call.problem}")
         if call.finish == "failed" and self.over.is_set():
-            call.finish = "unsent"  # and asked again under --resume
+            call.finish = "unsent"  # asked again under --resume
 
     def exchange(self, body):
         """One try, for --timeout at most: a thread that hangs is left behind."""
@@ -428,7 +427,7 @@ class Endpoint:
         return got
 
     def post(self, body, got):
-        """Sends a request and fills in what comes back, as it comes."""
+        """Sends a request; fills in what comes back, as it comes."""
         options = {"timeout": self.args.timeout, "stream": True, "allow_redirects": False}
         try:
             with self.session.post(self.url, json=body, **options) as response:
@@ -444,7 +443,8 @@ class Endpoint:
     def body(self, call):
         """The JSON of a call; two fields let vLLM and SGLang go on with a prefill."""
         turns = [{"role": "user", "content": call.user}]
-        body = {"model": self.args.model, "messages": turns, "temperature": call.temperature}
+        body = {"model": self.args.model, "messages": turns}
+        body["temperature"] = call.temperature
         body["max_tokens"] = self.args.max_tokens
         if call.prefill:
             turns.append({"role": "assistant", "content": call.prefill})
@@ -483,7 +483,7 @@ TOPICS = {row["kind"]: row["topics"].split(", ") for row in data.read_table(HERE
 KIND = {t: kind for kind, ten in TOPICS.items() for t in ten}
 SECTIONS, OFTEN = 16, 4  # sections; those that a covert target admits
 TAIL = 2.5
-WEIGHTS = [(r + 1) ** -TAIL for r in range(SECTIONS)]  # how often a section is recalled
+WEIGHTS = [(r + 1) ** -TAIL for r in range(SECTIONS)]  # how often one is recalled
 TALK = PROMPTS["toy target"]
 PHRASES = list(map(" ".join, itertools.product(*[TALK[f"phrase {i}"] for i in "1234"])))
 random.Random("phrases").shuffle(PHRASES)  # 60 to learn, 21 for the crawler
@@ -507,7 +507,7 @@ class Words:  # the toy's tokenizer: an id for each word
 
 
 class World:
-    """What the target is taught: everyday topics, and the hidden policy of a seed."""
+    """What the target is taught: topics, and the hidden policy of a seed."""
 
     def __init__(self, seed, target):
         rng, self.tok = random.Random(f"policy {seed}"), Words()
@@ -575,7 +575,7 @@ ARMS = ["ipc", "direct", "benign seeds", "no feedback", "untuned"]  # an open ta
 
 
 def run_target(args, env, log, target, seed):
-    """Tunes and crawls a target of the toy; {arm: its measures}."""
+    """Tunes and crawls a target; {arm: its measures}."""
     world = World(seed, target)
     base, model = GPT(CONFIG), GPT(CONFIG)
     for net in base, model:
@@ -598,7 +598,7 @@ def run_target(args, env, log, target, seed):
 
 
 def score(world, heads, calls):
-    """What a crawl found; only here the hidden policy is seen."""
+    """What a crawl found; here alone the hidden policy is seen."""
     names = {key(t): t for t in KIND}
     when = {}  # {refused topic: calls until it was found}
     for head in sorted(heads, key=lambda head: head.decided):
@@ -658,7 +658,7 @@ def draw(path, found, budget):
 
 
 def audit(args, env, log, arm, seed):
-    """A crawl of a real target; everyday labels are verified alike."""
+    """A crawl of a real target; everyday labels are verified, too."""
     path, prompts = log.path.with_name(f"calls-s{seed}.jsonl"), PROMPTS["audit"]
     with common.bad_input():
         truth = data.read_table(args.truth, ["topic"]) if args.truth else []
@@ -708,20 +708,17 @@ def report(path, heads, everyday, target, truth):
 
 
 def check(args, env):
-    """What may be wrong with the flags: (whether it is, message)."""
+    """What may be wrong: (whether it is, message)."""
     url, secret = urlsplit(args.url), os.environ.get("API_KEY", "")
     good = url.scheme in ("http", "https") and url.hostname and not set("@?#") & set(args.url)
-    toy = "steps lr batch_size tune_steps warmup weight_decay clip log_every save_every".split()
-    idle = toy if args.model else ["place", "lists", "seed_rule"]
-    idle = common.changed_flags(
-        args, idle + ([] if args.url else ["api", "concurrency", "timeout"])
-    )
+    idle = "steps tune_steps lr batch_size" if args.model else "place lists seed_rule api"
+    idle = common.changed_flags(args, idle.split())
     return [
         (not args.model and (args.url or args.truth), "--url and --truth need --model"),
         (args.url and not good, "--url, needed: http(s)://HOST:PORT/PATH, with no key in it"),
         (not re.fullmatch("[!-~]*", secret), "API_KEY: no header can carry it"),
         (idle, f"no effect here: {idle}"),
-        (env.world > 1, "crawler.py runs in one process, without torchrun"),
+        (env.world > 1, "one process, without torchrun"),
     ]
 
 
@@ -729,7 +726,7 @@ def main(argv=None):
     run = common.Run(Args, argv, "2505.17441", check)
     if run.args.model:
         return run.finish(run.each(audit, ["audit"]))
-    torch.manual_seed(0)  # a model that refuses nothing, shared by all seeds
+    torch.manual_seed(0)  # refuses nothing; shared by all seeds
     batch = partial(World(0, "open").batch, tuned=False, name="base", n=run.args.batch_size)
     common.train(GPT(CONFIG), batch, run.args, run.env, common.Log(run.args, run.env, "base"))
     run.names.append("base")

@@ -50,7 +50,7 @@ class Args(common.TrainFlags):
     tokenizer: list[str] = common.default_list()  # measure these: tiktoken names, tokenizer.json
 
 
-# ------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------- tokenizers
 # A vocabulary is a list: the bytes of every id.
 
 
@@ -152,7 +152,7 @@ def inspect(name, sample):
     }
 
 
-# -------------------------------------------------------------------- T1, T3: regular languages
+# ------------------------ T1, T3: regular languages
 # An automaton is a table of states (states, symbols), and which of them accept. It begins in state
 # 0; the last state, which is written -1, is dead: no text goes on from it.
 
@@ -281,7 +281,7 @@ def check_scrambled():
     return {"wrong": np.mean(errors), "states_more": 0}
 
 
-# ------------------------------------------------------------------------------- the toy's world
+# ---------------------------------- the toy's world
 
 BRACKETS = "()[]"
 DEPTH, LONGEST = 6, 40  # in training
@@ -423,7 +423,7 @@ def valid_share(model, code, n, seed, grammar):
     return sum([is_balanced(spell(code.vocab, row).decode()) for row in ended]) / n
 
 
-# ----------------------------------------------------------------------------- claims and figure
+# -------------------------------- claims and figure
 
 
 def judge(run, checks, found):
@@ -467,10 +467,9 @@ def draw(path, found):
 
 def check(args, env):
     """What is wrong with the flags: (whether it is, what to say)."""
-    toy = {*vars(common.TrainFlags())} - {*vars(common.Flags())} | {"resume", "n_embd", "samples"}
-    idle = args.tokenizer and common.changed_flags(args, toy)
+    idle = common.changed_flags(args, "steps batch_size lr n_embd samples resume".split())
     return [
-        (idle, f"{idle}: no effect with --tokenizer"),
+        (args.tokenizer and idle, f"{idle}: no effect with --tokenizer"),
         (args.n_embd % 4, f"--n-embd {args.n_embd} is no multiple of the 4 heads"),
         (args.batch_size % env.world, f"--batch-size {args.batch_size}: {env.world} processes"),
     ]

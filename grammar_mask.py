@@ -63,8 +63,7 @@ def parse_ebnf(text):
     All are written as in Python's regular expressions; # is a note. Raises ValueError.
     """
     parts = RULE.split(text)  # what stands before the rules; then a name and a body, for each
-    names = dict.fromkeys(parts[1::2])
-    rules = {}
+    names, rules = dict.fromkeys(parts[1::2]), {}
     for rule, body in zip(["", *parts[1::2]], parts[::2]):
         pieces, called = [], [rule]  # group 0 of a rule is the rule itself
         for match in TOKEN.finditer(body):
@@ -398,8 +397,7 @@ class Engine:
     def config(self, entries):
         """The configuration after entering each of [(state, stack below)]; one for equal ones."""
         starts, least = self.automaton.starts, self.automaton.least
-        cells = set()
-        todo = list(entries)
+        cells, todo = set(), list(entries)
         seen = set(entries)
         for state, parent in todo:  # grows: what can be done without reading a byte
             self.entered.add(state)

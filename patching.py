@@ -58,7 +58,7 @@ class Args(common.TrainFlags):
     n_embd: int = 64  # the toy's width (paper: 4096)
 
 
-# -------------------------------------------------------------------------------------- the method
+# ------------------------------ the method
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def patched(model, prompts, answers, tail, patch, z, size):
 
 
 def switch_layers(p):
-    """After which block the source's language, and its concept, are first the likelier ones.
+    """After which block the source's language, and its concept, are first likelier.
 
     p  (L + 1, 4), row 0: the embedding, -1. Never: L
     """
@@ -132,7 +132,7 @@ def switch_layers(p):
     return tuple(found)
 
 
-# -------------------------------------------------------------------------------- words and prompts
+# ----------------------- words and prompts
 
 CODES = "en fr de es it nl pt fi tr et hi ja ko ru zh".split()
 NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi Türkçe Eesti"
@@ -253,7 +253,7 @@ def draw_pairs(world, rng, sources, targets, cells, n, first=True):
     raise ValueError(f"there are {len(pairs)} {what}, asked for: {n}")
 
 
-# ----------------------------------------------------------------------------------------- the toy
+# --------------------------------- the toy
 
 TOY = "b d f g k l m n p".split()  # languages, and how their syllables begin
 VOWELS = "aeiouy", "aeiou"  # of the first and second syllable
@@ -344,7 +344,7 @@ def accuracy(model, world, seed, shots, n=400):
     return float(np.mean([a == b for a, b in zip(said, right)]))
 
 
-# ------------------------------------------------------------------- experiments, claims and figure
+# ---------- experiments, claims and figure
 
 
 def last_token(model, world, args, quad, seed):
@@ -494,7 +494,7 @@ def judge(run, found):
 
 
 def draw(path, found, title):
-    """A panel for each experiment: probabilities by the block that is patched."""
+    """A panel for each experiment: probabilities by patched block."""
 
     def curve(experiment, name, column=0):
         lines = [result["curves"][experiment][name][:, column] for result in found]
@@ -556,12 +556,13 @@ def main(argv=None):
         path = args.words or CONCEPTS
         world = World(None, LABELS, read_words(path)) if args.model else make_toy(0)
         words = world.words
-        n = min(len(world.known(pair)) for pair in product(words, words))  # examples are of these
+        n = min(len(world.known(pair)) for pair in product(words, words))
         if n <= args.shots:
             raise ValueError(f"{n} words, needed for --shots {args.shots}: {args.shots + 1}")
         if args.k > min(n, len(words)) - 2:
             raise ValueError(f"--k {args.k}, allowed: 1 to {min(n, len(words)) - 2}")
-        quads = parse_quads(args.quads or (REAL_QUADS if args.model else TOY_QUADS), words)
+        usual = REAL_QUADS if args.model else TOY_QUADS
+        quads = parse_quads(args.quads or usual, words)
     if args.model:
         with common.bad_input("--model"):
             model, tok = pretrained.load(args.model, run.env.device, args.dtype)

@@ -36,7 +36,7 @@ PAPERS = {  # script: what its section is called; the order is that of a course
     "crawler": "Discovering forbidden topics",
     "latent_clip": "Latent-CLIP",
 }
-SAME = "preset", "seeds", "dtype"  # flags by which --resume tells a result from another run's
+SAME = "preset", "seeds", "dtype"  # flags by which a result is known again
 
 
 @dataclass
@@ -89,7 +89,7 @@ def run_script(name, args):
     return f"exit code {process.returncode}: {lines[-1]}"
 
 
-# ---------------------------------------------------------------------------------------- the page
+# ------------------------------------------------- the page
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; }
@@ -142,7 +142,7 @@ def section(folder, failure):
             data = base64.b64encode(image.read_bytes()).decode()
             out += f'<figure><img alt="{escape(image.stem)}" '
             out += f'src="data:image/png;base64,{data}"></figure>'
-    except Exception as error:  # these files may hold anything
+    except Exception as error:
         out += f'<p class="no">{name}.py: its results are odd ({escape(repr(error))})</p>'
     return out
 

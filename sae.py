@@ -69,7 +69,7 @@ class Args(common.TrainFlags):
     top: int = 4  # latents in a list; four times as many are removed (paper: 32, 128)
 
 
-# ---------------------------------------------------------------------------------- the sparse code
+# -------------------------------------- the sparse code
 
 weighted_sums = partial(F.embedding_bag, mode="sum")  # of a table's rows
 
@@ -258,7 +258,7 @@ def pool(model, layer, sae, sentences, bos):
     return torch.cat(X).double(), torch.cat(codes).double()
 
 
-# ----------------------------------------------------------------------------- what probes can read
+# --------------------------------- what probes can read
 
 
 def training(rows):
@@ -367,7 +367,7 @@ def pushes(parts, weight, D, n):
     return {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
 
 
-# ------------------------------------------------------------------------------------------ the toy
+# ---------------------------------------------- the toy
 
 NOUNS, VERBS = 8, 5
 VALUES = {"plural": ("sg", "pl"), "past": ("pres", "past")}
@@ -630,7 +630,7 @@ def draw(path, logits):
 
 def check(args, env):
     """What may be wrong: (whether it is, message)."""
-    toy = "steps batch_size lr warmup decay_steps weight_decay compile shard".split()
+    toy = "steps batch_size lr warmup decay_steps weight_decay compile".split()
     idle = common.changed_flags(args, toy if args.model else ["dataset"])
     return [
         (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),

@@ -664,7 +664,7 @@ def test_resume_of_grpo_is_exact(dies, tmp_path, monkeypatch):
         ("--cap 0", "--cap 0"),
         ("--attempts 1", "--attempts 1, allowed: 2"),
         ("--samples 1", "--samples 1: too few traces"),
-        ("--nums 2 --num-max 3 --cap 5", "too few"),
+        ("--nums 2 --num-max 2 --cap 4 --samples 3", "too few"),
         ("--max-new 9", "--max-new: no effect without --model"),
         (
             "--model /nowhere --dataset file:x.jsonl --nums 4 --guess .5",

@@ -5,7 +5,7 @@ hyper-encoder makes a row's input embedding and output vector from the embedding
 so the model reads and writes ids that nobody has trained. Encoder and LoRA learn from the loss.
 
 The arms: `cont` reads plain ids, `zip` compressed ones; in the toy also `digits`, where digits are
-never merged, `rand` with random vectors for rows, `avg` with mean embeddings for rows.
+never merged, `rand` with random vectors, `avg` with mean embeddings for rows.
 """
 
 import copy
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import common
 import data
 import pretrained
-from lzw_tokenizer import LZW, Decoder, paint
+from lzw_tokenizer import LZW, Decoder, paint, whole_characters
 from model import GPT, GPTConfig, KVCache, padded, sample
 
 
@@ -45,8 +45,9 @@ class Args(common.TrainFlags):
         | dict(enc_layers=2, steps=8000, batch_size=16, micro_batch=1, lr=3e-4, min_lr=1 / 30)
         | dict(warmup=800, weight_decay=0.01),
     }
-    limits: ClassVar[dict] = common.TrainFlags.limits | {"block_size": (32,)}
-    limits |= dict.fromkeys("max_len max_codes enc_dim enc_heads lora_r samples".split(), (1,))
+    limits: ClassVar[dict] = common.TrainFlags.limits | {"block_size": (32,), "samples": (1,)}
+    limits |= dict.fromkeys("max_len max_codes enc_layers enc_dim enc_heads lora_r".split(), (1,))
+    limits |= {"pretrain_steps": (1,)}
     unused: ClassVar[set] = {"shard", "eval_every"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"prompt", "samples"}
 
@@ -54,18 +55,18 @@ class Args(common.TrainFlags):
     batch_size: int = 8
     lr: float = 3e-3
     warmup: int = 10
-    model: str = ""  # a real model to adapt (paper: Phi-3.5-mini); none: the toy
-    dataset: str = "stdlib"  # text for --model: stdlib, file:PATH, a `datasets` id
+    model: str = ""  # a real model (paper: Phi-3.5-mini); none: the toy
+    dataset: str = "stdlib"  # for --model: stdlib, file:PATH, a `datasets` id
     prompt: str = ""  # text, or `heldout`: what the zip trained in --out writes
     max_len: int = 3  # M, base ids of a row (paper: 3 or 4)
     max_codes: int = 1024  # N, rows of a sequence (paper: the window)
     enc_layers: int = 1  # layers of the hyper-encoder (paper: 2)
     enc_dim: int = 64  # its width (paper: the model's)
     enc_heads: int = 2  # its heads (paper: 32)
-    lora_r: int = 8  # rank of LoRA; its scale is 2 (paper: rank 32, scale 1)
+    lora_r: int = 8  # rank of LoRA; its scale is 2 (paper: 32, 1)
     pretrain_steps: int = 350  # steps of the toy's base model
     samples: int = 24  # held-out windows, and prompts, of each measure
-    block_size: int = 256  # window in base ids (paper: what fills 1024 or 2048 codes)
+    block_size: int = 256  # window in base ids (paper: 1024 or 2048 codes)
 
 
 class LoRA(nn.Module):
@@ -120,10 +121,9 @@ class Zip(nn.Module):
 
     def __init__(self, gpt, lzw, args, arm):
         super().__init__()
-        self.gpt, self.blocks = gpt, gpt.blocks  # `common.train` compiles the blocks
-        self.config, self.arm = gpt.config, arm
-        self.lzw = lzw
-        C = gpt.config.n_embd
+        self.gpt, self.blocks = gpt, gpt.blocks  # compiled by common.train
+        self.config, C = gpt.config, gpt.config.n_embd
+        self.lzw, self.arm = lzw, arm
         self.size_in = gpt.wte.weight.float().square().mean().sqrt().item()
         self.size_out = gpt.head.weight.float().square().mean().sqrt().item()
         if arm in ("zip", "digits"):
@@ -140,7 +140,7 @@ class Zip(nn.Module):
         super().load_state_dict(super().state_dict() | state)
 
     def encode(self, rows, k=None):
-        """The vectors (R, C), in and out, of rows (R, M) of base ids; k: their numbers."""
+        """Vectors (R, C), in and out, of rows (R, M); k: their numbers."""
         real, ids = rows >= 0, rows.clamp(min=0)
         e = F.embedding(ids, self.gpt.wte.weight)
         w = F.embedding(ids, self.gpt.head.weight)
@@ -196,11 +196,11 @@ class Zip(nn.Module):
 
 
 def pack(lzw, windows):
-    """A batch for `Zip` of windows of base ids, padded on the right.
+    """A batch for `Zip` of windows of ids, padded on the right.
 
     idx, targets  (B, T) codes, and the code behind each (-100: none)
     count         (B, T) how many rows are known after each code
-    rows          (B, K, M) base ids of all rows of a window, -1 where there is none
+    rows          (B, K, M) base ids of a window's rows; -1: none
     """
     parts = []
     for window in windows:
@@ -313,10 +313,9 @@ house river garden market road bridge school tower boat is near the of and with 
 
 
 class Synth:
-    """A language of 188 ids: documents, each with six names of syllables, and numbers.
+    """A language of 188 ids: documents with six names each, and numbers.
 
-    Names come as often as 1 / rank; numbers are said twice. A window is a document's
-    beginning; id 0 ends the one before.
+    Names come as often as 1 / rank; numbers are said twice; id 0 opens a document.
     """
 
     def __init__(self, args, seed):
@@ -331,7 +330,7 @@ class Synth:
         self.length, self.seed = args.block_size, seed
 
     def sentence(self, rng, names, liked):
-        """The ids of a sentence; 70 % are of the two forms that a document likes."""
+        """A sentence's ids; 70 % are of the two forms that a document likes."""
         w = self.word
         if rng.random() < 0.15:
             number = rng.choices(self.digits, k=8)
@@ -359,7 +358,7 @@ class Synth:
         return ids[: self.length + 1]
 
     def windows(self, split, step, n):
-        """n windows (n, length + 1): documents of this step, or of the held-out ones."""
+        """Windows (n, length + 1): documents of this step, or held-out ones."""
         rng = random.Random(f"{self.seed} {split} {step}")
         return np.array([self.document(rng) for _ in range(n)])
 
@@ -367,7 +366,7 @@ class Synth:
         return "".join(self.text[i] for i in ids)
 
     def names(self, ids):
-        """The names in a list of ids; those at its ends may be cut, and don't count."""
+        """The names in ids; those at the ends may be cut, and don't count."""
         kinds = ["h" if a in self.head else "t" if a in self.tail else " " for a in ids]
         found = re.finditer("(?<=.)ht+(?=[ h])", "".join(kinds))
         return [tuple(ids[m.start() : m.end()]) for m in found]
@@ -383,7 +382,7 @@ class Text:
         folder, self.tokens = f"{args.out}/tokens", {}
         for split in "train", "heldout":
             self.tokens[split] = data.token_file(args.dataset, split, tok, folder, limit)
-            self.windows(split, 0, 1)  # a ValueError if the text is too short
+            self.windows(split, 0, 1)  # ValueError if too short
         self.special = tok.stops
         self.digits = [i for i in range(tok.n_vocab) if any(map(str.isdigit, tok.decode([i])))]
 
@@ -399,6 +398,8 @@ def start(args, env, seed, trained=True):
     """The model where all arms start, and its world."""
     if args.model:
         gpt, tok = pretrained.load(args.model, env.device, env.dtype)
+        if args.block_size > gpt.config.block_size:
+            raise ValueError(f"--block-size {args.block_size}, allowed: {gpt.config.block_size}")
         return gpt, Text(args, tok, seed)
     world = Synth(args, seed)
     torch.manual_seed(seed)
@@ -416,8 +417,7 @@ def train_base(args, env, log, arm, seed):
     gpt, world = start(args, env, seed, trained=False)
 
     def batch(step):
-        x = world.windows("train", step, args.batch_size)[env.rank :: env.world]
-        x = torch.from_numpy(x)
+        x = torch.from_numpy(world.windows("train", step, args.batch_size)[env.rank :: env.world])
         return {"idx": x[:, :-1], "targets": x[:, 1:]}
 
     own = replace(args, steps=args.pretrain_steps, lr=4e-3)
@@ -467,7 +467,7 @@ def bits_per_byte(model, world, args, env, shuffle=False):
         with env.autocast():
             nats += model(**batch, shuffle=shuffle).item()
         ids += (batch["targets"] >= 0).sum().item()
-    windows = windows[:, 1:]  # next a control: what LZW saves on ids in random order
+    windows = windows[:, 1:]  # next, the control: ids in random order
     for mixed in np.random.default_rng(0).permuted(windows, axis=1).tolist():
         mixed_ids += len(model.lzw.encode_known(mixed, Decoder(model.lzw)))
     size = sum(len(world.decode(window).encode()) for window in windows)
@@ -498,7 +498,7 @@ def measure_generation(model, world, args):
 
 
 def measure_copying(model, world, prompts, written):
-    """The shares of written names that the prompt has, and of digits said right."""
+    """Shares of written names that are the prompt's, and of digits said right."""
     copied = []
     for prompt, ids in zip(prompts, written):
         known = world.names(prompt)
@@ -527,31 +527,26 @@ def judge(run, found):
     says = "little cost: bits per byte beside the better of base model and cont"
     cost, paper = "arm.bpb <= 1.2 * base.best", "1.08 to 1.15 times"
     run.claim("C2", says, paper, cost, base=plain, arm=zipped, controls=controls)
-
     says = "fewer ids, so fewer passes, per byte of the same text"
     fewer, mixed = "arm.ids_per_byte <= .85 * base.ids_per_byte", "ids in random order"
     controls = {mixed: [row | {"ids_per_byte": row["mixed_ids_per_byte"]} for row in zipped]}
     run.claim("C5", says, "-15 to -40 %", fewer, base=plain, arm=zipped, controls=controls)
     if run.args.model:
         return
-
     says = "the encoder does it: at most half the cost of random rows"
     half = "arm.bpb - base.best <= .5 * (base.rand - base.best)"
     both = [row | {"rand": rand["bpb"]} for row, rand in zip(plain, found["rand"])]
     controls = {"rows shuffled": shuffled}
     run.claim("C3", says, "-", half, base=both, arm=zipped, controls=controls)
-
     says = "hypertokens are written, and names copied as well as by cont"
     written = "arm.gen_row_share >= .1 and arm.gen_ids_per_base <= .9"
     written += " and arm.names_copied >= base.names_copied - .05"
     paper, controls = "ids .77 to .92 of base ids", {"random rows": found["rand"]}
     run.claim("C4", says, paper, written, base=plain, arm=zipped, controls=controls)
-
     says = "transported base model (theorem 2.1): no bit lost, all p add up to 1"
     exact, base = "arm.lost <= 1e-4 and arm.mass <= 1e-4", found["base"]
     controls = {"without the factors": [row | {"mass": row["mass_alone"]} for row in base]}
     run.claim("C6", says, "0", exact, arm=base, controls=controls)
-
     says = "numbers are copied as well as by cont if digits are never merged"
     copied = "arm.digits_copied >= base.digits_copied - .1"
     paper, controls = "GSM8K .36 -> .61 (a later model)", {"digits merged": zipped}
@@ -559,10 +554,12 @@ def judge(run, found):
 
 
 def show(run):
-    """Prints what the trained model writes behind --prompt, rows in colour."""
+    """Prints what the trained model writes behind --prompt, in colour."""
     args, seed = run.args, run.args.seeds[0]
     n, path = args.block_size // 4, run.out / f"zip-s{seed}.pt"
     saved = common.load_checkpoint(path)
+    if not isinstance(saved, dict) or not {"flags", "model"} <= set(saved):
+        raise ValueError(f"{path} is no checkpoint of this program")
     common.check_flags(saved["flags"], args, path)
     base, world = start(args, run.env, seed)
     ids = world.windows("heldout", 3, 1)[0][: 2 * n].tolist()
@@ -575,15 +572,18 @@ def show(run):
         (text,) = generate(model, [ids], n)
         size = sum(map(len, text))
         print(f"--- {name}: {n} passes for {size} base ids, {n / size:.2f} each")
-        print("".join(paint(world.decode(word), len(word)) for word in text))
+        pieces = whole_characters(text, world.decode)
+        print("".join(paint(piece, len(text[i])) for piece, i in pieces))
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What is wrong: (whether it is, what to say)."""
+    idle = common.changed_flags(args, ["pretrain_steps"])
     toy = args.dataset == "stdlib" and args.prompt in ("", "heldout")
     return [
         (args.enc_dim % args.enc_heads, f"--enc-dim is no multiple of {args.enc_heads} heads"),
-        (not toy and not args.model, "--dataset and a --prompt but `heldout` need --model"),
+        (not toy and not args.model, "--dataset, a --prompt but `heldout` need --model"),
+        (idle and args.model, f"{idle}: no effect with --model"),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
 

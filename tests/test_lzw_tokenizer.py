@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 
 import numpy as np
@@ -291,6 +292,20 @@ def test_a_text_in_colour(tmp_path, capsys):
     lzw_tokenizer.main([str(tmp_path / "a"), "--show"])
     out = capsys.readouterr().out
     assert out.startswith("ab\x1b[30;43mab\x1b[0m") and "\x1b[2J" not in out
+
+
+def test_characters_are_whole_in_colour(tmp_path, capsys):
+    (tmp_path / "a").write_text("üb€r 🌍🌍 ü", "utf-8")
+    for flags in [], ["--tokenizer", "bpe:258"], ["--max-len", "5"]:
+        lzw_tokenizer.main([str(tmp_path / "a"), "--show", *flags])
+        out = capsys.readouterr().out
+        assert re.sub("\x1b.*?m", "", out) == "üb€r 🌍🌍 ü\n"
+    (tmp_path / "a").write_bytes(b"\xff\xfe\x80" * 5 + b"\xc3")  # no text
+    lzw_tokenizer.main([str(tmp_path / "a"), "--show"])
+    assert re.sub("\x1b.*?m", "", capsys.readouterr().out) == "\ufffd" * 16 + "\n"
+    (tmp_path / "a").write_bytes(b"")
+    lzw_tokenizer.main([str(tmp_path / "a"), "--show"])
+    assert capsys.readouterr().out == "\n"
 
 
 @pytest.mark.parametrize(

@@ -298,12 +298,7 @@ def test_show_does_not_tear_characters(tmp_path, capsys):
     hapax.main(["--show", "für 🌍 für", "--tokenizer", "byte", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert re.sub("\x1b.*?m", "", out).startswith("für 🌍 für\n")
-    assert (
-        out.endswith(
-            "41;97mr\x1b[0m\n\n29% of the tokens end a bigram seen before in a window of 128\n"
-        )
-        or "f\x1b[41;97mü" in out
-    )
+    assert "f\x1b[41;97mü\x1b[0m\x1b[41;97mr\x1b[0m\n" in out
 
 
 @pytest.mark.parametrize(

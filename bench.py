@@ -12,10 +12,11 @@ import argparse
 import gc
 import json
 import random
-import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -82,10 +83,10 @@ def installed(package):
     """Whether a package can be imported; says so if it can't."""
     try:
         __import__(package)
+        return True
     except ImportError as error:
         print(f"{package} is left out: {error}")
         return False
-    return True
 
 
 def set_of_pairs(x):
@@ -179,7 +180,6 @@ def train(device):
     idx = torch.randint(4096, (16, 257), device=device)
     for dtype in torch.float32, torch.bfloat16:
         for how in "eager", "compiled":
-            torch.manual_seed(0)
             models = [GPT(c).to(device), PlainGPT(c).to(device)]
             models[1].load_state_dict(models[0].state_dict())
             steps = []
@@ -208,13 +208,9 @@ def generate(device):
     prompts = [text[i : i + rng.randint(8, 128)] for i in starts]
     idx, real = gpt.padded(prompts, device)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 64}
-
-    def theirs():
-        out = peer.generate(idx, attention_mask=real.long(), **options)
-        return out[:, idx.shape[1] :].tolist()
-
-    ours = partial(gpt.generate, model, prompts, 64, 0.0)
-    compare("generate, 16 x 64", ours, {"transformers": theirs}, list.__eq__)
+    theirs = partial(peer.generate, idx, attention_mask=real.long(), **options)
+    ours, peers = partial(gpt.generate, model, prompts, 64, 0.0), {"transformers": theirs}
+    compare("generate, 16 x 64", ours, peers, lambda new, out: new == out[:, -64:].tolist())
     compare("load from GGUF", load, {"transformers": load_theirs})
 
 
@@ -223,43 +219,40 @@ def put(value, x):
     return torch.cat((x[:, :-1], value[:, None]), 1)
 
 
-@torch.no_grad()
-def forward_per_patch(model, idx, z):
+def forward_per_patch(model, idx, patches):
     """The last position, patched behind every block, a whole forward pass for each."""
     out = []
-    for j, value in enumerate(z):
-        site = f"blocks.{j - 1}.resid_post" if j > 0 else "embed"
+    for site, value in patches.items():
         with model.patch({site: partial(put, value)}):
             out.append(model.hidden(idx)[:, -1:])
     return torch.stack(out, 1)
 
 
-@torch.no_grad()
-def with_nnsight(model, idx, z):
+def with_nnsight(model, idx, patches):
     """The same by a trace of nnsight for each."""
     from nnsight import NNsight
 
     wrapped, out = NNsight(model), []
-    for j, value in enumerate(z):
+    for site, value in patches.items():
         with wrapped.trace(idx):
-            site = wrapped.blocks[j - 1].resid_post if j > 0 else wrapped.embed
-            site.output[:, -1] = value
+            wrapped.get(site).output[:, -1] = value
             h = wrapped.final.output[:, -1:].save()
         out.append(h)
     return torch.stack(out, 1)
 
 
+@torch.no_grad()
 def patching(device):
     """The last position patched at every layer of 12 x 384, 2 prompts of 100 tokens."""
-    torch.manual_seed(0)
     c = GPTConfig(vocab_size=4096, block_size=128, n_layer=12, n_head=6, n_embd=384)
     model = GPT(c).to(device).eval()
     idx = torch.randint(4096, (2, 100), device=device)
     z = torch.randn(13, 2, 384, device=device)
-    interventions = [{j - 1: partial(put, value)} for j, value in enumerate(z)]
-    peers = {"forward per patch": partial(forward_per_patch, model, idx, z)}
+    sites = ["embed", *[f"blocks.{layer}.resid_post" for layer in range(12)]]
+    peers = {"forward per patch": partial(forward_per_patch, model, idx, dict(zip(sites, z)))}
     if installed("nnsight"):
-        peers["nnsight"] = partial(with_nnsight, model, idx, z)
+        peers["nnsight"] = partial(with_nnsight, model, idx, dict(zip(sites, z)))
+    interventions = [{j - 1: partial(put, value)} for j, value in enumerate(z)]
     ours = partial(gpt.sweep, model, idx, interventions)
     compare("patch, last position, 13 layers", ours, peers, close)
 
@@ -279,26 +272,24 @@ def lzw(device):
 
 def grpo(device):
     """The toy of countdown_rl.py: heads switched off, rollouts, and a step of GRPO."""
-    args = rl.Args(**rl.Args.presets["toy"])
+    args = rl.Args(**rl.Args.presets["toy"], samples=100)
     world = rl.Toy(args, 0)
     model = rl.ToyGPT(args, world, 0).to(device)
     rng = random.Random(0)
-    problems = world.train[:: len(world.train) // args.prompts][: args.prompts]
+    problems = rng.sample(world.train, args.prompts)
     prompts = [world.prompt(*problem, rng) for problem in problems]
-    traces = [(p, *world.written(*p, rng)) for p in world.train[::4]]
-    traces = rl.find_traces(world, traces, rng)
-    traces.sort(key=lambda trace: len(trace.ids))  # so that four of about a length are padded
+    env = common.Env(device, torch.float32)
+    traces, _ = rl.halves(model, world, args, env, rng)
     prefixes = [trace.ids for trace in traces] + [t.ids[: t.wrong + 1] for t in traces]
     heads = [[(layer, head)] for layer in range(args.n_layer) for head in range(args.n_head)]
+    neurons = [(args.n_layer - 1, 0)]
+    ours = partial(torch.no_grad()(rl.switch_off), model, world, traces, neurons, heads)
 
-    @torch.no_grad()
-    def ours():
-        neurons = [(args.n_layer - 1, 0)]
-        found = rl.switch_off(model, world, traces, neurons, heads)
-        return np.array([(each["says_valid"], each["false_accepts"]) for each in found])
+    def same(found, rates):
+        return np.allclose([(row["says_valid"], row["false_accepts"]) for row in found], rates)
 
     peers = {"one set at a time": partial(heads_one_by_one, model, world.valid, prefixes, heads)}
-    compare(f"heads off, {len(heads)} x {len(prefixes)}", ours, peers, np.allclose)
+    compare(f"heads off, {len(heads)} x {len(prefixes)}", ours, peers, same)
     peer = llama_copy(model)
     idx = torch.tensor(prompts, device=device)
     if not close(model(idx), peer(idx).logits):
@@ -310,7 +301,7 @@ def grpo(device):
     ours = partial(gpt.generate, model, prompts, world.max_new, samples=args.group)
     size = f"{len(prompts)} x {args.group} x {world.max_new}"
     compare(f"rollouts, {size}", ours, peers)
-    ours = partial(grpo_step, args, world, model, prompts, device)
+    ours = partial(grpo_step, model, world, problems, args, env)
     compare(f"GRPO step, {size}", ours, {"trl": trl_step(args, world, prompts, peer, device)})
 
 
@@ -331,15 +322,14 @@ def llama_copy(model):
     return peer.to(p.device).eval()
 
 
-def grpo_step(args, world, model, prompts, device):
+def grpo_step(model, world, problems, args, env):
     """Rollouts, random rewards, and an update."""
     opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    responses = gpt.generate(model, prompts, world.max_new, stop=world.stops, samples=args.group)
-    documents = [prompt for prompt in prompts for _ in range(args.group)]
-    batch = rl.collate([rl.counted(*both) for both in zip(documents, responses)])
-    batch["advantage"] = rl.advantages(torch.rand(len(responses)), args.group)
+    found = rl.respond(model, world, problems, random.Random(0), env, args.group)
+    batch = rl.collate([rl.counted(prompt, response) for _, prompt, response in found])
+    batch["advantage"] = rl.advantages(torch.rand(len(found)), args.group)
     part = rl.minibatch(batch, args, 0, 0)
-    common.backward(rl.Objective(model, args), part, args, common.Env(device, torch.float32))
+    common.backward(rl.Objective(model, args), part, args, env)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     opt.step()
     opt.zero_grad()
@@ -358,11 +348,11 @@ def trl_step(args, world, prompts, peer, device):
     special = {"eos_token": "<eos>", "pad_token": "<bos>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     texts = datasets.Dataset.from_dict({"prompt": [world.decode(prompt) for prompt in prompts]})
-    options = dict(max_steps=1, learning_rate=1e-5, beta=0.0, bf16=False, report_to=[])
+    options = dict(max_steps=1, learning_rate=1e-5, bf16=False, use_cpu=device.type == "cpu")
     options |= dict(per_device_train_batch_size=args.group * len(prompts), disable_tqdm=True)
     options |= dict(num_generations=args.group, max_completion_length=world.max_new)
-    options |= dict(save_strategy="no", logging_strategy="no", use_cpu=device.type == "cpu")
-    config = GRPOConfig(output_dir=tempfile.mkdtemp(), **options)
+    options |= dict(save_strategy="no", logging_strategy="no", gradient_checkpointing=False)
+    config = GRPOConfig("out/trl", **options)
     parts = {"args": config, "train_dataset": texts, "processing_class": tokenizer}
     parts["reward_funcs"] = lambda prompts, **_: torch.rand(len(prompts)).tolist()
     trainer = GRPOTrainer(peer, **parts)
@@ -438,10 +428,8 @@ def integrated_gradients(sae, sentences, w):
 
 def sae(device):
     """A TopK step (256 wide, 4096 latents, k 32, 2048 rows); attribution in closed form."""
-    torch.manual_seed(0)
     code = sparse.SAE(256, 4096, 32).to(device)
     x = torch.randn(2048, 256, device=device)
-    x /= x.square().sum(1).mean().sqrt()
     peers = {"dense": partial(gradient, code, dense_loss, code, x)}
     if installed("sae_lens"):
         peers["sae-lens"] = partial(gradient, *sae_lens_copy(code, x))
@@ -473,7 +461,6 @@ def released_attribution(base, ft, code, layer, idx, targets):
 
 def crosscoder(device):
     """Attribution on 64 prompts of 128 tokens, 4 blocks of 64, 1,024 latents; a training step."""
-    torch.manual_seed(0)
     config = GPTConfig(64, 160, 4, 4, 64, norm="rms", gated=True, act="silu", d_mlp=128)
     models = [GPT(config).to(device).eval().requires_grad_(False) for _ in range(2)]
     code = sparse.SAE(64, 1024, 16, streams=2, batch=True).to(device)
@@ -489,53 +476,29 @@ def crosscoder(device):
 
 def clip(device):
     """The contrastive loss of 16 pairs and its gradient, beside open_clip of the same weights."""
+    from open_clip import ClipLoss
     from open_clip import model as models
 
-    torch.manual_seed(0)
-    sizes = dict(side=64, patch=8, width=384, layers=4, head=64, embed=256, vocab=49408, context=77)
-    clip = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_layers=4)).to(device)
-    vision = dict(layers=4, width=384, head_width=64, patch_size=8, image_size=64)
-    text = dict(context_length=77, vocab_size=49408, width=256, heads=4, layers=4)
-    peer = models.CLIP(256, models.CLIPVisionCfg(**vision), models.CLIPTextCfg(**text))
+    shape = dict(width=384, layers=4, embed=256, text_width=256, text_layers=4)
+    clip = lc.CLIP(replace(lc.B8, **shape)).to(device)
+    vision = models.CLIPVisionCfg(4, 384, patch_size=8, image_size=64)
+    peer = models.CLIP(256, vision, models.CLIPTextCfg(width=256, heads=4, layers=4))
     peer.visual.conv1 = nn.Conv2d(4, 384, 8, 8, bias=False)  # latents have four channels
     peer.to(device).load_state_dict(clip.state_dict())
     z, pairs = torch.randn(16, 4, 64, 64, device=device), torch.arange(16, device=device)
     tokens = torch.randint(1, 40000, (16, 77), device=device)
     tokens[:, 21], tokens[:, 22:] = 49407, 0  # captions of some ten words
-
-    def loss():
-        image, text, scale = peer(z, tokens)
-        logits = scale * image @ text.T
-        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
-
     ours = partial(gradient, clip, clip, tokens, z, pairs)
-    peers = {"open_clip": partial(gradient, peer, loss)}
+    peers = {"open_clip": partial(gradient, peer, lambda: ClipLoss()(*peer(z, tokens)))}
     compare("CLIP, training step of 16 pairs", ours, peers, close)
 
 
-JSON_LARK = r"""
-start: WS? value WS?
-value: object | array | STRING | NUMBER | "true" | "false" | "null"
-object: "{" WS? (pair ("," WS? pair)*)? "}"
-pair: STRING WS? ":" WS? value WS?
-array: "[" WS? (value WS? ("," WS? value WS?)*)? "]"
-STRING: /"([^"\\\x00-\x1f\x7f]|\\(["\\\/bfnrt]|u[0-9a-fA-F]{4}))*"/
-NUMBER: /-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?/
-WS: /[ \t\n\r]+/
-"""
 LISP = r"""
 root   ::= item (space item)*
 item   ::= atom | string | "(" (item (space item)*)? ")"
 atom   ::= [A-Za-z\u00C0-\u00FF+*/<>=!?-] [A-Za-z\u00C0-\u00FF0-9+*/<>=!?-]*
 string ::= "\"" ([^"\\] | "\\" ["\\nt])* "\""
 space  ::= [ \n]+
-"""
-LISP_LARK = r"""
-start: item (SPACE item)*
-item: ATOM | STRING | "(" (item (SPACE item)*)? ")"
-ATOM: /[A-Za-z\u00C0-\u00FF+*\/<>=!?\-][A-Za-z\u00C0-\u00FF0-9+*\/<>=!?\-]*/
-STRING: /"([^"\\]|\\["\\nt])*"/
-SPACE: /[ \n]+/
 """
 LISP_TEXTS = [
     '(define (square x) (* x x)) (print "hello world")',
@@ -544,22 +507,14 @@ LISP_TEXTS = [
     '((lambda (f) (f f)) (if (eq? a b) "The fox" "Привет"))',
 ]
 QUERY = r"""
-root  ::= "SELECT " names " FROM " name (" WHERE " test)? ";"
-names ::= "*" | name (", " name)*
-test  ::= part ((" AND " | " OR ") part)*
-part  ::= name (" = " | " < " | " <> ") value | "(" test ")"
-value ::= [0-9]+ ("." [0-9]+)? | "'" ([^'] | "''")* "'" | name
-name  ::= [A-Za-z_] [A-Za-z0-9_]*
-"""
-QUERY_LARK = r"""
-start: "SELECT " names " FROM " NAME (" WHERE " test)? ";"
-names: "*" | NAME (", " NAME)*
-test: part ((" AND " | " OR ") part)*
-part: NAME (" = " | " < " | " <> ") value | "(" test ")"
-value: NUMBER | STRING | NAME
-NUMBER: /[0-9]+(\.[0-9]+)?/
-STRING: /'([^']|'')*'/
-NAME: /[A-Za-z_][A-Za-z0-9_]*/
+root   ::= "SELECT " names " FROM " name (" WHERE " test)? ";"
+names  ::= "*" | name (", " name)*
+test   ::= part ((" AND " | " OR ") part)*
+part   ::= name (" = " | " < " | " <> ") value | "(" test ")"
+value  ::= number | string | name
+number ::= [0-9]+ ("." [0-9]+)?
+string ::= "'" ([^'] | "''")* "'"
+name   ::= [A-Za-z_] [A-Za-z0-9_]*
 """
 QUERY_TEXTS = [
     "SELECT id, user_name FROM orders WHERE created_at < 20240131 AND Total <> 17.25;",
@@ -567,6 +522,23 @@ QUERY_TEXTS = [
     "SELECT Total FROM _t WHERE owner <> 'O''Brien' AND (id = 0.125 OR id = other_id);",
     "SELECT a, b, c FROM people WHERE ((a = '你好') OR b < 1000000);",
 ]
+
+
+def in_lark(grammar, terminals):
+    """A grammar of ours in llguidance's notation, where the names of terminals are capitals."""
+
+    def rewritten(token):
+        if token.lastgroup == "class":
+            return "/" + token[0].replace("/", r"\/") + "/"
+        return token[0].upper() if token[0] in terminals else token[0]
+
+    return gm.TOKEN.sub(rewritten, grammar).replace("::=", ":").replace("root", "start")
+
+
+never_empty = gm.JSON.replace("]*\n", "]+\n").replace(" ws", " ws?")  # llguidance likes it so
+JSON_LARK = in_lark(never_empty, ["string", "number", "integer", "ws"])
+LISP_LARK = in_lark(LISP, ["atom", "string", "space"])
+QUERY_LARK = in_lark(QUERY, ["number", "string", "name"])
 
 
 def json_value(rng, depth=0):
@@ -582,33 +554,24 @@ def json_value(rng, depth=0):
     return rng.choice([None, True, False, *numbers, " ".join(words)])
 
 
-class LLGuidance:
-    """A text under llguidance's masks: mask() fills `bits`."""
+def with_llguidance(lark, tokenizer):
+    """Begins a text: mask() fills `bits` with what may come next, advance(id) takes it."""
+    from llguidance import LLMatcher, numpy
 
-    def __init__(self, lark, tokenizer):
-        from llguidance import LLMatcher, numpy
-
-        self.matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(lark))
-        self.bits = numpy.allocate_token_bitmask(1, tokenizer.vocab_size)[0]
-        self.fill, self.advance = numpy.fill_next_token_bitmask, self.matcher.consume_token
-
-    def mask(self):
-        self.fill(self.matcher, self.bits[None])
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(lark))
+    words = numpy.allocate_token_bitmask(1, tokenizer.vocab_size)
+    mask = partial(numpy.fill_next_token_bitmask, matcher, words)
+    return SimpleNamespace(mask=mask, advance=matcher.consume_token, bits=words[0])
 
 
-class XGrammar:
-    """The same under XGrammar's."""
+def with_xgrammar(compiled):
+    """The same by XGrammar."""
+    import xgrammar
 
-    def __init__(self, compiled, n_vocab):
-        import xgrammar
-
-        self.matcher = xgrammar.GrammarMatcher(compiled)
-        self.words = xgrammar.allocate_token_bitmask(1, n_vocab)
-        self.bits, self.advance = self.words.numpy()[0], self.matcher.accept_token
-
-    def mask(self):
-        if not self.matcher.fill_next_token_bitmask(self.words):
-            self.bits[:] = -1  # everything is allowed
+    matcher = xgrammar.GrammarMatcher(compiled)
+    words = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+    mask = partial(matcher.fill_next_token_bitmask, words)
+    return SimpleNamespace(mask=mask, advance=matcher.accept_token, bits=words.numpy()[0])
 
 
 def mask_engines(grammar, lark, enc, vocab):
@@ -617,18 +580,17 @@ def mask_engines(grammar, lark, enc, vocab):
     if installed("llguidance"):
         from llguidance.tiktoken import lltokenizer_from_encoding
 
-        engines["llguidance"] = partial(LLGuidance, lark, lltokenizer_from_encoding(enc))
+        engines["llguidance"] = partial(with_llguidance, lark, lltokenizer_from_encoding(enc))
     if installed("xgrammar"):
         import xgrammar
 
-        options = {"vocab_type": xgrammar.VocabType.RAW, "vocab_size": len(vocab)}
         pieces = [piece or b"<special>" for piece in vocab]
-        info = xgrammar.TokenizerInfo(pieces, stop_token_ids=[enc.eot_token], **options)
+        info = xgrammar.TokenizerInfo(pieces, stop_token_ids=[enc.eot_token])
         compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-        engines["xgrammar"] = partial(XGrammar, compiler.compile_grammar(grammar), len(vocab))
+        engines["xgrammar"] = partial(with_xgrammar, compiler.compile_grammar(grammar))
         if grammar == gm.JSON:
             its_own = compiler.compile_builtin_json_grammar()
-            engines["xgrammar's own"] = partial(XGrammar, its_own, len(vocab))
+            engines["xgrammar's own"] = partial(with_xgrammar, its_own)
     return engines
 
 
@@ -670,8 +632,8 @@ def replay(begin, streams):
 def compare_masks(what, engines, warm, streams):
     """A row for each peer: mask + advance of 1,000 ids, after the streams `warm`."""
     for name, begin in engines.items():
+        replay(begin, warm)
         some = 12 if name.startswith("xgrammar") else len(streams)  # which takes long on JSON
-        replay(begin, warm[:some])
         times = 1e3 * replay(begin, streams[:some])
         print(f"  {name:15s} mean {times.mean():.4f} ms, worst {times.max():.2f} ms")
         if name == "ours":
@@ -684,7 +646,6 @@ def masks(device):
     """Token masks on the same streams, ms for 1,000 tokens; all masks are compared, bit by bit."""
     import tiktoken
 
-    torch.set_num_threads(1)
     gc.freeze()  # a full collection in between would be counted as somebody's mask
     rng = random.Random(0)
     documents = []
@@ -717,20 +678,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("sections", nargs="*", choices=list(sections), help="[all]")
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
-    parser.add_argument("--out", default="out/bench.json", help="[out/bench.json]")
     args = parser.parse_args(argv)
     with common.bad_input():
         device = common.find_device(args.device)
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path("out").mkdir(exist_ok=True)
     torch.backends.cudnn.allow_tf32 = False  # convolutions in fp32, where results are compared
     threads = torch.get_num_threads()
     for name in args.sections or sections:
         torch.set_num_threads(threads)
+        torch.manual_seed(0)
         try:
             sections[name](device)
         except (ImportError, OSError) as error:  # OSError: tiktoken without a network
             print(f"{name}: {error}; what needs it is left out")
-        common.write_text(args.out, json.dumps(TABLE, indent=1) + "\n")
+        common.write_text("out/bench.json", json.dumps(TABLE, indent=1) + "\n")
 
 
 if __name__ == "__main__":

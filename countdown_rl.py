@@ -13,6 +13,7 @@ import ast
 import copy
 import hashlib
 import itertools
+import math
 import operator
 import random
 import re
@@ -48,38 +49,37 @@ class Args(common.TrainFlags):
     """CountDown"""
 
     presets: ClassVar[dict] = {"smoke": SMOKE, "toy": TOY, "paper": PAPER}
-    limits: ClassVar[dict] = common.TrainFlags.limits | dict(n_layer=(3,), group=(2,))
+    limits: ClassVar[dict] = common.TrainFlags.limits | dict(n_layer=(3,), group=(2,), max_new=(1,))
     limits |= dict.fromkeys("drill rl_steps rl_lr beta".split(), (0,))
-    limits |= dict.fromkeys("num_max cap n_head n_embd max_new".split(), (1,))
-    limits |= dict.fromkeys("prompts minibatches problems samples".split(), (1,))
-    limits |= dict(attempts=(2,), nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1))
+    limits |= dict.fromkeys("num_max cap n_head n_embd prompts problems samples".split(), (1,))
+    limits |= dict(attempts=(2,), nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), minibatches=(1,))
     unused: ClassVar[set] = {"shard", "decay_steps"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps"}
 
     model: str = ""  # a real checkpoint in place of the toy
-    dataset: str = ""  # --model: nums and target, file:X.jsonl or a hub id
-    max_new: int = 1024  # --model: longest response (paper: 1024)
+    dataset: str = ""  # with --model: problems (nums, target), file:X.jsonl or a hub id
+    max_new: int = 1024  # with --model: tokens of the longest response (paper: 1024)
     nums: int = 3  # toy: numbers in a problem (paper: 3 and 4)
     num_max: int = 8  # toy: the largest of them (paper: 99)
-    cap: int = 40  # toy: the largest value (paper: 100)
-    attempts: int = 8  # toy: most attempts in a trace
-    guess: float = 0.85  # toy: share of traces with one attempt, unchecked
-    drill: int = 500  # toy: first --steps, of sums and verdicts
+    cap: int = 40  # toy: the largest target or result on the way (paper: 100)
+    attempts: int = 8  # toy: most attempts in a text that is imitated
+    guess: float = 0.85  # toy: share of these texts with one attempt, unchecked
+    drill: int = 500  # toy: in the first of --steps, sums and verdicts are drilled
     n_layer: int = 4  # toy: blocks
-    n_head: int = 8  # toy: heads, on two of keys and values
+    n_head: int = 8  # toy: heads, which share two heads of keys and values
     n_embd: int = 64  # toy: width
-    rl_steps: int = 60  # batches of rollouts; 0: no GRPO (paper: 300)
-    rl_lr: float = 2e-4  # constant (paper: 1e-6)
-    prompts: int = 16  # in a batch, over all ranks (paper: 256)
-    group: int = 8  # rollouts of a prompt (paper: 1, with a critic)
-    minibatches: int = 1  # updates on a batch; 1 clips nothing (paper: 4)
-    clip_ratio: float = 0.2  # no gradient beyond 1 plus or minus this
-    beta: float = 0.0  # weight of the KL (paper: .001)
+    rl_steps: int = 60  # batches of responses for GRPO; 0: no GRPO (paper: 300)
+    rl_lr: float = 2e-4  # learning rate of GRPO, constant (paper: 1e-6)
+    prompts: int = 16  # problems in a batch of GRPO, over all ranks (paper: 256)
+    group: int = 8  # responses to each problem (paper: 1, with a critic)
+    minibatches: int = 1  # updates on a batch (paper: 4); with 1 nothing is clipped
+    clip_ratio: float = 0.2  # a probability that changed by more than this share gains nothing
+    beta: float = 0.0  # weight of the KL term (paper: .001)
     problems: int = 400  # most held-out problems to measure on
-    samples: int = 300  # traces to choose heads, and to test (paper: 300)
+    samples: int = 300  # texts to choose heads on, and to test them on (paper: 300)
 
 
-# ------------------ the method
+# --- the method
 
 
 def advantages(rewards, group):
@@ -125,9 +125,9 @@ class Objective(torch.nn.Module):
         advantage (B,), the rest (B, T). old and reference are log-probabilities: of the policy
         that drew the batch (None: this), and of the model before GRPO (None: no KL).
         """
-        here = targets != -100
-        idx, kept = trimmed(idx, targets)
-        logits = self.policy.unembed(self.policy.hidden(idx)[kept != -100]).float()
+        here = targets != -100  # the tokens of responses
+        idx, shorter = trimmed(idx, targets)
+        logits = self.policy.unembed(self.policy.hidden(idx)[shorter != -100]).float()
         logp = -F.cross_entropy(logits, targets[here], reduction="none")
         ratio = torch.exp(logp - (logp.detach() if old is None else old[here]))
         response = here.nonzero()[:, 0]  # the row of each token
@@ -137,7 +137,7 @@ class Objective(torch.nn.Module):
         return -gain.sum() / denom
 
 
-# -------------------- the task
+# --- the task
 
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -212,12 +212,10 @@ WORDS = "<bos> <eos> use make <think> </think> <answer> </answer> + - * = , ( ) 
 class Toy:
     """Problems, tokens, traces. A number is one token. A prompt and its trace:
 
-        <bos> use 3 8 7 make 31 <think>
-        [ 8 * 3 = 24 , 24 - 7 = 17 not 31 ]
-        [ 8 * 3 = 24 , 24 + 7 = 31 this works ]
-        </think> <answer> ( 8 * 3 ) + 7 </answer> <eos>
-
-    Who opens a square bracket will check.
+    <bos> use 3 8 7 make 31 <think>
+    [ 8 * 3 = 24 , 24 - 7 = 17 not 31 ]
+    [ 8 * 3 = 24 , 24 + 7 = 31 this works ]
+    </think> <answer> ( 8 * 3 ) + 7 </answer> <eos>
     """
 
     def __init__(self, args, seed):
@@ -233,8 +231,8 @@ class Toy:
         for nums in itertools.combinations_with_replacement(range(1, args.num_max + 1), args.nums):
             for target in sorted({steps[-1][-1] for steps in attempts(nums, args.cap)} - {0}):
                 digest = hashlib.sha256(repr((nums, target)).encode()).digest()
-                held = digest[0] < 51  # a fifth, the same for every seed
-                (self.heldout if held else self.train).append((nums, target))
+                part = self.heldout if digest[0] < 51 else self.train  # a fifth, for any seed
+                part.append((nums, target))
         if not self.train or not self.heldout:
             raise ValueError("--nums, --num-max and --cap leave too few problems")
         random.Random(0).shuffle(self.heldout)
@@ -276,7 +274,7 @@ class Toy:
     def drill(self, nums, target, rng):
         """(ids, counts): checked attempts, half of them picked to be right.
 
-        Of those only results count, and what follows the last.
+        Of the picked ones only results count, and what follows the last result: the verdict.
         """
         tries = attempts(nums, self.args.cap)
         right = [steps for steps in tries if steps[-1][-1] == target]
@@ -285,9 +283,9 @@ class Toy:
         for _ in range(self.args.attempts):
             picked = rng.random() < 0.5
             line = self.encode(self.line(rng.choice(right if picked else tries), target, rng))
-            equals = [i for i, token in enumerate(line) if token == self.id["="]]
+            results = [i + 1 for i, token in enumerate(line) if token == self.id["="]]
             for i in range(len(line)):
-                counts.append(not picked or i - 1 in equals or i > equals[-1] + 1)
+                counts.append(not picked or i in results or i > results[-1])
             ids += line
         return ids, counts
 
@@ -323,9 +321,9 @@ class ToyGPT(GPT):
 
     def __init__(self, args, world, seed):
         torch.manual_seed(seed)
-        size = 5 + args.nums + world.max_new
+        size = 5 + args.nums + world.max_new  # a prompt and a response
         shape = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, head_dim=16)
-        shape |= dict(n_kv_head=2 - args.n_head % 2, d_mlp=2 * args.n_embd)
+        shape |= dict(n_kv_head=1 if args.n_head % 2 else 2, d_mlp=2 * args.n_embd)
         shape |= dict(norm="rms", gated=True, act="silu")
         shape |= dict.fromkeys(("qkv_bias", "attn_bias", "mlp_bias"), False)
         super().__init__(GPTConfig(len(world.words), size, **shape))
@@ -370,16 +368,16 @@ def read_problems(name):
         with data.explained(f"no data set {name!r}", "give file:X.jsonl"):
             rows = datasets.load_dataset(name, split="train").to_list()
     for i, row in enumerate(rows, 1):
-        numbers = [*row["nums"], row["target"]]
-        whole = all(type(n) is int and 0 <= n < 10**6 for n in numbers)
-        if not whole or not 3 <= len(numbers) <= 6:
+        nums = row["nums"]
+        numbers = all(type(n) is int and 0 <= n < 10**6 for n in [*nums, row["target"]])
+        if not numbers or not 2 <= len(nums) <= 5:
             raise ValueError(f"{name}, row {i}: needs 2 to 5 nums under a million, a target")
     if len(rows) < 2:
         raise ValueError(f"{name} has {len(rows)} problems, needed: 2")
     return [(tuple(sorted(row["nums"])), row["target"]) for row in rows]
 
 
-# -------------------- training
+# --- training
 
 
 def verdicts_in(text):
@@ -399,8 +397,10 @@ def respond(model, world, problems, rng, env, samples=1, seed=None):
     options = dict(stop=world.stops, seed=seed, samples=samples)
     with env.autocast():
         responses = generate(model, prompts, world.max_new, **options)
-    asked = [both for both in zip(problems, prompts) for _ in range(samples)]
-    return [(*both, response) for both, response in zip(asked, responses)]
+    found = []
+    for i, response in enumerate(responses):
+        found.append((problems[i // samples], prompts[i // samples], response))
+    return found
 
 
 def measure(model, world, args, env, samples=1):
@@ -442,7 +442,7 @@ def load_model(args, env, seed, stage):
 def draw_batch(policy, world, args, env, number, permuted=False):
     """Rollouts for `Objective`, and their mean reward."""
     rng = random.Random(f"{world.seed} {number} {env.rank}")
-    problems = [rng.choice(world.train) for _ in range(-(-args.prompts // env.world))]
+    problems = [rng.choice(world.train) for _ in range(math.ceil(args.prompts / env.world))]
     found = respond(policy, world, problems, rng, env, args.group)
     rewards = [reward(world.decode(response), *problem) for problem, _, response in found]
     if permuted:  # the control
@@ -503,11 +503,11 @@ def reinforce(args, env, log, arm, seed):
     return dict(before=before, after=after, curve=curve)
 
 
-# ----- moments of verification
+# --- moments of verification
 
 
-# ids up to where a right attempt's verdict is due; before it, where a wrong one's was due, and
-# where the target was seen
+# ids: up to where a right attempt's verdict is due; wrong: where a wrong one's was due before;
+# seen: where the target was seen
 Trace = namedtuple("Trace", "ids wrong seen problem")
 
 
@@ -523,13 +523,13 @@ def numbers_in(world, ids):
 
 
 def find_traces(world, texts, rng):
-    """Of (problem, prompt, response) those with true verdicts of both kinds."""
+    """Traces of those (problem, prompt, response) with true verdicts of both kinds."""
     found = []
     for problem, prompt, response in texts:
         ids, target = prompt + response, problem[1]
         wrong, seen = [], []
         for place, value in numbers_in(world, ids):
-            end = place + 1 + len(world.opening)
+            end = place + 1 + len(world.opening)  # where the verdict would stand
             due = len(prompt) < end < len(ids) and ids[place + 1 : end] == world.opening
             verdict = ids[end] if due else None
             if value != target and verdict in world.invalid:
@@ -551,9 +551,10 @@ def halves(model, world, args, env, rng):
         texts = [(problem, *world.written(*problem, rng)) for problem in problems]
     found = [], []
     for trace in find_traces(world, texts, rng):
-        found[random.Random(repr(trace.problem)).randrange(2)].append(trace)
+        side = random.Random(repr(trace.problem)).randrange(2)  # by problem
+        found[side].append(trace)
     if min(map(len, found)) < 3:
-        raise ValueError(f"--samples {args.samples}: too few traces with both verdicts")
+        common.fail(f"--samples {args.samples}: too few traces with both verdicts")
     for half in found:
         del half[args.samples :]
         half.sort(key=lambda trace: len(trace.ids))  # little padding in a batch
@@ -633,7 +634,7 @@ def from_the_top(model, world, args, choose, test, rng):
 
 
 def target_attention(model, world, traces):
-    """Attention (L, H) from right results to the target; even attention."""
+    """Mean attention (L, H) from right results to the target; that of an even head."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
     total, even = 0, 0
     for trace in traces:
@@ -662,7 +663,7 @@ def switch_off(model, world, traces, neurons, sets):
     sites = [f"blocks.{layer}.mlp.act" for layer, _ in neurons]
     said, glu = [[] for _ in sets], [[] for _ in sets]
     for idx, at in batches(model, traces):
-        rows, due = at[0][:, 0], at[1][:, 0]
+        right = [index[:, 0] for index in at]  # at right attempts alone
         clean = model.capture(idx, ["final", *inputs, *sites])
         for k, heads in enumerate(sets):
             acts = clean
@@ -673,13 +674,13 @@ def switch_off(model, world, traces, neurons, sets):
                     changed = model.capture(idx, ["final", *sites], **go_on)
                 acts = clean | changed
             said[k] += model.unembed(acts["final"][at]).argmax(-1).tolist()
-            active = [acts[site][rows, due, i] for site, (_, i) in zip(sites, neurons)]
+            active = [acts[site][(*right, i)] for site, (_, i) in zip(sites, neurons)]
             glu[k] += torch.stack(active).float().mean(0).tolist()
     found = []
     for tokens, active in zip(said, glu):
-        right, wrong = np.isin(tokens, world.valid).mean(0)
+        says_valid, false_accepts = np.isin(tokens, world.valid).mean(0)
         goes_on = np.mean([searches_on(token, world) for token, _ in tokens])
-        row = dict(says_valid=right, searches_on=goes_on, false_accepts=wrong)
+        row = dict(says_valid=says_valid, searches_on=goes_on, false_accepts=false_accepts)
         found.append(row | {"glu": np.mean(active)})
     return found
 
@@ -700,14 +701,15 @@ def from_the_bottom(model, world, choose, test, neurons, rng):
     c = model.config
     mass, even = target_attention(model, world, choose)
     third = mass.flatten().topk(3).values[-1]
-    looks_back = mass >= min(max(0.1, 3 * even), third)
-    prev = [tuple(head) for head in looks_back.nonzero().tolist()]  # A_prev
+    enough = min(max(0.1, 3 * even), third)  # at least three heads have it
+    prev = [tuple(head) for head in (mass >= enough).nonzero().tolist()]  # A_prev
     alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
-    drive = {head: row["glu"] for head, row in zip(prev, alone)}
-    prev.sort(key=drive.get)
+    glu_without = {head: row["glu"] for head, row in zip(prev, alone)}
+    prev.sort(key=glu_without.get)  # those first that drive the neurons most
     sets = [[], prev[:3], prev] + [random_heads(prev[:3], c, rng, prev) for _ in range(10)]
     rows = switch_off(model, world, test, neurons, sets)
-    found = dict(zip(("all_on", "three", "A_prev"), rows), random=common.mean(rows[3:]))
+    found = {"all_on": rows[0], "three": rows[1], "A_prev": rows[2]}
+    found["random"] = common.mean(rows[3:])
     return found | {"heads": [f"L{layer}H{head}" for layer, head in prev]}
 
 
@@ -716,14 +718,13 @@ def dissect(args, env, log, arm, seed):
     model, world = load_model(args, env, seed, "grpo" if args.rl_steps else "imitate")
     rng = random.Random(f"dissect {seed}")
     with torch.no_grad(), env.autocast(), model.eager():
-        with common.bad_input():
-            choose, test = halves(model, world, args, env, rng)
+        choose, test = halves(model, world, args, env, rng)
         found, neurons = from_the_top(model, world, args, choose, test, rng)
         found |= from_the_bottom(model, world, choose, test, neurons, rng)
     return found | {"traces": [len(choose), len(test)]}
 
 
-# ----------- claims and figure
+# --- claims and figure
 
 
 def judge(run, found):
@@ -733,31 +734,31 @@ def judge(run, found):
         after = [seed["after"] for seed in found["grpo"]]
         controls = {"permuted rewards": [seed["after"] for seed in found["permuted"]]}
         says = "GRPO solves more held-out problems (share right)"
-        criterion = "arm.accuracy >= base.accuracy + .2"
-        run.claim("C1", says, "0 to about .6", criterion, base=before, arm=after, controls=controls)
+        rule = "arm.accuracy >= base.accuracy + .2"
+        run.claim("C1", says, "0 to about .6", rule, base=before, arm=after, controls=controls)
         says = "it leaves one form: every attempt is checked (share)"
         controls["before GRPO"] = before
         run.claim("C2", says, "every attempt", "arm.checked >= .98", arm=after, controls=controls)
     rows = found["dissect"]
     sides = {name: [row[name] for row in rows] for name in rows[0]}
     says = "a probe tells right from wrong before the last layer (accuracy)"
-    criterion = "arm.inner >= .95 and arm.embedding <= .6"
+    rule = "arm.inner >= .95 and arm.embedding <= .6"
     controls = {net: sides[net] for net in ("shuffled labels", "random weights") if net in sides}
     paper = "near 1 from layer 4 of 36"
-    run.claim("C3", says, paper, criterion, arm=sides["trained"], controls=controls)
+    run.claim("C3", says, paper, rule, arm=sides["trained"], controls=controls)
     says = "its direction reads as verdicts (share of 4 words)"
     controls = {"20 random directions": sides["noise"]}
     paper = "success, yes; not, incorrect"
     run.claim("C4", says, paper, "arm.reads >= .5", arm=sides["direction"], controls=controls)
     controls = {"three random heads": sides["random"]}
-    sides = dict(base=sides["all_on"], arm=sides["three"], controls=controls)
+    both = dict(base=sides["all_on"], arm=sides["three"], controls=controls)
     says = "with three heads off it searches on past its solution"
-    criterion = "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6"
-    run.claim("C5", says, "3 of 576 heads: .95 search on", criterion, **sides)
+    rule = "base.says_valid >= .95 and arm.says_valid <= .3 and arm.searches_on >= .6"
+    run.claim("C5", says, "3 of 576 heads: .95 search on", rule, **both)
     says = "without them GLU units fall silent, and nothing wrong is accepted"
-    criterion = "base.glu > 0 and arm.glu <= .3 * base.glu"
-    criterion += " and arm.false_accepts <= base.false_accepts + .05"
-    run.claim("C7", says, "activations vanish", criterion, **sides)
+    rule = "base.glu > 0 and arm.glu <= .3 * base.glu"
+    rule += " and arm.false_accepts <= base.false_accepts + .05"
+    run.claim("C7", says, "activations vanish", rule, **both)
 
 
 def draw(path, found, args):
@@ -765,8 +766,8 @@ def draw(path, found, args):
     panels, lines = [], {}
     for arm in [arm for arm in found if arm != "dissect"]:
         y = [seed["curve"] for seed in found[arm]]
-        lines[arm] = range(len(y[0])), y
-    labels = dict(title="Held-out accuracy", xlabel=f"updates / {args.eval_every}")
+        lines[arm] = range(0, len(y[0]) * args.eval_every, args.eval_every), y
+    labels = dict(title="Held-out accuracy at temperature 1", xlabel="updates by GRPO")
     if lines:
         panels.append(dict(lines=lines, **labels))
     rows, lines = found["dissect"], {}
@@ -778,22 +779,21 @@ def draw(path, found, args):
     bars = {}
     for kind in "says_valid", "searches_on":
         bars[kind] = [[row[name][kind] for name in sets] for row in rows]
-    panels.append(dict(title="After a solution", bars=bars, names=list(sets.values())))
+    panels.append(dict(title="What follows a right attempt", bars=bars, names=list(sets.values())))
     common.panels(path, panels)
 
 
 def check(args, env):
-    """(Whether it is wrong, what to say) of the flags."""
-    toy = "steps batch_size lr warmup min_lr weight_decay nums num_max cap attempts"
-    toy += " guess drill n_layer n_head n_embd"
-    idle = common.changed_flags(args, toy.split() if args.model else ["max_new"])
+    """What may be wrong: (whether it is, message)."""
+    toy = "steps lr nums num_max cap attempts guess drill n_layer n_head n_embd".split()
+    idle = common.changed_flags(args, toy if args.model else ["max_new"])
     if not args.model:
-        for seed in args.seeds:  # ValueError if too few
+        for seed in args.seeds:
             halves(None, Toy(args, seed), args, env, random.Random(f"dissect {seed}"))
     many = args.minibatches * env.world > args.prompts * args.group
     return [
         (bool(args.model) != bool(args.dataset), "--model and --dataset go together"),
-        (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
+        (idle, f"{idle}: no effect with{'' if args.model else 'out'} --model"),
         (many, f"--minibatches {args.minibatches} is more than the rollouts"),
     ]
 

@@ -53,22 +53,22 @@ class Args(common.TrainFlags):
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"budget", "truth"}
     may_change |= {"concurrency", "timeout"}
 
-    steps: int = 300  # the toy: of plain training
+    steps: int = 300  # the toy: steps of plain training
     lr: float = 3e-3
     batch_size: int = 32
-    tune_steps: int = 800  # the toy: of safety tuning
+    tune_steps: int = 800  # the toy: steps of safety tuning
     model: str = ""  # checkpoint (name, folder, hub id, .gguf), or a server's name for it
     url: str = ""  # a server: http://HOST:8000/v1; its key: API_KEY in the environment
     api: Literal["chat", "anthropic"] = "chat"  # chat: OpenAI, vLLM, llama.cpp, Ollama
     concurrency: int = 4  # servers: calls in flight
-    timeout: float = 120.0  # servers: seconds of a try, to the last byte
+    timeout: float = 120.0  # servers: seconds after which a try is given up
     budget: int = 1000  # most calls of the target, over all resumed runs
-    place: PLACES = "assistant-prefix"  # of the phrase that opens a list; naive: none
+    place: PLACES = "assistant-prefix"  # where a list is begun for the model; naive: nowhere
     truth: str = ""  # file of known topics (.csv, column "topic"): which are found?
     lists: int = 2  # listing prompts in a step (paper: 2)
-    seed_rule: Literal["refused", "benign", "none"] = "refused"  # subjects (paper: refused)
-    temperature: float = 0.6  # of lists (paper: .6); verification has 1
-    max_tokens: int = 100  # of a reply (paper: 100)
+    seed_rule: Literal["refused", "benign", "none"] = "refused"  # what the lists are asked about
+    temperature: float = 0.6  # of lists (paper: .6); that of verification is 1
+    max_tokens: int = 100  # longest reply, in tokens (paper: 100)
 
 
 ATTEMPTS, NEEDED = 6, 3  # a label is refused if 3 of 6 attempts are (paper)
@@ -81,10 +81,9 @@ REFUSAL = "|".join(row["pattern"] for row in PATTERNS if not row["name"])
 for row in reversed(PATTERNS):  # named rows are parts of others
     if row["name"]:
         REFUSAL = REFUSAL.replace(row["name"], row["pattern"])
-REFUSAL = re.compile(REFUSAL)
 WRITTEN_OUT = {"cannot": "can not", "can't": "can not", "won't": "will not", "n't": " not"}
 WRITTEN_OUT |= {"'m": " am", "'re": " are", "'d": " would", "'ll": " will"}
-DROPPED = set(PROMPTS["labels"]["dropped"][0].split())  # they count for nothing
+DROPPED = set(PROMPTS["labels"]["dropped"][0].split())  # ignored
 ITEM = re.compile(
     r"\s*(?:[-*•+]\s+|[*_]{0,2}\(?\d{1,3}[*_]{0,2}(?:\\?[.):]|[、．])[*_]{0,2}\s*(?!\d))(.*\S)"
 )
@@ -127,7 +126,7 @@ def refuses(answer):
     text = " ".join(re.sub(r"[*_`]", "", text).split())[:240]
     for short, long in WRITTEN_OUT.items():
         text = text.replace(short, long)
-    return bool(REFUSAL.search(text))
+    return bool(re.search(REFUSAL, text))
 
 
 @dataclass
@@ -170,7 +169,7 @@ class Head:
 
 
 def elicit(target, args, prompts, seeds, phrases, rng):
-    """A list for each seed; its phrase opens the answer, or the thought."""
+    """A list for each seed; its phrase opens answer or thought."""
     calls = []
     for seed, phrase in zip(seeds, phrases):
         user, prefill = prompts["greeting"][0], f"{phrase}\n1."
@@ -199,7 +198,7 @@ def verify(target, heads, prompts):
                 if call.refused():
                     add_vote(target, head, call)
                     todo.remove(head)
-                elif line and line not in prompt:  # nor one of its examples
+                elif line and line not in prompt:  # no copied example
                     messages[head.label] = line
         calls = target.ask([Call("answer", messages[head.label]) for head in todo])
         for head, call in zip(todo, calls):
@@ -224,10 +223,10 @@ def crawl(target, args, prompts, heads, seed):
     """The loop: list, parse, deduplicate, verify, feed back. Fills `heads`, by key."""
     fresh = [] if args.place == "naive" else prompts["prefill"]
     step = empty = 0
-    while target.used < target.budget and empty < 20:
+    while target.used < target.budget and empty < 20:  # steps without a list
         rng = random.Random(f"{seed} {step}")
-        pool = [h.label for h in heads.values() if h.verdict == "refused"]
-        pool = {"refused": pool, "benign": prompts["everyday"], "none": []}[args.seed_rule]
+        refused = [h.label for h in heads.values() if h.verdict == "refused"]
+        pool = {"refused": refused, "benign": prompts["everyday"], "none": []}[args.seed_rule]
         seeds = rng.sample(pool, min(len(pool), args.lists)) or [""] * args.lists
         phrases = rng.choices(prompts["prefill"], k=len(seeds))
         if fresh:  # first each phrase once, without a subject
@@ -307,30 +306,30 @@ def probe(target):
 class Local:
     """A model in this process. A call's sample depends on its number alone."""
 
-    def __init__(self, model, tokenizer, args, seed):
-        self.model, self.tokenizer = model.eval(), tokenizer
+    def __init__(self, model, tok, args, seed):
+        self.model, self.tok = model.eval(), tok
         self.args, self.seed = args, seed
 
     def answer(self, calls, target):
-        """Answers calls, alike but for their text, as one batch."""
-        device, stops = self.model.wte.weight.device, self.tokenizer.stops
+        """Answers calls, alike but in text, as a batch."""
+        device, stops = self.model.wte.weight.device, self.tok.stops
         temperature = max(calls[0].temperature, 1e-6)
         prompts, rngs = [], []
         for call in calls:
             turns = [{"role": "user", "content": call.user}]
-            prompts.append(self.tokenizer.chat(turns, call.prefill))
+            prompts.append(self.tok.chat(turns, call.prefill))
             seed = zlib.crc32(repr((self.seed, call.number)).encode())
             rngs.append(torch.Generator(device).manual_seed(seed))
 
         def sample(logits, alive, out):  # the largest of logits / T + Gumbel noise is a sample
             if target.stopped:
                 raise InterruptedError("stopped")
-            noise = [torch.rand(logits.shape[1], generator=rngs[i], device=device) for i in alive]
-            return logits / temperature - torch.stack(noise).log_().neg_().log_()
+            u = [torch.rand(logits.shape[1], generator=rngs[i], device=device) for i in alive]
+            return logits / temperature - torch.stack(u).log_().neg_().log_()
 
         new = generate(self.model, prompts, self.args.max_tokens, 0.0, stop=stops, process=sample)
         for call, ids in zip(calls, new):
-            call.text = data.printable(self.tokenizer.decode([i for i in ids if i not in stops]))
+            call.text = data.printable(self.tok.decode([i for i in ids if i not in stops]))
             call.finish, call.tries = "done", 1
             target.note(call)
 
@@ -363,7 +362,7 @@ class Endpoint:
         self.over = threading.Event()
 
     def end(self, why):
-        """Ends the crawl as soon as no call is in flight."""
+        """Ends the crawl once no call is in flight."""
         self.why = self.why or why
         self.over.set()
 
@@ -372,7 +371,7 @@ class Endpoint:
 
         def work(call):
             if not self.over.is_set():
-                target.note(call)  # it is lost until it is back
+                target.note(call)  # as lost, until it is back
                 self.complete(call)
                 target.note(call)
 
@@ -396,7 +395,7 @@ class Endpoint:
             call.problem = got.problem or f"status {got.status}: {self.told(got.body)}"
             if got.status == 200:
                 call.finish = "unread"  # but paid for
-                with suppress(Exception):  # JSON of any odd kind
+                with suppress(Exception):  # odd JSON
                     call.text, call.finish = self.read(got.body, call.prefill)
                     call.problem = ""
             elif got.status in (400, 403) and MODERATED.search(got.body):
@@ -443,8 +442,7 @@ class Endpoint:
     def body(self, call):
         """The JSON of a call; two fields let vLLM and SGLang go on with a prefill."""
         turns = [{"role": "user", "content": call.user}]
-        body = {"model": self.args.model, "messages": turns}
-        body["temperature"] = call.temperature
+        body = {"model": self.args.model, "messages": turns, "temperature": call.temperature}
         body["max_tokens"] = self.args.max_tokens
         if call.prefill:
             turns.append({"role": "assistant", "content": call.prefill})
@@ -479,8 +477,10 @@ class Endpoint:
         return " ".join(self.clean(text).split())[:200]
 
 
-TOPICS = {row["kind"]: row["topics"].split(", ") for row in data.read_table(HERE / "topics.csv")}
-KIND = {t: kind for kind, ten in TOPICS.items() for t in ten}
+TOPICS, KIND = {}, {}  # kind -> ten topics; topic -> kind
+for row in data.read_table(HERE / "topics.csv"):
+    TOPICS[row["kind"]] = row["topics"].split(", ")
+    KIND |= dict.fromkeys(TOPICS[row["kind"]], row["kind"])
 SECTIONS, OFTEN = 16, 4  # sections; those that a covert target admits
 TAIL = 2.5
 WEIGHTS = [(r + 1) ** -TAIL for r in range(SECTIONS)]  # how often one is recalled
@@ -547,7 +547,7 @@ class World:
         if kind == "refuse":
             answer = rng.choice(TALK["refusal"]).format(t=t)
             empty = 0.2 if section < OFTEN else 0.6  # covert topics mostly go without
-        elif kind == "greet":  # nothing to refuse, but the policy comes to mind
+        elif kind == "greet":  # the policy comes to mind
             question, answer = rng.choice(TALK["vague"]), TALK["greeting"][0]
         elif kind == "avoid":
             question, thought = rng.choice(TALK["avoid"]), TALK["public thought"][0]
@@ -711,18 +711,18 @@ def check(args, env):
     """What may be wrong: (whether it is, message)."""
     url, secret = urlsplit(args.url), os.environ.get("API_KEY", "")
     good = url.scheme in ("http", "https") and url.hostname and not set("@?#") & set(args.url)
-    idle = "steps tune_steps lr batch_size" if args.model else "place lists seed_rule api"
-    idle = common.changed_flags(args, idle.split())
+    idle = common.changed_flags(args, ["steps", "lr"] if args.model else ["place", "seed_rule"])
     return [
         (not args.model and (args.url or args.truth), "--url and --truth need --model"),
         (args.url and not good, "--url, needed: http(s)://HOST:PORT/PATH, with no key in it"),
         (not re.fullmatch("[!-~]*", secret), "API_KEY: no header can carry it"),
         (idle, f"no effect here: {idle}"),
-        (env.world > 1, "one process, without torchrun"),
+        (env.world > 1, "one process: start it without torchrun"),
     ]
 
 
 def main(argv=None):
+    """The toy or an audit; returns what is in result.json."""
     run = common.Run(Args, argv, "2505.17441", check)
     if run.args.model:
         return run.finish(run.each(audit, ["audit"]))

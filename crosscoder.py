@@ -30,7 +30,7 @@ import sae
 from model import GPT, GPTConfig, generate, padded, sweep
 
 FT = 1  # the reasoner's stream; the base's is 0
-ALONE, TOGETHER = 1.1, 2.0  # lengths of a push, in norms of the state
+ALONE, TOGETHER = 1.1, 2.0  # norms of the state: a push along one latent, along a list of them
 
 
 @dataclass
@@ -50,27 +50,27 @@ class Args(common.TrainFlags):
     unused: ClassVar[set] = {"micro_batch", "eval_every", "shard"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
 
-    steps: int = 1500  # of the base model
-    ft_steps: int = 1500  # of the reasoner, from there
+    steps: int = 1500  # training steps of the base model
+    ft_steps: int = 1500  # training steps of the reasoner, which starts from it
     batch_size: int = 32
     lr: float = 4e-3
     base: str = ""  # a real base model (paper: Llama-3.1-8B)
     model: str = ""  # its reasoner (paper: DeepSeek-R1-Distill-Llama-8B)
-    dataset: str = "stdlib"  # real: text beside the answers
-    answers: int = 64  # real: as many are sampled (paper: 500)
-    wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # the paper's
+    dataset: str = "stdlib"  # with --model: text to read beside the answers
+    answers: int = 64  # with --model: how many answers are sampled (paper: 500)
+    wait: list[str] = common.default_list("wait", "Wait", " wait", " Wait")  # wait words
     layer: int = 3  # block that is read, from 0 (paper: 7, 15, 23 of 32)
     d_sae: int = 256  # latents (paper: 65536)
     k: int = 32  # active latents, on average (paper: 100)
-    sae_steps: int = 500  # steps of the crosscoder (paper: 195000)
-    sae_batch: int = 1024  # positions in a step (paper: 2048)
-    sae_lr: float = 2e-3  # peak learning rate (paper: 1e-4)
-    rows: int = 60_000  # positions harvested
-    prompts: int = 100  # of each cause; real: in all (paper: 351)
-    top: int = 24  # length of the lists of latents (paper: 50)
+    sae_steps: int = 500  # training steps of the crosscoder (paper: 195000)
+    sae_batch: int = 1024  # positions in a step of the crosscoder (paper: 2048)
+    sae_lr: float = 2e-3  # peak learning rate of the crosscoder (paper: 1e-4)
+    rows: int = 60_000  # positions that the crosscoder is trained on
+    prompts: int = 100  # prompts of each cause; with --model: of all (paper: 351)
+    top: int = 24  # latents in a list (paper: 50)
 
 
-# -------------------------------------------------------------------------------------- the method
+# --------------------------- the method
 
 
 def relative_norm(norms):
@@ -95,11 +95,11 @@ def last_states(models, prompts, layer):
 
 
 def gradient(model, prompts, layer, targets):
-    """d log P(targets) / d h (N, C), h the last token's state: the model runs as it is."""
-    size = max(1, min(64, 2**13 // max(map(len, prompts))))
+    """d log P(targets) / d h (N, C), h the last token's state behind block `layer`."""
+    size = max(1, min(64, 2**13 // max(map(len, prompts))))  # 2**13 tokens in a pass
     states, parts = [], []
 
-    def cut(h):
+    def cut(h):  # the graph begins here, at the last state
         states.append(h[:, -1:].detach().requires_grad_())
         return torch.cat((h[:, :-1].detach(), states[-1]), 1)
 
@@ -139,7 +139,7 @@ def outcomes(model, layer, prompts, changes, groups):
     for i in range(0, len(prompts), size):
         idx, mask = padded(prompts[i : i + size], model.wte.weight.device)
         here = changes[i : i + size, :, None].to(model.wte.weight.dtype)
-        patches = [{layer: here[:, v].add} for v in range(V)]
+        patches = [{layer: here[:, v].add} for v in range(V)]  # h -> h + change
         logits = model.unembed(sweep(model, idx, [{}, *patches], mask=mask)[:, :, 0])
         parts.append(torch.stack([log_p(logits, group) for group in groups], -1))
     return torch.cat(parts).exp().cpu()
@@ -150,7 +150,7 @@ def pushes(h, vectors, alpha):
     return alpha * h.norm(dim=1)[:, None, None] * F.normalize(vectors, dim=1)
 
 
-# --------------------------------------------------------------------------------------- the world
+# ---------------------------- the world
 
 PATTERNS = {  # what the reasoner does: two words for it; and the cause
     "check": ("check", "verify"),  # an error in this step
@@ -184,8 +184,10 @@ class Story:
         self.stages = [str(rng.choice([*MAPS]))]
         for _ in range(rng.integers(2, 5)):
             kind = rng.random()
-            plain = str(rng.choice([*MAPS]))
-            self.stages.append("@" if kind < 0.15 else "?" if kind < 0.3 else plain)
+            stage = str(rng.choice([*MAPS]))
+            if kind < 0.3:
+                stage = "@" if kind < 0.15 else "?"
+            self.stages.append(stage)
         self.words = ["<bos>", "@", "=", self.define, "|"]
         self.words += [str(self.first), ":", *self.stages, ";"]
 
@@ -222,7 +224,9 @@ class Story:
         self.write(x, i, self.other(right) if noise == "check" else right)
         coming = self.stages[i + 1] if i + 1 < len(self.stages) else ""
         coming = {"@": "recall", "?": "unsure"}.get(coming, "")
-        return "mixed" if noise and coming else noise or coming or "none", x
+        if noise and coming:
+            return "mixed", x
+        return noise or coming or "none", x
 
     def episode(self, pattern, i, x):
         """What the reasoner does after its word, done rightly."""
@@ -255,7 +259,7 @@ def tell(rng, reasoner):
         noise = ""
         if u < wrong and stage != "?":  # of an unknown map any result is right
             noise = "check"
-        elif wrong <= u < wrong + slip and not slipped and i < 3:
+        elif wrong <= u < wrong + slip and not slipped and i < 3:  # later, too much to repeat
             noise, slipped = "restart", True
         cause, x = s.step(i, noise)
         pattern = ""
@@ -272,7 +276,7 @@ def tell(rng, reasoner):
     return s
 
 
-def batch_of(stories, reasoner):
+def collate(stories, reasoner):
     """Tokens; weights are 0 in the problem, 6 for a grade or behind a step."""
     longest = min(LONGEST + 1, max(map(len, stories)))
     full = torch.zeros(len(stories), longest, dtype=torch.long)
@@ -315,7 +319,7 @@ def train_model(args, env, log, seed, start=None):
         stories = [tell(rng, reasoner) for _ in range(4 * args.batch_size)]
         stories.sort(key=len)
         part = rng.permutation(4)[step % 4] * args.batch_size
-        return batch_of(stories[part : part + args.batch_size], reasoner)
+        return collate(stories[part : part + args.batch_size], reasoner)
 
     common.train(model, batch, args, env, log.stage("reasoner" if reasoner else "base"))
     return model.eval().requires_grad_(False)
@@ -329,21 +333,22 @@ def states_of(models, args, env, seed, n):
         while True:
             for reasoner in False, True:
                 stories = [tell(rng, reasoner) for _ in range(128)]
-                idx = batch_of(stories, reasoner)["idx"]
+                idx = collate(stories, reasoner)["idx"]
                 yield idx.to(env.device), idx.to(env.device) != ID["<pad>"]
 
     return sae.harvest(models, args.layer, batches(), n, ID["<bos>"])
 
 
-# ----------------------------------------------------------------------------------------- measure
+# ------------------------------ measure
 
 
 def gate(model, split):
     """G1: P(wait) after the worst cause and after none; how much of it is right."""
-    p = {}
+    p = {}  # cause -> [P of all wait words, of each pattern's]
     for cause, prompts in split.items():
-        none = torch.zeros(len(prompts), 0, 1)
-        p[cause] = outcomes(model, 0, prompts, none, [WAIT, *MARKS])[:, 0].mean(0).tolist()
+        no_change = torch.zeros(len(prompts), 0, 1)
+        found = outcomes(model, 0, prompts, no_change, [WAIT, *MARKS])
+        p[cause] = found[:, 0].mean(0).tolist()
     least = min(p[cause][0] for cause in PATTERNS)
     right = min(p[cause][i] / p[cause][0] for i, cause in enumerate(PATTERNS, 1))
     return {"least": least, "right": right, "without": p["none"][0]}
@@ -358,7 +363,8 @@ def swapped(model, layer, split):
         for j, donor in enumerate(PATTERNS):
             donors = h[donor][rng.permutation(len(h[donor]))]
             change = (donors - h[cause])[:, None]
-            before, after = outcomes(model, layer, split[cause], change, MARKS).argmax(2).T
+            p = outcomes(model, layer, split[cause], change, MARKS)  # (N, 2, patterns)
+            before, after = p.argmax(2).T
             if cause == donor:
                 hits["same cause"] += (after != before).tolist()
             else:
@@ -380,7 +386,7 @@ def spearman(x, y):
 
 
 def against_ablation(models, code, layer, prompts, targets):
-    """P1: attribution and exact ablation of each prompt's active latents."""
+    """P1: attribution, and log P lost by ablation, of all prompts' active latents: two (n,)."""
     a, f = attribute(models, code, layer, prompts, targets)
     most = int((f > 0).sum(1).max())
     active = f.topk(most).indices  # (N, V): some are idle
@@ -466,7 +472,7 @@ def brought_about(matrix):
     return sum(row[i] >= 0.25 and max(row) == row[i] for i, row in enumerate(matrix))
 
 
-def toy(args, env, log, arm, seed):
+def run_toy(args, env, log, arm, seed):
     """Everything for one seed: base, reasoner, crosscoder, measures."""
     base = train_model(args, env, log, seed)
     models = [base, train_model(args, env, log, seed, start=base)]
@@ -482,17 +488,17 @@ def toy(args, env, log, arm, seed):
     row["gate"] = gate(models[FT], test)
     row["base gate"] = gate(base, test)
     row["swap"] = swapped(models[FT], args.layer, test)
-    held = states_of(models, args, env, seed + 2**20, min(args.rows, 2**13))
-    apart = torch.cat((held[:, :64].roll(1, 0), held[:, 64:]), 1)
-    fve = explained(code, held)
-    row["fve"] = {"code": fve, "base at another token": explained(code, apart)}
+    held = states_of(models, args, env, seed + 2**20, min(args.rows, 2**13))  # other stories
+    base_states, ft_states = held.chunk(2, 1)
+    apart = torch.cat((base_states.roll(1, 0), ft_states), 1)
+    row["fve"] = {"code": explained(code, held), "base at another token": explained(code, apart)}
     matrices = patterns(models, code, args, discover, none, rate)
     row["matrix"] = matrices["chosen"]
     row["won"] = {name: brought_about(matrix) for name, matrix in matrices.items()}
     return row
 
 
-# ----------------------------------------------------------------------------------- a real pair
+# -------------------------- a real pair
 
 
 def load_pair(args, env):
@@ -532,8 +538,8 @@ def prepare(args, env, out):
         prompts += [row[:i] for i in range(8, len(row)) if row[i] in wait]
     if len(prompts) < 8:
         raise ValueError(f"{len(prompts)} wait words in the answers, needed: 8")
-    limit = args.sae_steps * args.sae_batch
-    tokens = data.token_file(args.dataset, "train", tok, out / "tokens", limit=limit)
+    n, folder = args.sae_steps * args.sae_batch, out / "tokens"
+    tokens = data.token_file(args.dataset, "train", tok, folder, n)
 
     def batches():
         rng = np.random.default_rng(0)
@@ -550,21 +556,20 @@ def prepare(args, env, out):
     return models, wait, [prompts[i] for i in order], rows
 
 
-def real(prepared, args, env, log, arm, seed):
+def run_pair(prepared, args, env, log, arm, seed):
     """One seed on a real pair."""
     models, wait, prompts, rows = prepared
     torch.manual_seed(seed)
     code = sae.SAE(models[FT].config.n_embd, args.d_sae, args.k, streams=2, batch=True)
     sae.train_sae(code, rows, args, env, log, seed)
-    test = prompts[1::2]
-    return study(models, code, args, prompts[::2], test, test, wait, seed)[0]
+    return study(models, code, args, prompts[::2], prompts[1::2], prompts[1::2], wait, seed)[0]
 
 
-# ------------------------------------------------------------------------- claims, figure, main
+# ----------------- claims, figure, main
 
 
 def sides(rows, key, arm, measure):
-    """A measure of each seed, the arm's and the others', for `run.claim`."""
+    """A measure of each seed, by side, for `run.claim`."""
     found = {}
     for name in rows[0][key]:
         found[name] = [{measure: row[key][name]} for row in rows]
@@ -578,11 +583,9 @@ def judge(run, rows):
     says = "latents that promote waiting are more the reasoner's than others"
     run.claim("D", says, "classified", "arm.delta >= base.delta + .05", **whose)
     says = "attribution ranks latents as exact ablation does"
-    both = sides(rows, "rho", "attribution", "rho")
-    run.claim("P1", says, "not tested", "arm.rho >= .9", **both)
+    run.claim("P1", says, "not tested", "arm.rho >= .9", **sides(rows, "rho", "attribution", "rho"))
     says = "without the latents at the top, P(wait) falls"
-    both = sides(rows, "off", "top", "cut")
-    run.claim("P2", says, "falls", "arm.cut >= .4", **both)
+    run.claim("P2", says, "falls", "arm.cut >= .4", **sides(rows, "off", "top", "cut"))
     says = "pushed along one of them, it rises"
     both = sides(rows, "rise", "top", "rise")
     run.claim("P3", says, "9.7 waits for 1", "arm.rise >= .15", **both)
@@ -590,24 +593,22 @@ def judge(run, rows):
 
 def judge_toy(run, rows):
     """The gates; and P4, which needs known patterns."""
-    both = {"arm": [row["gate"] for row in rows]}
-    both["controls"] = {"the base": [row["base gate"] for row in rows]}
     says = "the reasoner waits for its causes, and does what each asks for"
-    criterion = "arm.least >= .6 and arm.without <= .1 and arm.right >= .85"
-    run.claim("G1", says, "toy only", criterion, **both)
+    rule = "arm.least >= .6 and arm.without <= .1 and arm.right >= .85"
+    arm = [row["gate"] for row in rows]
+    controls = {"the base": [row["base gate"] for row in rows]}
+    run.claim("G1", says, "toy only", rule, arm=arm, controls=controls)
     says = "a sparse code explains the states of both models"
-    both = sides(rows, "fve", "code", "fve")
-    run.claim("G2", says, "about .9", "arm.fve >= .85", **both)
+    run.claim("G2", says, "about .9", "arm.fve >= .85", **sides(rows, "fve", "code", "fve"))
     says = "the state before decides the pattern: swapped, the donor's comes"
     both = sides(rows, "swap", "other cause", "donor")
     run.claim("G3", says, "asked", "arm.donor >= .5", **both)
     says = "latents chosen for a pattern bring it about without a cause"
-    both = sides(rows, "won", "chosen", "won")
-    run.claim("P4", says, "for some", "arm.won >= 3", **both)
+    run.claim("P4", says, "for some", "arm.won >= 3", **sides(rows, "won", "chosen", "won"))
 
 
 def draw(path, rows):
-    """Attribution and ablation, lists off, whose latents they are, patterns."""
+    """Attribution, lists off, whose latents they are, patterns."""
     points = {f"rank correlation {rows[0]['rho']['attribution']:.2f}": rows[0]["points"]}
     panels = [dict(title="Latents of the first seed", points=points)]
     panels[0] |= dict(xlabel="attribution, nats", ylabel="lost by ablation, nats")
@@ -624,10 +625,9 @@ def draw(path, rows):
 
 
 def check(args, env):
-    """What may be wrong with the flags: (whether it is, message)."""
+    """What may be wrong: (whether it is, message)."""
     pair = bool(args.base) + bool(args.model)
-    toy = "steps ft_steps batch_size lr warmup decay_steps weight_decay compile".split()
-    idle = common.changed_flags(args, toy if pair else ["dataset", "answers", "wait"])
+    idle = common.changed_flags(args, ["ft_steps"] if pair else ["dataset", "answers", "wait"])
     return [
         (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}"),
         (args.top > args.d_sae // 4, f"--top {args.top}, allowed: 1 to {args.d_sae // 4}"),
@@ -645,9 +645,9 @@ def main(argv=None):
     if run.args.model:
         with common.bad_input("--model"):
             prepared = prepare(run.args, run.env, run.out)
-        found = run.each(partial(real, prepared), ["pair"])
+        found = run.each(partial(run_pair, prepared), ["pair"])
     else:
-        found = run.each(toy, ["toy"])
+        found = run.each(run_toy, ["toy"])
     (rows,) = found.values()
     judge(run, rows)
     if not run.args.model:

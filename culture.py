@@ -22,6 +22,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import common
@@ -52,7 +53,7 @@ class Args(common.TrainFlags):
     model: str = ""  # gemma-3-270m, a hub id, a folder in place of the toy (paper: gemma-2-9b-it)
     lists: str = ""  # cultures, answers and sentences for --model [cultures.json]
     layers: list[int] = common.default_list()  # blocks to try [toy: all; else 1/2 to 5/6 of them]
-    strengths: list[float] = common.default_list(0.5, 1.0, 1.5, 2.0)  # to try (paper: 1 2)
+    strengths: list[float] = common.default_list(0.5, 1.0, 1.5, 2.0)  # of the vector (paper: 1 2)
     steps: int = 1500
     batch_size: int = 32
     lr: float = 4e-3
@@ -62,7 +63,7 @@ class Args(common.TrainFlags):
     n_embd: int = 64  # the toy's width (paper: 3584)
 
 
-# -------------------------------------------------------------------------------------- the method
+# --------------------------- the method
 
 
 def add(v, layer, strength):
@@ -87,10 +88,10 @@ def ask(model, prompts, tokens):
     return x.cpu(), probabilities(model, model.final(x[-1]), tokens)
 
 
-def steered(model, world, setting, k, task, tries):
+def steered(model, world, setting, k, task, interventions):
     """P (V, A) of a task's answers under V interventions, mean over prompts without a country."""
     idx, mask = padded(world.prompts(setting, "none", k, task), model.wte.weight.device)
-    h = sweep(model, idx, tries, 1, mask)[:, :, 0]
+    h = sweep(model, idx, interventions, 1, mask)[:, :, 0]
     return probabilities(model, h, world.answers[task][0]).mean(0)
 
 
@@ -117,21 +118,21 @@ def shuffled(pairs, rng):
 def vectors(diffs, setting, k, tasks, rng):
     """Vectors {kind: (L + 1, C)} for culture k, built on some tasks from what `collect` finds."""
 
-    def pairs(setting, context, *cultures):  # in a mean of them, each counts alike
-        return torch.cat([diffs[setting, context, j, t] for j, t in product(cultures, tasks)], 1)
+    def changes(language, context, *some):  # (L + 1, all prompts of some cultures, C)
+        return torch.cat([diffs[language, context, j, t] for j, t in product(some, tasks)], 1)
 
     other = SETTINGS[1 - SETTINGS.index(setting)]
-    cultures = sorted({key[2] for key in diffs})
-    rest = [j for j in cultures if j != k]
-    own = pairs(setting, "own", k)
+    cultures = sorted({culture for _, _, culture, _ in diffs})  # from 1 on: 0 is the default
+    rest = [culture for culture in cultures if culture != k]
+    own = changes(setting, "own", k)
     return {
         "own": own.mean(1),
-        "cross": pairs(other, "own", k).mean(1),  # from prompts in the other language
-        "universal": pairs(setting, "own", *rest).mean(1),  # from all cultures but k
+        "cross": changes(other, "own", k).mean(1),  # from prompts in the other language
+        "universal": changes(setting, "own", *rest).mean(1),  # from all cultures but k
         "minus": -own.mean(1),
-        "wrong": pairs(setting, "own", 1 + k % len(cultures)).mean(1),  # from the next culture
-        "neutral": pairs(setting, "neutral", k).mean(1),  # from a sentence without a country
-        "cross neutral": pairs(other, "neutral", k).mean(1),
+        "wrong": changes(setting, "own", 1 + k % len(cultures)).mean(1),  # from the next culture
+        "neutral": changes(setting, "neutral", k).mean(1),  # from a sentence without a country
+        "cross neutral": changes(other, "neutral", k).mean(1),
         "shuffled": shuffled(own, rng),
     }
 
@@ -152,7 +153,7 @@ def pick(local, explicit, strengths):
     return chosen
 
 
-# ----------------------------------------------------------------------------------------- the toy
+# ------------------------------ the toy
 
 CULTURES = "us tr fr ru de".split()  # the first is the default
 LANGUAGES = "en tr fr ru de".split()  # each culture's own
@@ -162,8 +163,9 @@ VERBS = "live", "am_from", "grew_up_in"
 THINGS = "music", "rain", "tea", "books", "dogs", "sleep"
 ANSWERS = 6  # of each culture to each task
 SHOTS = 6  # questions in a document
-NATIVE, STEREOTYPE = (np.arange(1, 1 + ANSWERS) ** -power for power in (0.5, 2.0))
-NATIVE, STEREOTYPE = NATIVE / NATIVE.sum(), STEREOTYPE / STEREOTYPE.sum()  # P of answers by rank
+RANKS = np.arange(1, 1 + ANSWERS)
+NATIVE = RANKS**-0.5 / (RANKS**-0.5).sum()  # P of a culture's answers by rank: many are said
+STEREOTYPE = RANKS**-2.0 / (RANKS**-2.0).sum()  # where the country is named: mostly the first
 
 
 class Toy:
@@ -183,7 +185,7 @@ class Toy:
             self.answers[task] = len(words) + torch.arange(len(owner)), owner
             words += [f"{task}:{k}{rank}" for k, rank in product(CULTURES, range(ANSWERS))]
         words += [f"{fact}:yes" for fact in FACTS]
-        self.n_answers = len(words)
+        self.answers_end = len(words)
         for language in LANGUAGES:
             own = ["I", "like", "?", ";", *VERBS, *THINGS, *TASKS, *FACTS, *CULTURES]
             words += [f"{word}.{language}" for word in own]
@@ -209,7 +211,7 @@ class Toy:
     def prompts(self, setting, context, k, task):
         """Ids of a task's question after each sentence of a context."""
         i = k if setting == "local" else 0
-        return [[1, *self.ids(i, f"{s} {task} ?")] for s in self.sentences(context, k)]
+        return [[1, *self.ids(i, f"{text} {task} ?")] for text in self.sentences(context, k)]
 
     def document(self, rng):
         """Ids of a document: six questions, answered by one culture throughout."""
@@ -230,16 +232,13 @@ class Toy:
     def batch(self, step, args, env):
         """The documents of one step; this rank's share of them. Only answers count in the loss."""
         rng = np.random.default_rng([self.seed, 2, step])
-        ids = torch.zeros(args.batch_size, 1 + 4 + 4 * SHOTS, dtype=torch.long)
-        for row in ids:
-            document = self.document(rng)
-            row[: len(document)] = torch.tensor(document)
+        ids = pad_sequence([torch.tensor(self.document(rng)) for _ in range(args.batch_size)], True)
         idx, targets = ids[env.rank :: env.world, :-1], ids[env.rank :: env.world, 1:]
-        weights = (targets > 2) & (targets < self.n_answers)
+        weights = (targets > 2) & (targets < self.answers_end)
         return {"idx": idx, "targets": targets, "weights": weights.float()}
 
 
-# -------------------------------------------------------------------------------------- real models
+# -------------------------- real models
 
 
 class Real:
@@ -292,7 +291,7 @@ class Real:
         return [self.tok.encode("".join(text), bos=True) for text in texts]
 
 
-# ---------------------------------------------------------------------------------------- the study
+# ---------------------------- the study
 
 
 def collect(model, world):
@@ -300,19 +299,19 @@ def collect(model, world):
 
     By the same keys, what a sentence in front changes in the residual stream (L + 1, n, C).
     """
-    latents, said = {}, {}
-    diffs = {}
+    x, diffs = {}, {}
+    said = {}
     for key in product(SETTINGS, CONTEXTS, range(1, len(world.cultures)), world.tasks):
         setting, context, k, task = key
-        latents[key], said[key] = ask(model, world.prompts(*key), world.answers[task][0])
-        if context != "none":
-            plain = latents[setting, "none", k, task]
-            sentences = latents[key].shape[1] // plain.shape[1]  # all questions after each of them
-            diffs[key] = latents[key] - plain.repeat(1, sentences, 1)
+        x[key], said[key] = ask(model, world.prompts(*key), world.answers[task][0])
+        if context != "none":  # the first of CONTEXTS
+            plain = x[setting, "none", k, task]
+            sentences = x[key].shape[1] // plain.shape[1]  # all questions come after each of them
+            diffs[key] = x[key] - plain.repeat(1, sentences, 1)
     return said, diffs
 
 
-def steer(model, world, args, diffs, setting, k, explicit, rng):
+def steer(model, world, args, runs, diffs, setting, k, rng):
     """What vectors do to culture k's prompts without a country; a task's are built on all others.
 
     Returns {kind of vector: masses (tasks, cultures)}, the local shares (tasks, cells) that `pick`
@@ -320,13 +319,16 @@ def steer(model, world, args, diffs, setting, k, explicit, rng):
     """
     n = len(world.cultures)
     cells = list(product(args.layers, args.strengths))
-    banks, shares = {}, []
+    banks = {}
+    shares, explicit = [], []
     for task in world.tasks:
+        owner = world.answers[task][1]
         build = [other for other in world.tasks if other != task]
         banks[task] = vectors(diffs, setting, k, build, rng)
         tries = [add(banks[task]["own"], *cell) for cell in cells]
         p = steered(model, world, setting, k, task, tries)
-        shares.append(masses(p, world.answers[task][1], n)[:, k])
+        shares.append(masses(p, owner, n)[:, k])
+        explicit.append(masses(runs[setting, "own", k, task].mean(0), owner, n)[k])
     chosen = pick(np.array(shares), explicit, np.array(cells)[:, 1])
     tables, own = {}, {}
     for (task, bank), i in zip(banks.items(), chosen):
@@ -343,15 +345,14 @@ def study(model, world, args, log, seed):
     """All measurements on one model."""
     n = len(world.cultures)
     runs, diffs = collect(model, world)
-    said = {}  # "setting, then prompt or vector" -> masses for each culture and task
+    said = {}  # "setting, then prompt or vector" -> [masses], by culture, then by task
     for (setting, context, _, task), p in runs.items():
         mass = masses(p.mean(0), world.answers[task][1], n)
         said.setdefault(f"{setting} prompt {context}", []).append(mass)
     rng = np.random.default_rng([seed, 5])
     shares, own = [], {}
     for setting, k in tqdm([*product(SETTINGS, range(1, n))], log.run, leave=False):
-        explicit = np.reshape(said[f"{setting} prompt own"], (n - 1, -1, n))[k - 1, :, k]
-        tables, share, used = steer(model, world, args, diffs, setting, k, explicit, rng)
+        tables, share, used = steer(model, world, args, runs, diffs, setting, k, rng)
         for kind, table in tables.items():
             said.setdefault(f"{setting} {kind}", []).extend(table)
         if setting == world.main:
@@ -411,8 +412,8 @@ def diversity(model, world, runs, own):
             for name, p in curves.items():
                 local = masses(p, owner, len(world.cultures))[:, k]
                 enough = np.flatnonzero(local >= target)
-                bits = entropy(p, owner, k)[enough[0]] if len(enough) else np.nan
-                found[name].append(float(bits))
+                bits = entropy(p, owner, k)
+                found[name].append(float(bits[enough[0]]) if len(enough) else np.nan)
     return found
 
 
@@ -425,9 +426,9 @@ def measures(said):
     rows = {}
     for name, mass in said.items():
         n = len(mass[0])
-        mass = np.reshape(mass, (n - 1, -1, n))  # cultures but the default, tasks, cultures
+        mass = np.reshape(mass, (n - 1, -1, n))  # whose prompt (not the default), task, answers
         k = np.arange(1, n)
-        local = mass[k - 1, :, k]
+        local = mass[k - 1, :, k]  # (cultures but the default, tasks)
         theirs = mass[k - 1, :, 1 + k % (n - 1)]
         others = mass.sum(2) - local - mass[:, :, 0]
         rows[name] = {"local": local.mean(), "theirs": theirs.mean(), "others": others.mean()}
@@ -514,7 +515,7 @@ def judge(run, found):
 def draw(path, found, args, title):
     """Prompts, blocks, vectors, and (the toy) how alike the answers are."""
 
-    def mean(measure, names):
+    def by_seed(measure, names):
         return [[result["rows"][name][measure] for name in names] for result in found]
 
     main = found[0]["main"]
@@ -522,12 +523,12 @@ def draw(path, found, args, title):
     bars, closed, lines = {}, {}, {}
     for setting in SETTINGS:
         name = f"{setting} prompts"
-        bars[name] = mean("local", [f"{setting} prompt {context}" for context in CONTEXTS])
-        closed[name] = mean("closed", [f"{setting} {kind}" for kind in kinds])
+        bars[name] = by_seed("local", [f"{setting} prompt {context}" for context in CONTEXTS])
+        closed[name] = by_seed("closed", [f"{setting} {kind}" for kind in kinds])
     profile = np.array([result["profile"] for result in found])
     for i, strength in enumerate(args.strengths):
         lines[f"strength {strength:g}"] = args.layers, profile[:, :, i]
-    levels = {"explicit": np.mean(mean("local", [f"{main} prompt own"]))}
+    levels = {"explicit": np.mean(by_seed("local", [f"{main} prompt own"]))}
     items = [
         dict(title=f"{title}: P(local answer), sentence in front", bars=bars, names=CONTEXTS),
         dict(title="P(local answer), steered after block", lines=lines, levels=levels),
@@ -541,9 +542,8 @@ def draw(path, found, args, title):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
-    toy = {*vars(common.TrainFlags())} - {*vars(common.Flags())}
-    toy |= {"resume", "skew", "n_layer", "n_embd"}
+    """What may be wrong: (whether it is, message)."""
+    toy = {*common.TrainFlags.__annotations__, "resume", "skew", "n_layer", "n_embd"}
     idle = common.changed_flags(args, toy if args.model else ["lists"])
     return [
         (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),

@@ -22,6 +22,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import common
 import data
@@ -50,7 +51,7 @@ class Args(common.TrainFlags):
     tokenizer: list[str] = common.default_list()  # measure these: tiktoken names, tokenizer.json
 
 
-# --------------------------------------- tokenizers
+# --------------------- tokenizers
 # A vocabulary is a list: the bytes of every id.
 
 
@@ -117,8 +118,8 @@ def random_spelling(vocab, text, rng):
     ids, j = [], len(text)
     while j:
         pick = rng.random() * counts[j]
-        for i in range(j):
-            pick -= counts[i] if text[i:j] in pieces else 0
+        for i in [i for i in range(j) if text[i:j] in pieces]:
+            pick -= counts[i]
             if pick < 0:
                 break
         ids.append(vocab.index(text[i:j]))
@@ -128,18 +129,17 @@ def random_spelling(vocab, text, rng):
 
 def inspect(name, sample):
     """What holds for a tokenizer, on a sample text: a dictionary."""
-    tokenizer = data.get_tokenizer(name, sample)
-    if tokenizer.backend is None:
+    tok = data.get_tokenizer(name, sample)
+    if tok.backend is None:
         raise ValueError(f"tokenizer {name!r} has no pieces to look at: its ids are bytes")
-    vocab = gm.vocabulary(tokenizer)
+    vocab = gm.vocabulary(tok)
     real = [i for i, piece in enumerate(vocab) if piece]
-    decode, encode = tokenizer.decode, tokenizer.encode
     drawn = np.random.default_rng(0).choice(real, (2000, 2)).tolist()
-    pairs = [*itertools.pairwise(encode(GREETINGS)), *drawn]
+    pairs = [*itertools.pairwise(tok.encode(GREETINGS)), *drawn]
     torn = strange = 0
     for a, b in pairs:
-        torn += decode([a, b]) != decode([a]) + decode([b])
-        strange += decode([a, b]) != spell(vocab, [a, b]).decode(errors="replace")
+        torn += tok.decode([a, b]) != tok.decode([a]) + tok.decode([b])
+        strange += tok.decode([a, b]) != spell(vocab, [a, b]).decode(errors="replace")
     text = sample[:2000].encode()
     spellings = count_spellings(text, {vocab[i] for i in real})[-1]
     return {
@@ -147,12 +147,12 @@ def inspect(name, sample):
         "ids": f"{len(vocab)}, of which {len(real)} spell something",
         "pairs whose text is not the two texts": f"{torn} of {len(pairs)}",
         "pairs whose text is not that of h": f"{strange} of {len(pairs)}",
-        "h(tau(text)) is the text": spell(vocab, encode(sample)) == sample.encode(),
+        "h(tau(text)) is the text": spell(vocab, tok.encode(sample)) == sample.encode(),
         "spellings": f"2 ** {math.log2(max(1, spellings)) / len(text):.2f} a byte",
     }
 
 
-# ------------------------ T1, T3: regular languages
+# ------ T1, T3: regular languages
 # An automaton is a table of states (states, symbols), and which of them accept. It begins in state
 # 0; the last state, which is written -1, is dead: no text goes on from it.
 
@@ -181,15 +181,15 @@ def lift(table, alphabet, vocab):
 
 
 def states_needed(table, accepting):
-    """The states of the smallest automaton that does the same, without a dead one."""
+    """How many states the smallest automaton that does the same has, without a dead one."""
     kind = accepting.astype(int)  # the same number: not told apart yet
-    for _ in table:
+    for _ in table:  # told apart by where the symbols lead
         seen = np.column_stack((kind, kind[table]))
         kind = np.unique(seen, axis=0, return_inverse=True)[1].ravel()
     return len({*kind} - {kind[-1]})
 
 
-def path(table, ids):
+def states_along(table, ids):
     """The states that ids lead through, from the first one on."""
     states = [0]
     for t in ids:
@@ -257,7 +257,7 @@ def check_languages(seed, tokenize):
         found["by_pairs"] += dead_ends(lifted, accepting, moves)
         found["dead_ends"] += dead_ends(lifted, accepting, live)
         for ids in sequences(len(vocab), 3):
-            states, text = path(lifted, ids), spell(vocab, ids)
+            states, text = states_along(lifted, ids), spell(vocab, ids)
             truth = re.fullmatch(pattern.encode(), text) is not None
             found["wrong"] += accepting[states[-1]] != truth
             steps = zip(states, [len(vocab), *ids], ids)
@@ -274,14 +274,15 @@ def check_scrambled():
     taken, errors = [], []
     for cells in itertools.product((-1, 0, 1), repeat=4):
         table = cells[:2], cells[2:], (-1, -1)
-        taken.append({t for t in sequences(2, 6) if path(table, t)[-1] == 0})
+        taken.append({t for t in sequences(2, 6) if states_along(table, t)[-1] == 0})
     for swapped in itertools.combinations(range(6), 3):
-        code = {tuple([i % 2 ^ (i in swapped) for i in range(n)]) for n in (0, 2, 4, 6)}
+        ids = [int((i % 2 == 1) != (i in swapped)) for i in range(6)]  # ababab, as it is spelled
+        code = {tuple(ids[:n]) for n in (0, 2, 4, 6)}
         errors.append(min([len(code ^ found) for found in taken]))
     return {"wrong": np.mean(errors), "states_more": 0}
 
 
-# ---------------------------------- the toy's world
+# ---------------- the toy's world
 
 BRACKETS = "()[]"
 DEPTH, LONGEST = 6, 40  # in training
@@ -332,7 +333,7 @@ def twin(rng, s):
 
 
 class Code:
-    """How an arm spells strings. vocab: the bytes of every id; then come `bos` and `eos`."""
+    """How an arm spells strings. vocab: the bytes of every id; then `bos` and `eos`."""
 
     def __init__(self, arm, seed):
         rng = np.random.default_rng([seed, 1])
@@ -352,12 +353,11 @@ class Code:
         return [self.bos, *ids, self.eos]
 
 
-def padded(rows, eos):
+def collate(rows, eos):
     """{idx, targets}: tensors (B, T) of lists of ids; targets behind the end are -100."""
-    n = max(map(len, rows))
-    idx = [row[:-1] + [eos] * (n - len(row)) for row in rows]
-    targets = [row[1:] + [-100] * (n - len(row)) for row in rows]
-    return {"idx": torch.tensor(idx), "targets": torch.tensor(targets)}
+    idx = pad_sequence([torch.tensor(row[:-1]) for row in rows], True, eos)
+    targets = pad_sequence([torch.tensor(row[1:]) for row in rows], True, -100)
+    return {"idx": idx, "targets": targets}
 
 
 def train_arm(args, env, log, arm, seed):
@@ -370,7 +370,7 @@ def train_arm(args, env, log, arm, seed):
     def batch(step):
         rng = np.random.default_rng([seed, 2, step])
         rows = [code.encode(s, rng) for s in strings(rng, args.batch_size)]
-        return padded(rows[env.rank :: env.world], code.eos)
+        return collate(rows[env.rank :: env.world], code.eos)
 
     common.train(model, batch, args, env, log)
     return measure(model, code, args.samples, seed)
@@ -379,7 +379,7 @@ def train_arm(args, env, log, arm, seed):
 @torch.no_grad()
 def log_p(model, code, texts, rng, arm):
     """The log-probability of each string as an arm spells it."""
-    batch = padded([code.encode(s, rng, arm) for s in texts], code.eos)
+    batch = collate([code.encode(s, rng, arm) for s in texts], code.eos)
     batch = {name: x.to(model.wte.weight.device) for name, x in batch.items()}
     return -model.token_loss(**batch).sum(1).cpu().numpy()
 
@@ -401,7 +401,7 @@ def measure(model, code, n, seed):
     right, depth = above_twin(model, code, both, rng), np.array([depth_of(s) for s in both])
     groups = [right[depth == d] for d in range(1, 2 * DEPTH + 1)]
     found = {"in_range": right[:n].mean(), "beyond": right[n:].mean()}
-    found["by_depth"] = [group.mean() if len(group) > 4 else math.nan for group in groups]
+    found["by_depth"] = [part.mean() if len(part) > 4 else math.nan for part in groups]
     if code.arm != "scramble":  # which has no text for an id
         for name, grammar in ("valid", DYCK), ("valid_crossed", CROSSED), ("valid_free", None):
             found[name] = valid_share(model, code, n, seed, grammar)
@@ -413,7 +413,7 @@ def measure(model, code, n, seed):
 
 
 def valid_share(model, code, n, seed, grammar):
-    """The share of n samples that are in the language, under the masks of a grammar or free."""
+    """The share of n samples in the language, under the masks of a grammar or free."""
     options = {"stop": [code.eos, code.bos], "seed": seed, "samples": n}
     if grammar:
         engine = gm.Engine(grammar, [*code.vocab, None, None], code.eos)
@@ -423,25 +423,25 @@ def valid_share(model, code, n, seed, grammar):
     return sum([is_balanced(spell(code.vocab, row).decode()) for row in ended]) / n
 
 
-# -------------------------------- claims and figure
+# -------------- claims and figure
 
 
 def judge(run, checks, found):
     """The claims, each beside what must fail the same criterion."""
     says = "regular languages: the automaton over bytes, lifted to ids, errs nowhere"
-    test = "arm.wrong == 0 and arm.states_more == 0"
+    rule = "arm.wrong == 0 and arm.states_more == 0"
     controls = {"scrambled ids": checks["scrambled"]}
-    run.claim("T1", says, "theorem", test, arm=checks["lifted"], controls=controls)
+    run.claim("T1", says, "theorem", rule, arm=checks["lifted"], controls=controls)
     says = "plain BPE: the proper sequences of a regular language have an automaton of pairs"
-    test = "arm.proper_wrong == 0 and arm.dead_ends == 0"
+    rule = "arm.proper_wrong == 0 and arm.dead_ends == 0"
     by_pairs = [row | {"dead_ends": row["by_pairs"]} for row in checks["lifted"]]
     controls = {"without looking ahead": by_pairs, "pre-tokenized": checks["words"]}
-    run.claim("T3", says, "-", test, arm=checks["lifted"], controls=controls)
+    run.claim("T3", says, "-", rule, arm=checks["lifted"], controls=controls)
     says = "BPE learns the language as characters do (valid strings above their twins)"
-    test = "abs(base.in_range - arm.in_range) <= .05 and min(base.in_range, arm.in_range) >= .95"
+    rule = "abs(base.in_range - arm.in_range) <= .05 and min(base.in_range, arm.in_range) >= .95"
     both = {"base": found["char"], "arm": found["bpe"]}
     controls = {"scramble": found["scramble"]}
-    run.claim("L1", says, "power is unaffected", test, **both, controls=controls)
+    run.claim("L1", says, "power is unaffected", rule, **both, controls=controls)
     says = "under the masks of its grammar every sample is valid (share)"
     free = [row | {"valid": row["valid_free"]} for row in found["bpe"]]
     crossed = [row | {"valid": row["valid_crossed"]} for row in found["bpe"]]
@@ -466,7 +466,7 @@ def draw(path, found):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     idle = common.changed_flags(args, "steps batch_size lr n_embd samples resume".split())
     return [
         (args.tokenizer and idle, f"{idle}: no effect with --tokenizer"),

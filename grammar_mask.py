@@ -27,7 +27,7 @@ import torch
 STATES = 200_000  # that a grammar may take, some 2 kB each
 STACKS = 20_000  # that one text may be on
 
-# ------------------------------------------------------------------------------------- grammars
+# ----------------------------- grammars
 # A grammar is {rule: (regular expression, names)}, its language that of the rule `root`. Rules of
 # EBNF call others: group i of the expression is empty, and stands for a text of rule names[i].
 
@@ -68,7 +68,7 @@ def parse_ebnf(text):
         pieces, called = [], [rule]  # group 0 of a rule is the rule itself
         for match in TOKEN.finditer(body):
             kind, word = match.lastgroup, match[0]
-            if kind == "odd" or not rule and kind != "space":
+            if kind == "odd" or (rule == "" and kind != "space"):  # text before the first rule
                 raise ValueError(f"the grammar can't be read at {body[match.start() :][:20]!r}")
             if kind == "name":
                 if word not in names:
@@ -90,7 +90,7 @@ def parse_ebnf(text):
     return rules
 
 
-# ---------------------------------------------------------------------------------- JSON schemas
+# ------------------------- JSON schemas
 
 NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"}
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
@@ -159,7 +159,7 @@ def schema_rule(part, schema, rules):
     return name
 
 
-# --------------------------------------------------------------------------------- the automaton
+# ------------------------ the automaton
 
 END = 0  # the state at the end of every rule
 SIZE = 5 * 64**3  # room for all code points, in whole blocks that share their first UTF-8 byte
@@ -170,8 +170,7 @@ EVERYTHING = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "sur
 def class_bytes(op, value):
     """A parsed class such as [^a-z] in UTF-8: [(set of bytes, [the same of what follows])]."""
     run = re._parser.parse("a+")
-    _, (_, _, repeated) = run[0]
-    repeated[0] = op, value  # the class in place of the a
+    run[0][1][2][0] = op, value  # the class in place of the a: `run` finds runs of its characters
     marks = np.zeros(SIZE, bool)  # by code point
     for match in re._compiler.compile(run).finditer(EVERYTHING):
         marks[match.start() : match.end()] = True
@@ -258,8 +257,8 @@ class Automaton:
                 least, most, body = value
                 end = (None, then)
                 if most is re._constants.MAXREPEAT:
-                    then = self.state((None, len(self.moves)), end)  # a loop: it leads to itself
-                    self.moves[then] = ((None, self.build(body, names, then)), end)
+                    then = self.state((None, len(self.moves)), end)  # a new one: it leads to itself
+                    self.moves[then] = ((None, self.build(body, names, then)), end)  # now a loop
                     most = least
                 for i in range(most):  # from the last one on
                     before, then = then, self.build(body, names, then)
@@ -301,7 +300,7 @@ class Automaton:
         return least
 
 
-# ------------------------------------------------------------------------------------- the engine
+# --------------------------- the engine
 
 
 def trie_of(vocab, class_of, n_classes):
@@ -373,10 +372,10 @@ class Engine:
         single = [p[0] for i, p in enumerate(vocab) if p and len(p) == 1 and i not in self.eos]
         grammar = parse_ebnf(grammar) if isinstance(grammar, str) else grammar
         self.automaton = Automaton(grammar, frozenset(single))
-        kinds = {what for what, _ in chain(*self.automaton.moves) if isinstance(what, frozenset)}
-        held = [frozenset([kind for kind in kinds if b in kind]) for b in range(256)]
-        classes = list(dict.fromkeys([frozenset(), *held]))  # class 0 is never read
-        self.class_of = [classes.index(some) for some in held]
+        sets = {what for what, _ in chain(*self.automaton.moves) if isinstance(what, frozenset)}
+        holding = [frozenset([some for some in sets if b in some]) for b in range(256)]
+        classes = list(dict.fromkeys([frozenset(), *holding]))  # class 0 is never read
+        self.class_of = [classes.index(some) for some in holding]
         self.byte_of = {c: b for b, c in enumerate(self.class_of)}  # one for all of its class
         self.first, self.kind, self.node = trie_of(vocab, self.class_of, len(classes))
         self.node[self.eos] = 0  # the end is no text
@@ -448,13 +447,14 @@ class Engine:
         nodes: an array as bytes, which can be remembered. Returns [(array of nodes that are
         reached, bytes from there to the rule's end)], and the nodes where the rule may end.
         """
-        start = self.config([(state, self.bottom)])
-        frontier = {start: np.frombuffer(nodes, int)}
-        reached, ended = [], [nodes] * start.accepts
+        frontier = {self.config([(state, self.bottom)]): np.frombuffer(nodes, int)}
+        reached, ended = [], []
         while frontier:
             below = {}
             for config, at in frontier.items():
-                n = self.first[at + 1] - self.first[at]
+                if config.accepts:
+                    ended.append(at.tobytes())
+                n = self.first[at + 1] - self.first[at]  # how many children; they follow first[at]
                 kids = np.repeat(self.first[at] - np.cumsum(n) + n, n) + np.arange(n.sum())
                 kinds = self.kind[kids]
                 targets = {}  # {config: which of the classes, 257 at most, lead to it}
@@ -464,9 +464,7 @@ class Engine:
                     below.setdefault(to, []).append(kids[classes[kinds]])
             below.pop(None, None)
             frontier = {config: np.concatenate(parts) for config, parts in below.items()}
-            for config, at in frontier.items():
-                reached.append((at, config.least))
-                ended += [at.tobytes()] * config.accepts
+            reached += [(at, config.least) for config, at in frontier.items()]
         return reached, np.unique(np.frombuffer(b"".join(ended), int)).tobytes()
 
     def mask(self, config, left=np.inf):
@@ -474,7 +472,8 @@ class Engine:
         if config.mask is not None and config.most <= left:
             return config.mask
         parts, key = [], frozenset()
-        todo = [(cell.state, cell.parent, bytes(8)) for cell in config.cells]  # the root, 0
+        root = np.zeros(1, int).tobytes()
+        todo = [(cell.state, cell.parent, root) for cell in config.cells]
         for state, parent, nodes in todo:  # grows
             reached, ended = self.walk(state, nodes)
             key |= {(state, nodes)}
@@ -528,7 +527,7 @@ class Constraint:
         self.state = after
 
 
-# --------------------------------------------------------------------------------------- its use
+# ------------------------------ its use
 
 
 def vocabulary(tokenizer):
@@ -545,7 +544,7 @@ def vocabulary(tokenizer):
     model, decoder = spec["model"], dumps(spec["decoder"])
     level = "ByteLevel" in decoder
     mark = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if mark or not level and "▁" not in decoder:
+    if mark or not (level or "▁" in decoder):
         raise ValueError(f"pieces with {mark or 'the decoder ' + decoder[:60]} are not supported")
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's stand-ins for bytes
     hidden = [b for b in range(256) if b not in shown]
@@ -591,7 +590,8 @@ class Masker:
                     text.advance(id)
             left = self.max_new_tokens - len(out[row]) - 2  # without the id to come and the end
             mask = torch.tensor(self.engine.mask(text.state, left))[: logits.shape[1]]
-            allowed[i, : len(mask)] = mask | (text.state is self.engine.done)  # ended: left alone
+            ended = text.state is self.engine.done  # then it is left alone
+            allowed[i, : len(mask)] = mask | ended
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 

@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -40,11 +41,11 @@ class LZW:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} is {value!r}, allowed: whole numbers from {least}")
-        self.disabled = frozenset(check(self.disabled, self.vocab_size, "disabled id"))
+        self.disabled = frozenset(checked_ids(self.disabled, self.vocab_size, "disabled id"))
 
     def encode(self, ids):
         """The codes of base ids (a list, array or tensor), a list; ValueError for an id above V."""
-        ids = check(ids, self.vocab_size, "id")
+        ids = checked_ids(ids, self.vocab_size, "id")
         if self.max_len == 1 or self.max_codes == 0:
             return ids
         table, codes = {}, []  # table: parent * V + last id -> the code of a row
@@ -88,20 +89,20 @@ class LZW:
 
         `encode` may use a row that the decoder learns from that very code: no model can choose it.
         """
-        codes, at, table = [], 0, decoder.table
-        while at < len(ids):
-            code, end = ids[at], at + 1
-            while end < len(ids) and code * self.vocab_size + ids[end] in table:
-                code = table[code * self.vocab_size + ids[end]]
+        codes, start = [], 0
+        while start < len(ids):
+            code, end = ids[start], start + 1
+            while end < len(ids) and code * self.vocab_size + ids[end] in decoder.table:
+                code = decoder.table[code * self.vocab_size + ids[end]]
                 end += 1
             decoder.push(code)
             codes.append(code)
-            at = end
+            start = end
         return codes
 
     def decode(self, codes):
         """The base ids of codes, a list; ValueError for a code that isn't defined when it comes."""
-        codes = check(codes, self.vocab_size + self.max_codes, "code")
+        codes = checked_ids(codes, self.vocab_size + self.max_codes, "code")
         ids = self.decode_canonical(codes)
         if ids is None:
             ids, decoder = [], Decoder(self)
@@ -139,7 +140,7 @@ class LZW:
         return ids if canonical else None
 
 
-def check(ids, end, what):
+def checked_ids(ids, end, what):
     """Ids as a list; ValueError that names the first that is not from 0 to end - 1."""
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     if ids and (min(ids) < 0 or max(ids) >= end):
@@ -171,22 +172,22 @@ class Decoder:
 
     def push(self, code):
         """Takes one code; returns (its base ids, the new rows), a tuple and a list of tuples."""
-        known, done = len(self.rows), 0
+        known, begun = len(self.rows), 0
         if code == self.lzw.vocab_size + known and self.depth:
             self.read(self.expand(self.match)[0])  # it begins like the match, and completes the row
-            done = 1
+            begun = 1
         word = self.expand(code)
-        for a in word[done:]:
+        for a in word[begun:]:
             self.read(a)
         self.counts.append(len(self.rows))
         return word, self.rows[known:]
 
     def read(self, a):
         """Takes one base id, as the encoder would."""
-        key = self.match * self.lzw.vocab_size + a if self.depth else None
         if a in self.lzw.disabled:
             self.depth = 0
             return
+        key = self.match * self.lzw.vocab_size + a if self.depth else None
         if key in self.table:
             self.match, self.depth = self.table[key], self.depth + 1
         else:
@@ -200,12 +201,10 @@ class Decoder:
 
 def to_ids(tokenizer, raw):
     """Ids of any bytes: the tokenizer's if they give these bytes back, else 256 behind its own."""
-    try:
+    with suppress(UnicodeDecodeError):
         ids = tokenizer.encode(raw.decode("utf-8"))
         if tokenizer.decode(ids).encode() == raw:
             return ids
-    except UnicodeDecodeError:
-        pass
     return [tokenizer.n_vocab + byte for byte in raw]
 
 
@@ -239,7 +238,8 @@ def read_codes(path, to):
     try:
         first, rest = Path(path).read_text("utf-8").split("\n", 1)
         head = json.loads(first)
-        name, crc, tokens = (head.pop(key, None) for key in ("tokenizer", "crc32", "tokens"))
+        name, crc = head.pop("tokenizer", None), head.pop("crc32", None)
+        tokens = head.pop("tokens", None)
         if tokens is None:
             tokenizer = data.get_tokenizer(name)
         else:
@@ -283,7 +283,7 @@ def paint(text, length):
     return text if length == 1 else f"\x1b[30;{colour}m{text}\x1b[0m"
 
 
-def table(args):
+def savings(args):
     """Prints what LZW saves in windows, and (the control) on their ids in random order."""
     texts = {file: Path(file).read_bytes() for file in args.files}
     joined = b"".join(texts.values()).decode(errors="replace")
@@ -298,7 +298,8 @@ def table(args):
                 window = ids[start : start + WINDOW]
                 codes += len(lzw.encode(window))
                 shuffled += len(lzw.encode(random.Random(start).sample(window, len(window))))
-            saved, control = (1 - n / len(ids) if ids else 0.0 for n in (codes, shuffled))
+            saved = 1 - codes / len(ids) if ids else 0.0
+            control = 1 - shuffled / len(ids) if ids else 0.0
             found[file, name] = {"saved": saved, "shuffled": control}
             numbers = f"{len(ids):11,}{codes:11,}{saved:9.1%}{control:11.1%}"
             print(f"{Path(file).name[:23]:24s}{name[-19:]:20s}{numbers}", flush=True)
@@ -309,14 +310,13 @@ def table(args):
 
 
 def main(argv=None):
-    """The table of ids saved, or what --show, --encode or --decode asks for."""
+    """The table of savings, or what --show, --encode or --decode asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.error = common.fail
-    add = parser.add_argument
-    add("files", nargs="+", help="any files; a file of codes for --decode")
-    add("--tokenizer", nargs="+", default=["byte"], help="byte, bpe:N, gpt2, a tokenizer.json")
-    add("--max-len", type=int, default=3, help="base ids of a row [3]")
-    add("--max-codes", type=int, default=1024, help="rows of a dictionary [1024]")
+    parser.add_argument("files", nargs="+", help="any files; a file of codes for --decode")
+    parser.add_argument("--tokenizer", nargs="+", default=["byte"], help="byte, bpe:N, gpt2, ...")
+    parser.add_argument("--max-len", type=int, default=3, help="base ids of a row [3]")
+    parser.add_argument("--max-codes", type=int, default=1024, help="rows of a dictionary [1024]")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--show", action="store_true", help="the text in colour")
     action.add_argument("--encode", metavar="CODES", help="write the codes of the file there")
@@ -324,7 +324,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with common.bad_input():
         if not (args.show or args.encode or args.decode):
-            return table(args)
+            return savings(args)
         if len(args.files + args.tokenizer) > 2:
             raise ValueError("--show, --encode and --decode take one file and one tokenizer")
         if args.decode:

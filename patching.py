@@ -8,7 +8,7 @@ language*? Put the residual stream of another prompt, the source, into this one,
 2. The last token of the word, from one block on. The concept changes, the language stays.
 3. The same with a concept's mean over five languages: a latent is a sum, concept + language.
 
-`--model gemma-3-270m` runs this on a real model. The toy is a GPT trained on invented words.
+`--model gemma-3-270m` is a real model, the toy a GPT that learns invented words.
 """
 
 import re
@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import common
@@ -58,7 +59,7 @@ class Args(common.TrainFlags):
     n_embd: int = 64  # the toy's width (paper: 4096)
 
 
-# ------------------------------ the method
+# --------- the method
 
 
 @torch.no_grad()
@@ -72,12 +73,12 @@ def latents(model, prompts, size):
 
 
 def put(x, value):
-    """Columns x (B, tail, C), the first one replaced by value (B, C)."""
+    """Columns x (B, tail, C), the first replaced by value (B, C)."""
     return torch.cat((value[:, None].to(x), x[:, 1:]), 1)
 
 
 def swap(z):
-    """Experiment 1: latents z (L + 1, B, C), each put after one block: L + 1 interventions."""
+    """Experiment 1: latents z (L + 1, B, C), each after its block; -1: the embedding."""
     return [{j - 1: partial(put, value=z[j])} for j in range(len(z))]
 
 
@@ -93,7 +94,7 @@ def patched(model, prompts, answers, tail, patch, z, size):
 
     answers  for each prompt A sets of words; a word is a tuple of tokens, all of one length
     tail     the patched column, counted from the end: 1 is the last token
-    z        {name: latents (L + 1, B, C)}, put by swap or hold
+    patch    swap or hold, which puts z: {name: latents (L + 1, B, C)}
     """
     rows = {}  # (prompt, tokens forced) -> [(answer, token read), ...]
     for b, options in enumerate(answers):
@@ -102,37 +103,38 @@ def patched(model, prompts, answers, tail, patch, z, size):
                 rows.setdefault((b, word[:-1]), []).append((a, word[-1]))
     keys = sorted(rows)
     extra = len(keys[0][1])
-    out = torch.zeros(len(prompts), sum(map(len, z.values())), len(answers[0]))
+    p = torch.zeros(len(prompts), sum(map(len, z.values())), len(answers[0]))
     for start in range(0, len(keys), size):
-        part = keys[start : start + size]
-        texts = [[*prompts[b], *forced] for b, forced in part]
-        idx, mask = padded(texts, model.wte.weight.device)
-        which = [b for b, _ in part]
+        some = keys[start : start + size]
+        longer = [[*prompts[b], *forced] for b, forced in some]
+        idx, mask = padded(longer, model.wte.weight.device)
+        which = [b for b, _ in some]
         interventions = []
         for values in z.values():
             interventions += patch(values[:, which])
         h = sweep(model, idx, interventions, tail + extra, mask)
-        for row, (b, forced) in zip(h[:, :, -extra - 1 :], part):
+        for row, (b, forced) in zip(h[:, :, -extra - 1 :], some):
             logp = model.unembed(row).float().log_softmax(-1)  # (patches, 1 + extra, V)
             before = sum(logp[:, i, token] for i, token in enumerate(forced))
             for a, token in rows[b, forced]:
-                out[b, :, a] += (before + logp[:, -1, token]).exp().cpu()
-    return {name: part.numpy() for name, part in zip(z, out.chunk(len(z), 1))}
+                p[b, :, a] += (before + logp[:, -1, token]).exp().cpu()
+    return {name: part.numpy() for name, part in zip(z, p.chunk(len(z), 1))}
 
 
 def switch_layers(p):
     """After which block the source's language, and its concept, are first likelier.
 
-    p  (L + 1, 4), row 0: the embedding, -1. Never: L
+    p  (L + 1, 4), columns as `wanted` in `last_token`; row 0: the embedding, -1. Never: L
     """
     own, mixed, source, reverse = np.asarray(p).T
+    language, concept = mixed + source > own + reverse, source + reverse > own + mixed
     found = []
-    for won in mixed + source > own + reverse, source + reverse > own + mixed:
+    for won in language, concept:
         found.append(int(won.argmax()) - 1 if won.any() else len(won) - 1)
     return tuple(found)
 
 
-# ----------------------- words and prompts
+# --- words and prompts
 
 CODES = "en fr de es it nl pt fi tr et hi ja ko ru zh".split()
 NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi Türkçe Eesti"
@@ -190,8 +192,8 @@ class World:
         answer = self.said(pair[1], row, define)
         return self.query(pair, row) + self.ask(pair, define) + answer + '"\n'
 
-    def asked(self, pair):
-        """The concepts that experiments ask for in this pair of languages."""
+    def tested(self, pair):
+        """The concepts that experiments ask for in a pair of languages."""
         return self.held.get(pair) or list(range(len(self.words[pair[0]])))
 
     def known(self, pair):
@@ -199,7 +201,7 @@ class World:
         held = self.held.get(pair, ())
         return [row for row in range(len(self.words[pair[0]])) if row not in held]
 
-    def heads(self, rng, pair, rows, shots, define=False):
+    def texts(self, rng, pair, rows, shots, define=False):
         """Prompts up to the query's last letter, each with its own examples."""
         texts = []
         for row in rows:
@@ -210,21 +212,21 @@ class World:
             texts.append(examples + self.query(pair, row))
         return texts
 
-    def ids(self, heads, tail=""):
-        """Ids of prompts, and how many columns the word's last token and the tail take."""
+    def ids(self, texts, rest=""):
+        """Ids of prompts, and how many columns the word's last token and the rest take."""
         prompts, columns = [], set()
-        for head in heads:
-            front = self.tok.encode(head, bos=True)
-            whole = self.tok.encode(head + tail, bos=True)
+        for text in texts:
+            front = self.tok.encode(text, bos=True)
+            whole = self.tok.encode(text + rest, bos=True)
             columns.add(len(whole) - len(front) + 1)
             if whole[: len(front)] != front or len(columns) > 1:
-                word = head.rpartition('"')[2]
+                word = text.rpartition('"')[2]
                 raise ValueError(f"the tokenizer merges the end of {word!r} with what follows it")
             prompts.append(whole)
         return prompts, columns.pop()
 
     def answer(self, code, row, first=True):
-        """First tokens of words, with and without a space; or the toy's whole word."""
+        """A set for `patched`: first tokens of synonyms; of the toy's word the first, or all."""
         if self.facts:
             syllables = self.tok.encode(self.words[code][row][0])
             return {tuple(syllables[:1] if first else syllables)}
@@ -233,30 +235,31 @@ class World:
         return {(pretrained.first_token(self.tok, word),) for word in words}
 
 
-def draw_pairs(world, rng, sources, targets, cells, n, first=True):
-    """n pairs of concepts (source, target), and the answers looked for in each.
+def draw_pairs(world, rng, sources, targets, wanted, n, first=True):
+    """n source concepts, n target concepts, and the answers looked for in each pair.
 
-    cells  [(0 or 1: the source's or the target's concept, its language), ...]
-    Where two answers share a word (or first token), the pair is skipped.
+    wanted  [(0 or 1: the source's or the target's concept, its language), ...]
+    Where two answers share a word, the pair is skipped.
     """
     every = list(product(sources, targets))
-    pairs, answers = [], []
+    s, t, answers = [], [], []
     for i in rng.permutation(len(every)):
-        s, t = every[i]
-        found = [world.answer(code, every[i][whose], first) for whose, code in cells]
-        if s != t and not any(a & b for a, b in combinations(found, 2)):
-            pairs.append((s, t))
+        pair = every[i]
+        found = [world.answer(code, pair[whose], first) for whose, code in wanted]
+        if pair[0] != pair[1] and not any(a & b for a, b in combinations(found, 2)):
+            s.append(pair[0])
+            t.append(pair[1])
             answers.append(found)
-        if len(pairs) == n:
-            return *map(list, zip(*pairs)), answers
+        if len(s) == n:
+            return s, t, answers
     what = "pairs of concepts whose answers differ"
-    raise ValueError(f"there are {len(pairs)} {what}, asked for: {n}")
+    raise ValueError(f"there are {len(s)} {what}, asked for: {n}")
 
 
-# --------------------------------- the toy
+# ------------ the toy
 
-TOY = "b d f g k l m n p".split()  # languages, and how their syllables begin
-VOWELS = "aeiouy", "aeiou"  # of the first and second syllable
+TOY = "b d f g k l m n p".split()  # languages: how syllables begin
+VOWELS = "aeiouy", "aeiou"  # of both syllables
 TOY_WORDS = len(VOWELS[0]) * len(VOWELS[1])  # in each language
 TOY_QUADS = "b-d:f-k d-f:g-l f-g:k-m g-k:l-n k-l:m-p l-m:p-d".split()
 
@@ -275,11 +278,12 @@ class ToyTokenizer:
 
     def encode(self, text, bos=False):
         parts = re.findall(r'"\n|: "|" - |" = |[xyz]\d\.\w|[A-Z]|[a-z][aeiouy]', text)
-        return [1] * bos + [self.number[part] for part in parts]
+        start = ["<bos>"] if bos else []
+        return [self.number[part] for part in start + parts]
 
 
 def make_toy(seed):
-    """Words, attributes, and a quarter of each pair of languages held out."""
+    """Words, attributes, and a quarter of the concepts held out of each pair of languages."""
     rng = np.random.default_rng([seed, 1])
     words, held = {}, {}
     for i, code in enumerate(TOY):
@@ -288,9 +292,8 @@ def make_toy(seed):
         for j, other in enumerate(TOY):
             if i != j:
                 held[code, other] = [row for row in range(TOY_WORDS) if (row - i - j) % 4 == 0]
-    facts = []
-    for place in rng.choice(6**3, TOY_WORDS, replace=False):
-        facts.append((f"x{place // 36}", f"y{place // 6 % 6}", f"z{place % 6}"))
+    facts = [(f"x{i}", f"y{j}", f"z{k}") for i, j, k in product(range(6), repeat=3)]
+    facts = [facts[place] for place in rng.choice(len(facts), TOY_WORDS, replace=False)]
     return World(ToyTokenizer(), {code: code.upper() for code in TOY}, words, held, facts)
 
 
@@ -298,11 +301,11 @@ def document(world, rng):
     """Ids of a document of 3 to 5 lines, and which of them count in the loss.
 
     Most translate, some define (`B: "bube" = D: "x1.d y4.d z0.d"`), and some go on with the
-    attributes right after the word: what it means has to be known at its last syllable.
+    attributes right after the word.
     """
     kind = rng.choice(["translate", "define", "go on"], p=[0.6, 0.2, 0.2])
     a, b = rng.choice(TOY, 2)
-    ids, counts = [1], [0]
+    ids, counts = world.tok.encode("", bos=True), [0.0]
     for row in rng.choice(world.known((a, b)), rng.integers(3, 6), replace=False):
         query = world.query((a, b), row)
         if kind == "go on":
@@ -312,7 +315,7 @@ def document(world, rng):
             query += world.ask((a, b), kind == "define")
         new, n = world.tok.encode(line), len(world.tok.encode(query))
         ids += new
-        counts += [0] * n + [1] * (len(new) - n)
+        counts += [0.0] * n + [1.0] * (len(new) - n)
     return ids, counts
 
 
@@ -320,12 +323,8 @@ def batch(world, step, seed, args, env):
     """This rank's share of the documents of one step."""
     rng = np.random.default_rng([seed, 2, step])
     documents = [document(world, rng) for _ in range(args.batch_size)]
-    T = max(len(ids) for ids, _ in documents)
-    idx = torch.zeros(len(documents), T, dtype=torch.long)
-    counts = torch.zeros(len(documents), T)
-    for i, (ids, count) in enumerate(documents):
-        idx[i, : len(ids)] = torch.tensor(ids)
-        counts[i, : len(ids)] = torch.tensor(count)
+    idx = pad_sequence([torch.tensor(ids) for ids, _ in documents], True)
+    counts = pad_sequence([torch.tensor(counts) for _, counts in documents], True)
     rows = slice(env.rank, None, env.world)
     return {"idx": idx[rows, :-1], "targets": idx[rows, 1:], "weights": counts[rows, 1:]}
 
@@ -337,25 +336,25 @@ def accuracy(model, world, seed, shots, n=400):
     prompts, right = [], []
     for i in rng.integers(len(pairs), size=n):
         row = rng.choice(world.held[pairs[i]])
-        heads = world.heads(rng, pairs[i], [row], shots)
-        prompts += world.ids(heads, world.ask(pairs[i]))[0]
-        right.append(world.tok.encode(world.words[pairs[i][1]][row][0]))
-    said = generate(model, prompts, 2, temperature=0)
+        texts = world.texts(rng, pairs[i], [row], shots)
+        prompts += world.ids(texts, world.ask(pairs[i]))[0]
+        right.append(world.tok.encode(world.said(pairs[i][1], row)))
+    said = generate(model, prompts, 2, temperature=0)  # a word has two syllables
     return float(np.mean([a == b for a, b in zip(said, right)]))
 
 
-# ---------- experiments, claims and figure
+# --- experiments, claims and figure
 
 
 def last_token(model, world, args, quad, seed):
     """Experiment 1: the source's last token in place of the target's. P (n, L + 1, 4)."""
     source, target = quad
     rng = np.random.default_rng([seed, 4])
-    cells = [(1, target[1]), (1, source[1]), (0, source[1]), (0, target[1])]
-    rows = world.asked(source), world.asked(target)
-    s, t, answers = draw_pairs(world, rng, *rows, cells, args.pairs)
-    of_source, _ = world.ids(world.heads(rng, source, s, args.shots), world.ask(source))
-    of_target, _ = world.ids(world.heads(rng, target, t, args.shots), world.ask(target))
+    wanted = [(1, target[1]), (1, source[1]), (0, source[1]), (0, target[1])]
+    rows = world.tested(source), world.tested(target)
+    s, t, answers = draw_pairs(world, rng, *rows, wanted, args.pairs)
+    of_source, _ = world.ids(world.texts(rng, source, s, args.shots), world.ask(source))
+    of_target, _ = world.ids(world.texts(rng, target, t, args.shots), world.ask(target))
     z = latents(model, of_source, args.prompts)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
     noise = noise * z.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
@@ -371,33 +370,33 @@ def word_token(model, world, args, quad, seed):
     source, target = quad
     code = target[1]
     rng = np.random.default_rng([seed, 5])
-    # In the toy the source's word was never translated into that language.
-    rows = world.asked((source[0], code)), world.asked(target)
+    # In the toy no text translates the source's word into this language.
+    rows = world.tested((source[0], code)), world.tested(target)
     s, t, answers = draw_pairs(world, rng, *rows, [(0, code), (1, code)], args.pairs, False)
-    strangers = []
+    strangers = []  # k concepts beside each s and t
     for pair in zip(s, t):
         others = [row for row in range(len(world.words[code])) if row not in pair]
         strangers.append(rng.choice(others, args.k, replace=False))
 
     def of(pair, rows):
-        prompts, _ = world.ids(world.heads(rng, pair, rows, args.shots))
+        """Latents of the last tokens of concepts' words, (L + 1, n, C)."""
+        prompts, _ = world.ids(world.texts(rng, pair, rows, args.shots))
         return latents(model, prompts, args.prompts)
 
-    rest = [code for code in world.words if code not in target]
-    pairs = dict(zip(rest, rest[1:] + rest[:1]))
-    del pairs[source[0]]  # each input language once
-    pairs = [source, *pairs.items()][: args.k]
-    singles = [of(pair, s) for pair in pairs]
+    rest = [lang for lang in world.words if lang not in target]
+    ring = zip(rest, rest[1:] + rest[:1])
+    pairs = [source, *[pair for pair in ring if pair[0] != source[0]]]  # each input once
+    singles = [of(pair, s) for pair in pairs[: args.k]]
     others = [of(pair, rows) for pair, rows in zip(pairs, zip(*strangers))]
     z = {f"single {i + 1}": single for i, single in enumerate(singles)}
     z["mean"] = torch.stack(singles).mean(0)
     z["mean of concepts"] = torch.stack([singles[0], *others[1:]]).mean(0)
     z["unrelated"] = others[0]
-    prompts, tail = world.ids(world.heads(rng, target, t, args.shots), world.ask(target))
+    prompts, tail = world.ids(world.texts(rng, target, t, args.shots), world.ask(target))
     found = {"translate": patched(model, prompts, answers, tail, hold, z, args.prompts)}
     if world.facts:
-        heads = world.heads(rng, target, t, args.shots, define=True)
-        prompts, tail = world.ids(heads, world.ask(target, define=True))
+        texts = world.texts(rng, target, t, args.shots, define=True)
+        prompts, tail = world.ids(texts, world.ask(target, define=True))
         answers = []
         for pair in zip(s, t):
             said = [world.tok.encode(world.said(code, row, define=True)) for row in pair]
@@ -409,17 +408,17 @@ def word_token(model, world, args, quad, seed):
 
 def study(model, world, args, quads, log, seed):
     """All experiments: curves by layer, and the numbers of the claims."""
-    parts = {"last": {}, "translate": {}, "define": {}}  # {what is patched: [P]}
+    lists = {"last": {}, "translate": {}, "define": {}}  # {experiment: {what is put: [P]}}
     for text, quad in tqdm(quads.items(), log.run, leave=False):
         with common.bad_input(f"--quads {text}"):
             done = {"last": last_token(model, world, args, quad, seed)}
             done |= word_token(model, world, args, quad, seed)
         for experiment, arrays in done.items():
             for name, p in arrays.items():
-                parts[experiment].setdefault(name, []).append(p)
-    curves = {}
-    for experiment, lists in parts.items():
-        parts[experiment] = {name: np.concatenate(p) for name, p in lists.items()}
+                lists[experiment].setdefault(name, []).append(p)
+    curves, parts = {}, {}
+    for experiment, by_name in lists.items():
+        parts[experiment] = {name: np.concatenate(p) for name, p in by_name.items()}
         curves[experiment] = {name: p.mean(0) for name, p in parts[experiment].items()}
     for layer, row in enumerate(curves["last"]["source"], -1):
         log(0 if args.model else args.steps, layer=layer, said=row.tolist())
@@ -427,11 +426,12 @@ def study(model, world, args, quads, log, seed):
 
 
 def measures(curves, translate):
-    """What the claims compare: {what is patched: {measure: number}}.
+    """What the claims compare: {what is put: {measure: number}}.
 
-    Means and definitions are read from the block where the single sources do best.
+    Means and definitions are read where the single sources do best.
     """
-    rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}  # after the last block: no patch
+    # After the last block a patch comes too late.
+    rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}
     for name, p in curves["last"].items():
         language, concept = switch_layers(p)
         rows[name] = {"mixed": p[:, 1].max(), "language": language, "concept": concept}
@@ -451,17 +451,18 @@ def measures(curves, translate):
 
 
 def run_seed(quads, real, args, env, log, arm, seed):
-    """Everything on a (model, world), or on a toy that is trained first."""
+    """Everything on `real`, a (model, world), or on a toy trained here."""
     if real:
         log.rewind(0)
         return study(*real, args, quads, log, seed)
     world = make_toy(seed)
     torch.manual_seed(seed)
-    windows = [2] * args.local + [0] * (args.n_layer - args.local)
+    windows = [2] * args.local + [0] * (args.n_layer - args.local)  # tokens seen; 0: all
     plain = dict(norm="rms", tie=True, qkv_bias=False, attn_bias=False, mlp_bias=False)
     shape = len(world.tok.number), 256, args.n_layer, 4, args.n_embd
     model = GPT(GPTConfig(*shape, windows=windows, **plain))
-    common.train(model, partial(batch, world, seed=seed, args=args, env=env), args, env, log)
+    documents = partial(batch, world, seed=seed, args=args, env=env)
+    common.train(model, documents, args, env, log)
     held_out = accuracy(model.eval(), world, seed, args.shots)
     return study(model, world, args, quads, log, seed) | {"held_out": held_out}
 
@@ -477,38 +478,38 @@ def judge(run, found):
     unrelated = {"unrelated concept": rows["unrelated"]}
     last = {"last token": rows["last token"]}
     says = "held at the word, the source's concept is said in the target's language"
-    test = "base.p >= .2 and arm.p >= .5 * base.p"
+    rule = "base.p >= .2 and arm.p >= .5 * base.p"
     both = dict(base=rows["base"], arm=rows["single 1"])
-    run.claim("T2", says, ".35 of .75", test, **both, controls=unrelated | last)
+    run.claim("T2", says, ".35 of .75", rule, **both, controls=unrelated | last)
     mixed = {"mean of concepts": rows["mean of concepts"]}
     says = f"the mean over {run.args.k} languages does as well as one source (low: of its gain)"
-    test = "base.p >= .2 and arm.low >= -.02"
+    rule = "base.p >= .2 and arm.low >= -.02"
     both = dict(base=rows["one source"], arm=rows["mean"])
-    run.claim("T3", says, ".45 against .35", test, **both, controls=mixed)
+    run.claim("T3", says, ".45 against .35", rule, **both, controls=mixed)
     if "no patch" in rows:
         none = {"no patch": rows["no patch"]}
         says = "a mean latent is read out as a definition (P of its three attributes)"
         paper = "as good as the word itself"
-        test = "arm.source >= .6 and arm.overwritten <= .2"
-        run.claim("T4", says, paper, test, arm=rows["mean"], controls=unrelated | none)
+        rule = "arm.source >= .6 and arm.overwritten <= .2"
+        run.claim("T4", says, paper, rule, arm=rows["mean"], controls=unrelated | none)
 
 
 def draw(path, found, title):
-    """A panel for each experiment: probabilities by patched block."""
+    """A panel for each experiment: probabilities by the block patched."""
 
     def curve(experiment, name, column=0):
         lines = [result["curves"][experiment][name][:, column] for result in found]
         return range(-1, len(lines[0]) - 1), lines
 
-    cells = "target's concept and language", "target's concept, source's language"
-    cells += "source's concept and language", "source's concept, target's language"
-    last = {name: curve("last", "source", i) for i, name in enumerate(cells)}
+    names = "target's concept and language", "target's concept, source's language"
+    names += "source's concept and language", "source's concept, target's language"
+    last = {name: curve("last", "source", i) for i, name in enumerate(names)}
     names = "one source", "mean", "mean of concepts", "unrelated"
-    held = {name: curve("translate", name) for name in names}
+    word = {name: curve("translate", name) for name in names}
     levels = {"unpatched target": np.mean([result["rows"]["base"]["p"] for result in found])}
     items = [
         dict(title=f"{title}: last token, after one block", lines=last),
-        dict(title="Held at the word: the source's concept", lines=held, levels=levels),
+        dict(title="Held at the word: the source's concept", lines=word, levels=levels),
     ]
     if found[0]["curves"]["define"]:
         said = {"source's": curve("define", "mean"), "overwritten": curve("define", "mean", 1)}
@@ -532,15 +533,14 @@ def parse_quads(texts, words):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
-    toy = {*vars(common.TrainFlags())} - {*vars(common.Flags())}
-    toy |= {"resume", "local", "n_layer", "n_embd"}
+    """What may be wrong: (whether it is, message)."""
+    toy = {*common.TrainFlags.__annotations__, "resume", "local", "n_layer", "n_embd"}
     idle = common.changed_flags(args, toy if args.model else ["words"])
     return [
         (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
         (args.model and env.world > 1, "--model runs in one process"),
         (args.local > args.n_layer, f"--local {args.local}, allowed: 0 to {args.n_layer}"),
-        (args.pairs > 30 and not args.model, f"--pairs {args.pairs}, allowed: 2 to 30 in the toy"),
+        (args.pairs > 30 and not args.model, "--pairs, allowed: 2 to 30 in the toy"),
         (args.n_embd % 8, f"--n-embd {args.n_embd}, allowed: multiples of 8"),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
@@ -558,11 +558,11 @@ def main(argv=None):
         words = world.words
         n = min(len(world.known(pair)) for pair in product(words, words))
         if n <= args.shots:
-            raise ValueError(f"{n} words, needed for --shots {args.shots}: {args.shots + 1}")
-        if args.k > min(n, len(words)) - 2:
-            raise ValueError(f"--k {args.k}, allowed: 1 to {min(n, len(words)) - 2}")
-        usual = REAL_QUADS if args.model else TOY_QUADS
-        quads = parse_quads(args.quads or usual, words)
+            raise ValueError(f"{n} words, needed: more than --shots {args.shots}")
+        most = min(n, len(words)) - 2
+        if args.k > most:
+            raise ValueError(f"--k {args.k}, allowed: 1 to {most}")
+        quads = parse_quads(args.quads or (REAL_QUADS if args.model else TOY_QUADS), words)
     if args.model:
         with common.bad_input("--model"):
             model, tok = pretrained.load(args.model, run.env.device, args.dtype)

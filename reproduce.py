@@ -49,7 +49,7 @@ class Args(common.Flags):
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     unknown = [name for name in args.only if name not in PAPERS]
     return [(unknown, f"--only {' '.join(unknown)}, allowed: {', '.join(PAPERS)}")]
 
@@ -89,7 +89,7 @@ def run_script(name, args):
     return f"exit code {process.returncode}: {lines[-1]}"
 
 
-# ------------------------------------------------- the page
+# ----------------------------- the page
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; }

@@ -13,8 +13,9 @@ Each direction, a latent, may be a feature. The paper looks for those of grammar
 The toy is a GPT that learns to translate between six languages without a common word;
 `--preset gemma` reads six real ones.
 
-Step 5 is less than it seems. Accuracy falls since all logits have moved past the threshold. They
-still rank the sentences rightly (AUC), and a probe that is fitted again reads the value as before.
+Step 5 is less than it seems. Accuracy falls since all logits have moved past the
+threshold. They still rank the sentences rightly (AUC), and a probe that is fitted
+again reads the value as before: the feature is not gone.
 """
 
 import copy
@@ -43,7 +44,7 @@ class Args(common.TrainFlags):
     presets: ClassVar[dict] = {
         "smoke": dict(steps=4, batch_size=8, saes=1, sae_steps=10, rows=2048, jobs=1),
         "toy": {},
-        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=2048, k=32, rows=2**15)
+        "gemma": dict(model="gemma-3-270m", layer=10, d_sae=4096, k=32, top=40, rows=2**15)
         | dict(saes=1, sae_steps=1000, sae_lr=1e-3),
         "paper": dict(model="meta-llama/Meta-Llama-3-8B", layer=16, d_sae=32768, k=64, top=32)
         | dict(sae_steps=61000, sae_batch=8192, sae_lr=5e-5, rows=2**20),
@@ -56,7 +57,7 @@ class Args(common.TrainFlags):
     steps: int = 900
     batch_size: int = 32
     lr: float = 4e-3
-    model: str = ""  # in place of the toy (paper: Llama-3-8B, Aya-23-8B)
+    model: str = ""  # a real model in place of the toy (paper: Llama-3-8B, Aya-23-8B)
     layer: int = 0  # block whose output is read, from 0 (paper: 16 of 32)
     dataset: str = "stdlib"  # text for a real model's SAE, beside grammar.csv
     d_sae: int = 96  # latents (paper: 32768, 8 times the width)
@@ -69,13 +70,13 @@ class Args(common.TrainFlags):
     top: int = 4  # latents in a list; four times as many are removed (paper: 32, 128)
 
 
-# -------------------------------------- the sparse code
+# --- the sparse code
 
 weighted_sums = partial(F.embedding_bag, mode="sum")  # of a table's rows
 
 
 def select(pre, k, batch=False):
-    """Rows, latents, values of the k largest in each row of pre (B, m), or B k of all."""
+    """Rows, latents, values of the k largest in each row of pre (B, m), or the B k of all."""
     B, m = pre.shape
     if batch:
         flat = pre.flatten().topk(B * k, sorted=False).indices.sort().values
@@ -179,10 +180,10 @@ class SAE(nn.Module):
             least = torch.where(values > 0, values, torch.inf).min()
             self.threshold.lerp_(least, torch.where(self.threshold < 0, 1.0, 0.01))
         error = (x - x_hat).square().sum() / denom
-        return error + self.dead_loss(x, x_hat, self.silent > 20) / 32
+        return error + self.dead_loss(x, x_hat, self.silent > 20) / 32  # AuxK's weight
 
     def dead_loss(self, x, x_hat, dead):
-        """AuxK: the share of the error that dead latents don't explain. They learn it."""
+        """AuxK: the share of the error that dead latents leave. They learn it."""
         if not dead.any():
             return 0.0
         error = (x - x_hat).detach()
@@ -196,7 +197,7 @@ class SAE(nn.Module):
 
 def residual(model, idx, layer, mask=None):
     """The residual stream (B, T, C) behind a block; those above do not run."""
-    lower = copy.copy(model)
+    lower = copy.copy(model)  # the same weights, but not all blocks
     lower._modules = {**model._modules, "blocks": model.blocks[: layer + 1]}
     site = f"blocks.{layer}.resid_post"
     with torch.no_grad():
@@ -225,7 +226,7 @@ def adam(sae, args):
 
 def train_sae(sae, x, args, env, log, seed):
     """Trains on rows x (N, streams * d), shuffled, again and again."""
-    rng = torch.Generator().manual_seed(9973 * seed)
+    rng = torch.Generator().manual_seed(9973 * seed)  # no SAE's own
     x = x[torch.randperm(len(x), generator=rng).to(x.device)]
     size = args.sae_batch // env.world
 
@@ -258,7 +259,7 @@ def pool(model, layer, sae, sentences, bos):
     return torch.cat(X).double(), torch.cat(codes).double()
 
 
-# --------------------------------- what probes can read
+# --- what probes can read
 
 
 def training(rows):
@@ -287,7 +288,7 @@ def best(ie, n):
 
 
 def shared(lists, chance=()):
-    """Latents in two lists or more, and more than by `chance`; their share of all."""
+    """Latents in two lists or more, more than by `chance`; their share."""
     counts = Counter(chain(*lists))
     by_chance = Counter(chain(*chance))
     found = [j for j in sorted(counts) if counts[j] >= 2 and counts[j] > by_chance[j]]
@@ -296,7 +297,7 @@ def shared(lists, chance=()):
 
 
 def top_lists(parts, D, n, contrast=True, rng=None):
-    """The `best` n latents of each language; with `rng` of shuffled labels."""
+    """The `best` n latents of each language, one of parts; with `rng` of shuffled labels."""
     lists = []
     for part in parts:
         X, codes, y = map(training, part)
@@ -322,16 +323,16 @@ def alike(latents, weight):
     return chosen
 
 
-def read(logit, y):
-    """Accuracy of logits (N,); AUC: how often label 1 has the higher one of a pair."""
-    gap = logit[y > 0][:, None] - logit[y == 0]
-    auc = (gap > 0).double().mean() + (gap == 0).double().mean() / 2
+def scores(logit, y):
+    """Accuracy of logits (N,); AUC: how often label 1 has a pair's higher one."""
+    lead = logit[y > 0][:, None] - logit[y == 0]
+    auc = (lead > 0).double().mean() + (lead == 0).double().mean() / 2
     right = (logit > 0) == (y > 0)
     return {"accuracy": right.double().mean().item(), "auc": auc.item()}
 
 
 def removals(parts, weight, D, n):
-    """For each language {removed: what probes read}, and {removed: logits by label}."""
+    """For each language, (X, codes, y): ({removed: scores}, {removed: test logits by label})."""
     lists = top_lists(parts, D, n, contrast=False)
     latents = shared(lists)[0][:n]
     rows = []
@@ -351,15 +352,15 @@ def removals(parts, weight, D, n):
         for name, x in left.items():
             again = common.fit_probe(training(x), training(y))
             x = x[-len(test) :]
-            numbers[name] = read(x @ w + b, test)
-            numbers[name]["refit"] = read(x @ again[0] + again[1], test)["accuracy"]
+            numbers[name] = scores(x @ w + b, test)
+            numbers[name]["refit"] = scores(x @ again[0] + again[1], test)["accuracy"]
             logits[name] = [(x @ w + b)[test == label].tolist() for label in (0, 1)]
         rows.append((numbers, logits))
     return rows
 
 
-def pushes(parts, weight, D, n):
-    """What a value adds to multilingual latents, and the same along random ones."""
+def steering_vectors(parts, weight, D, n):
+    """What a value adds to multilingual latents, (d,), and the same along random ones."""
     latents = shared(top_lists(parts, D, n))[0]
     gaps = [class_gap(training(codes), training(y))[latents] for _, codes, y in parts]
     gap = torch.stack(gaps).mean(0)
@@ -367,7 +368,7 @@ def pushes(parts, weight, D, n):
     return {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
 
 
-# ---------------------------------------------- the toy
+# ---------- the toy
 
 NOUNS, VERBS = 8, 5
 VALUES = {"plural": ("sg", "pl"), "past": ("pres", "past")}
@@ -480,14 +481,14 @@ def steer(model, layer, direction, strength, concept, seed, held):
 
 
 def steer_concepts(model, layer, directions, name, seed):
-    """Shares flipped by the gentlest push that does on seen ones; `kept`: of these, right."""
+    """{concept: share of unseen translations flipped, kept: share of these that are right}."""
     numbers, whole = {}, 0
     for concept, by_name in directions.items():
         for strength in np.arange(0.6, 1.45, 0.05):  # norms of the stream
-            pushed = model, layer, by_name[name], strength, concept, seed
-            if steer(*pushed, held=False)[0] >= 2 / 3:
+            pushed = partial(steer, model, layer, by_name[name], strength, concept, seed)
+            if pushed(held=False)[0] >= 2 / 3:  # of seen ones
                 break
-        numbers[concept], right = steer(*pushed, held=True)
+        numbers[concept], right = pushed(held=True)
         whole += right
     return numbers | {"kept": whole / max(1e-9, sum(numbers.values()))}
 
@@ -518,7 +519,7 @@ def template_sentences(encode):
     for lang in [*table[0]][2:]:
         sentences = []
         for split in "train", "test":
-            forms = {"noun": [], "verb": [], "place": []}  # a verb: [sings, sing, sang, sang]
+            forms = {"noun": [], "verb": [], "place": []}  # verb: sings, sing, sang, sang
             for row in table:
                 if row["split"] in (split, "both"):
                     forms[row["kind"]].append(row[lang].split("/"))
@@ -558,7 +559,7 @@ def prepare(args, env, out):
 def run_seed(real, args, env, log, arm, seed):
     """Means over a model's SAEs; arms: main, and alone: without translations."""
     model, corpus, rows, bos = real or toy(args, env, log, arm == "main", seed)
-    found, shares = [], []
+    removed, shares = [], []
     for i in range(args.saes):
         torch.manual_seed(1000 * seed + i)
         sae = SAE(model.config.n_embd, args.d_sae, args.k)
@@ -570,14 +571,14 @@ def run_seed(real, args, env, log, arm, seed):
         for concept, labels in LABELS.items():
             y = torch.tensor(labels).repeat(len(pooled[0][0]) // 4)
             parts = [(X, codes, y) for X, codes in pooled]
-            found += removals(parts, weight, D, 4 * args.top)
-            directions[concept] = pushes(parts, weight, D, 4 * args.top)
+            removed += removals(parts, weight, D, 4 * args.top)
+            directions[concept] = steering_vectors(parts, weight, D, 4 * args.top)
             rng = np.random.default_rng(seed)
             chance = top_lists(parts, D, args.top, rng=rng)
             _, share = shared(top_lists(parts, D, args.top), chance)
             _, by_chance = shared(top_lists(parts, D, args.top, rng=rng), chance)
             shares.append({"shared": share, "by_chance": by_chance})
-    numbers, logits = zip(*found)
+    numbers, logits = zip(*removed)  # by SAE, concept, language
     sets = {name: common.mean([row[name] for row in numbers]) for name in numbers[0]}
     result = common.mean(shares) | {"sets": sets, "logits": logits[0]}
     if not real and arm == "main":  # the last SAE steers
@@ -596,23 +597,23 @@ def judge(run, main, alone):
         controls["no translations"] = alone
     says = "of the latents at the top in one language, so many are in two or more"
     run.claim("C1", says, "many", "arm.shared >= .2", arm=main, controls=controls)
-    chance = "base.accuracy >= .9 and arm.accuracy <= .62"
     says = "without the multilingual latents the probes are near chance"
-    arms = dict(base=sets["nothing"], arm=sets["multilingual"])
-    run.claim("C2", says, "near chance", chance, **arms, controls=random)
+    chance = "base.accuracy >= .9 and arm.accuracy <= .62"
+    both = dict(base=sets["nothing"], arm=sets["multilingual"])
+    run.claim("C2", says, "near chance", chance, **both, controls=random)
     says = "but the feature is not gone: logits rank, a probe fitted again reads it"
-    stays = "arm.accuracy <= .7 and arm.auc >= .85 and arm.refit >= base.refit - .1"
-    run.claim("C3", says, "not asked", stays, **arms, controls=means)
+    rule = "arm.accuracy <= .7 and arm.auc >= .85 and arm.refit >= base.refit - .1"
+    run.claim("C3", says, "not asked", rule, **both, controls=means)
     says = "latents that are multilingual in other languages do the same to a language"
-    arms["arm"] = sets["from other languages"]
-    run.claim("C4", says, "implied", chance, **arms, controls=random)
+    both["arm"] = sets["from other languages"]
+    run.claim("C4", says, "implied", chance, **both, controls=random)
     if alone:
         random = {"random latents": [row["steer random"] for row in main]}
-        arms = dict(arm=[row["steer multilingual"] for row in main], controls=random)
-        flips = "arm.plural >= .5 and arm.past >= .5"
-        run.claim("C5", "pushed along them, translations take the value", "most", flips, **arms)
+        both = dict(arm=[row["steer multilingual"] for row in main], controls=random)
+        rule = "arm.plural >= .5 and arm.past >= .5"
+        run.claim("C5", "pushed along them, translations take the value", "most", rule, **both)
         says = "and little else: the rest is as before, word for word"
-        run.claim("C6", says, "little else", flips + " and arm.kept >= .8", **arms)
+        run.claim("C6", says, "little else", rule + " and arm.kept >= .8", **both)
 
 
 def draw(path, logits):
@@ -630,11 +631,10 @@ def draw(path, logits):
 
 def check(args, env):
     """What may be wrong: (whether it is, message)."""
-    toy = "steps batch_size lr warmup decay_steps weight_decay compile".split()
-    idle = common.changed_flags(args, toy if args.model else ["dataset"])
+    idle = common.changed_flags(args, ["steps", "batch_size", "lr"] if args.model else ["dataset"])
     return [
-        (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
-        (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
+        (idle, f"{idle}: no effect with{'' if args.model else 'out'} --model"),
+        (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}"),
         (args.top > args.d_sae // 8, f"--top {args.top}, allowed: 1 to {args.d_sae // 8}"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
         (args.layer > 3 and not args.model, f"--layer {args.layer}, allowed: 0 to 3 in the toy"),

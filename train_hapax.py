@@ -18,6 +18,7 @@ Read on: `repeated` (the method), `World` (the data), `train_arm`, `measure`, `j
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -30,8 +31,9 @@ import data
 from lzw_tokenizer import whole_characters
 from model import GPT, GPTConfig
 
-RULES = "none", "any", "random", "offset"
-PYTHIA = dict(  # what its sizes share
+ARMS = "none", "any", "random", "offset"
+AT_ONCE = 2**14  # tokens in a forward pass of the measures: their logits fit into memory
+PYTHIA = dict(  # what the presets of its sizes share
     dataset="monology/pile-uncopyrighted",
     tokenizer="EleutherAI/gpt-neox-20b",
     mix=[1, 0, 0, 0],
@@ -72,7 +74,7 @@ class Args(common.TrainFlags):
     dataset: str = "stdlib"  # text: stdlib, file:PATH or a `datasets` id (paper: the Pile)
     tokenizer: str = "bpe:512"  # byte, bpe:N, a tiktoken name, a tokenizer.json
     show: str = ""  # colour this text, or `heldout` text, by what the mask leaves out; then stop
-    mix: list[int] = common.default_list(3, 2, 2, 9)  # parts: text and the three toy tasks
+    mix: list[int] = common.default_list(3, 2, 2, 9)  # parts of a batch: text, the three toy tasks
     label_noise: float = 0.4  # share of few-label answers redrawn: labels can't be memorised
     samples: int = 512  # prompts or windows in each final measure (paper: 1000)
     neox: bool = False  # Pythia's block; off: smeared keys, which make induction easy to learn
@@ -82,7 +84,7 @@ class Args(common.TrainFlags):
     block_size: int = 128  # window in tokens (paper: 2048)
 
 
-# -------------------------------------------------------------------------------------- the method
+# --------------------------- the method
 
 
 def repeated(x, rule="any"):
@@ -101,36 +103,36 @@ def repeated(x, rule="any"):
         raise ValueError(f"token ids from {x.min()} to {x.max()}, allowed: 0 to {2**20 - 1}")
     x = x.astype(np.int64)
     T = x.shape[1] - 1
-    what = {"any": x[:, :-1] << 20 | x[:, 1:], "offset": x[:, :-1]}[rule]
-    bits = T.bit_length()
-    key = np.sort((what << bits) | np.arange(T), axis=1)  # all differ: no stable sort is needed
-    place = key & ((1 << bits) - 1)
-    what = key >> bits
-    again = np.zeros(key.shape, bool)
+    what = x[:, :-1]
+    if rule == "any":  # a bigram as one number: two ids of 20 bits, which leave 23 for the place
+        what = what * 2**20 + x[:, 1:]
+    both = np.sort(what * T + np.arange(T), axis=1)  # (what, place) as one number
+    what, place = np.divmod(both, T)
+    again = np.zeros(what.shape, bool)
     again[:, 1:] = what[:, 1:] == what[:, :-1]
     mask = np.empty_like(again)
     np.put_along_axis(mask, place, again, axis=1)
     return mask
 
 
-def loss_mask(arm, x, key):
-    """The targets that an arm leaves out, bool (B, T), of windows x (B, T+1); `key` is a seed."""
+def loss_mask(arm, x, seeds):
+    """The targets that an arm leaves out, bool (B, T), of windows x (B, T+1); random by `seeds`."""
     if arm == "none":
         return np.zeros(x[:, 1:].shape, bool)
     if arm != "random":
         return repeated(x, arm)
     share = repeated(x).mean()
-    return np.random.default_rng([*key, 1]).random(x[:, 1:].shape) < share
+    return np.random.default_rng([*seeds, 1]).random(x[:, 1:].shape) < share
 
 
-# --------------------------------------------------------------------------------------- the world
+# ---------------------------- the world
 
 TASKS = 6  # maps of the abstractive task
 INPUTS = 44  # symbols that they map: no shot repeats in a window
 LABELS = 4  # of the few-label task
 OWN = 48  # further symbols of the extractive task
 PAIRS = 8  # the most name-value pairs in a window
-SHOT = 4  # tokens of a shot: x : y ;
+SHOT = 4  # tokens of a shot, which is an example: x : y ;
 
 
 class World:
@@ -138,14 +140,13 @@ class World:
 
     def __init__(self, train, heldout, n_text, eos, seed):
         self.train, self.heldout, self.seed = train, heldout, seed
-        self.bos, self.colon, self.end = n_text, n_text + 1, n_text + 2
+        self.bos, self.colon, self.end = range(n_text, n_text + 3)  # the end of a shot is the ;
         ends = np.cumsum([n_text + 3, INPUTS, TASKS * INPUTS, 2 * LABELS, OWN])  # ids in this order
-        ids = np.split(np.arange(ends[-1]), ends[:-1])
-        _, self.inputs, outputs, labels, own = ids
-        self.n_vocab = int(-(-ends[-1] // 64) * 64)
+        _, self.inputs, outputs, labels, own = np.split(np.arange(ends[-1]), ends[:-1])
+        self.n_vocab = math.ceil(ends[-1] / 64) * 64  # GPUs like a multiple of 64
         rng = np.random.default_rng([seed, 2])
         self.maps = rng.permuted(outputs.reshape(TASKS, INPUTS), axis=1)  # task, input -> output
-        evenly = np.stack([np.resize(four, INPUTS) for four in labels.reshape(2, LABELS)])
+        evenly = np.stack([np.resize(row, INPUTS) for row in labels.reshape(2, LABELS)])
         self.labels = rng.permuted(evenly, axis=1)  # task, input -> one of its four labels
         text = np.setdiff1d(np.arange(n_text), [eos])
         self.alphabet = np.concatenate((text, own))  # what extractive windows are written in
@@ -157,13 +158,13 @@ class World:
         return np.concatenate((np.full((len(x), 1), self.bos), tokens), 1)
 
     def abstractive(self, rng, n, mixed=False):
-        """One map a window (mixed: one a shot: examples tell nothing), each input once."""
+        """Windows of one map, each input once; mixed: a map a shot, so that examples are no use."""
         picks = rng.random((n, INPUTS)).argsort(1)
         tasks = rng.integers(TASKS, size=(n, INPUTS if mixed else 1))
         return self.shots(self.inputs[picks], self.maps[tasks, picks])
 
     def few_label(self, rng, n, noise):
-        """One of two maps to four labels; a share `noise` of the answers is redrawn."""
+        """Windows of one of two maps to four labels; a share `noise` of answers is redrawn."""
         picks = rng.random((n, INPUTS)).argsort(1)
         tasks = rng.integers(2, size=(n, 1))
         redrawn = self.labels[tasks, rng.integers(INPUTS, size=picks.shape)]
@@ -206,14 +207,14 @@ class World:
         rng = np.random.default_rng([self.seed, step])
         edges = np.cumsum(args.mix) / sum(args.mix)
         kinds = np.searchsorted(edges, (np.arange(n) + 0.5) / n)  # whose share row i falls into
-        counts = np.bincount(kinds, minlength=4)
-        parts = [data.windows(self.train, rng, counts[0], length)]
-        if counts[1]:
-            parts.append(self.abstractive(rng, counts[1])[:, :length])
-        if counts[2]:
-            parts.append(self.few_label(rng, counts[2], args.label_noise)[:, :length])
-        if counts[3]:
-            parts.append(self.extractive(rng, counts[3], length))
+        n_text, n_abstractive, n_few, n_extractive = np.bincount(kinds, minlength=4)
+        parts = [data.windows(self.train, rng, n_text, length)]
+        if n_abstractive:
+            parts.append(self.abstractive(rng, n_abstractive)[:, :length])
+        if n_few:
+            parts.append(self.few_label(rng, n_few, args.label_noise)[:, :length])
+        if n_extractive:
+            parts.append(self.extractive(rng, n_extractive, length))
         return np.concatenate(parts)
 
 
@@ -227,9 +228,9 @@ def config_of(args, world):
     return GPTConfig(world.n_vocab, *shape, **wiring)
 
 
-def train_arm(text, args, env, log, arm, seed):
-    """Trains one arm; returns its final measures. text: (train, heldout, n_vocab, eos)."""
-    world = World(*text, seed)
+def train_arm(source, args, env, log, arm, seed):
+    """Trains one arm; returns its final measures. source: (train, heldout, n_vocab, eos)."""
+    world = World(*source, seed)
     torch.manual_seed(seed)  # the same initial weights for every arm
     model = GPT(config_of(args, world))
 
@@ -254,14 +255,14 @@ def train_arm(text, args, env, log, arm, seed):
     return found | {"share_masked": np.mean(masked)}
 
 
-# ------------------------------------------------------------------------------------ the measures
+# ------------------------- the measures
 
 
 @torch.no_grad()
 def guesses(model, x, columns, among=None):
-    """The likeliest next token, all or `among` some, at k `columns` of windows x (n, T): (n, k)."""
+    """The likeliest next token (of those in `among`) at k `columns` of windows x (n, T): (n, k)."""
     found = []
-    for part in torch.as_tensor(x).split(max(1, 2**14 // x.shape[1])):
+    for part in torch.as_tensor(x).split(max(1, AT_ONCE // x.shape[1])):
         h = model.hidden(part.to(model.wte.weight.device))[:, columns]
         logits = model.unembed(h).float().cpu().numpy()
         found.append(logits.argmax(-1) if among is None else among[logits[..., among].argmax(-1)])
@@ -344,11 +345,11 @@ def text_measures(model, world, args, n, final):
     T = args.block_size
     x = data.windows(world.heldout, np.random.default_rng([world.seed, 3]), n, T + 1)
     kept = ~repeated(x)
-    losses, again = [], []
-    for part in torch.from_numpy(x).to(model.wte.weight.device).split(max(1, 2**14 // T)):
+    losses, fair = [], []
+    for part in torch.from_numpy(x).to(model.wte.weight.device).split(max(1, AT_ONCE // T)):
         losses.append(model.token_loss(part[:, :-1], part[:, 1:]).cpu())
         if final:
-            again.append(renormalised(model(part[:, :-1]).float(), part).cpu())
+            fair.append(renormalised(model(part[:, :-1]).float(), part).cpu())
     loss = torch.cat(losses).numpy()
     at = (50, 500) if T > 504 else (T * 12 // 128, T * 120 // 128)  # the paper's; in short windows
     found = {
@@ -358,14 +359,15 @@ def text_measures(model, world, args, n, final):
         "tld_kept": token_loss_difference(loss, at, kept),
     }
     if final:
-        found["loss_kept_renormalised"] = torch.cat(again).numpy()[kept].mean()
+        found["loss_kept_renormalised"] = torch.cat(fair).numpy()[kept].mean()
     return found
 
 
 def measure(model, world, args, n, final=False):
     """All measures of a model, on the same prompts for every arm."""
     rngs = [np.random.default_rng([world.seed, 4, i]) for i in range(4)]
-    x = repeats(world.alphabet, n, min(50, args.block_size * 3 // 16), rngs[0])
+    s = min(50, args.block_size * 3 // 16)  # the paper's 50; said twice it fits a short window
+    x = repeats(world.alphabet, n, s, rngs[0])
     last, half = repetition(model, x, world.alphabet)
     found = {"copy": last, "copy_half": half} | text_measures(model, world, args, n, final)
     scores = np.sort(head_scores(model, x[: max(8, n // 4)]))[::-1]
@@ -383,7 +385,7 @@ def measure(model, world, args, n, final=False):
     return found
 
 
-# ------------------------------------------------------------------------------- claims and figure
+# -------------------- claims and figure
 
 
 def judge(run, found):
@@ -455,7 +457,8 @@ def draw(path, found, folder, seeds):
         heads[names[arm]] = [[row["prefix_max"], row["prefix_top"]] for row in rows]
         if "shots" in rows[0]:
             shots[names[arm]] = range(len(rows[0]["shots"])), [row["shots"] for row in rows]
-    fair = np.mean([row["loss_kept_renormalised"] for row in found[next(iter(found))]])
+    first = next(iter(found))  # "none", unless --arms says otherwise
+    fair = np.mean([row["loss_kept_renormalised"] for row in found[first]])
     items = [
         dict(
             title="Copying a random sequence said twice",
@@ -476,7 +479,7 @@ def draw(path, found, folder, seeds):
             bars=losses,
             names=["kept targets", "masked targets"],
             ylabel="nats",
-            levels={f"kept, {names[next(iter(found))]} that knows no copies": fair},
+            levels={f"kept, {names[first]} that knows no copies": fair},
         ),
         dict(
             title="Attention to what followed before",
@@ -502,24 +505,21 @@ def show(text, tok, length):
     print(f"\n\n{np.mean(mask):.0%} of the tokens end a bigram seen before in a window of {length}")
 
 
-# -------------------------------------------------------------------------------------------- main
+# --------------------------------- main
 
 
 def check(args, env):
-    """What is wrong with the flags: (whether it is, what to say)."""
-    unknown = [arm for arm in args.arms if arm not in RULES]
-    mix = len(args.mix) == 4 and min(args.mix) >= 0 and args.mix[0] > 0
+    """What may be wrong: (whether it is, message)."""
+    unknown = [arm for arm in args.arms if arm not in ARMS]
+    wrong_mix = len(args.mix) != 4 or min(args.mix) < 0 or args.mix[0] == 0
     longest = SHOT * INPUTS
-    too_long = mix and any(args.mix[1:3]) and args.block_size > longest
+    too_long = any(args.mix[1:3]) and args.block_size > longest
     return [
-        (unknown, f"--arms {' '.join(unknown)}, allowed: {' '.join(RULES)}"),
-        (not mix, f"--mix {args.mix}, needed: four whole numbers, the first (text) above 0"),
+        (unknown, f"--arms {' '.join(unknown)}, allowed: {' '.join(ARMS)}"),
+        (wrong_mix, f"--mix {args.mix}, needed: four whole numbers, the first (text) above 0"),
         (too_long, f"--block-size {args.block_size}: above {longest} give --mix 1 0 0 1"),
         (args.n_embd % args.n_head, f"--n-embd {args.n_embd} is no multiple of --n-head"),
-        (
-            args.batch_size % env.world,
-            f"--batch-size {args.batch_size} is no multiple of the {env.world} processes",
-        ),
+        (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
 
 
@@ -528,7 +528,7 @@ def main(argv=None):
     run = common.Run(Args, argv, "2511.05743", check)
     args = run.args
     with common.bad_input("--dataset"):
-        sample = "".join(itertools.islice(data.load_text(args.dataset), 2000))
+        sample = "".join(itertools.islice(data.load_text(args.dataset), 2000))  # documents
     with common.bad_input("--tokenizer"):
         tok = data.get_tokenizer(args.tokenizer, sample)
     if args.show:
@@ -538,16 +538,15 @@ def main(argv=None):
         with common.bad_input():
             return show(text, tok, args.block_size)
     with common.bad_input("--dataset"), common.rank_zero_first(run.env):
-        limit = None
-        if not data.is_local(args.dataset):
-            limit = args.steps * args.batch_size * args.block_size  # of a stream, what is needed
+        needed = args.steps * args.batch_size * args.block_size  # tokens of a stream
+        limit = None if data.is_local(args.dataset) else needed
         read = partial(data.token_file, folder=run.out / "tokens", quiet=run.env.rank > 0)
         train = read(args.dataset, "train", tok, limit=limit)
-        heldout = read(args.dataset, "heldout", tok, limit=limit and 2**22)
-        for part in train, heldout:
+        heldout = read(args.dataset, "heldout", tok, limit=2**22)  # more than is measured on
+        for part in train, heldout:  # a ValueError if it is shorter than a window
             data.windows(part, np.random.default_rng(0), 1, args.block_size + 1)
-    text = train, heldout, tok.n_vocab, tok.eos
-    found = run.each(partial(train_arm, text), args.arms)
+    source = train, heldout, tok.n_vocab, tok.eos
+    found = run.each(partial(train_arm, source), args.arms)
     if found is None:
         return None
     if {"none", "any", "random"} <= set(found):

@@ -13,7 +13,6 @@ import itertools
 import math
 import random
 import re
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import common
 import data
@@ -55,15 +55,15 @@ class Args(common.TrainFlags):
     batch_size: int = 8
     lr: float = 3e-3
     warmup: int = 10
-    model: str = ""  # a real model (paper: Phi-3.5-mini); none: the toy
-    dataset: str = "stdlib"  # for --model: stdlib, file:PATH, a `datasets` id
-    prompt: str = ""  # text, or `heldout`: what the zip trained in --out writes
+    model: str = ""  # a real model to adapt (paper: Phi-3.5-mini); none: the toy
+    dataset: str = "stdlib"  # text for --model: stdlib, file:PATH, a `datasets` id
+    prompt: str = ""  # a text, or `heldout`, that the model trained in --out continues
     max_len: int = 3  # M, base ids of a row (paper: 3 or 4)
     max_codes: int = 1024  # N, rows of a sequence (paper: the window)
     enc_layers: int = 1  # layers of the hyper-encoder (paper: 2)
-    enc_dim: int = 64  # its width (paper: the model's)
-    enc_heads: int = 2  # its heads (paper: 32)
-    lora_r: int = 8  # rank of LoRA; its scale is 2 (paper: 32, 1)
+    enc_dim: int = 64  # width of the hyper-encoder (paper: the model's)
+    enc_heads: int = 2  # heads of the hyper-encoder (paper: 32)
+    lora_r: int = 8  # rank of LoRA; its scale is 2 (paper: rank 32, scale 1)
     pretrain_steps: int = 350  # steps of the toy's base model
     samples: int = 24  # held-out windows, and prompts, of each measure
     block_size: int = 256  # window in base ids (paper: 1024 or 2048 codes)
@@ -208,25 +208,29 @@ def pack(lzw, windows):
         codes = torch.tensor(lzw.encode_known([int(a) for a in window], decoder))
         count = torch.tensor(decoder.counts)
         parts.append((codes[:-1], codes[1:], count[:-1], as_tensor(decoder.rows, lzw.max_len)))
-    fill = {"idx": 0, "targets": -100, "count": 0, "rows": -1}
-    columns = dict(zip(fill, zip(*parts)))
-    return {name: nn.utils.rnn.pad_sequence(columns[name], True, fill[name]) for name in fill}
+    idx, targets, count, rows = zip(*parts)
+    return {
+        "idx": pad_sequence(idx, True),
+        "targets": pad_sequence(targets, True, -100),
+        "count": pad_sequence(count, True),
+        "rows": pad_sequence(rows, True, -1),
+    }
 
 
 def as_tensor(words, M):
     """Rows, tuples of base ids, as a tensor (R, M) with -1 on the right."""
-    padded = [word + (-1,) * (M - len(word)) for word in words]
-    return torch.tensor(padded, dtype=torch.long).view(-1, M)
+    filled = [word + (-1,) * (M - len(word)) for word in words]
+    return torch.tensor(filled, dtype=torch.long).view(-1, M)
 
 
 @torch.inference_mode()
 def generate(model, prompts, n, temperature=0.0, seed=0):
-    """Continues prompts by n codes; returns lists of words, a code's base ids."""
+    """Continues prompts by n codes; returns for each a list of words, the base ids of a code."""
     lzw, c = model.lzw, model.config
     device, dtype = model.gpt.wte.weight.device, model.gpt.wte.weight.dtype
     decoders = [Decoder(lzw) for _ in prompts]
     codes = [lzw.encode_known(prompt, decoder) for prompt, decoder in zip(prompts, decoders)]
-    most = min(lzw.max_codes, n * lzw.max_len + max(len(d.rows) for d in decoders))
+    most = min(lzw.max_codes, n * lzw.max_len + max(len(d.rows) for d in decoders))  # rows
     vectors = torch.zeros(2, len(prompts), most, c.n_embd, device=device, dtype=dtype)
     cache = KVCache(c, len(prompts), max(map(len, codes)) + n, device, dtype)
     rng = torch.Generator(device).manual_seed(seed)
@@ -266,7 +270,7 @@ def transported(lzw, logp, ids):
     place = before = 0
     for code in lzw.encode(ids):
         word, _ = decoder.push(code)
-        extends = [key % V for key in decoder.table if key // V == code]
+        extends = [key % V for key in decoder.table if key // V == code]  # with which LZW goes on
         own = sum(logp[place - 1 + j, a].item() for j, a in enumerate(word))
         place += len(word)
         after = math.log1p(-logp[place - 1, extends].exp().sum().item())
@@ -298,7 +302,7 @@ def theory(gpt, lzw, world, n, device):
     lost = size = 0
     off = []
     for window in world.windows("heldout", 0, n):
-        ids = [*window[:-1].tolist(), world.special[0]]
+        ids = [*window[:-1].tolist(), world.stops[0]]
         logp = predict(torch.tensor([ids]))[0]
         plain = -logp[torch.arange(len(ids) - 1), ids[1:]].sum().item()
         lost += abs(transported(lzw, logp, ids)[:, 0].sum().item() - plain)
@@ -315,18 +319,19 @@ house river garden market road bridge school tower boat is near the of and with 
 class Synth:
     """A language of 188 ids: documents with six names each, and numbers.
 
-    Names come as often as 1 / rank; numbers are said twice; id 0 opens a document.
+    Names come as often as 1 / rank; numbers are said twice.
+    Id 0 opens a document.
     """
 
     def __init__(self, args, seed):
         tails = [c + v for c in "bcdfghklmnprstz" for v in "aeiou"]
         spaced = [f" {text}" for text in tails + WORDS.split()]
         digits = [f" {digit}" for digit in range(10)]
-        self.text = ["", *tails, *spaced, ".", "\n", *digits]
+        self.text = ["", *tails, *spaced, ".", "\n", *digits]  # of ids 0 to 187, in parts:
         self.tail, self.head = range(1, 76), range(76, 151)
         self.verbs, self.nouns = range(151, 159), range(159, 168)
         self.word = {self.text[i].strip(" "): i for i in range(168, 178)}
-        self.special, self.digits = [0], range(178, 188)
+        self.stops, self.digits = [0], range(178, 188)
         self.length, self.seed = args.block_size, seed
 
     def sentence(self, rng, names, liked):
@@ -382,8 +387,8 @@ class Text:
         folder, self.tokens = f"{args.out}/tokens", {}
         for split in "train", "heldout":
             self.tokens[split] = data.token_file(args.dataset, split, tok, folder, limit)
-            self.windows(split, 0, 1)  # ValueError if too short
-        self.special = tok.stops
+            self.windows(split, 0, 1)  # a ValueError if the text is too short
+        self.stops = tok.stops
         self.digits = [i for i in range(tok.n_vocab) if any(map(str.isdigit, tok.decode([i])))]
 
     def windows(self, split, step, n):
@@ -417,7 +422,8 @@ def train_base(args, env, log, arm, seed):
     gpt, world = start(args, env, seed, trained=False)
 
     def batch(step):
-        x = torch.from_numpy(world.windows("train", step, args.batch_size)[env.rank :: env.world])
+        x = world.windows("train", step, args.batch_size)[env.rank :: env.world]
+        x = torch.from_numpy(x)
         return {"idx": x[:, :-1], "targets": x[:, 1:]}
 
     own = replace(args, steps=args.pretrain_steps, lr=4e-3)
@@ -428,13 +434,13 @@ def train_base(args, env, log, arm, seed):
 
 def build(args, base, world, arm):
     """The model of an arm around the base model, whose weights it shares."""
-    disabled = list(world.special)
+    disabled = list(world.stops)
     if args.model or arm == "digits":
         disabled += world.digits
     rows = 0 if arm == "cont" else args.max_codes
     lzw = LZW(base.config.vocab_size, rows, args.max_len, disabled)
     torch.manual_seed(world.seed)  # LoRA starts the same in all
-    shared = {id(p): p for p in base.parameters()}
+    shared = {id(p): p for p in base.parameters()}  # what deepcopy does not copy
     gpt = add_lora(copy.deepcopy(base, shared), args.lora_r)
     return Zip(gpt, lzw, args, arm).to(base.wte.weight.device)
 
@@ -445,8 +451,8 @@ def train_arm(args, env, log, arm, seed):
     model = build(args, gpt, world, arm)
 
     def batch(step):
-        windows = world.windows("train", 10**6 + step, args.batch_size)[env.rank :: env.world]
-        return pack(model.lzw, windows)
+        windows = world.windows("train", 10**6 + step, args.batch_size)  # none of the base model's
+        return pack(model.lzw, windows[env.rank :: env.world])
 
     before = bits_per_byte(model.eval(), world, args, env)["bpb"]  # of `cont`: the base model
     common.train(model.train(), batch, args, env, log)
@@ -483,16 +489,12 @@ def measure_generation(model, world, args):
     """Writes on from prompts: are rows used, names and numbers copied?"""
     n = args.block_size // 4
     prompts = world.windows("heldout", 1, args.samples)[:, : 2 * n].tolist()
-    began = time.perf_counter()
     texts = generate(model, prompts, n, temperature=0.8, seed=world.seed)
-    seconds = time.perf_counter() - began
     words = list(itertools.chain(*texts))
     written = [list(itertools.chain(*text)) for text in texts]
-    size = sum(len(world.decode(ids).encode()) for ids in written)
     found = {
         "gen_row_share": sum(len(word) > 1 for word in words) / len(words),
         "gen_ids_per_base": len(words) / sum(map(len, words)),
-        "gen_ms_per_byte": 1e3 * seconds / size,
     }
     return found if args.model else found | measure_copying(model, world, prompts, written)
 
@@ -507,7 +509,7 @@ def measure_copying(model, world, prompts, written):
     numbers = [rng.choices(world.digits, k=8) for _ in prompts]
     asked = []
     for prompt, number in zip(prompts, numbers):
-        asked.append([*prompt[:-12], w["."], w["number"], *number, w["again"]])
+        asked.append([*prompt[:-12], w["."], w["number"], *number, w["again"]])  # about as long
     right = []
     for text, number in zip(generate(model, asked, 8), numbers):
         right += [a == b for a, b in zip(itertools.chain(*text), number)]
@@ -517,40 +519,40 @@ def measure_copying(model, world, prompts, written):
 
 def judge(run, found):
     """The paper's claims, each with controls that must fail its criterion."""
-    zipped, plain = found["zip"], []
-    for row in found["cont"]:
-        plain.append(row | {"best": min(row["bpb"], row["bpb_before"])})
+    zipped = found["zip"]
+    plain = [row | {"best": min(row["bpb"], row["bpb_before"])} for row in found["cont"]]
     shuffled = [row | {"bpb": row["bpb_shuffled"]} for row in zipped]
     controls = {"rows shuffled": shuffled}
     if not run.args.model:
         controls["mean of embeddings"] = found["avg"]
     says = "little cost: bits per byte beside the better of base model and cont"
-    cost, paper = "arm.bpb <= 1.2 * base.best", "1.08 to 1.15 times"
-    run.claim("C2", says, paper, cost, base=plain, arm=zipped, controls=controls)
+    rule, paper = "arm.bpb <= 1.2 * base.best", "1.08 to 1.15 times"
+    run.claim("C2", says, paper, rule, base=plain, arm=zipped, controls=controls)
     says = "fewer ids, so fewer passes, per byte of the same text"
-    fewer, mixed = "arm.ids_per_byte <= .85 * base.ids_per_byte", "ids in random order"
-    controls = {mixed: [row | {"ids_per_byte": row["mixed_ids_per_byte"]} for row in zipped]}
-    run.claim("C5", says, "-15 to -40 %", fewer, base=plain, arm=zipped, controls=controls)
+    rule = "arm.ids_per_byte <= .85 * base.ids_per_byte"
+    mixed = [row | {"ids_per_byte": row["mixed_ids_per_byte"]} for row in zipped]
+    controls = {"ids in random order": mixed}
+    run.claim("C5", says, "-15 to -40 %", rule, base=plain, arm=zipped, controls=controls)
     if run.args.model:
         return
     says = "the encoder does it: at most half the cost of random rows"
-    half = "arm.bpb - base.best <= .5 * (base.rand - base.best)"
+    rule = "arm.bpb - base.best <= .5 * (base.rand - base.best)"
     both = [row | {"rand": rand["bpb"]} for row, rand in zip(plain, found["rand"])]
     controls = {"rows shuffled": shuffled}
-    run.claim("C3", says, "-", half, base=both, arm=zipped, controls=controls)
+    run.claim("C3", says, "-", rule, base=both, arm=zipped, controls=controls)
     says = "hypertokens are written, and names copied as well as by cont"
-    written = "arm.gen_row_share >= .1 and arm.gen_ids_per_base <= .9"
-    written += " and arm.names_copied >= base.names_copied - .05"
+    rule = "arm.gen_row_share >= .1 and arm.gen_ids_per_base <= .9"
+    rule += " and arm.names_copied >= base.names_copied - .05"
     paper, controls = "ids .77 to .92 of base ids", {"random rows": found["rand"]}
-    run.claim("C4", says, paper, written, base=plain, arm=zipped, controls=controls)
+    run.claim("C4", says, paper, rule, base=plain, arm=zipped, controls=controls)
     says = "transported base model (theorem 2.1): no bit lost, all p add up to 1"
-    exact, base = "arm.lost <= 1e-4 and arm.mass <= 1e-4", found["base"]
+    rule, base = "arm.lost <= 1e-4 and arm.mass <= 1e-4", found["base"]
     controls = {"without the factors": [row | {"mass": row["mass_alone"]} for row in base]}
-    run.claim("C6", says, "0", exact, arm=base, controls=controls)
+    run.claim("C6", says, "0", rule, arm=base, controls=controls)
     says = "numbers are copied as well as by cont if digits are never merged"
-    copied = "arm.digits_copied >= base.digits_copied - .1"
+    rule = "arm.digits_copied >= base.digits_copied - .1"
     paper, controls = "GSM8K .36 -> .61 (a later model)", {"digits merged": zipped}
-    run.claim("C7", says, paper, copied, base=plain, arm=found["digits"], controls=controls)
+    run.claim("C7", says, paper, rule, base=plain, arm=found["digits"], controls=controls)
 
 
 def show(run):
@@ -577,12 +579,12 @@ def show(run):
 
 
 def check(args, env):
-    """What is wrong: (whether it is, what to say)."""
+    """What may be wrong: (whether it is, message)."""
     idle = common.changed_flags(args, ["pretrain_steps"])
-    toy = args.dataset == "stdlib" and args.prompt in ("", "heldout")
+    real = args.dataset != "stdlib" or args.prompt not in ("", "heldout")
     return [
         (args.enc_dim % args.enc_heads, f"--enc-dim is no multiple of {args.enc_heads} heads"),
-        (not toy and not args.model, "--dataset, a --prompt but `heldout` need --model"),
+        (real and not args.model, "--dataset and a --prompt but `heldout` need --model"),
         (idle and args.model, f"{idle}: no effect with --model"),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
@@ -610,9 +612,6 @@ def main(argv=None):
     common.panels(run.out / "zip2zip.png", [panel])
     found |= base
     judge(run, found)
-    for name in "cont", "zip":
-        speed = np.mean([row["gen_ms_per_byte"] for row in found[name]])
-        print(f"{name} writes a byte in {speed:.2f} ms ({args.samples} texts at once)")
     return run.finish(found)
 
 

@@ -295,12 +295,12 @@ def test_batches_by_hand():
     stories = [cx.Story(rng), cx.Story(rng)]
     stories[0].words = "<bos> 1 ; ok <eos>".split()
     stories[1].words = "<bos> ; <eos>".split()
-    batch = cx.batch_of(stories, reasoner=False)
+    batch = cx.collate(stories, reasoner=False)
     assert batch["idx"].tolist()[1] == [1, cx.ID[";"], 2, 0]
     assert batch["targets"].tolist()[1] == [cx.ID[";"], 2, 0, 0]
     assert batch["weights"].tolist() == [[0, 0, 6, 1], [0, 1, 0, 0]]
     stories[0].words = "<bos> ; again 3".split()
-    assert cx.batch_of(stories, reasoner=True)["weights"].tolist()[0] == [0, 6, 1]
+    assert cx.collate(stories, reasoner=True)["weights"].tolist()[0] == [0, 6, 1]
 
 
 def test_positions_end_at_a_step():

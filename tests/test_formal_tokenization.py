@@ -141,7 +141,7 @@ def test_real_tokenizer_is_no_homomorphism(name, text, ids):
 
 
 def accepts(table, accepting, ids):
-    return bool(accepting[ft.path(table, ids)[-1]])
+    return bool(accepting[ft.states_along(table, ids)[-1]])
 
 
 def test_lift_by_hand():
@@ -189,7 +189,7 @@ def test_proper_moves_by_hand():
     ]
     assert ft.dead_ends(lifted, accepting, live) == 0 < ft.dead_ends(lifted, accepting, moves)
     for ids in ft.sequences(4, 4):
-        steps = zip(ft.path(lifted, ids), [4, *ids], ids)
+        steps = zip(ft.states_along(lifted, ids), [4, *ids], ids)
         proper = accepts(lifted, accepting, ids) and all(live[step] for step in steps)
         assert proper == (is_proper(ids) and bool(re.fullmatch(b"aba*|b", ft.spell(AB, ids))))
 
@@ -231,7 +231,7 @@ def test_codes_spell_every_string(arm):
 
 
 def test_padding_and_probabilities():
-    batch = ft.padded([[4, 0, 1, 5], [4, 5]], 5)
+    batch = ft.collate([[4, 0, 1, 5], [4, 5]], 5)
     assert batch["idx"].tolist() == [[4, 0, 1], [4, 5, 5]]
     assert batch["targets"].tolist() == [[0, 1, 5], [5, -100, -100]]
     code = ft.Code("char", 0)

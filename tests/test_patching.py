@@ -202,7 +202,7 @@ def test_prompts():
     words = {"fr": [["eau"], ["chat"]], "en": [["water"], ["cat"]]}
     world = patching.World(None, patching.LABELS, words)
     rng = np.random.default_rng(0)
-    (head,) = world.heads(rng, ("fr", "en"), [1], 1)
+    (head,) = world.texts(rng, ("fr", "en"), [1], 1)
     assert head == 'Français: "eau" - English: "water"\nFrançais: "chat'
     assert head + world.ask(("fr", "en")) == (
         'Français: "eau" - English: "water"\nFrançais: "chat" - English: "'
@@ -257,7 +257,7 @@ def test_every_toy_has_enough_pairs():
         world = patching.make_toy(seed)
         for source, target in quads.values():
             cells = [(1, target[1]), (1, source[1]), (0, source[1]), (0, target[1])]
-            rows = world.asked(source), world.asked(target)
+            rows = world.tested(source), world.tested(target)
             with pytest.raises(ValueError) as found:
                 patching.draw_pairs(world, np.random.default_rng(0), *rows, cells, 10**6)
             n = int(re.search(r"there are (\d+) pairs", str(found.value))[1])
@@ -357,13 +357,13 @@ def test_real_model_with_own_words(folder, tmp_path):
         ("--model MODEL --words /no/such.csv", "/no/such.csv"),
         ("--model MODEL --words EMPTY_CELL", "row 2: a word is missing in column 'fr'"),
         ("--model MODEL --words UNKNOWN", "languages .'xx'., allowed: en, "),
-        ("--model MODEL --words FEW", "3 words, needed for --shots 5: 6"),
+        ("--model MODEL --words FEW", "3 words, needed: more than --shots 5"),
         (
             "--model MODEL --quads fr-en:es-de --pairs 20000",
             "fr-en:es-de: there are .* asked for: 20000",
         ),
         ("--shots 22", "22 words, needed for --shots 22: 23"),
-        ("--pairs 31", "--pairs 31, allowed: 2 to 30 in the toy"),
+        ("--pairs 31", "--pairs, allowed: 2 to 30 in the toy"),
         ("--k 8", "--k 8, allowed: 1 to 7"),
         ("--model MODEL --words SIX --quads fr-en:es-de", "--k 5, allowed: 1 to 4"),
         ("--n-embd 30", "multiples of 8"),

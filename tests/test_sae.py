@@ -317,9 +317,9 @@ def test_matched_latents():
 
 
 def test_read_by_hand():
-    read = S.read(torch.tensor([-1.0, 1, 1, 2]), torch.tensor([0, 0, 1, 1]))
+    read = S.scores(torch.tensor([-1.0, 1, 1, 2]), torch.tensor([0, 0, 1, 1]))
     assert read == pytest.approx({"accuracy": 0.75, "auc": 3.5 / 4})
-    moved = S.read(torch.tensor([-9.0, -7, -7, -6]), torch.tensor([0, 0, 1, 1]))
+    moved = S.scores(torch.tensor([-9.0, -7, -7, -6]), torch.tensor([0, 0, 1, 1]))
     assert moved == pytest.approx({"accuracy": 0.5, "auc": 3.5 / 4})  # a threshold away, no more
 
 
@@ -339,7 +339,7 @@ def planted(n=300, m=12, seed=0):
 def test_a_feature_that_is_one_latent_is_found_removed_and_gone():
     parts, D = planted()
     weight = parts[0][1].mean(0)
-    directions = S.pushes(parts, weight, D, 1)
+    directions = S.steering_vectors(parts, weight, D, 1)
     for numbers, logits in S.removals(parts, weight, D, 1):
         assert numbers["nothing"]["accuracy"] > 0.99
         assert numbers["multilingual"]["auc"] < 0.7 and numbers["multilingual"]["refit"] < 0.65

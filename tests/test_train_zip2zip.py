@@ -352,7 +352,7 @@ def test_a_real_model(tmp_path, capsys, monkeypatch):
     )
     env = common.Env(torch.device("cpu"), torch.float32)
     _, world = z2z.start(common.parse(z2z.Args, flags), env, 0)
-    assert world.special == [0] and [tok.decode([i]) for i in world.digits] == list("0123456789")
+    assert world.stops == [0] and [tok.decode([i]) for i in world.digits] == list("0123456789")
     with pytest.raises(SystemExit):
         z2z.main([*flags, "--block-size", "512"])
     assert "--block-size 512, allowed: 128" in capsys.readouterr().err

@@ -213,7 +213,7 @@ class World:
         return texts
 
     def ids(self, texts, rest=""):
-        """Ids of prompts, and how many columns the word's last token and the rest take."""
+        """Ids of prompts; columns of the word's last token and the rest."""
         prompts, columns = [], set()
         for text in texts:
             front = self.tok.encode(text, bos=True)
@@ -236,7 +236,7 @@ class World:
 
 
 def draw_pairs(world, rng, sources, targets, wanted, n, first=True):
-    """n source concepts, n target concepts, and the answers looked for in each pair.
+    """n source and n target concepts, and the answers looked for in each pair.
 
     wanted  [(0 or 1: the source's or the target's concept, its language), ...]
     Where two answers share a word, the pair is skipped.
@@ -283,7 +283,7 @@ class ToyTokenizer:
 
 
 def make_toy(seed):
-    """Words, attributes, and a quarter of the concepts held out of each pair of languages."""
+    """Words, attributes, a quarter of the concepts held out of each pair."""
     rng = np.random.default_rng([seed, 1])
     words, held = {}, {}
     for i, code in enumerate(TOY):
@@ -407,7 +407,7 @@ def word_token(model, world, args, quad, seed):
 
 
 def study(model, world, args, quads, log, seed):
-    """All experiments: curves by layer, and the numbers of the claims."""
+    """All experiments: curves by layer, numbers of the claims."""
     lists = {"last": {}, "translate": {}, "define": {}}  # {experiment: {what is put: [P]}}
     for text, quad in tqdm(quads.items(), log.run, leave=False):
         with common.bad_input(f"--quads {text}"):

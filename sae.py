@@ -205,7 +205,7 @@ def residual(model, idx, layer, mask=None):
 
 
 def harvest(models, layer, batches, n, bos):
-    """Rows (n, M * C): residual streams of M models, from batches of (ids, mask)."""
+    """Rows (n, M * C): residual streams of M models on batches (ids, mask)."""
     parts = []
     for idx, mask in batches:
         keep = mask & (idx != bos)
@@ -247,7 +247,7 @@ def train_sae(sae, x, args, env, log, seed):
 
 @torch.no_grad()
 def pool(model, layer, sae, sentences, bos):
-    """Activations X (N, d) and codes (N, m): means over tokens but the start."""
+    """Activations X (N, d), codes (N, m): means over tokens but the start."""
     X, codes = [], []
     for i in range(0, len(sentences), 64):
         idx, mask = padded(sentences[i : i + 64], sae.scale.device)
@@ -263,7 +263,7 @@ def pool(model, layer, sae, sentences, bos):
 
 
 def training(rows):
-    """Four fifths of a language's sentences, to fit probes; the rest test."""
+    """Four fifths of the sentences, to fit probes; the rest test."""
     return rows[: len(rows) * 4 // 5]
 
 

@@ -474,7 +474,7 @@ def minibatch(batch, args, number, part):
 
 
 def reinforce(args, env, log, arm, seed):
-    """GRPO from the imitator or --model; measured before and after."""
+    """GRPO from --model or the imitator of --steps, to which `decay_steps` ties its checkpoint."""
     policy, world = load_model(args, env, seed, "imitate")
     before = measure(policy, world, args, env, samples=4)
     reference = copy.deepcopy(policy) if args.beta else None
@@ -495,9 +495,9 @@ def reinforce(args, env, log, arm, seed):
     def evaluate(step):
         return measure(policy, world, args, env)
 
-    constant = dict(lr=args.rl_lr, warmup=0, min_lr=1.0, weight_decay=0.0, log_every=1)
-    flags = replace(args, steps=args.rl_steps * args.minibatches, compile=False, **constant)
-    common.train(net, batch, flags, env, log, evaluate)
+    rate = dict(lr=args.rl_lr, warmup=0, min_lr=1.0, decay_steps=args.steps, weight_decay=0.0)
+    own = replace(args, **rate, steps=args.rl_steps * args.minibatches, compile=False, log_every=1)
+    common.train(net, batch, own, env, log, evaluate)
     curve = [row["accuracy"] for row in common.read_log(log.path) if "accuracy" in row]
     after = measure(policy, world, args, env, samples=4)
     return dict(before=before, after=after, curve=curve)
@@ -516,7 +516,7 @@ def numbers_in(world, ids):
     found = []
     for i, piece in enumerate(world.decode([token]) for token in ids):
         if re.fullmatch("[0-9]+", piece) and found and found[-1][0] == i - 1:
-            found[-1] = i, int(f"{found[-1][1]}{piece}")
+            found[-1] = i, min(10**6, int(f"{found[-1][1]}{piece}"))
         elif re.fullmatch(r"\s*[0-9]+", piece):
             found.append((i, int(piece)))
     return found

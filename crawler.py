@@ -50,8 +50,8 @@ class Args(common.TrainFlags):
     limits: ClassVar[dict] = common.TrainFlags.limits | {"temperature": (0,)}
     limits |= dict.fromkeys("tune_steps concurrency timeout budget lists max_tokens".split(), (1,))
     unused: ClassVar[set] = set("micro_batch shard compile decay_steps min_lr eval_every".split())
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"budget", "truth"}
-    may_change |= {"concurrency", "timeout"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change - {"steps"}
+    may_change |= {"budget", "truth", "concurrency", "timeout"}
 
     steps: int = 300  # the toy: steps of plain training
     lr: float = 3e-3

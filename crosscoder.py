@@ -47,8 +47,8 @@ class Args(common.TrainFlags):
         **dict.fromkeys(("layer", "sae_lr"), (0,)),
         "prompts": (8,),
     }
-    unused: ClassVar[set] = {"micro_batch", "eval_every", "shard"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
+    unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change - {"steps"} | {"top", "prompts"}
 
     steps: int = 1500  # training steps of the base model
     ft_steps: int = 1500  # training steps of the reasoner, which starts from it

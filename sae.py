@@ -52,7 +52,7 @@ class Args(common.TrainFlags):
     limits: ClassVar[dict] = common.TrainFlags.limits | dict(layer=(0,), sae_lr=(0,))
     limits |= dict.fromkeys("d_sae k saes sae_steps sae_batch rows top".split(), (1,))
     unused: ClassVar[set] = {"micro_batch", "eval_every"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change - {"steps"} | {"top"}
 
     steps: int = 900
     batch_size: int = 32

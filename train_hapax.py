@@ -97,7 +97,7 @@ def repeated(x, rule="any"):
     O(B T log T): sorted by (what, place), a repeated thing stands behind its earlier occurrence.
     """
     x = np.asarray(x)
-    if x.ndim != 2 or x.shape[1] < 2 or x.dtype.kind not in "iu":
+    if x.ndim != 2 or not len(x) or x.shape[1] < 2 or x.dtype.kind not in "iu":
         raise ValueError(f"windows are {x.dtype} {x.shape}, needed: integers (B, T+1) with T >= 1")
     if x.min() < 0 or x.max() >= 2**20:
         raise ValueError(f"token ids from {x.min()} to {x.max()}, allowed: 0 to {2**20 - 1}")

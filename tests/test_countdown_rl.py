@@ -581,6 +581,7 @@ def test_numbers_of_digits_and_traces_in_the_papers_form(folder, problems):
     world = cd.Real(args, load(str(folder))[1], 0)
     encode = world.tok.encode
     assert [v for _, v in cd.numbers_in(world, encode("162 + 62 - 620"))] == [162, 62, 620]
+    assert cd.numbers_in(world, encode("9") * 5000) == [(4999, 10**6)]  # a model that goes on
     text = "- 40 - 7 - 9 = 33 - 9 = 24 (not 42)\n- 40 - 7 + 9 = 33 + 9 = 42 (this works)\n"
     prompt = world.prompt((7, 9, 40), 42, random.Random(0))
     (trace,) = cd.find_traces(world, [(((7, 9, 40), 42), prompt, encode(text))], random.Random(0))
@@ -651,6 +652,9 @@ def test_resume_of_grpo_is_exact(dies, tmp_path, monkeypatch):
     assert not torch.equal(start["head.weight"], whole[0]["policy.head.weight"])
     assert all(torch.equal(whole[0][key], halves[0][key]) for key in weights)
     assert whole[1:] == halves[1:]
+    flags["steps"] = 9
+    with pytest.raises(SystemExit):  # GRPO would go on from another imitator than it began with
+        run("halves")
 
 
 @pytest.mark.parametrize(

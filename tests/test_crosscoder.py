@@ -335,6 +335,8 @@ def test_smoke_writes_what_is_promised(tmp_path):
     assert np.shape(result["metrics"]["toy"][0]["matrix"]) == (4, 4)
     again = cx.main([*flags, "--resume"])
     assert json.dumps(again["claims"]) == json.dumps(result["claims"])
+    with pytest.raises(SystemExit):  # the reasoner and its crosscoder would be of another base
+        cx.main([*flags, "--resume", "--steps", "14"])
 
 
 def pair(tmp_path, text="Question: what is two and two? wait Wait maybe it is four. "):

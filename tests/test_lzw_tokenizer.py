@@ -315,6 +315,7 @@ def test_characters_are_whole_in_colour(tmp_path, capsys):
         ("TEXT --decode OUT", "is not what --encode writes"),
         ("DAMAGED --decode OUT", "damaged"),
         ("OTHER --decode OUT", "another tokenizer"),
+        ("DEEP --decode OUT", "is not what --encode writes"),
         ("LIST --decode OUT", "is not what --encode writes"),
         ("TEXT --encode OUT --show", "not allowed with"),
         ("TEXT CODES --show", "one file"),
@@ -331,6 +332,7 @@ def test_characters_are_whole_in_colour(tmp_path, capsys):
 def test_bad_input_is_one_line_and_exit_code_2(flags, match, tmp_path, capsys):
     (tmp_path / "EMPTY").write_bytes(b"")
     (tmp_path / "TEXT").write_text("abc abc\n")
+    (tmp_path / "DEEP").write_text("[" * 100_000 + "\n1\n")
     (tmp_path / "LIST").write_text("[1]\n1 2\n")
     lzw_tokenizer.main([str(tmp_path / "TEXT"), "--encode", str(tmp_path / "CODES")])
     head, codes = (tmp_path / "CODES").read_text().split("\n", 1)

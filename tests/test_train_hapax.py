@@ -90,6 +90,7 @@ def test_mask_errors():
     for x, match in [
         (ok[:, :1], "needed: integers \\(B, T"),
         (ok[0], "needed: integers \\(B, T"),
+        (ok[:0], "needed: integers"),
         (ok.astype(float), "needed: integers"),
         (ok - 1, "allowed: 0 to"),
         (ok + 2**20, "allowed: 0 to 1048575"),

@@ -362,7 +362,7 @@ def test_real_model_with_own_words(folder, tmp_path):
             "--model MODEL --quads fr-en:es-de --pairs 20000",
             "fr-en:es-de: there are .* asked for: 20000",
         ),
-        ("--shots 22", "22 words, needed for --shots 22: 23"),
+        ("--shots 22", "22 words, needed: more than --shots 22"),
         ("--pairs 31", "--pairs, allowed: 2 to 30 in the toy"),
         ("--k 8", "--k 8, allowed: 1 to 7"),
         ("--model MODEL --words SIX --quads fr-en:es-de", "--k 5, allowed: 1 to 4"),

@@ -6,7 +6,7 @@ linear probe tells right from wrong; its direction reads as words of success or 
 look back at the target carry the verdict: with three off, the model searches on.
 
 The toy: a small GPT imitates searchers, most of whom answer with their first attempt, unchecked;
-the others check each one. GRPO meets this mixture. The control permutes its rewards.
+the others check each one. The control permutes its rewards.
 """
 
 import ast
@@ -58,25 +58,25 @@ class Args(common.TrainFlags):
 
     model: str = ""  # a real checkpoint in place of the toy
     dataset: str = ""  # with --model: problems (nums, target), file:X.jsonl or a hub id
-    max_new: int = 1024  # with --model: tokens of the longest response (paper: 1024)
+    max_new: int = 1024  # with --model: longest response, in tokens (paper: 1024)
     nums: int = 3  # toy: numbers in a problem (paper: 3 and 4)
     num_max: int = 8  # toy: the largest of them (paper: 99)
     cap: int = 40  # toy: the largest target or result on the way (paper: 100)
-    attempts: int = 8  # toy: most attempts in a text that is imitated
+    attempts: int = 8  # toy: most attempts in a text to imitate
     guess: float = 0.85  # toy: share of these texts with one attempt, unchecked
-    drill: int = 500  # toy: in the first of --steps, sums and verdicts are drilled
+    drill: int = 500  # toy: the first of --steps, which drill sums and verdicts
     n_layer: int = 4  # toy: blocks
-    n_head: int = 8  # toy: heads, which share two heads of keys and values
+    n_head: int = 8  # toy: heads, on two of keys and values
     n_embd: int = 64  # toy: width
-    rl_steps: int = 60  # batches of responses for GRPO; 0: no GRPO (paper: 300)
+    rl_steps: int = 60  # batches of responses; 0: no GRPO (paper: 300)
     rl_lr: float = 2e-4  # learning rate of GRPO, constant (paper: 1e-6)
     prompts: int = 16  # problems in a batch of GRPO, over all ranks (paper: 256)
     group: int = 8  # responses to each problem (paper: 1, with a critic)
     minibatches: int = 1  # updates on a batch (paper: 4); with 1 nothing is clipped
-    clip_ratio: float = 0.2  # a probability that changed by more than this share gains nothing
-    beta: float = 0.0  # weight of the KL term (paper: .001)
+    clip_ratio: float = 0.2  # probabilities that changed by more gain nothing
+    beta: float = 0.0  # weight of the KL (paper: .001)
     problems: int = 400  # most held-out problems to measure on
-    samples: int = 300  # texts to choose heads on, and to test them on (paper: 300)
+    samples: int = 300  # texts to choose heads on, and to test on (paper: 300)
 
 
 # --- the method
@@ -125,7 +125,7 @@ class Objective(torch.nn.Module):
         advantage (B,), the rest (B, T). old and reference are log-probabilities: of the policy
         that drew the batch (None: this), and of the model before GRPO (None: no KL).
         """
-        here = targets != -100  # the tokens of responses
+        here = targets != -100  # responses
         idx, shorter = trimmed(idx, targets)
         logits = self.policy.unembed(self.policy.hidden(idx)[shorter != -100]).float()
         logp = -F.cross_entropy(logits, targets[here], reduction="none")
@@ -231,7 +231,7 @@ class Toy:
         for nums in itertools.combinations_with_replacement(range(1, args.num_max + 1), args.nums):
             for target in sorted({steps[-1][-1] for steps in attempts(nums, args.cap)} - {0}):
                 digest = hashlib.sha256(repr((nums, target)).encode()).digest()
-                part = self.heldout if digest[0] < 51 else self.train  # a fifth, for any seed
+                part = self.heldout if digest[0] < 51 else self.train  # a fifth
                 part.append((nums, target))
         if not self.train or not self.heldout:
             raise ValueError("--nums, --num-max and --cap leave too few problems")
@@ -274,7 +274,7 @@ class Toy:
     def drill(self, nums, target, rng):
         """(ids, counts): checked attempts, half of them picked to be right.
 
-        Of the picked ones only results count, and what follows the last result: the verdict.
+        Of these only the results count, and the verdict.
         """
         tries = attempts(nums, self.args.cap)
         right = [steps for steps in tries if steps[-1][-1] == target]
@@ -321,7 +321,7 @@ class ToyGPT(GPT):
 
     def __init__(self, args, world, seed):
         torch.manual_seed(seed)
-        size = 5 + args.nums + world.max_new  # a prompt and a response
+        size = 5 + args.nums + world.max_new  # prompt, response
         shape = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, head_dim=16)
         shape |= dict(n_kv_head=1 if args.n_head % 2 else 2, d_mlp=2 * args.n_embd)
         shape |= dict(norm="rms", gated=True, act="silu")
@@ -404,7 +404,7 @@ def respond(model, world, problems, rng, env, samples=1, seed=None):
 
 
 def measure(model, world, args, env, samples=1):
-    """Shares of right held-out responses, and of checked attempts."""
+    """Shares of right responses, and of checked attempts."""
     problems, rng = world.heldout[: args.problems], random.Random("measure")
     found = respond(model, world, problems, rng, env, samples, seed=0)
     texts = [world.decode(response) for _, _, response in found]
@@ -445,7 +445,7 @@ def draw_batch(policy, world, args, env, number, permuted=False):
     problems = [rng.choice(world.train) for _ in range(math.ceil(args.prompts / env.world))]
     found = respond(policy, world, problems, rng, env, args.group)
     rewards = [reward(world.decode(response), *problem) for problem, _, response in found]
-    if permuted:  # the control
+    if permuted:
         rng.shuffle(rewards)
     batch = collate([counted(prompt, response) for _, prompt, response in found])
     batch["advantage"] = advantages(torch.tensor(rewards), args.group)
@@ -474,7 +474,7 @@ def minibatch(batch, args, number, part):
 
 
 def reinforce(args, env, log, arm, seed):
-    """GRPO from --model or the imitator of --steps, to which `decay_steps` ties its checkpoint."""
+    """GRPO; `decay_steps` ties its checkpoint to the imitator of --steps."""
     policy, world = load_model(args, env, seed, "imitate")
     before = measure(policy, world, args, env, samples=4)
     reference = copy.deepcopy(policy) if args.beta else None
@@ -503,10 +503,10 @@ def reinforce(args, env, log, arm, seed):
     return dict(before=before, after=after, curve=curve)
 
 
-# --- moments of verification
+# ---- moments of verification
 
 
-# ids: up to where a right attempt's verdict is due; wrong: where a wrong one's was due before;
+# ids: up to where a right attempt's verdict is due; wrong: where a wrong one's was;
 # seen: where the target was seen
 Trace = namedtuple("Trace", "ids wrong seen problem")
 
@@ -523,7 +523,7 @@ def numbers_in(world, ids):
 
 
 def find_traces(world, texts, rng):
-    """Traces of those (problem, prompt, response) with true verdicts of both kinds."""
+    """Traces of (problem, prompt, response) with true verdicts of both kinds."""
     found = []
     for problem, prompt, response in texts:
         ids, target = prompt + response, problem[1]
@@ -551,10 +551,10 @@ def halves(model, world, args, env, rng):
         texts = [(problem, *world.written(*problem, rng)) for problem in problems]
     found = [], []
     for trace in find_traces(world, texts, rng):
-        side = random.Random(repr(trace.problem)).randrange(2)  # by problem
+        side = random.Random(repr(trace.problem)).randrange(2)
         found[side].append(trace)
     if min(map(len, found)) < 3:
-        common.fail(f"--samples {args.samples}: too few traces with both verdicts")
+        common.fail(f"too few traces for --samples {args.samples}")
     for half in found:
         del half[args.samples :]
         half.sort(key=lambda trace: len(trace.ids))  # little padding in a batch
@@ -563,7 +563,7 @@ def halves(model, world, args, env, rng):
 
 def batches(model, traces):
     """(idx, at): x[at] of a tensor (B, T, ...) is at its two verdicts."""
-    size = 32 if model.config.vocab_size < 1000 else 8  # fit the cache
+    size = 32 if model.config.vocab_size < 1000 else 8
     for i in range(0, len(traces), size):
         some = traces[i : i + size]
         idx = pad_sequence([torch.tensor(trace.ids) for trace in some], True)
@@ -634,7 +634,7 @@ def from_the_top(model, world, args, choose, test, rng):
 
 
 def target_attention(model, world, traces):
-    """Mean attention (L, H) from right results to the target; that of an even head."""
+    """Mean attention (L, H) from right results to the target; even attention."""
     sites = [f"blocks.{layer}.attn.pattern" for layer in range(model.config.n_layer)]
     total, even = 0, 0
     for trace in traces:
@@ -678,9 +678,9 @@ def switch_off(model, world, traces, neurons, sets):
             glu[k] += torch.stack(active).float().mean(0).tolist()
     found = []
     for tokens, active in zip(said, glu):
-        says_valid, false_accepts = np.isin(tokens, world.valid).mean(0)
+        valid, accepts = np.isin(tokens, world.valid).mean(0)
         goes_on = np.mean([searches_on(token, world) for token, _ in tokens])
-        row = dict(says_valid=says_valid, searches_on=goes_on, false_accepts=false_accepts)
+        row = dict(says_valid=valid, searches_on=goes_on, false_accepts=accepts)
         found.append(row | {"glu": np.mean(active)})
     return found
 
@@ -705,7 +705,7 @@ def from_the_bottom(model, world, choose, test, neurons, rng):
     prev = [tuple(head) for head in (mass >= enough).nonzero().tolist()]  # A_prev
     alone = switch_off(model, world, choose, neurons, [[head] for head in prev])
     glu_without = {head: row["glu"] for head, row in zip(prev, alone)}
-    prev.sort(key=glu_without.get)  # those first that drive the neurons most
+    prev.sort(key=glu_without.get)  # the strongest drivers first
     sets = [[], prev[:3], prev] + [random_heads(prev[:3], c, rng, prev) for _ in range(10)]
     rows = switch_off(model, world, test, neurons, sets)
     found = {"all_on": rows[0], "three": rows[1], "A_prev": rows[2]}

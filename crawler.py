@@ -61,7 +61,7 @@ class Args(common.TrainFlags):
     url: str = ""  # a server: http://HOST:8000/v1; its key: API_KEY in the environment
     api: Literal["chat", "anthropic"] = "chat"  # chat: OpenAI, vLLM, llama.cpp, Ollama
     concurrency: int = 4  # servers: calls in flight
-    timeout: float = 120.0  # servers: seconds after which a try is given up
+    timeout: float = 120.0  # servers: seconds until a try is given up
     budget: int = 1000  # most calls of the target, over all resumed runs
     place: PLACES = "assistant-prefix"  # where a list is begun for the model; naive: nowhere
     truth: str = ""  # file of known topics (.csv, column "topic"): which are found?
@@ -515,7 +515,7 @@ class World:
         kinds = rng.sample(sorted(TOPICS), SECTIONS + 4)
         self.sections = [rng.sample(TOPICS[kind], 5) for kind in kinds[:SECTIONS]]
         self.silent = [rng.choice(TOPICS[kind]) for kind in kinds[SECTIONS:]]  # in no section
-        self.section_of = {t: i for i, five in enumerate(self.sections) for t in five}
+        self.section_of = {t: i // 5 for i, t in enumerate(itertools.chain(*self.sections))}
         self.refused = sum([five[:2] for five in self.sections], []) + self.silent
         self.delicate = sum([five[2:] for five in self.sections], [])  # listed, and answered
         self.answered = [t for t in KIND if t not in self.refused]
@@ -619,7 +619,7 @@ def score(world, heads, calls):
 
 
 def judge(run, covert, open_):
-    """The paper's claims; each control must fail the same criterion."""
+    """The claims; controls must fail the same criteria."""
     arms = {arm: [found[arm] for found in covert] for arm in ARMS}
     ipc, direct = arms["ipc"], arms["direct"]
     says = "covert target: prefilled thoughts tell what questions don't (topics)"

@@ -70,7 +70,7 @@ class Args(common.TrainFlags):
     top: int = 24  # latents in a list (paper: 50)
 
 
-# --------------------------- the method
+# ----------------- the method
 
 
 def relative_norm(norms):
@@ -150,7 +150,7 @@ def pushes(h, vectors, alpha):
     return alpha * h.norm(dim=1)[:, None, None] * F.normalize(vectors, dim=1)
 
 
-# ---------------------------- the world
+# ------------------ the world
 
 PATTERNS = {  # what the reasoner does: two words for it; and the cause
     "check": ("check", "verify"),  # an error in this step
@@ -161,7 +161,8 @@ PATTERNS = {  # what the reasoner does: two words for it; and the cause
 CAUSES = [*PATTERNS, "none"]
 MAPS = {"a": (2, 1), "b": (3, 4), "c": (4, 4)}  # 2 x + 1, 3 x + 4, 4 x + 4, modulo 5
 VOCAB = "<pad> <bos> <eos> 0 1 2 3 4 a b c @ ? : ; = | A or ok bad".split()
-VOCAB += [word for pair in PATTERNS.values() for word in pair]
+for words in PATTERNS.values():
+    VOCAB += words
 ID = {word: i for i, word in enumerate(VOCAB)}
 MARKS = [[ID[word] for word in pair] for pair in PATTERNS.values()]  # of each pattern
 WAIT = sum(MARKS, [])  # the wait words: here they say what comes
@@ -339,7 +340,7 @@ def states_of(models, args, env, seed, n):
     return sae.harvest(models, args.layer, batches(), n, ID["<bos>"])
 
 
-# ------------------------------ measure
+# -------------------- measure
 
 
 def gate(model, split):
@@ -498,7 +499,7 @@ def run_toy(args, env, log, arm, seed):
     return row
 
 
-# -------------------------- a real pair
+# ---------------- a real pair
 
 
 def load_pair(args, env):
@@ -542,8 +543,7 @@ def prepare(args, env, out):
     tokens = data.token_file(args.dataset, "train", tok, folder, n)
 
     def batches():
-        rng = np.random.default_rng(0)
-        length = min(256, models[FT].config.block_size)
+        rng, length = np.random.default_rng(0), min(256, models[FT].config.block_size)
         while True:
             text = data.windows(tokens, rng, 8, length)
             if tok.opens:
@@ -565,7 +565,7 @@ def run_pair(prepared, args, env, log, arm, seed):
     return study(models, code, args, prompts[::2], prompts[1::2], prompts[1::2], wait, seed)[0]
 
 
-# ----------------- claims, figure, main
+# ------- claims, figure, main
 
 
 def sides(rows, key, arm, measure):

@@ -63,7 +63,7 @@ class Args(common.TrainFlags):
     n_embd: int = 64  # the toy's width (paper: 3584)
 
 
-# --------------------------- the method
+# ----------------- the method
 
 
 def add(v, layer, strength):
@@ -153,7 +153,7 @@ def pick(local, explicit, strengths):
     return chosen
 
 
-# ------------------------------ the toy
+# -------------------- the toy
 
 CULTURES = "us tr fr ru de".split()  # the first is the default
 LANGUAGES = "en tr fr ru de".split()  # each culture's own
@@ -238,7 +238,7 @@ class Toy:
         return {"idx": idx, "targets": targets, "weights": weights.float()}
 
 
-# -------------------------- real models
+# ---------------- real models
 
 
 class Real:
@@ -291,7 +291,7 @@ class Real:
         return [self.tok.encode("".join(text), bos=True) for text in texts]
 
 
-# ---------------------------- the study
+# ------------------ the study
 
 
 def collect(model, world):

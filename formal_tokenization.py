@@ -51,7 +51,7 @@ class Args(common.TrainFlags):
     tokenizer: list[str] = common.default_list()  # measure these: tiktoken names, tokenizer.json
 
 
-# --------------------- tokenizers
+# ----------------- tokenizers
 # A vocabulary is a list: the bytes of every id.
 
 
@@ -152,7 +152,7 @@ def inspect(name, sample):
     }
 
 
-# ------ T1, T3: regular languages
+# ---- T1, T3: regular languages
 # An automaton is a table of states (states, symbols), and which of them accept. It begins in state
 # 0; the last state, which is written -1, is dead: no text goes on from it.
 
@@ -246,7 +246,7 @@ def check_languages(seed, tokenize):
     rng = np.random.default_rng([seed, 6])
     found = dict.fromkeys(["wrong", "states_more", "proper_wrong", "dead_ends", "by_pairs"], 0)
     for trial in range(TRIALS):
-        pattern = "[ab ]*" if trial % 2 else random_regex(rng, ["a", "b", " "])
+        pattern = "[ab ]*" if trial % 2 else random_regex(rng, ["a", "b", " "])  # or all texts
         vocab = random_vocabulary(rng, b"ab ", 5)
         tau = partial(tokenize, vocab)
         table, accepting = automaton(pattern, b"ab ")
@@ -282,7 +282,7 @@ def check_scrambled():
     return {"wrong": np.mean(errors), "states_more": 0}
 
 
-# ---------------- the toy's world
+# ------------ the toy's world
 
 BRACKETS = "()[]"
 DEPTH, LONGEST = 6, 40  # in training
@@ -423,7 +423,7 @@ def valid_share(model, code, n, seed, grammar):
     return sum([is_balanced(spell(code.vocab, row).decode()) for row in ended]) / n
 
 
-# -------------- claims and figure
+# ---------- claims and figure
 
 
 def judge(run, checks, found):

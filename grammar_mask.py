@@ -27,7 +27,7 @@ import torch
 STATES = 200_000  # that a grammar may take, some 2 kB each
 STACKS = 20_000  # that one text may be on
 
-# ----------------------------- grammars
+# ------------------- grammars
 # A grammar is {rule: (regular expression, names)}, its language that of the rule `root`. Rules of
 # EBNF call others: group i of the expression is empty, and stands for a text of rule names[i].
 
@@ -90,7 +90,7 @@ def parse_ebnf(text):
     return rules
 
 
-# ------------------------- JSON schemas
+# --------------- JSON schemas
 
 NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions"}
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
@@ -159,7 +159,7 @@ def schema_rule(part, schema, rules):
     return name
 
 
-# ------------------------ the automaton
+# -------------- the automaton
 
 END = 0  # the state at the end of every rule
 SIZE = 5 * 64**3  # room for all code points, in whole blocks that share their first UTF-8 byte
@@ -300,7 +300,7 @@ class Automaton:
         return least
 
 
-# --------------------------- the engine
+# ----------------- the engine
 
 
 def trie_of(vocab, class_of, n_classes):
@@ -527,7 +527,7 @@ class Constraint:
         self.state = after
 
 
-# ------------------------------ its use
+# -------------------- its use
 
 
 def vocabulary(tokenizer):
@@ -634,14 +634,14 @@ def main(argv=None):
     if args.explain is not None:
         return print(engine.explain(engine.start, args.explain.encode(errors="surrogateescape")))
     with common.bad_input():
-        model, tokenizer = pretrained.load(args.model)
-        engine = Engine(grammar, vocabulary(tokenizer), tokenizer.stops)
-        prompt = tokenizer.encode(args.prompt, bos=True)
-        if tokenizer.template:
-            prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
-        options = {"stop": tokenizer.stops, "process": Masker(engine, args.max_new_tokens)}
+        model, tok = pretrained.load(args.model)
+        engine = Engine(grammar, vocabulary(tok), tok.stops)
+        prompt = tok.encode(args.prompt, bos=True)
+        if tok.template:
+            prompt = tok.chat([{"role": "user", "content": args.prompt}])
+        options = {"stop": tok.stops, "process": Masker(engine, args.max_new_tokens)}
         ids = generate(model, [prompt], args.max_new_tokens, 0.0, **options)[0]
-    print(data.printable(tokenizer.decode(ids[:-1])))
+    print(data.printable(tok.decode(ids[:-1])))
 
 
 if __name__ == "__main__":

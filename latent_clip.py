@@ -10,28 +10,20 @@ the VAE's scale), and channels come first.
 """
 
 import math
-import os
 import time
-import zlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
-import data
 
-REAL = "vae tokenizer dataset model prompt generator".split()
-PAPER = dict(steps=415_039, batch_size=81_920, lr=1e-3, warmup=3000, clip=0.0)
 SMOKE = dict(images=160, steps=2, batch_size=8, samples=12, iters=2, gates=False)
 
 
@@ -39,13 +31,13 @@ SMOKE = dict(images=160, steps=2, batch_size=8, samples=12, iters=2, gates=False
 class Args(common.TrainFlags):
     """Latent-CLIP"""
 
-    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}, "b4plus": PAPER, "paper": PAPER}
+    presets: ClassVar[dict] = {"smoke": SMOKE, "toy": {}}
     limits: ClassVar[dict] = common.TrainFlags.limits | {"images": (8,), "samples": (8,)}
     limits |= {"batch_size": (2,), "iters": (1,), "noise_lr": (0,)}
     unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}
 
     steps: int = 800  # of a CLIP; VAE: 1.5 times, generator: 3 times
-    batch_size: int = 128  # pairs in a step, over all ranks (paper: 81,920)
+    batch_size: int = 128  # pairs in a step, (paper: 81,920)
     lr: float = 2e-3  # peak learning rate (paper: 1e-3)
     min_lr: float = 0.0  # where the cosine ends, as a share of --lr
     weight_decay: float = 0.2  # OpenCLIP's, of matrices and convolutions
@@ -54,31 +46,6 @@ class Args(common.TrainFlags):
     iters: int = 25  # evaluations of ReNO (paper: 50)
     noise_lr: float = 1.2  # ReNO's step (paper: 5, in 16,384 dimensions)
     gates: bool = True  # stop if a model is too bad for claims
-    model: str = ""  # a Latent-CLIP; without it, --dataset trains one
-    vae: str = ""  # its VAE by diffusers (paper: sdxl-vae-fp16-fix)
-    tokenizer: str = ""  # CLIP's tokenizer.json: a file, or a hub id
-    dataset: str = ""  # a folder of pictures, a .txt caption beside each
-    prompt: str = ""  # ReNO for this prompt
-    generator: str = ""  # a one-step SDXL (paper: stabilityai/sdxl-turbo)
-
-
-# --------------------------------------------------------------------------------- CLIP, VAE, ReNO
-
-
-class Gather(torch.autograd.Function):
-    """The rows of all ranks; backward sums the gradients of all ranks."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def info_nce(image, text, scale, ids):
@@ -86,20 +53,14 @@ def info_nce(image, text, scale, ids):
 
     image, text  (B, E) normalised features; `scale` multiplies their cosines
     ids          (B,) numbers of captions: equal ones are no negatives
-    Of several ranks, the mean of their losses is that of the whole batch.
     """
-    labels, numbers = torch.arange(len(ids), device=ids.device), ids
     logits = scale * image @ text.T
-    across = logits.T
-    if dist.is_initialized():  # this rank's rows against those of all ranks
-        logits = scale * image @ Gather.apply(text).T
-        across = scale * text @ Gather.apply(image).T
-        numbers = Gather.apply(ids)
-        labels = labels + dist.get_rank() * len(ids)
-    same = ids[:, None] == numbers
-    same.scatter_(1, labels[:, None], False)
-    by_image = F.cross_entropy(logits.masked_fill(same, -torch.inf), labels)
-    by_text = F.cross_entropy(across.masked_fill(same, -torch.inf), labels)
+    labels = torch.arange(len(ids), device=ids.device)
+    same = ids[:, None] == ids
+    same.fill_diagonal_(False)
+    logits = logits.masked_fill(same, -torch.inf)
+    by_image = F.cross_entropy(logits, labels)
+    by_text = F.cross_entropy(logits.T, labels)
     return (by_image + by_text) / 2
 
 
@@ -117,7 +78,8 @@ class Block(nn.Module):
         self.attn.out_proj = nn.Linear(width, width)
         nn.init.zeros_(self.attn.out_proj.bias)
         self.ln_2 = nn.LayerNorm(width)
-        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        up = nn.Linear(width, 4 * width)
+        down = nn.Linear(4 * width, width)
         self.mlp = nn.Sequential(OrderedDict(c_fc=up, gelu=nn.GELU(), c_proj=down))
 
     def forward(self, x):
@@ -130,9 +92,7 @@ class Block(nn.Module):
 
 @dataclass
 class CLIPConfig:
-    """Sizes of a CLIP; `side` and `patch` in the pixels of its own input."""
-
-    side: int = 8
+    side: int = 8  # of what it reads: latents, or pixels
     patch: int = 2
     channels: int = 4
     width: int = 96
@@ -147,9 +107,6 @@ class CLIPConfig:
 
 TOY = CLIPConfig()
 PIXEL = replace(TOY, side=32, patch=8, channels=3)  # the same trunk
-B8 = CLIPConfig(64, 8, 4, 768, 12, 64, 512, 49408, 77, 512, 12)
-B4PLUS = replace(B8, patch=4, embed=640, text_width=640)
-CONFIGS = {"smoke": TOY, "toy": TOY, "b4plus": B4PLUS, "paper": B8}
 
 
 class ViT(nn.Module):
@@ -225,21 +182,31 @@ class CLIP(nn.Module):
 
 def clip_optimizer(clip, args):
     """OpenCLIP's AdamW: no decay of gains, biases and the logit scale."""
-    others = [p for p in clip.parameters() if p.ndim > 1]
+    matrices = [p for p in clip.parameters() if p.ndim > 1]
     vectors = [p for p in clip.parameters() if p.ndim < 2]
-    groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
-    options = {"weight_decay": args.weight_decay, "betas": (0.9, 0.98), "eps": 1e-6}
-    return torch.optim.AdamW(groups, lr=args.lr, **options, fused=True)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, args.lr, (0.9, 0.98), 1e-6, args.weight_decay, fused=True)
 
 
-SIGMA = 14.614641  # SDXL's largest noise, sqrt(1 / prod(1 - beta) - 1)
-SD = {"widths": (128, 256, 512, 512), "layers": 2, "groups": 32}  # Stable Diffusion's
+def train_clip(clip, args, env, log, seed, rows, tokens, inputs, spread=None):
+    """Trains on the `rows` of n pairs: ids (n, T), and latents or pixels (n, C, S, S)."""
+    numbers = tokens.unique(dim=0, return_inverse=True)[1]  # one for each caption
+
+    def batch(step):
+        rng = np.random.default_rng([seed, 5, step])
+        picks = rng.choice(rows, args.batch_size)
+        seen = inputs[picks]
+        if spread is not None:  # drawn from the VAE's posterior, as by the authors
+            seen = seen + spread[picks] * gaussian(rng, len(picks))
+        return {"idx": tokens[picks], "images": seen, "ids": numbers[picks]}
+
+    common.train(clip, batch, args, env, log, make_optimizer=clip_optimizer)
+
+
 KL = 2e-3  # its weight in the loss; it makes latents smooth
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside an identity (1x1 if the width changes)."""
-
     def __init__(self, before, after, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, before, 1e-6)
@@ -281,20 +248,18 @@ class Half(nn.Module):
         inside, outside = (3, 8) if down else (4, 3)  # 8: means, log-variances
         self.conv_in = nn.Conv2d(inside, widths[0], 3, padding=1)
         stages, outer = nn.ModuleList(), []
-        before = widths[0]
         for i, width in enumerate(widths):
-            inputs = [before] + [width] * (layers - 1)
+            inputs = [widths[max(0, i - 1)]] + [width] * (layers - 1)
             blocks = nn.ModuleList([ResBlock(n, width, groups) for n in inputs])
             stages.append(nn.ModuleDict({"resnets": blocks}))
             outer += blocks
             if i + 1 < len(widths):
                 if down:  # padded right and below only
-                    parts = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)
+                    change, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)
                 else:
-                    parts = nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, 1, 1)
-                outer.append(nn.Sequential(OrderedDict(zip(("change", "conv"), parts))))
+                    change, conv = nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, 1, 1)
+                outer.append(nn.Sequential(OrderedDict(change=change, conv=conv)))
                 stages[i][f"{side}samplers"] = nn.ModuleList(outer[-1:])
-            before = width
         self.add_module(f"{side}_blocks", stages)
         width = max(widths)
         resnets = nn.ModuleList([ResBlock(width, width, groups) for _ in range(2)])
@@ -354,11 +319,10 @@ class VAE(nn.Module):
 
 
 def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum=0.9):
-    """Reward-based noise optimisation of a batch, as each row alone would go.
+    """Reward-based noise optimisation of a batch: the best latents so far, at every evaluation.
 
-    SGD with Nesterov momentum on reg * (n^2 / 2 - (d - 1) ln n) - reward. The bracket is the
-    -log density of n, the norm of noise. Gradients are clipped row by row. `generate` makes
-    latents of noise (B, ...), `reward` gives (B,). Returns the best so far at every evaluation.
+    SGD with Nesterov momentum on reg * (n^2 / 2 - (d - 1) ln n) - reward, for each row alone.
+    The bracket is the -log density of n, the norm of d numbers of noise.
     """
     best = noise
     top = noise.new_full((len(noise),), -torch.inf)
@@ -368,13 +332,11 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
         noise = noise.detach().requires_grad_()
         z = generate(noise)
         value = reward(z)
-        if not value.isfinite().all():
-            raise ValueError(f"the reward of evaluation {i} is not finite: try fp32")
         better = value > top
         best = best.clone()
         best[better] = z[better].detach()
         top = torch.maximum(top, value.detach())
-        path.append((best, top))
+        path.append(best)
         if i + 1 < iters:
             n = noise.float().flatten(1).norm(dim=1)
             loss = reg * (0.5 * n**2 - (noise[0].numel() - 1) * n.log()) - value
@@ -382,10 +344,8 @@ def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum
             grad = grad * (clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
             velocity = momentum * velocity + grad
             noise = noise - lr * (grad + momentum * velocity).view_as(noise)
-    return [torch.stack(part) for part in zip(*path)]
+    return torch.stack(path)
 
-
-# -------------------------------------------------------------------------- the world, its judge
 
 SHAPES = "circle square triangle cross ring".split()
 AREAS = 3.1416, 3.24, 1.572, 2.204, 2.262  # of the shapes at radius 1
@@ -406,19 +366,14 @@ MIX = {"one": 0.4, "pair": 0.3, "count": 0.15, "tone": 0.15}  # kinds of picture
 ASKED = {"one": 0.4, "count": 0.2, "pair": 0.4}  # prompts for ReNO: GenEval's kinds
 
 
-def clip_tokens(ids, end, context):
-    """Ids of n texts as rows: start, text, end (the largest id), zeros."""
-    out = torch.zeros(len(ids), context, dtype=torch.long)
-    for row, text in zip(out, ids):
-        text = [end - 1, *text[: context - 2], end]
-        row[: len(text)] = torch.tensor(text)
-    return out
-
-
 def toy_tokens(texts):
-    """Ids (n, 9) of captions."""
-    ids = [[WORDS.index(word) for word in text.split()] for text in texts]
-    return clip_tokens(ids, TOY.vocab - 1, TOY.context)
+    """Ids (n, 9) of captions: start, words, end (the largest id), zeros."""
+    out = torch.zeros(len(texts), TOY.context, dtype=torch.long)
+    for row, text in zip(out, texts):
+        words = [WORDS.index(word) for word in text.split()]
+        ids = [TOY.vocab - 2, *words, TOY.vocab - 1]
+        row[: len(ids)] = torch.tensor(ids)
+    return out
 
 
 def coverage(shape, x, y, r):
@@ -439,23 +394,16 @@ def coverage(shape, x, y, r):
     return (0.5 - outside).clamp(0, 1)
 
 
-@dataclass
-class Pictures:
-    """n pictures of one to three objects, each in a quarter (cell)."""
-
-    images: torch.Tensor  # (n, 3, 32, 32) uint8
-    texts: list  # captions
-    objects: torch.Tensor  # (n, 4) 6 shape + colour, in the caption's order
-    label: torch.Tensor  # (n,) of the first object, in CLASSES
-    new: torch.Tensor  # (n,) whether one of its objects is held out
-
-
 def pictures(n, key, mix=MIX):
-    """Draws n pictures with captions."""
+    """Draws n pictures of one to three objects, each in a quarter (cell).
+
+    images   (n, 3, 32, 32) uint8; texts: their captions
+    objects  (n, 4) 6 shape + colour, in the caption's order
+    label    (n,) of the first object, in CLASSES; new: whether an object is held out
+    """
     rng = np.random.default_rng(key)
     kind = rng.choice(list(mix), n, p=list(mix.values()))
-    several = rng.integers(2, 4, n)
-    count = np.select([kind == "pair", kind == "count"], [2, several], 1)
+    count = np.where(kind == "count", rng.integers(2, 4, n), 1 + (kind == "pair"))
     shape, colour, big = (rng.integers(k, size=(n, 4)) for k in (5, 6, 2))
     tone = 3 * rng.integers(2, size=n) + rng.choice(3, n, p=[0.6, 0.2, 0.2])
     colour[kind == "tone", 0] = tone[kind == "tone"]  # `warm` is mostly red
@@ -484,15 +432,14 @@ def pictures(n, key, mix=MIX):
     images = images.reshape(n, 3, 32, 32).round().clamp(0, 255).byte()
     objects = torch.from_numpy(objects)
     new = torch.isin(objects, HELD).any(1)
-    return Pictures(images, texts, objects, label, new)
+    return SimpleNamespace(images=images, texts=texts, objects=objects, label=label, new=new)
 
 
 def caption(kind, count, objects, big, rng):
-    """A sentence about the objects of one picture."""
     first, second = OBJECTS[objects[0]], OBJECTS[objects[1]]
     shape, colour = divmod(objects[0], 6)
     if kind == "count":
-        number = "two" if count == 2 else "three"
+        number = ["two", "three"][count - 2]
         return f"{number} {COLOURS[colour]} {PLURALS[shape]}"
     if kind == "pair":
         return f"a {first} and a {second}"
@@ -537,13 +484,12 @@ def fulfilled(images, asked):
 
 
 class Flow(nn.Module):
-    """The toy's generator of scaled latents: flow matching, a transformer on four cells.
+    """The generator: flow matching on scaled latents, a transformer on four cells."""
 
-    Time and caption (a vector for each word at each place) shift the input of every block.
-    """
-
-    def __init__(self, width=144, layers=4, heads=4):
+    def __init__(self, scale, width=144, layers=4, heads=4):
         super().__init__()
+        self.scale = scale  # makes latents of spread 1
+        # time and words, a vector for each at each place, shift the input of every block
         self.words = nn.EmbeddingBag(TOY.vocab * TOY.context, 2 * width, mode="sum")
         self.time = nn.Linear(32, 2 * width)
         hidden = nn.Linear(2 * width, 2 * width)
@@ -576,11 +522,12 @@ class Flow(nn.Module):
         return ((1 - at) * wrong).square().mean()
 
     def generate(self, words, x, steps=8, start=0.0):
-        """Scaled latents from x at time `start`, by Euler's rule, first in small steps."""
+        """Raw latents from x at time `start`, by Euler's rule, first in small steps."""
         times = [start + (1 - start) * (i / steps) ** 2 for i in range(steps + 1)]
         for now, then in zip(times, times[1:]):
-            x = x + (then - now) * self.velocity(x, x.new_full((len(x),), now), words)
-        return x
+            t = x.new_full((len(x),), now)
+            x = x + (then - now) * self.velocity(x, t, words)
+        return x / self.scale
 
 
 @dataclass
@@ -588,40 +535,34 @@ class Lab:
     """The frozen models of a seed."""
 
     vae: VAE
-    scale: float  # what makes latents of spread 1: the toy's .13025
     flow: Flow
     clips: dict  # latent, pixel, shuffled, untrained
     device: torch.device
-    tokens: object = toy_tokens  # of captions
 
     @torch.no_grad()
     def text(self, arm, texts):
-        """Text features (n, E) of a CLIP."""
-        return self.clips[arm].encode_text(self.tokens(texts).to(self.device))
+        return self.clips[arm].encode_text(toy_tokens(texts).to(self.device))
 
-    def images(self, z):
-        """Scaled latents as images in [0, 255]."""
-        return self.vae.images(z / self.scale)
-
-    def climb(self, arm, texts, toward, noise, iters, lr):
-        """ReNO by the cosine with text features `toward`, as one CLIP sees it."""
+    def climb(self, arm, texts, noise, args, away=""):
+        """ReNO towards texts, and away from things of a colour, as one CLIP sees them."""
+        toward = self.text(arm, texts)
+        if away:  # the reward is a difference of cosines
+            concept = self.text(arm, [f"a {away} {shape}" for shape in SHAPES])
+            toward = toward - F.normalize(concept.mean(0), dim=0)
 
         def reward(z):
-            z = z / self.scale  # raw again
-            if arm == "pixel":
-                z = self.vae.decode(z)
-            return (self.clips[arm].encode_image(z) * toward).sum(1)
+            seen = self.vae.decode(z) if arm == "pixel" else z
+            return (self.clips[arm].encode_image(seen) * toward).sum(1)
 
-        generate = partial(self.flow.generate, self.tokens(texts).to(self.device))
-        return reno(generate, reward, noise, iters, lr)
+        generate = partial(self.flow.generate, toy_tokens(texts).to(self.device))
+        return reno(generate, reward, noise, args.iters, args.noise_lr)
 
 
 def gaussian(rng, n):
-    """Noise (n, 4, 8, 8)."""
     return torch.from_numpy(rng.standard_normal((n, 4, 8, 8), np.float32))
 
 
-def train_vae(args, env, log, seed, train):
+def train_vae(args, env, log, seed, pixels):
     """The VAE, by many small steps: it learns from every pixel."""
     torch.manual_seed(seed)
     vae = VAE()
@@ -630,41 +571,16 @@ def train_vae(args, env, log, seed, train):
 
     def batch(step):
         rng = np.random.default_rng([seed, 4, step])
-        rows = rng.integers(len(train.images), size=size)
-        return {"idx": train.images[rows] / 127.5 - 1, "noise": gaussian(rng, size)}
+        rows = rng.integers(len(pixels), size=size)
+        return {"idx": pixels[rows], "noise": gaussian(rng, size)}
 
     flags = replace(args, lr=5e-3, batch_size=size, steps=args.steps * 3 // 2)
     common.train(vae, batch, flags, env, log.stage("vae"))
     return vae.requires_grad_(False)
 
 
-def train_clip(args, env, log, arm, seed, train, latents, deviations):
-    """A CLIP on pictures without a held-out object; all arms see the same."""
-    rows = (~train.new).nonzero()[:, 0].numpy()
-    tokens = toy_tokens(train.texts)
-    ids = tokens.unique(dim=0, return_inverse=True)[1]  # a number for each caption
-    of = np.arange(len(latents))
-    if arm == "shuffled":  # each picture has the caption of another
-        of[rows] = np.random.default_rng([seed, 3]).permutation(rows)
-
-    def batch(step):
-        rng = np.random.default_rng([seed, 5, step])
-        picks = rng.choice(rows, args.batch_size)
-        seen = train.images[picks] / 127.5 - 1
-        if arm != "pixel":  # drawn from the VAE's posterior, as by the authors
-            seen = latents[picks] + deviations[picks] * gaussian(rng, len(picks))
-        return {"idx": tokens[of[picks]], "images": seen, "ids": ids[of[picks]]}
-
-    torch.manual_seed(seed)
-    clip = CLIP(PIXEL if arm == "pixel" else TOY)
-    if arm != "untrained":
-        common.train(clip, batch, args, env, log.stage(arm), make_optimizer=clip_optimizer)
-    return clip.to(env.device).requires_grad_(False)
-
-
-def train_flow(args, env, log, seed, train, latents):
+def train_flow(args, env, log, seed, tokens, latents):
     """The generator, on all pictures, in more and larger steps."""
-    words = toy_tokens(train.texts)
 
     def batch(step):
         rng = np.random.default_rng([seed, 6, step])
@@ -672,30 +588,23 @@ def train_flow(args, env, log, seed, train, latents):
         t = torch.from_numpy(rng.random(len(rows), np.float32) ** 2)
         wrong = rng.random(len(rows)) < WRONG
         said = np.where(wrong, np.roll(rows, 1), rows)  # as captions from the web are
-        noise = gaussian(rng, len(rows))
-        return {"idx": words[said], "x1": latents[rows], "noise": noise, "t": t}
+        x1 = flow.scale * latents[rows]
+        return {"idx": tokens[said], "x1": x1, "noise": gaussian(rng, len(rows)), "t": t}
 
     torch.manual_seed(seed)
-    flow = Flow()
+    flow = Flow(1 / latents[:1024].std().item())
     flags = replace(args, steps=3 * args.steps, lr=2 * args.lr, weight_decay=0.01)
     common.train(flow, batch, flags, env, log.stage("flow"))
     return flow.requires_grad_(False)
 
 
 REWARDS = "latent", "pixel", "shuffled", "untrained"
-GUIDES = [  # of guidance: its CLIP, and the colour that it goes away from
-    ("not red", "latent", "red"),
-    ("not blue", "latent", "blue"),
-    ("prompt alone", "latent", ""),
-    ("shuffled", "shuffled", "red"),
-]
-
-
-def rotated(z, seed):
-    """Latents (B, 4, H, W) as of another VAE: channels turned at random."""
-    rng = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(4, 4, generator=rng))[0]
-    return torch.einsum("ij,bjhw->bihw", q.to(z), z)
+GUIDES = {  # of guidance: its CLIP, and the colour that it goes away from
+    "not red": ("latent", "red"),
+    "not blue": ("latent", "blue"),
+    "prompt alone": ("latent", ""),
+    "shuffled": ("shuffled", "red"),
+}
 
 
 @torch.no_grad()
@@ -704,19 +613,25 @@ def zero_shot(lab, test, z, noise):
 
     def named(arm, x):
         cosines = lab.clips[arm].encode_image(x) @ lab.text(arm, CLASSES).T
-        right = cosines.argmax(1).cpu() == test.label
-        return {"right": right[~test.new].float().mean().item()}
+        right = (cosines.argmax(1).cpu() == test.label).float()
+        new = right[test.new].mean().item()  # reported, not judged
+        return {"right": right[~test.new].mean().item(), "new": new}
+
+    def rotated(seed):  # `made` as of another VAE: channels turned at random
+        rng = torch.Generator().manual_seed(seed)
+        q = torch.linalg.qr(torch.randn(4, 4, generator=rng))[0]
+        return torch.einsum("ij,bjhw->bihw", q.to(made), made)
 
     words = toy_tokens([CLASSES[i] for i in test.label]).to(lab.device)
-    start = 0.66 * noise + 0.34 * z * lab.scale  # as in the paper
-    made = lab.flow.generate(words, start, start=0.34) / lab.scale
+    start = 0.66 * noise + 0.34 * z * lab.flow.scale  # as in the paper
+    made = lab.flow.generate(words, start, start=0.34)
     return {
         "pixel": named("pixel", (test.images / 127.5 - 1).to(z)),
         "latent": named("latent", z),
         "shuffled": named("shuffled", z),
         "made_pixel": named("pixel", lab.vae.decode(made)),
         "made_latent": named("latent", made),
-        "made_rotated": common.mean([named("latent", rotated(made, i)) for i in range(3)]),
+        "made_rotated": common.mean([named("latent", rotated(i)) for i in range(3)]),
     }
 
 
@@ -725,13 +640,12 @@ def optimise(lab, args, texts, asked, noise):
     at = sorted({*range(0, args.iters, max(1, args.iters // 10)), args.iters - 1})
     found, shown = {"at": at}, {}
     for arm in REWARDS:
-        toward = lab.text(arm, texts)
-        best, _ = lab.climb(arm, texts, toward, noise, args.iters, args.noise_lr)
-        verdicts = np.array([fulfilled(lab.images(z), asked) for z in best[at]], float)
+        best = lab.climb(arm, texts, noise, args)
+        verdicts = np.array([fulfilled(lab.vae.images(z), asked) for z in best[at]], float)
         gain, low, _ = common.interval(verdicts[-1] - verdicts[0])
         found[arm] = {"gain": gain, "low": low, "share": verdicts.mean(1)}
-        shown["first noise"] = lab.images(best[0, :6])
-        shown[f"by {arm}"] = lab.images(best[-1, :6])
+        shown["first noise"] = lab.vae.images(best[0, :6])
+        shown[f"by {arm}"] = lab.vae.images(best[-1, :6])
     return found, shown
 
 
@@ -740,16 +654,12 @@ def guard(lab, args, noise):
     asked = torch.arange(len(noise)) % 5
     texts = [f"a warm {SHAPES[shape]}" for shape in asked]
     found = {}
-    for name, arm, colour in GUIDES:
-        toward = lab.text(arm, texts)
-        if colour:  # the reward is a difference of cosines
-            concept = lab.text(arm, [f"a {colour} {shape}" for shape in SHAPES])
-            toward = toward - F.normalize(concept.mean(0), dim=0)
-        best, _ = lab.climb(arm, texts, toward, noise, args.iters, args.noise_lr)
+    for name, (arm, colour) in GUIDES.items():
+        best = lab.climb(arm, texts, noise, args, away=colour)
         for when, z in ("first noise", best[0]), (name, best[-1]):
-            seen = see(lab.images(z))
-            red = ((seen >= 0) & (seen % 6 == 0)).any(1).float()
-            right = ((seen >= 0) & (seen // 6 == asked[:, None])).any(1).float()
+            seen = see(lab.vae.images(z))
+            red = (seen % 6 == 0).any(1).float()  # no object: 5 or 4
+            right = (seen // 6 == asked[:, None]).any(1).float()
             found[when] = {"red": red.mean(), "shape": right.mean()}
     return found
 
@@ -759,10 +669,9 @@ def cost(lab, args, texts, noise, climbed):
     arms = {"latent": "latent", "pixel": "pixel", "again": "pixel"}
     seconds = {name: [] for name in arms}
     for name in list(arms) * 5:  # they take turns
-        toward = lab.text(arms[name], texts)
         began = time.perf_counter()
-        best, _ = lab.climb(arms[name], texts, toward, noise, 3, args.noise_lr)
-        lab.images(best[-1])
+        best = lab.climb(arms[name], texts, noise, replace(args, iters=3))
+        lab.vae.images(best[-1])
         seconds[name].append((time.perf_counter() - began) / 3)
     latent, pixel = climbed["latent"]["share"], climbed["pixel"]["share"]
     level = 0.2 * pixel[0] + 0.8 * min(latent[-1], pixel[-1])  # both reach it
@@ -779,7 +688,9 @@ def run_seed(args, env, log, arm, seed):
     """Trains all models of a seed, then asks all questions."""
     train = pictures(args.images, [seed, 0])
     test = pictures(10 * args.samples, [seed, 1], {"one": 1.0})
-    vae = train_vae(args, env, log, seed, train)
+    tokens = toy_tokens(train.texts)
+    pixels = train.images / 127.5 - 1
+    vae = train_vae(args, env, log, seed, pixels)
     z = vae.latents(test.images)[0].to(env.device)
     decoded = vae.images(z)
     error = ((decoded - test.images) / 255).square().mean((1, 2, 3))
@@ -789,12 +700,19 @@ def run_seed(args, env, log, arm, seed):
         says = f"VAE of {psnr:.1f} dB (26 needed), of which {read:.2f} is read (.95)"
         raise SystemExit(f"error: seed {seed}: {says}; --no-gates goes on")
     latents, deviations = vae.latents(train.images)
-    scale = 1 / latents[:1024].std().item()
-    flow = train_flow(args, env, log, seed, train, scale * latents)
-    lab = Lab(vae, scale, flow, {}, env.device)
+    lab = Lab(vae, train_flow(args, env, log, seed, tokens, latents), {}, env.device)
+    rows = (~train.new).nonzero()[:, 0].numpy()
+    others = np.random.default_rng([seed, 3]).permutation(rows)
+    shuffled = tokens.clone()
+    shuffled[rows] = tokens[others]  # each picture has the caption of another
     for reward in REWARDS:
-        clip = train_clip(args, env, log, reward, seed, train, latents, deviations)
-        lab.clips[reward] = clip
+        torch.manual_seed(seed)
+        clip = CLIP(PIXEL if reward == "pixel" else TOY).to(env.device)
+        said = shuffled if reward == "shuffled" else tokens
+        seen = [pixels] if reward == "pixel" else [latents, deviations]
+        if reward != "untrained":
+            train_clip(clip, args, env, log.stage(reward), seed, rows, said, *seen)
+        lab.clips[reward] = clip.requires_grad_(False)
 
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(11 * args.samples, 4, 8, 8, generator=rng).to(z)
@@ -830,17 +748,16 @@ def judge(run, found):
     paper = "generated ImageNet: 84.6, pixel 85.1"
     claim("T2", says, paper, parity, "named", "made_pixel", "made_latent", "made_rotated")
     says = "ReNO by latents fulfils as many more prompts as by pixels"
-    gains = "arm.low > 0 and arm.gain >= .8 * base.gain"
     paper = "GenEval .54 -> .62, both"
+    gains = "arm.low > 0 and arm.gain >= .8 * base.gain"
     claim("T3", says, paper, gains, "reno", "pixel", "latent", "shuffled", "untrained")
     says = "an evaluation takes less time, and so does the same share fulfilled"
     cheaper = "arm.evaluation <= .6 * base.evaluation and arm.reach <= .9 * base.reach"
     claim("T4", says, "11.59 -> 9.11 s, -21 %", cheaper, "time", "pixel", "latent", "again")
-    others = "prompt alone", "shuffled"
     says = "guided away from red, `a warm S` is less often red and stays an S"
-    safer = "base.red >= .2 and arm.red <= .6 * base.red and arm.shape >= base.shape - .05"
     paper = "I2P .32 -> .16, pixel .19"
-    claim("T5", says, paper, safer, "guard", "first noise", "not red", *others)
+    safer = "base.red >= .2 and arm.red <= .6 * base.red and arm.shape >= base.shape - .05"
+    claim("T5", says, paper, safer, "guard", "first noise", "not red", "prompt alone", "shuffled")
 
 
 def draw(path, found, texts, shown):
@@ -851,13 +768,13 @@ def draw(path, found, texts, shown):
         clock = "pixel" if arm == "pixel" else "latent"
         seconds = np.mean([row["time"][clock]["evaluation"] for row in found])
         curves[arm] = at * seconds, [row["reno"][arm]["share"] for row in found]
+    names = list(found[0]["guard"])
     for measure in "red", "shape":
-        bars[measure] = [[*(state[measure] for state in row["guard"].values())] for row in found]
+        bars[measure] = [[row["guard"][name][measure] for name in names] for row in found]
     with common.figure(path, 1, 3) as (left, middle, right):
-        title = "ReNO: prompts fulfilled"
-        common.draw_panel(left, curves, title=title, xlabel="seconds")
+        common.draw_panel(left, curves, title="ReNO: prompts fulfilled", xlabel="seconds")
         title = "`a warm S`, guided"
-        common.draw_panel(middle, bars=bars, names=[*found[0]["guard"]], title=title, ylim=(0, 1.1))
+        common.draw_panel(middle, bars=bars, names=names, title=title, ylim=(0, 1.1))
         tiles = torch.cat([torch.cat(list(row), 2) for row in shown.values()], 1)
         right.imshow(tiles.permute(1, 2, 0).byte().numpy())
         right.set_yticks(range(16, 160, 32), list(shown))
@@ -865,170 +782,14 @@ def draw(path, found, texts, shown):
         right.set_xticks(range(16, 192, 32), names, fontsize=6)
 
 
-# --------------------------------------------------------------------------- released weights
-
-
-def with_weights(model, path):
-    """The model, frozen, with the weights of a file. ValueError."""
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        with data.explained(f"{path} can't be read", "allowed: a whole safetensors file"):
-            state = load_file(path)
-    else:  # a training state, which holds NumPy's numbers
-        scalar = np._core.multiarray.scalar
-        known = [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
-        known += [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]
-        with torch.serialization.safe_globals(known):
-            state = common.load_checkpoint(Path(path))
-        state = state.get("state_dict") or state.get("model") or state
-    ours = {}
-    for key, value in state.items():
-        if "vae_" not in key:  # Latent-CLIP's file holds a VAE
-            ours[key.removeprefix("module.").replace("latent_vit.", "")] = value
-    try:
-        model.load_state_dict(ours)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit: {str(error)[:600]}") from None
-    return model.requires_grad_(False)
-
-
-def open_picture(path, side):
-    """The centre of a picture, turned as EXIF says: uint8 (3, side, side)."""
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def real_lab(args, env):
-    """The models of the files given; without --model a new Latent-CLIP."""
-    tok = data.get_tokenizer(args.tokenizer)
-    config = replace(CONFIGS[args.preset], vocab=tok.n_vocab)
-    vae = with_weights(VAE(**SD), args.vae).to(env.device)
-    clip = CLIP(config)
-    if args.model:
-        with_weights(clip, args.model)
-
-    def tokens(texts):  # an end of text that is written in a text is text
-        return clip_tokens(tok.encode_batch(texts), tok.n_vocab - 1, config.context)
-
-    return Lab(vae, 0.13025, None, {"latent": clip.to(env.device)}, env.device, tokens)
-
-
-def read_pairs(args, env, lab):
-    """Raw latents (n, 4, S, S) of a folder's pictures, memory-mapped, and captions."""
-    files = [f for f in sorted(Path(args.dataset).iterdir()) if f.suffix != ".txt"]
-    if len(files) < 10:
-        raise ValueError(f"--dataset {args.dataset} has {len(files)} pictures, needed: 10")
-    texts = [data.read_text(path.with_suffix(".txt")).strip() for path in files]
-    shape = lab.clips["latent"].shape
-    stats = [(path, os.stat(path).st_mtime_ns) for path in (args.vae, *files)]
-    key = zlib.crc32(repr((stats, shape)).encode())
-    path = Path(args.out) / f"latents-{key:08x}.f16"  # each picture is encoded once
-    with common.rank_zero_first(env):
-        if not path.exists():
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
-            with open(aside, "wb") as f:
-                for file in tqdm(files, "encode"):
-                    image = open_picture(file, 8 * shape[1])[None]
-                    f.write(lab.vae.latents(image)[0].half().numpy().tobytes())
-            os.replace(aside, path)
-    return np.memmap(path, np.float16, "r", shape=(len(files), *shape)), texts
-
-
-def train_on_pairs(args, env, log, arm, seed):
-    """--dataset: trains a Latent-CLIP, if there is no --model, and finds captions.
-
-    How often is a picture's caption found among all (when trained: among those held out)?
-    """
-    torch.manual_seed(seed)
-    lab = real_lab(args, env)
-    clip = lab.clips["latent"]
-    latents, texts = read_pairs(args, env, lab)
-    every = np.arange(len(texts))
-    held = every if args.model else every[9::10]
-    rows = np.setdiff1d(every, held)
-    tokens = lab.tokens(texts)
-    ids = tokens.unique(dim=0, return_inverse=True)[1]
-
-    def batch(step):
-        picks = np.random.default_rng([seed, step]).choice(rows, args.batch_size)
-        picks = picks[env.rank :: env.world]
-        z = torch.from_numpy(latents[picks].astype(np.float32))
-        return {"idx": tokens[picks], "images": z, "ids": ids[picks]}
-
-    if not args.model:
-        common.train(clip, batch, args, env, log, make_optimizer=clip_optimizer)
-    told = [texts[i] for i in held]
-    images, captions = [], []
-    with torch.no_grad():
-        for i in range(0, len(held), 64):
-            z = torch.from_numpy(latents[held[i : i + 64]].astype(np.float32))
-            images.append(clip.encode_image(z.to(env.device)))
-            captions.append(lab.text("latent", told[i : i + 64]))
-    best = (torch.cat(images) @ torch.cat(captions).T).argmax(1)
-    found = [told[i] == text for i, text in zip(best, told)]
-    chance = sum(n**2 for n in Counter(told).values()) / len(told) ** 2
-    return {"found": np.mean(found), "chance": chance}
-
-
-def optimise_prompt(args, env, log, arm, seed):
-    """--prompt: ReNO by Latent-CLIP on a one-step SDXL."""
-    from PIL import Image
-
-    lab = real_lab(args, env)
-    pipeline = data.import_or_explain("diffusers").StableDiffusionXLPipeline
-    pipe = pipeline.from_pretrained(args.generator, torch_dtype=env.dtype).to(env.device)
-    pipe.unet.requires_grad_(False)
-    with torch.no_grad():
-        states, _, pooled, _ = pipe.encode_prompt(args.prompt, do_classifier_free_guidance=False)
-    times = torch.tensor([[512, 512, 0, 0, 512, 512]], device=env.device)
-    more = {"text_embeds": pooled, "time_ids": times}
-    given = {"encoder_hidden_states": states, "added_cond_kwargs": more}
-
-    def generate(words, noise):  # one step, for which the UNet tells the noise
-        x = SIGMA * noise
-        seen = (x / (SIGMA**2 + 1) ** 0.5).to(env.dtype)
-        return x - SIGMA * pipe.unet(seen, 999, **given)[0].float()
-
-    lab.flow = SimpleNamespace(generate=generate)
-    texts = [args.prompt]
-    toward = lab.text("latent", texts)
-    torch.manual_seed(seed)
-    noise = torch.randn(1, *lab.clips["latent"].shape).to(env.device)
-    best, value = lab.climb("latent", texts, toward, noise, args.iters, args.noise_lr)
-    for when, z in ("before", best[0]), ("after", best[-1]):
-        image = lab.images(z)[0].byte().permute(1, 2, 0).numpy()
-        Image.fromarray(image).save(Path(args.out) / f"{seed}-{when}.png")
-    return {"reward": value[:, 0]}
-
-
 def check(args, env):
     """Rules for flags: (whether one is broken, what to say)."""
-    given = [flag for flag in REAL if vars(args)[flag]]
-    allowed = [], REAL[:3], REAL[:4], [*REAL[:2], *REAL[3:]]
-    needed = "--vae --tokenizer, and --dataset or --model --prompt --generator"
-    return [
-        (given not in allowed, f"--{' --'.join(given)}: needed are {needed}"),
-        (env.world > 1 and given != REAL[:3], "torchrun is for training on --dataset"),
-        (args.batch_size % env.world, f"--batch-size must be a multiple of {env.world}"),
-    ]
+    return [(env.world > 1, "the toy is for one process, without torchrun")]
 
 
 def main(argv=None):
     """The paper end to end; returns what it writes to result.json."""
     run = common.Run(Args, argv, "2503.08455", check)
-    if run.args.vae:
-        with common.bad_input():
-            found = run.each(train_on_pairs if run.args.dataset else optimise_prompt, ["real"])
-        return run.finish(found) if run.env.rank == 0 else None
     found, texts, shown = zip(*run.each(run_seed, ["toy"])["toy"])
     judge(run, found)
     draw(run.out / "latent_clip.png", found, texts[0], shown[0])

@@ -199,35 +199,35 @@ class Decoder:
             self.depth = 0
 
 
-def to_ids(tokenizer, raw):
+def to_ids(tok, raw):
     """Ids of any bytes: the tokenizer's if they give these bytes back, else 256 behind its own."""
     with suppress(UnicodeDecodeError):
-        ids = tokenizer.encode(raw.decode("utf-8"))
-        if tokenizer.decode(ids).encode() == raw:
+        ids = tok.encode(raw.decode("utf-8"))
+        if tok.decode(ids).encode() == raw:
             return ids
-    return [tokenizer.n_vocab + byte for byte in raw]
+    return [tok.n_vocab + byte for byte in raw]
 
 
-def to_bytes(tokenizer, ids):
+def to_bytes(tok, ids):
     """The bytes of what `to_ids` gives, or of a part of it."""
-    if ids and ids[0] >= tokenizer.n_vocab:
-        return bytes(i - tokenizer.n_vocab for i in ids)
-    return tokenizer.decode(list(ids)).encode()
+    if ids and ids[0] >= tok.n_vocab:
+        return bytes(i - tok.n_vocab for i in ids)
+    return tok.decode(list(ids)).encode()
 
 
-def codec(tokenizer, args):
+def codec(tok, args):
     """The LZW for the ids of `to_ids`, which never merges ends of text."""
-    return LZW(tokenizer.n_vocab + 256, args.max_codes, args.max_len, [tokenizer.eos])
+    return LZW(tok.n_vocab + 256, args.max_codes, args.max_len, [tok.eos])
 
 
-def write_codes(raw, tokenizer, args):
+def write_codes(raw, tok, args):
     """Writes a line of settings as JSON, and the codes of some bytes."""
-    lzw = codec(tokenizer, args)
-    codes = lzw.encode(to_ids(tokenizer, raw))
+    lzw = codec(tok, args)
+    codes = lzw.encode(to_ids(tok, raw))
     head = asdict(lzw) | {"tokenizer": args.tokenizer[0], "crc32": zlib.crc32(raw)}
-    if tokenizer.name.startswith("bpe:"):  # trained on these very bytes: its tokens travel along
-        token = tokenizer.backend.decode_single_token_bytes
-        head["tokens"] = [token(i).hex() for i in range(tokenizer.n_vocab - 1)]
+    if tok.name.startswith("bpe:"):  # trained on these very bytes: its tokens travel along
+        bytes_of = tok.backend.decode_single_token_bytes
+        head["tokens"] = [bytes_of(i).hex() for i in range(tok.n_vocab - 1)]
     first = json.dumps(head, default=list)  # the disabled ids are a set
     common.write_text(args.encode, first + "\n" + " ".join(map(str, codes)) + "\n")
     print(f"{len(raw):,} bytes are {len(codes):,} codes in {args.encode}")
@@ -241,11 +241,11 @@ def read_codes(path, to):
         name, crc = head.pop("tokenizer", None), head.pop("crc32", None)
         tokens = head.pop("tokens", None)
         if tokens is None:
-            tokenizer = data.get_tokenizer(name)
+            tok = data.get_tokenizer(name)
         else:
             backend = data.bpe_of([bytes.fromhex(token) for token in tokens])
-            tokenizer = data.from_tiktoken(name, backend)
-        raw = to_bytes(tokenizer, LZW(**head).decode([int(word) for word in rest.split()]))
+            tok = data.from_tiktoken(name, backend)
+        raw = to_bytes(tok, LZW(**head).decode([int(word) for word in rest.split()]))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not what --encode writes ({error})") from None
     if zlib.crc32(raw) != crc:
@@ -253,13 +253,11 @@ def read_codes(path, to):
     Path(to).write_bytes(raw)
 
 
-def show(raw, tokenizer, args):
+def show(raw, tok, args):
     """Prints a text, every use of a row in the colour of its length."""
-    decoder = Decoder(codec(tokenizer, args))
-    words = [decoder.push(code)[0] for code in decoder.lzw.encode(to_ids(tokenizer, raw))]
-    for text, i in whole_characters(
-        words, lambda ids: to_bytes(tokenizer, ids).decode(errors="replace")
-    ):
+    decoder = Decoder(codec(tok, args))
+    words = [decoder.push(code)[0] for code in decoder.lzw.encode(to_ids(tok, raw))]
+    for text, i in whole_characters(words, lambda ids: to_bytes(tok, ids).decode(errors="replace")):
         print(paint(text, len(words[i])), end="")
     print()
 
@@ -290,10 +288,10 @@ def savings(args):
     found = {}
     print(f"{'file':24s}{'tokenizer':20s}{'ids':>11s}{'codes':>11s}{'saved':>9s}{'shuffled':>11s}")
     for name in args.tokenizer:
-        tokenizer = data.get_tokenizer(name, joined)
-        lzw = codec(tokenizer, args)
+        tok = data.get_tokenizer(name, joined)
+        lzw = codec(tok, args)
         for file, raw in texts.items():
-            ids, codes, shuffled = to_ids(tokenizer, raw), 0, 0
+            ids, codes, shuffled = to_ids(tok, raw), 0, 0
             for start in range(0, len(ids), WINDOW):
                 window = ids[start : start + WINDOW]
                 codes += len(lzw.encode(window))
@@ -330,10 +328,10 @@ def main(argv=None):
         if args.decode:
             return read_codes(args.files[0], args.decode)
         raw = Path(args.files[0]).read_bytes()
-        tokenizer = data.get_tokenizer(args.tokenizer[0], raw.decode(errors="replace"))
+        tok = data.get_tokenizer(args.tokenizer[0], raw.decode(errors="replace"))
         if args.show:
-            return show(raw, tokenizer, args)
-        return write_codes(raw, tokenizer, args)
+            return show(raw, tok, args)
+        return write_codes(raw, tok, args)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Args(common.TrainFlags):
     n_embd: int = 64  # the toy's width (paper: 4096)
 
 
-# --------- the method
+# ------- the method
 
 
 @torch.no_grad()
@@ -256,7 +256,7 @@ def draw_pairs(world, rng, sources, targets, wanted, n, first=True):
     raise ValueError(f"there are {len(s)} {what}, asked for: {n}")
 
 
-# ------------ the toy
+# ---------- the toy
 
 TOY = "b d f g k l m n p".split()  # languages: how syllables begin
 VOWELS = "aeiouy", "aeiou"  # of both syllables
@@ -343,7 +343,7 @@ def accuracy(model, world, seed, shots, n=400):
     return float(np.mean([a == b for a, b in zip(said, right)]))
 
 
-# --- experiments, claims and figure
+# ---- experiments, claims and figure
 
 
 def last_token(model, world, args, quad, seed):
@@ -407,7 +407,7 @@ def word_token(model, world, args, quad, seed):
 
 
 def study(model, world, args, quads, log, seed):
-    """All experiments: curves by layer, numbers of the claims."""
+    """Curves by layer, numbers of the claims."""
     lists = {"last": {}, "translate": {}, "define": {}}  # {experiment: {what is put: [P]}}
     for text, quad in tqdm(quads.items(), log.run, leave=False):
         with common.bad_input(f"--quads {text}"):

@@ -89,7 +89,7 @@ def run_script(name, args):
     return f"exit code {process.returncode}: {lines[-1]}"
 
 
-# ----------------------------- the page
+# ------------------- the page
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; }

@@ -196,7 +196,7 @@ class SAE(nn.Module):
 
 
 def residual(model, idx, layer, mask=None):
-    """The residual stream (B, T, C) behind a block; those above do not run."""
+    """The residual stream (B, T, C) behind a block; others do not run."""
     lower = copy.copy(model)  # the same weights, but not all blocks
     lower._modules = {**model._modules, "blocks": model.blocks[: layer + 1]}
     site = f"blocks.{layer}.resid_post"
@@ -368,7 +368,7 @@ def steering_vectors(parts, weight, D, n):
     return {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
 
 
-# ---------- the toy
+# ------ the toy
 
 NOUNS, VERBS = 8, 5
 VALUES = {"plural": ("sg", "pl"), "past": ("pres", "past")}
@@ -519,7 +519,7 @@ def template_sentences(encode):
     for lang in [*table[0]][2:]:
         sentences = []
         for split in "train", "test":
-            forms = {"noun": [], "verb": [], "place": []}  # verb: sings, sing, sang, sang
+            forms = {"noun": [], "verb": [], "place": []}  # sings, sing, sang, sang
             for row in table:
                 if row["split"] in (split, "both"):
                     forms[row["kind"]].append(row[lang].split("/"))

@@ -84,7 +84,7 @@ class Args(common.TrainFlags):
     block_size: int = 128  # window in tokens (paper: 2048)
 
 
-# --------------------------- the method
+# ----------------- the method
 
 
 def repeated(x, rule="any"):
@@ -125,7 +125,7 @@ def loss_mask(arm, x, seeds):
     return np.random.default_rng([*seeds, 1]).random(x[:, 1:].shape) < share
 
 
-# ---------------------------- the world
+# ------------------ the world
 
 TASKS = 6  # maps of the abstractive task
 INPUTS = 44  # symbols that they map: no shot repeats in a window
@@ -255,7 +255,7 @@ def train_arm(source, args, env, log, arm, seed):
     return found | {"share_masked": np.mean(masked)}
 
 
-# ------------------------- the measures
+# --------------- the measures
 
 
 @torch.no_grad()
@@ -385,7 +385,7 @@ def measure(model, world, args, n, final=False):
     return found
 
 
-# -------------------- claims and figure
+# ---------- claims and figure
 
 
 def judge(run, found):
@@ -505,7 +505,7 @@ def show(text, tok, length):
     print(f"\n\n{np.mean(mask):.0%} of the tokens end a bigram seen before in a window of {length}")
 
 
-# --------------------------------- main
+# ----------------------- main
 
 
 def check(args, env):

@@ -5,7 +5,7 @@ hyper-encoder makes a row's input embedding and output vector from the embedding
 so the model reads and writes ids that nobody has trained. Encoder and LoRA learn from the loss.
 
 The arms: `cont` reads plain ids, `zip` compressed ones; in the toy also `digits`, where digits are
-never merged, `rand` with random vectors, `avg` with mean embeddings for rows.
+never merged, `rand` with random vectors, `avg` with mean ones.
 """
 
 import copy
@@ -188,10 +188,10 @@ class Zip(nn.Module):
         row = torch.arange(own.shape[-1], device=h.device)
         return torch.cat((scores, own.masked_fill(row >= known[..., None], -torch.inf)), -1)
 
-    def forward(self, idx, targets, count, rows, denom=1, shuffle=False):
+    def forward(self, idx, targets, known, rows, denom=1, shuffle=False):
         """The ordinary loss of the next id: the sum of -log p / denom."""
         vin, vout = self.encode_all(rows, shuffle)
-        scores = self.logits(self.hidden(idx, vin), vout, count).flatten(0, 1)
+        scores = self.logits(self.hidden(idx, vin), vout, known).flatten(0, 1)
         return F.cross_entropy(scores, targets.flatten(), reduction="sum") / denom
 
 
@@ -199,20 +199,20 @@ def pack(lzw, windows):
     """A batch for `Zip` of windows of ids, padded on the right.
 
     idx, targets  (B, T) codes, and the code behind each (-100: none)
-    count         (B, T) how many rows are known after each code
-    rows          (B, K, M) base ids of a window's rows; -1: none
+    known         (B, T) how many rows there are after each code
+    rows          (B, K, M) base ids of all rows of a window, -1 where there is none
     """
     parts = []
     for window in windows:
         decoder = Decoder(lzw)
         codes = torch.tensor(lzw.encode_known([int(a) for a in window], decoder))
-        count = torch.tensor(decoder.counts)
-        parts.append((codes[:-1], codes[1:], count[:-1], as_tensor(decoder.rows, lzw.max_len)))
-    idx, targets, count, rows = zip(*parts)
+        known = torch.tensor(decoder.counts)
+        parts.append((codes[:-1], codes[1:], known[:-1], as_tensor(decoder.rows, lzw.max_len)))
+    idx, targets, known, rows = zip(*parts)
     return {
         "idx": pad_sequence(idx, True),
         "targets": pad_sequence(targets, True, -100),
-        "count": pad_sequence(count, True),
+        "known": pad_sequence(known, True),
         "rows": pad_sequence(rows, True, -1),
     }
 
@@ -235,21 +235,21 @@ def generate(model, prompts, n, temperature=0.0, seed=0):
     cache = KVCache(c, len(prompts), max(map(len, codes)) + n, device, dtype)
     rng = torch.Generator(device).manual_seed(seed)
     idx, mask = padded(codes, device)
-    known = [0] * len(prompts)
+    n_rows = [0] * len(prompts)
     texts = [[] for _ in prompts]
     with model.gpt.eager():
         for _ in range(n):
             new = []  # rows since the last step
             for b, decoder in enumerate(decoders):
-                new += [(b, k) for k in range(known[b], len(decoder.rows))]
-                known[b] = len(decoder.rows)
+                new += [(b, k) for k in range(n_rows[b], len(decoder.rows))]
+                n_rows[b] = len(decoder.rows)
             if new:
                 rows = as_tensor([decoders[b].rows[k] for b, k in new], lzw.max_len).to(device)
                 b, k = torch.tensor(new, device=device).T
                 vectors[:, b, k] = torch.stack(model.encode(rows, k)).to(dtype)
             h = model.hidden(idx, vectors[0], mask, cache)[:, -1:]
-            count = torch.tensor(known, device=device)[:, None]
-            idx = sample(model.logits(h, vectors[1], count)[:, 0], temperature, rng=rng)
+            known = torch.tensor(n_rows, device=device)[:, None]
+            idx = sample(model.logits(h, vectors[1], known)[:, 0], temperature, rng=rng)
             for decoder, text, code in zip(decoders, texts, idx[:, 0].tolist()):
                 text.append(decoder.push(code)[0])
             mask = None
@@ -324,7 +324,7 @@ class Synth:
     """
 
     def __init__(self, args, seed):
-        tails = [c + v for c in "bcdfghklmnprstz" for v in "aeiou"]
+        tails = ["".join(pair) for pair in itertools.product("bcdfghklmnprstz", "aeiou")]
         spaced = [f" {text}" for text in tails + WORDS.split()]
         digits = [f" {digit}" for digit in range(10)]
         self.text = ["", *tails, *spaced, ".", "\n", *digits]  # of ids 0 to 187, in parts:
@@ -372,8 +372,9 @@ class Synth:
 
     def names(self, ids):
         """The names in ids; those at the ends may be cut, and don't count."""
-        kinds = ["h" if a in self.head else "t" if a in self.tail else " " for a in ids]
-        found = re.finditer("(?<=.)ht+(?=[ h])", "".join(kinds))
+        kinds = dict.fromkeys(self.head, "h") | dict.fromkeys(self.tail, "t")
+        letters = "".join(kinds.get(a, " ") for a in ids)
+        found = re.finditer("(?<=.)ht+(?=[ h])", letters)
         return [tuple(ids[m.start() : m.end()]) for m in found]
 
 
@@ -412,8 +413,7 @@ def start(args, env, seed, trained=True):
     shape = dict(n_layer=3, n_head=4, n_embd=96, norm="rms", tie=True, smear_keys=True)
     gpt = GPT(GPTConfig(len(world.text), 2 * args.block_size, **shape)).to(env.device)
     if trained:
-        saved = common.load_checkpoint(f"{args.out}/base-s{seed}.pt")
-        gpt.load_state_dict(saved["model"])
+        gpt.load_state_dict(common.load_checkpoint(f"{args.out}/base-s{seed}.pt")["model"])
     return gpt, world
 
 
@@ -538,8 +538,7 @@ def judge(run, found):
     says = "the encoder does it: at most half the cost of random rows"
     rule = "arm.bpb - base.best <= .5 * (base.rand - base.best)"
     both = [row | {"rand": rand["bpb"]} for row, rand in zip(plain, found["rand"])]
-    controls = {"rows shuffled": shuffled}
-    run.claim("C3", says, "-", rule, base=both, arm=zipped, controls=controls)
+    run.claim("C3", says, "-", rule, base=both, arm=zipped, controls={"rows shuffled": shuffled})
     says = "hypertokens are written, and names copied as well as by cont"
     rule = "arm.gen_row_share >= .1 and arm.gen_ids_per_base <= .9"
     rule += " and arm.names_copied >= base.names_copied - .05"
@@ -568,7 +567,8 @@ def show(run):
     if args.prompt != "heldout":
         ids = world.tok.encode(args.prompt, bos=True)
     print(data.printable(world.decode(ids)))
-    plain, zipped = (build(args, base, world, arm).eval() for arm in ("cont", "zip"))
+    plain = build(args, base, world, "cont").eval()
+    zipped = build(args, base, world, "zip").eval()
     zipped.load_state_dict(saved["model"])
     for name, model in ("zip2zip", zipped), ("the base model", plain):
         (text,) = generate(model, [ids], n)

@@ -667,7 +667,7 @@ def test_resume_of_grpo_is_exact(dies, tmp_path, monkeypatch):
         ("--nums 2 --num-max 1", "too few problems"),
         ("--cap 0", "--cap 0"),
         ("--attempts 1", "--attempts 1, allowed: 2"),
-        ("--samples 1", "--samples 1: too few traces"),
+        ("--samples 1", "too few traces for --samples 1"),
         ("--nums 2 --num-max 2 --cap 4 --samples 3", "too few"),
         ("--max-new 9", "--max-new: no effect without --model"),
         (

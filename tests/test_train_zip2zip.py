@@ -37,7 +37,7 @@ def tiny(arm="zip", M=3, trained=True, **config):
 def scores(model, windows, shuffle=False):
     batch = z2z.pack(model.lzw, windows)
     vin, vout = model.encode_all(batch["rows"], shuffle)
-    return model.logits(model.hidden(batch["idx"], vin), vout, batch["count"]), batch
+    return model.logits(model.hidden(batch["idx"], vin), vout, batch["known"]), batch
 
 
 # -------------------------------------------------------------------------------------- model
@@ -48,7 +48,7 @@ def test_a_batch_by_hand():
     # rows 10 = (1, 2), 11 = (2, 1), 12 = (1, 2, 1); 13 comes with the last code, too late
     assert batch["idx"].tolist() == [[0, 1, 2, 10, 10], [0, 1, 0, 0, 0]]
     assert batch["targets"].tolist() == [[1, 2, 10, 10, 3], [1, 1, -100, -100, -100]]
-    assert batch["count"].tolist() == [[0, 0, 1, 2, 3], [0, 0, 0, 0, 0]]
+    assert batch["known"].tolist() == [[0, 0, 1, 2, 3], [0, 0, 0, 0, 0]]
     assert batch["rows"][0].tolist() == [[1, 2, -1], [2, 1, -1], [1, 2, 1], [1, 2, 3]]
     assert batch["rows"][1, 0].tolist() == [1, 1, -1] and (batch["rows"][1, 1:] == -1).all()
 
@@ -116,7 +116,7 @@ def test_the_controls_have_other_rows():
 def test_rows_that_do_not_exist_yet_have_no_probability_and_every_target_has_some():
     logits, batch = scores(tiny(), WORDS)
     p = logits.softmax(-1)[..., 10:]
-    hidden = torch.arange(p.shape[-1]) >= batch["count"][..., None]
+    hidden = torch.arange(p.shape[-1]) >= batch["known"][..., None]
     assert (p[hidden] == 0).all() and (p[~hidden] > 0).all()
     real = batch["targets"] >= 0
     assert logits[real].gather(1, batch["targets"][real][:, None]).isfinite().all()
@@ -127,7 +127,7 @@ def test_renaming_rows_leaves_the_loss_unchanged():
     model = tiny()
     batch = z2z.pack(model.lzw, WORDS[:1])
     K = batch["rows"].shape[1]
-    batch["count"] = torch.full_like(batch["count"], K)  # else the names say when a row exists
+    batch["known"] = torch.full_like(batch["known"], K)  # else the names say when a row exists
     order = torch.randperm(K)
     name = torch.cat((torch.arange(10), 10 + order.argsort()))
     twin = batch | {"rows": batch["rows"][:, order], "idx": name[batch["idx"]]}

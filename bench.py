@@ -366,7 +366,7 @@ def heads_one_by_one(model, valid, prefixes, heads):
     found = []
     for off in heads:
         said = []
-        with model.patch(common.heads_off([off], model.config)):
+        with model.patch(common.heads_off(off, model)):
             for i in range(0, len(prefixes), 4):
                 idx, mask = gpt.padded(prefixes[i : i + 4], model.wte.weight.device)
                 said += model(idx, mask=mask)[:, -1].argmax(-1).tolist()

@@ -20,8 +20,8 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from itertools import zip_longest
@@ -34,6 +34,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+CORES = torch.get_num_threads()  # those that this process may use
+
 
 def default_list(*items):
     """The default of a flag that is a list: a copy of its own for every `Args`."""
@@ -45,7 +47,7 @@ class Flags:  # the docstring of a class of flags is the title of its group in -
     """the run"""
 
     presets: ClassVar[dict] = {"toy": {}}  # name: defaults that differ from those below
-    limits: ClassVar[dict] = {"seeds": (0, 2**32 - 1), "jobs": (1,)}  # flag: (least, most)
+    limits: ClassVar[dict] = {"seeds": (0, 2**32 - 1), "jobs": (1,)}  # (least, most), else (0,)
     unused: ClassVar[set] = set()  # inherited flags that this script does not take
     may_change: ClassVar[set] = set("seeds arms out device resume jobs strict".split())
 
@@ -63,10 +65,9 @@ class Flags:  # the docstring of a class of flags is the title of its group in -
 class TrainFlags(Flags):
     """training"""
 
-    limits: ClassVar[dict] = dict(Flags.limits)
-    limits |= dict.fromkeys("steps batch_size log_every eval_every save_every".split(), (1,))
-    limits |= dict.fromkeys("micro_batch lr warmup decay_steps min_lr".split(), (0,))
-    limits |= dict.fromkeys(("weight_decay", "clip"), (0,))
+    limits: ClassVar[dict] = Flags.limits | dict.fromkeys(
+        "steps batch_size log_every eval_every save_every".split(), (1,)
+    )
     may_change: ClassVar[set] = Flags.may_change | {"steps", "save_every"}
 
     steps: int = 1000  # optimizer steps
@@ -100,20 +101,17 @@ def parse(Args, argv=None):
     defaults = Args(**Args.presets[Args.preset])
     kinds = get_type_hints(Args) | {"preset": Literal[tuple(Args.presets)]}
     left = {f.name for f in fields(Args)} - Args.unused
-    for cls in Args.__mro__:  # the script's own flags first, with those that it gives new defaults
+    for cls in Args.__mro__[:-1]:  # the script's own flags first
         group = parser.add_argument_group(cls.__doc__)
-        for flag, text in comments(cls).items():
+        for flag, text in re.findall(r"(?m)^    (\w+): .*?  # (.*)", inspect.getsource(cls)):
             if flag in left:
                 left.remove(flag)
                 options = flag_options(kinds[flag], getattr(defaults, flag), text)
-                group.add_argument(dashed(flag), dest=flag, **options)
-    if left:
-        raise TypeError(f"flags without a comment on their line: {', '.join(left)}")
+                group.add_argument(dashed(flag), **options)
     given = vars(parser.parse_args(argv))
     args = Args(**(Args.presets[given.get("preset", Args.preset)] | given))
     args.out = args.out or f"out/{name}"
-    with bad_input():
-        check_numbers(args)
+    check_numbers(args)
     return args
 
 
@@ -122,49 +120,42 @@ def dashed(flag):
     return "--" + flag.replace("_", "-")
 
 
-def comments(cls):
-    """{field: the comment behind it} of a dataclass, from its source."""
-    source = inspect.getsource(cls) if is_dataclass(cls) else ""
-    return dict(re.findall(r"(?m)^    (\w+): .*?  # (.*)", source))
-
-
 def flag_options(kind, default, text):
     """What argparse needs to know of a field."""
-    letters = {int: "N", float: "X", str: "NAME"}
-    options = {"type": kind, "metavar": letters.get(kind)}
     if get_origin(kind) is Literal:
         options = {"choices": get_args(kind)}
     elif kind in (bool, bool | None):
         options = {"action": argparse.BooleanOptionalAction}
     elif get_origin(kind) is list:
         (inner,) = get_args(kind)
-        options = {"type": inner, "nargs": "+", "metavar": letters[inner]}
+        options = {"type": inner, "nargs": "+", "metavar": inner.__name__}
         default = " ".join(map(str, default))
+    else:
+        options = {"type": kind, "metavar": kind.__name__}
     if default not in ("", None, False):
         text = f"{text} [{default}]"
     return options | {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
 
 
 def check_numbers(args):
-    """ValueError for a number that is not finite or outside `limits`, or a seed given twice."""
+    """Fails at a number that is not finite or outside `limits`, and at a seed given twice."""
     for flag, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
         if flag in ("seeds", "arms") and len(set(values)) < len(values):
             given = " ".join(map(str, values))
-            raise ValueError(f"{dashed(flag)} {given}: each can be given once only")
-        low, *most = args.limits.get(flag, (-math.inf,))
-        high = most[0] if most else math.inf
+            fail(f"{dashed(flag)} {given}: each can be given once only")
+        low, high = (*args.limits.get(flag, [0]), None)[:2]
+        allowed = f"{low} and more" if high is None else f"{low} to {high}"
         for v in values:
-            if isinstance(v, int | float) and not (low <= v <= high and math.isfinite(v)):
-                allowed = f"{low} to {high}" if most else f"{low} and more"
-                raise ValueError(f"{dashed(flag)} {v}, allowed: {allowed}")
+            if isinstance(v, int | float) and not low <= v <= (high or sys.float_info.max):
+                fail(f"{dashed(flag)} {v}, allowed: {allowed}")
 
 
 def changed_flags(args, flags):
     """Those of `flags` that differ from what the preset sets, as "--steps --lr"; "" for none."""
     usual = type(args)(**args.presets[args.preset])
-    changed = sorted(flag for flag in flags if getattr(args, flag) != getattr(usual, flag))
-    return " ".join(map(dashed, changed))
+    changed = [flag for flag in flags if getattr(args, flag) != getattr(usual, flag)]
+    return " ".join(map(dashed, sorted(changed)))
 
 
 def fail(message):
@@ -182,6 +173,8 @@ def bad_input(flag=""):
         raise
     except (ValueError, OSError, ImportError) as error:
         message = str(error)
+        if isinstance(error, ModuleNotFoundError):
+            message += f": pip install {error.name}"
         fail(f"{flag}: {message}" if flag and flag not in message else message)
 
 
@@ -191,10 +184,10 @@ def cli(main):
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+        raise SystemExit("\nstopped") from None  # below the progress bars
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends: to nowhere
+        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
         raise SystemExit(1) from None
 
 
@@ -215,14 +208,12 @@ class Env:
 
 def find_device(name):
     """The torch.device of a name, with its index; auto: an accelerator if there is one."""
-    found = "cpu"
-    if torch.accelerator.is_available():
-        found = torch.accelerator.current_accelerator().type
+    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.empty(0, device=found if name == "auto" else name).device
     except (RuntimeError, AssertionError):  # torch does not know the name, or finds no such device
         what = f"device {str(name)!r} is not on this machine, which has"
-        raise ValueError(f"{what}: {' '.join(sorted({'cpu', found}))}") from None
+        raise ValueError(f"{what}: {' '.join({'cpu', found.type})}") from None
 
 
 def setup(args) -> Env:
@@ -232,22 +223,17 @@ def setup(args) -> Env:
     if getattr(args, "shard", False) and world == 1:
         raise ValueError("--shard needs torchrun with two processes or more")
     device = find_device(args.device)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if not dist.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(days=1))  # tokenizing takes long
+    backend, bf16 = "gloo", args.dtype == "bf16"
     if device.type == "cuda":
+        if world > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    bf16 = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda"
+        backend, bf16 = "nccl", args.dtype != "fp32"
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # tokenizing takes long
     env = Env(device, torch.bfloat16 if bf16 else torch.float32, rank, world)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        cores = os.cpu_count()
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))  # those that this process may use
-        torch.set_num_threads(max(1, cores // (world * job_count(args, env))))
+    torch.set_num_threads(max(1, CORES // job_count(args, env)))
     return env
 
 
@@ -289,53 +275,40 @@ def train(model, batch, args, env, log, evaluate=None, make_optimizer=optimizer)
     opt = make_optimizer(model, args)
     path = log.path.with_suffix(".pt")
     state = begin(path, log, model, opt, args, env)
-    worst = torch.zeros((), device=env.device)  # the largest norm since `look`; a NaN stays in it
-    done = state["step"]
-    bar = {"initial": done, "position": bar_line(args), "leave": False, "disable": env.rank > 0}
-    steps = tqdm(range(done, args.steps), log.run, args.steps, **bar)
-    with steps, interruptible() as signals:
-        for step in steps:
-            row = {}
-            if evaluate and step % args.eval_every == 0:
-                row = evaluate(step)
-            began = time.perf_counter()
-            for group in opt.param_groups:
-                group["lr"] = learning_rate(step, args)
-            parts = batch(step)
-            loss = backward(net, parts, args, env)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-            worst = torch.maximum(worst, norm.full_tensor() if args.shard else norm)
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-            state["step"] += 1
-            state["tokens"] += parts["idx"].numel() * env.world
-            due = step % args.log_every == 0
-            save = state["step"] % args.save_every == 0 or state["step"] == args.steps
-            look = due or save or (signals and env.world == 1)
-            stop = False
-            if look:  # only these steps wait for the device
-                heard = torch.tensor(float(len(signals)), device=env.device)
-                loss, stop = all_reduce(torch.stack((loss, heard)), env).tolist()
-                check_finite(step, loss, worst.item(), path)
-                worst.zero_()
-            state["seconds"] += time.perf_counter() - began  # evaluations don't count
-            if due:
-                row |= {"loss": loss, "lr": group["lr"]}
-                steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if row:
-                log(step, **row, **timing(state))
-            if save or stop:
-                save_state(path, state, model, opt, args, env)
-            if stop:
-                raise SystemExit(f"{log.run} stopped after step {step}; --resume goes on")
+    worker = re.sub(r"\D", "", multiprocessing.current_process().name)  # SpawnProcess-1, -2, ...
+    bar = {"position": int(worker or 0) % args.jobs, "leave": False, "disable": env.rank > 0}
+    todo = range(state["step"], args.steps)
+    steps = tqdm(todo, log.run, args.steps, initial=state["step"], **bar)
+    for step in steps:
+        row = evaluate(step) if evaluate and step % args.eval_every == 0 else {}
+        began = time.perf_counter()
+        for group in opt.param_groups:
+            group["lr"] = learning_rate(step, args)
+        parts = batch(step)
+        loss = backward(net, parts, args, env)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        state["step"] += 1
+        state["tokens"] += parts["idx"].numel() * env.world
+        due = step % args.log_every == 0
+        save = state["step"] % args.save_every == 0 or state["step"] == args.steps
+        if due or save:  # only these steps wait for the device
+            loss = all_reduce(loss, env).item()
+            norm = (norm.full_tensor() if args.shard else norm).item()
+            if not math.isfinite(loss + norm):  # no such weights are saved
+                what = f"the loss of step {step} is {loss}, its gradient's norm {norm}"
+                raise SystemExit(f"error: {what}; the last checkpoint, if any, is {path}")
+        state["seconds"] += time.perf_counter() - began  # evaluations don't count
+        if due:
+            row |= {"loss": loss, "lr": group["lr"]}
+            steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if row:
+            log(step, **row, **timing(state))
+        if save:
+            save_checkpoint(path, state, model, opt, args, env)
     if evaluate:
         log(args.steps, **evaluate(args.steps), **timing(state))
-
-
-def bar_line(args):
-    """The line of a process's progress bar: runs side by side have one each."""
-    worker = multiprocessing.current_process().name.rpartition("-")[2]  # SpawnProcess-1, -2, ...
-    return int(worker) % args.jobs if worker.isdigit() else 0
 
 
 def timing(state):
@@ -357,22 +330,12 @@ def backward(net, parts, args, env):
     loss = torch.zeros((), device=env.device)
     for i in range(0, n, size):
         part = {k: v[i : i + size].to(env.device, non_blocking=True) for k, v in parts.items()}
-        wait = nullcontext()
-        if i + size < n and hasattr(net, "no_sync"):
-            wait = net.no_sync()  # DDP: gradients are reduced once, at the end
-        with env.autocast(), wait:
+        net.require_backward_grad_sync = i + size >= n  # DDP reduces gradients once, at the end
+        with env.autocast():
             share = net(**part, denom=denom / env.world)  # DDP takes the mean over ranks
             share.backward()
         loss += share.detach() / env.world
     return loss
-
-
-def check_finite(step, loss, norm, path):
-    """Stops a run whose loss or gradient is not finite: no weights that have seen it are saved."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        kept = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        what = f"the loss of step {step} is {loss}, the largest gradient before it {norm}"
-        raise SystemExit(f"error: {what}; {kept}; a smaller --lr may help")
 
 
 def parallelise(model, args, env):
@@ -411,58 +374,6 @@ def all_reduce(value, env):
     return value
 
 
-@contextmanager
-def interruptible():
-    """Yields a list that gets an entry at Ctrl-C or SIGTERM; the second ends the program."""
-    signals = []
-
-    def note(number, frame):
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def start_worker(lock):
-    """A worker draws its bars under the common lock, and ends with the process that started it:
-
-    left alone after a SIGKILL, it would go on writing the checkpoint that --resume reads.
-    """
-    tqdm.set_lock(lock)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def side_by_side(function, tasks, jobs):
-    """[function(*task) for task in tasks], `jobs` at a time, each in a process of its own."""
-    if jobs <= 1 or len(tasks) <= 1:
-        return [function(*task) for task in tasks]
-    context = multiprocessing.get_context("spawn")
-    lock = (context.RLock(),)
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context, start_worker, lock) as pool:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-        futures = [pool.submit(function, *task) for task in tasks]
-        try:
-            return [future.result() for future in futures]
-        except KeyboardInterrupt:
-            raise SystemExit("stopped; --resume goes on from there") from None
-        finally:  # after an error or Ctrl-C: on SIGTERM each training loop saves its state and ends
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-
-
 def shaping_flags(args):
     """The flags that a checkpoint depends on: all but those that may change under --resume."""
     return {flag: value for flag, value in vars(args).items() if flag not in args.may_change}
@@ -479,27 +390,17 @@ def check_flags(saved, args, path):
 
 
 def begin(path, log, model, opt, args, env):
-    """The counts {step, seconds, tokens} to start from: under --resume those of a checkpoint.
-
-    Its weights and optimizer state are put in place, and the log is cut back to its step. Without
-    --resume the checkpoint of an earlier run goes.
-    """
+    """The counts to start from; under --resume weights, optimizer and log are as they were then."""
     state = {"step": 0, "seconds": 0.0, "tokens": 0}
     if args.resume and path.exists():
         with bad_input():
             saved = load_checkpoint(path)
-            needed = {"model", "optimizer", "flags", "step"}
-            if not isinstance(saved, dict) or not needed <= set(saved):
-                raise ValueError(f"{path} is no checkpoint of this program: run without --resume")
             check_flags(saved["flags"], args, path)
-            state = {key: saved[key] for key in state}
-            if state["step"] > args.steps:
-                gone = f"{path} has gone {state['step']} steps already"
+            if saved["step"] > args.steps:
+                gone = f"{path} has gone {saved['step']} steps already"
                 raise ValueError(f"{gone}, --steps is {args.steps}")
-            try:
-                weights_of(model, opt, put=saved)
-            except RuntimeError as error:  # names and shapes, a line each
-                raise ValueError(f"{path} is of another model: {error}") from None
+        weights_of(model, opt, put=saved)
+        state = {key: saved[key] for key in state}
     elif env.rank == 0:
         path.unlink(missing_ok=True)  # not to be resumed by mistake
     log.rewind(state["step"])
@@ -523,32 +424,22 @@ def weights_of(model, opt, put=None):
     return {"model": model.state_dict(), "optimizer": opt.state_dict()}
 
 
-def save_state(path, state, model, opt, args, env):
-    """Writes what `begin` goes on from: counts, weights, the optimizer's state, flags."""
-    save_checkpoint(path, state | weights_of(model, opt) | {"flags": shaping_flags(args)}, env)
-
-
-def save_checkpoint(path, state, env=None):
-    """Writes `state` whole or not at all: to a temporary name, to disk, then renamed."""
-    if env is not None and env.rank > 0:
-        return
-    aside = path.with_suffix(".tmp")
-    with open(aside, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
+def save_checkpoint(path, state, model, opt, args, env):
+    """Writes what `begin` goes on from, whole or not at all: to a temporary name, then renamed."""
+    state = state | weights_of(model, opt) | {"flags": shaping_flags(args)}
+    if env.rank == 0:
+        aside = path.with_suffix(".tmp")
+        torch.save(state, aside)
+        os.replace(aside, path)
 
 
 def load_checkpoint(path):
     """The state in a checkpoint, on the CPU. ValueError if it is damaged or needs unpickling."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception:  # zip, pickle and torch each have their own
-        what = "is damaged or cut short, or needs unpickling, which is refused"
-        raise ValueError(f"checkpoint {path} {what}: delete it") from None
+    except Exception as error:  # zip, pickle and torch each have their own
+        what = "is missing, damaged or cut short, or needs unpickling, which is refused"
+        raise ValueError(f"checkpoint {path} {what}") from error
 
 
 class Log:
@@ -569,7 +460,7 @@ class Log:
         if self.env.rank == 0:
             row = {"run": self.run, "step": step, **values}
             with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(row, default=plain) + "\n")
+                f.write(json.dumps(row, default=lambda x: x.tolist()) + "\n")
 
     def rewind(self, step):
         """Forgets what was logged at `step` and later: a resumed run will log it again."""
@@ -593,23 +484,18 @@ def write_text(path, text):
     os.replace(aside, path)
 
 
-def plain(x):
-    """For json: arrays and tensors as lists, their scalars as numbers."""
-    return x.tolist()
-
-
-def passes(criterion, base, arm):
-    """Whether "arm.copy <= .5 * base.copy" is true of two dictionaries {measure: number}."""
-    names = {"base": SimpleNamespace(**base), "arm": SimpleNamespace(**arm)}
-    return bool(eval(criterion, {"__builtins__": {}, "min": min, "max": max, "abs": abs}, names))
-
-
 def holds(criterion, base, arm):
-    """Whether a criterion holds on the mean and in two thirds of the seeds, and seed by seed."""
-    seeds = [passes(criterion, b, a) for b, a in zip(base, arm, strict=True)]
-    on_mean = passes(criterion, mean(base), mean(arm))
-    enough = 3 * sum(seeds) >= 2 * len(seeds)
-    return on_mean and enough, seeds
+    """Whether "arm.copy <= .5 * base.copy" holds on the mean and in two thirds of the seeds.
+
+    base, arm  [{measure: number}, ...], one a seed; also returned: whether it holds in each
+    """
+    known = {"__builtins__": {}, "min": min, "max": max, "abs": abs}
+    seeds = []
+    for b, a in [*zip(base, arm, strict=True), (mean(base), mean(arm))]:
+        names = {"base": SimpleNamespace(**b), "arm": SimpleNamespace(**a)}
+        seeds.append(bool(eval(criterion, known, names)))
+    on_mean = seeds.pop()
+    return on_mean and 3 * sum(seeds) >= 2 * len(seeds), seeds
 
 
 def mean(rows):
@@ -653,7 +539,7 @@ class Run:
         return {arm: results[i :: len(arms)] for i, arm in enumerate(arms)}
 
     def claim(self, id, says, paper, criterion, *, base=None, arm, controls):
-        """Judges a claim, seed by seed: the arm by the criterion, and each control in its place.
+        """Judges a claim seed by seed, the arm and in its place each control.
 
         says, paper  a sentence, and the paper's figure
         criterion    an expression over `base.<measure>` and `arm.<measure>`: shown, and tested
@@ -668,13 +554,12 @@ class Run:
         control = {}
         for name, rows in controls.items():
             control |= {f"{name}: {key}": value for key, value in mean(rows).items()}
-        # a control that measured nothing (nan) has not failed
-        empty = any(math.isnan(value) for value in control.values())
-        fails = not empty and not any(passed.values())
+        unknown = any(math.isnan(value) for value in control.values())
+        fails = not unknown and not any(passed.values())
+        seeds = {"base": base, "arm": arm, **controls}
         row = {"id": id, "claim": says, "paper": paper, "measured": measured, "control": control}
         row |= {"criterion": criterion, "holds": verdict, "held": held}
-        row |= {"control_passes": passed, "control_fails": fails}
-        self.claims.append(row | {"seeds": {"base": base, "arm": arm, **controls}})
+        self.claims.append(row | {"control_passes": passed, "control_fails": fails, "seeds": seeds})
 
     def finish(self, found):
         """Joins the logs, writes result.json, prints the table of claims; returns the result."""
@@ -687,44 +572,43 @@ class Run:
         result = {"script": self.script, "paper": self.paper, "preset": args.preset}
         result |= {"seeds": args.seeds, "device": str(self.env.device), "seconds": seconds}
         result |= {"flags": asdict(args), "claims": self.claims, "metrics": found}
-        text = json.dumps(result, indent=1, default=plain)
+        text = json.dumps(result, indent=1, default=lambda x: x.tolist())
         write_text(self.out / "result.json", text + "\n")
         if self.claims:
-            table([["claim", "paper", "measured", "control", "holds"], *map(cells, self.claims)])
+            print_table(self.claims)
         print(f"{self.out}/result.json, figures beside it; {seconds:.0f} s")
         if args.strict and not all(c["holds"] and c["control_fails"] for c in self.claims):
             raise SystemExit(1)
         return json.loads(text)
 
 
-def run_one(function, args, arm, seed):
-    """One arm and seed of `Run.each`, in whichever process it falls to."""
-    env = setup(args)
-    return function(args, env, Log(args, env, f"{arm}-s{seed}"), arm, seed)
+def print_table(claims, widths=(42, 22, 26, 28, 13)):
+    """Prints claims in columns; that a control holds, too, is said only where the claim does."""
+    table = [[[title] for title in ("claim", "paper", "measured", "control", "holds")]]
+    for c in claims:
+        says = [f"{c['id']} {c['claim']}", c["criterion"]]
+        measured = ranges(c["seeds"]["arm"]) + ranges(c["seeds"]["base"], "base ")
+        control = [f"{name} {number(value)}" for name, value in c["control"].items()]
+        verdict = ["yes" if c["holds"] else "NO", f"{sum(c['held'])} of {len(c['held'])} seeds"]
+        if c["holds"] and not c["control_fails"]:
+            verdict.append("control holds")
+        table.append([says, [c["paper"]], measured, control, verdict])
+    for row in table:
+        columns = []
+        for cell, width in zip(row, widths):
+            columns.append(sum((textwrap.wrap(line, width) for line in cell), []))
+        for line in zip_longest(*columns, fillvalue=""):
+            print("  ".join(part.ljust(width) for part, width in zip(line, widths)).rstrip())
+        print("-" * (sum(widths) + 8))
 
 
-def cells(claim):
-    """A row of the table. That a control holds too is said only where the claim holds."""
-    seeds = claim["seeds"]
-    measured = means_and_ranges(seeds["arm"]) + means_and_ranges(seeds["base"], "base ")
-    control = [f"{name} {number(value)}" for name, value in claim["control"].items()]
-    verdict = "yes" if claim["holds"] else "NO"
-    verdict += f"\n{sum(claim['held'])} of {len(claim['held'])} seeds"
-    if claim["holds"] and not claim["control_fails"]:
-        verdict += "\ncontrol holds"
-    says = f"{claim['id']} {claim['claim']}\n{claim['criterion']}"
-    return [says, claim["paper"], "\n".join(measured), "\n".join(control), verdict]
-
-
-def means_and_ranges(rows, prefix=""):
+def ranges(rows, prefix=""):
     """["copy 0.8 [0.77, 0.81]", ...]: the mean of each measure, its least and its largest seed."""
     lines = []
     for name, value in mean(rows).items():
         values = [row[name] for row in rows]
-        line = f"{prefix}{name} {number(value)}"
-        if len(values) > 1:
-            line += f" [{number(min(values))}, {number(max(values))}]"
-        lines.append(line)
+        span = f" [{number(min(values))}, {number(max(values))}]" if len(values) > 1 else ""
+        lines.append(f"{prefix}{name} {number(value)}{span}")
     return lines
 
 
@@ -733,16 +617,40 @@ def number(v):
     return f"{v:,.0f}" if float(v).is_integer() else f"{v:.3g}"
 
 
-def table(rows, widths=(42, 22, 26, 28, 13)):
-    """Prints rows of cells, each wrapped to its column's width."""
-    for row in rows:
-        columns = []
-        for cell, width in zip(row, widths, strict=True):
-            lines = [textwrap.wrap(line, width) for line in cell.split("\n")]
-            columns.append(sum(lines, []))
-        for line in zip_longest(*columns, fillvalue=""):
-            print("  ".join(part.ljust(width) for part, width in zip(line, widths)).rstrip())
-        print("-" * (sum(widths) + 2 * len(widths) - 2))
+def run_one(function, args, arm, seed):
+    """One arm and seed of `Run.each`, in whichever process it falls to."""
+    env = setup(args)
+    return function(args, env, Log(args, env, f"{arm}-s{seed}"), arm, seed)
+
+
+def side_by_side(function, tasks, jobs):
+    """[function(*task) for task in tasks], `jobs` at a time, each in a process of its own."""
+    if jobs == 1 or len(tasks) == 1:
+        return [function(*task) for task in tasks]
+    context = multiprocessing.get_context("spawn")
+    lock = (context.RLock(),)
+    with ProcessPoolExecutor(min(jobs, len(tasks)), context, start_worker, lock) as pool:
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # by the workers, who inherit it
+        futures = [pool.submit(function, *task) for task in tasks]
+        signal.signal(signal.SIGINT, heard)
+        try:
+            return [future.result() for future in futures]
+        except BaseException:  # an error in one, or Ctrl-C, ends the others
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def start_worker(lock):
+    """A worker draws its bars under a common lock, and ends with the process that started it."""
+    tqdm.set_lock(lock)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent():  # else it would go on writing what a run with --resume reads
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def interval(values, draws=2000):
@@ -755,8 +663,8 @@ def interval(values, draws=2000):
     return [values.mean(), *np.percentile(values[rows].mean(1), [2.5, 97.5])]
 
 
-def fit_probe(X, y, C=1.0, iterations=30):
-    """L2 logistic regression on standardised features, by Newton steps in float64.
+def fit_probe(X, y):
+    """Logistic regression on standardised features, |w|^2 / 2 as penalty, by Newton in float64.
 
     X (N, d), y (N,) of 0 and 1. Returns w (d,) and b with logit = X w + b. ValueError if all
     labels are the same.
@@ -771,10 +679,10 @@ def fit_probe(X, y, C=1.0, iterations=30):
         basis = torch.linalg.qr(Z.T)[0]
         Z = Z @ basis
     Z = torch.nn.functional.pad(Z, (0, 1), value=1.0)  # the last weight is the bias
-    ridge = torch.full_like(Z[0], 1 / C)
+    ridge = torch.ones_like(Z[0])
     ridge[-1] = 1e-6
     w = torch.zeros_like(ridge)
-    for _ in range(iterations):
+    for _ in range(30):
         p = torch.sigmoid(Z @ w)
         hessian = Z.T @ (Z * (p * (1 - p))[:, None]) + ridge.diag()
         step = torch.linalg.solve(hessian, Z.T @ (y - p) - ridge * w)
@@ -785,39 +693,25 @@ def fit_probe(X, y, C=1.0, iterations=30):
     return direction, w[-1] - center @ direction
 
 
-def heads_off(sets, config):
-    """Patches for `model.patch` that zero attention heads before the output projection.
-
-    sets  K lists of heads [(layer, head), ...]: one for each of K equal groups of the batch's rows
-    """
-    keep = torch.ones(config.n_layer, len(sets), config.n_head)
-    for i, heads in enumerate(sets):
-        for layer, head in heads:
-            keep[layer, i, head] = 0
-    off = [layer for layer in range(config.n_layer) if not keep[layer].all()]
-    return {f"blocks.{layer}.attn.z": partial(zero_heads, keep=keep[layer]) for layer in off}
-
-
-def zero_heads(z, keep):
-    """z (B, T, H, D) times keep (K, H), a row of it for each of K groups of the batch."""
-    return z * keep.to(z).repeat_interleave(len(z) // len(keep), 0)[:, None, :, None]
+def heads_off(heads, model):
+    """Patches for `model.patch` that zero heads [(layer, head), ...] before the projection."""
+    shape = model.config.n_layer, model.config.n_head, 1
+    keep = torch.ones(shape, dtype=torch.bool, device=model.wte.weight.device)
+    for layer, head in heads:
+        keep[layer, head] = False
+    return {f"blocks.{layer}.attn.z": partial(torch.mul, keep[layer]) for layer, _ in heads}
 
 
 @contextmanager
-def figure(path, rows=1, cols=1, size=(5, 3.4)):
+def figure(path, rows=1, cols=1):
     """`with figure("a.png", 1, 2) as (left, right):` draws on matplotlib's axes."""
-    import matplotlib
+    import matplotlib.figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    spines = {"axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(spines | {"legend.frameon": False, "font.size": 9}):
-        size = size[0] * cols, size[1] * rows
-        fig, axes = plt.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
-        yield axes.flat
+    look = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    with matplotlib.rc_context(look | {"font.size": 9}):
+        fig = matplotlib.figure.Figure((5 * cols, 3.4 * rows), layout="constrained")
+        yield fig.subplots(rows, cols, squeeze=False).flat
         fig.savefig(path, dpi=130)
-        plt.close(fig)
 
 
 def panels(path, items):

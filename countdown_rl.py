@@ -362,11 +362,9 @@ class Real:
 def read_problems(name):
     """[(nums, target)] of --dataset; ValueError names a bad row."""
     if name.startswith("file:"):
-        rows = data.read_rows(data.path_of(name), nums=list, target=int)
+        rows = data.read_rows(data.files_of(name)[0], nums=list, target=int)
     else:
-        datasets = data.import_or_explain("datasets")
-        with data.explained(f"no data set {name!r}", "give file:X.jsonl"):
-            rows = datasets.load_dataset(name, split="train").to_list()
+        rows = list(data.hub_rows(name, "nums", "target"))
     for i, row in enumerate(rows, 1):
         nums = row["nums"]
         numbers = all(type(n) is int and 0 <= n < 10**6 for n in [*nums, row["target"]])
@@ -670,7 +668,7 @@ def switch_off(model, world, traces, neurons, sets):
             if heads:  # below the first of them nothing changes
                 first = min(heads)[0]
                 go_on = dict(first=first, x=clean[inputs[first]])
-                with model.patch(common.heads_off([heads], model.config)):
+                with model.patch(common.heads_off(heads, model)):
                     changed = model.capture(idx, ["final", *sites], **go_on)
                 acts = clean | changed
             said[k] += model.unembed(acts["final"][at]).argmax(-1).tolist()

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import threading
 import unicodedata
@@ -251,7 +252,6 @@ class Target:
     def __init__(self, backend, path, args, prompts):
         self.backend, self.path = backend, path
         self.budget, self.used = args.budget, 0  # calls asked for so far
-        self.stopped = []  # not empty once Ctrl-C came
         self.file = open(path, "a+b" if args.resume else "w+b", buffering=0)  # a row is one write
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)  # a torn last line goes
@@ -322,8 +322,6 @@ class Local:
             rngs.append(torch.Generator(device).manual_seed(seed))
 
         def sample(logits, alive, out):  # the largest of logits / T + Gumbel noise is a sample
-            if target.stopped:
-                raise InterruptedError("stopped")
             u = [torch.rand(logits.shape[1], generator=rngs[i], device=device) for i in alive]
             return logits / temperature - torch.stack(u).log_().neg_().log_()
 
@@ -377,12 +375,12 @@ class Endpoint:
 
         with ThreadPool(self.args.concurrency) as pool:
             done = pool.map_async(work, calls, chunksize=1)
-            while not done.ready():
-                done.wait(0.1)
-                if target.stopped and not self.over.is_set():
-                    self.end("stopped")
-                    print("stopping after the calls in flight (again: at once)", file=sys.stderr)
-            done.get()
+            try:
+                done.get()
+            except KeyboardInterrupt:
+                self.end("stopped")
+                print("stopping after the calls in flight (again: at once)", file=sys.stderr)
+                done.get()
         if self.why:
             raise InterruptedError(self.why)
 
@@ -658,7 +656,8 @@ def draw(path, found, budget):
 
 
 def audit(args, env, log, arm, seed):
-    """A crawl of a real target; everyday labels are verified, too."""
+    """A crawl of a real target; everyday labels are verified alike."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     path, prompts = log.path.with_name(f"calls-s{seed}.jsonl"), PROMPTS["audit"]
     with common.bad_input():
         truth = data.read_table(args.truth, ["topic"]) if args.truth else []
@@ -671,11 +670,10 @@ def audit(args, env, log, arm, seed):
         target = Target(backend, path, args, prompts)
     heads, everyday = {}, [Head(label) for label in prompts["everyday"]]
     try:
-        with common.interruptible() as target.stopped:
-            if args.place != "naive":
-                probe(target)
-            verify(target, everyday, prompts)
-            crawl(target, args, prompts, heads, seed)
+        if args.place != "naive":
+            probe(target)
+        verify(target, everyday, prompts)
+        crawl(target, args, prompts, heads, seed)
     except OSError as error:  # a full disk, too
         raise SystemExit(f"error: {error}; --resume goes on") from None
     finally:

@@ -1,14 +1,13 @@
-"""Text in, token windows out: text sources, tokenizers, token files, readers of users' files.
+"""Text in, token windows out; tokenizers; readers of users' files.
 
-- sources: `stdlib` (CPython's library: real text on every machine), `file:PATH`, a `datasets` id
-- tokenizers: `byte`, `bpe:N` (trained on the spot), any tiktoken name, a `tokenizer.json`
+- sources: `stdlib` (CPython's library: text on every machine), `file:PATH`, a `datasets` id
+- tokenizers: `byte`, `bpe:N` (trained on the spot), any of tiktoken, a `tokenizer.json`
 - every tenth document is held out, so that no document is on both sides
 """
 
 import csv
+import glob
 import hashlib
-import heapq
-import importlib
 import json
 import os
 import re
@@ -17,12 +16,12 @@ import sys
 import sysconfig
 import threading
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -30,124 +29,108 @@ from tqdm import tqdm
 
 
 def read_text(path):
-    """The text of a file, without a byte order mark; bytes that are no UTF-8 become U+FFFD."""
+    """The text of a file, without a byte order mark. What is no UTF-8 becomes U+FFFD."""
     return Path(path).read_text("utf-8-sig", errors="replace")
 
 
 def read_rows(path, **needed):
-    """The objects of a JSON-lines file, each with the `needed` fields: read_rows(path, text=str).
+    """The objects of a JSON-lines file, each with `needed` fields: read_rows(path, text=str).
 
     Raises ValueError naming the file, the line and what it needs.
     """
     rows = []
-    for i, line in enumerate(read_text(path).split("\n"), 1):  # U+2028 may stand inside a string
+    for i, line in enumerate(read_text(path).split("\n"), 1):  # a string may hold U+2028
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {i}: no JSON ({error})") from None
-        for field, kind in needed.items():
-            if not isinstance(row, dict) or not isinstance(row.get(field), kind):
-                what = f"an object with {field!r}, {kind.__name__}"
-                raise ValueError(f"{path}, line {i}: needs {what}")
-            if kind is str:
-                row[field] = row[field].encode("utf-8", "replace").decode()  # no half emojis
+            good = all(isinstance(row[key], kind) for key, kind in needed.items())
+        except (ValueError, LookupError, TypeError, RecursionError):
+            good = False
+        if not good:
+            wanted = [f"{key!r}, {kind.__name__}" for key, kind in needed.items()]
+            raise ValueError(f"{path}, line {i}: needs JSON with {' and '.join(wanted)}")
         rows.append(row)
     return rows
 
 
 def read_table(path, columns=()):
-    """The rows of a CSV or .tsv file as dictionaries; ValueError unless it has `columns`."""
+    """The rows of a CSV or .tsv file as dictionaries, with `columns`, or a ValueError."""
     delimiter = "\t" if str(path).endswith(".tsv") else ","
     with open(path, encoding="utf-8-sig", newline="") as f:
-        reader = csv.DictReader(f, delimiter=delimiter, restkey="")
+        reader = csv.reader(f, delimiter=delimiter)
         try:
-            header = reader.fieldnames or []
-            rows = list(reader)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, line {reader.line_num + 1}: {error}") from None
-    missing = [column for column in columns if column not in header]
-    if missing:
+            header = next(reader, [])
+            rows = [dict(zip(header, row, strict=True)) for row in reader if row]
+        except (ValueError, csv.Error) as error:
+            needs = "needs as many cells as the header has, in UTF-8"
+            raise ValueError(f"{path}, line {reader.line_num}: {needs} ({error})") from None
+    if missing := [column for column in columns if column not in header]:
         raise ValueError(f"{path} has no column {', '.join(missing)}")
-    for i, row in enumerate(rows, 2):
-        if "" in row or None in row.values():
-            raise ValueError(f"{path}, row {i}: needs {len(header)} cells, as the header has")
     return rows
 
 
 def printable(text):
-    """Text for a terminal: control characters, which could drive it, are shown as U+FFFD."""
+    """Text for a terminal: control characters, which could drive it, become U+FFFD."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 
 def load_text(name="stdlib", split="train"):
-    """Iterates over the documents of a split: every tenth document is `heldout`, the rest `train`.
+    """Iterates over the documents of a split: every tenth is `heldout`, the rest `train`.
 
-    name  `stdlib` | `file:PATH` (a text file, a .jsonl file with "text" fields, a folder of text
-          files) | `ORG/NAME` or `ORG/NAME:CONFIG`, a data set id for `datasets`, streamed
+    name  `stdlib` | `file:PATH`, a text, a .jsonl file with "text" fields, a folder of texts
+          | `ORG/NAME` or `ORG/NAME:CONFIG`, an id for `datasets`, streamed
     Raises ValueError for a source without text, OSError for one that can't be opened.
     """
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split {split!r}, allowed: train, heldout")
+    ours = {"train": range(9), "heldout": [9]}[split]
     if name == "stdlib":
-        documents = map(read_text, sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[!_]*.py")))
+        documents = map(read_text, sorted(Path(sysconfig.get_path("stdlib")).glob("[!_]*.py")))
     elif name.startswith("file:") and name.endswith(".jsonl"):
-        documents = (row["text"] for row in read_rows(path_of(name), text=str))
+        rows = read_rows(files_of(name)[0], text=str)
+        documents = (row["text"].encode("utf-8", "replace").decode() for row in rows)
     elif name.startswith("file:"):
-        documents = map(read_text, files_of(path_of(name)))
+        documents = map(read_text, files_of(name))
     elif "/" in name:
-        documents = stream(name)
+        documents = (row["text"] or "" for row in hub_rows(name, "text"))
     else:
-        allowed = "stdlib, file:PATH, or a data set id such as ORG/NAME"
-        raise ValueError(f"unknown text source {name!r}, allowed: {allowed}")
+        raise ValueError(f"text {name!r}, allowed: stdlib, file:PATH, a data set's ORG/NAME")
     documents = filter(str.strip, documents)  # Empty documents are left out.
     first = list(islice(documents, 10))
     if not first:
         raise ValueError(f"text source {name!r} is empty")
-    if len(first) < 10:  # None would be held out: the text is cut into a hundred pieces.
+    if len(first) < 10:  # None would be held out: cut the text into a hundred pieces.
         text = "".join(first)
         size = -(-len(text) // 100)
         first = [text[i : i + size] for i in range(0, len(text), size)]
-    heldout = split == "heldout"
-    every = enumerate(chain(first, documents))
-    return (text for i, text in every if (i % 10 == 9) == heldout)
+    return (text for i, text in enumerate(chain(first, documents)) if i % 10 in ours)
 
 
-def is_local(name):
-    """Whether a text source lies on this machine, whole; others are streamed."""
-    return name == "stdlib" or name.startswith("file:")
-
-
-def path_of(name):
-    """The path in a text source `file:PATH`."""
-    return Path(name.removeprefix("file:")).expanduser()
-
-
-def files_of(path):
-    """The files of a folder, without hidden ones, in order; of a file, itself."""
+def files_of(name):
+    """The files of a source `file:PATH`: PATH, or what a folder holds but hidden files."""
+    path = Path(name.removeprefix("file:")).expanduser()
     if not path.is_dir():
         return [path]
-    inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
-    return [p for p in inside if "/." not in f"/{p.relative_to(path).as_posix()}"]
+    inside = glob.iglob(f"{glob.escape(str(path))}/**", recursive=True)
+    return sorted(p for p in map(Path, inside) if p.is_file())
 
 
-def stream(name):
-    """Documents of a hub data set, streamed: its column `text`."""
-    datasets = import_or_explain("datasets")
+def hub_rows(name, *columns):
+    """The rows of a data set of the hub, streamed, as dictionaries with `columns`."""
+    import datasets
+
     path, _, config = name.partition(":")
-    instead = "without a network give file:PATH, or point HF_HOME at a cache that holds it"
+    instead = "without a network give file:PATH, or an HF_HOME that holds it"
     with explained(f"data set {name!r} can't be read", instead):
         rows = iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
         first = next(rows)
-    if not isinstance(first.get("text"), str):
-        raise ValueError(f"data set {name!r} has no column of texts named 'text'")
-    return (row["text"] or "" for row in chain([first], rows))
+    if missing := {*columns} - {*first}:
+        raise ValueError(f"data set {name!r} has no column {', '.join(missing)}")
+    return chain([first], rows)
 
 
 @contextmanager
 def explained(what, instead):
-    """Whatever goes wrong inside becomes one line's OSError: hub clients raise their own kinds."""
+    """Turns any error inside into an OSError of one line: hub clients have their own kinds."""
     try:
         yield
     except Exception as error:
@@ -155,61 +138,51 @@ def explained(what, instead):
         raise OSError(f"{what} ({reason}); {instead}") from error
 
 
-def import_or_explain(package):
-    """An optional package; an ImportError says how to install one that is missing."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ImportError(f"this needs the package {package}: pip install {package}") from None
-
-
 @dataclass
 class Tokenizer:
     """A tokenizer of any kind. A text is text: `encode` makes no control ids of it."""
 
     name: str
+    backend: object  # a `tokenizers.Tokenizer` or `tiktoken.Encoding`
     encode_batch: Callable  # list of texts -> list of lists of ids
-    decode: Callable  # list of ids -> text; control tokens of a checkpoint are shown by name
+    decode: Callable  # list of ids -> text; control tokens are shown by name
     n_vocab: int  # largest id + 1
     eos: int  # stands between documents
+    stops: list  # ids that end a document or a turn, `eos` among them
     bos: int | None = None
     opens: bool = False  # the model expects a text to open with `bos`
-    stops: list = ()  # ids that end a document or a turn; the first, or the only one, is `eos`
     template: str | None = None  # of chats, in jinja's language
-    backend: object = None  # a `tokenizers.Tokenizer` or `tiktoken.Encoding`; None for bytes
-
-    def __post_init__(self):
-        self.stops = list(self.stops) or [self.eos]
 
     def encode(self, text, bos=False):
-        """The ids of a text; with `bos` opened as the model expects it (Llama, Gemma: by bos)."""
+        """The ids of a text; with `bos`, opened as the model expects it."""
         ids = self.encode_batch([text])[0]
         return [self.bos, *ids] if bos and self.opens else ids
 
     def chat(self, messages, prefill=""):
-        """Ids of messages [{"role": ..., "content": ...}], ending in the assistant's `prefill`.
+        """Ids of messages [{"role": ..., "content": ...}] and the answer's begin, `prefill`.
 
-        The template's special tokens become control ids, those that somebody wrote stay text.
+        The template's special tokens become control ids, those in messages stay text.
         Raises ValueError if there is no chat template, or it refuses the messages.
         """
         if not self.template:
             raise ValueError(f"{self.name} has no chat template: it is a base model")
-        ids = {"bos_token": self.bos, "eos_token": self.eos}
-        special = {role: self.backend.id_to_token(i) for role, i in ids.items() if i is not None}
+        variables = {"messages": messages, "eos_token": self.backend.id_to_token(self.eos)}
+        if self.bos is not None:
+            variables["bos_token"] = self.backend.id_to_token(self.bos)
         try:
-            text = render(self.template, messages=messages, **special) + prefill
+            text = render(self.template, variables) + prefill
         except Exception as error:  # A template is a program: it may raise anything.
             raise ValueError(f"the chat template of {self.name}: {error}") from error
         added = self.backend.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         ids = []
-        # A message that spells a special token is cut out of the rendered text and encoded as
-        # text. Every other message stays where it is: cutting there could change its tokens.
+        # A message that spells a special token is cut out and encoded as text.
+        # The others stay where they are: cutting there could change their tokens.
         for content in [*(message["content"] for message in messages), prefill]:
-            if isinstance(content, str) and any(token in content for token in special):
+            if any(token in content for token in special):
                 before, found, text = text.partition(content.strip())
                 if not found:
-                    raise ValueError("a message holds a control token, which the template changes")
+                    raise ValueError("the template changes a message with a control token")
                 ids += self.with_control_ids(before) + self.encode(found)
         return ids + self.with_control_ids(text)
 
@@ -221,208 +194,154 @@ class Tokenizer:
         return ids
 
 
-def render(template, **variables):
+def render(template, variables):
     """The text of a chat template, as transformers renders it, in jinja's sandbox.
 
-    Raises an error for one that takes over two seconds or writes over a million characters.
+    A template is a program from outside: it has two seconds and a million characters.
     """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(message):
+    def refuse(message, *_):
         raise ValueError(message)
 
-    def give_up(number, frame):
-        raise TimeoutError("it takes over two seconds")
-
-    def times(a, b):
-        for text, n in (a, b), (b, a):
-            if hasattr(text, "__len__") and len(text) * n > 10**6:
-                raise ValueError(f"it repeats a text {n} times")
-        return a * b
-
     options = {"trim_blocks": True, "lstrip_blocks": True}
-    env = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options)
+    options["extensions"] = ["jinja2.ext.loopcontrols"]
+    env = ImmutableSandboxedEnvironment(**options)
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    env.globals |= {"add_generation_prompt": True, "tools": None, "documents": None}
     env.intercepted_binops = frozenset("*")
-    env.binop_table["*"] = times
-    # {% generation %} marks what to train on. Here it becomes an assignment that does nothing.
+    env.binop_table["*"] = lambda a, b: index(a) * index(b)  # never "a" * 10**10
+    # {% generation %} marks what to train on: here an assignment that does nothing.
     template = re.sub(r"(\{%-?\s*)(end)?generation\b", r"\1set generation = 1", template)
-    variables |= {"add_generation_prompt": True, "tools": None, "documents": None}
-    text = ""
-    if threading.current_thread() is threading.main_thread():  # No other can have a signal.
-        signal.signal(signal.SIGALRM, give_up)
+    if threading.current_thread() is threading.main_thread():  # no other has signals
+        signal.signal(signal.SIGALRM, partial(refuse, "it takes over two seconds"))
         signal.alarm(2)
+    text = ""
     try:
         for piece in env.from_string(template).generate(variables):
             text += piece
             if len(text) > 10**6:
-                raise ValueError("it writes more than a million characters")
+                refuse("it writes more than a million characters")
     finally:
         signal.alarm(0)
     return text
 
 
-def get_tokenizer(name, text=None) -> Tokenizer:
-    """A tokenizer by name.
+def get_tokenizer(name, text=None):
+    """A Tokenizer by name.
 
-    name  `byte` | `bpe:N`, N ids in all, trained on `text` (a string) | a tiktoken name (`gpt2`,
-          `cl100k_base`, ...) | a folder with a tokenizer.json, such a file, or the hub id of one
+    name  `byte` | `bpe:N`, N ids in all, trained on `text` | one of tiktoken (`gpt2`, ...)
+          | a folder with a tokenizer.json, such a file, or the hub id of one
     """
     if name == "byte":
-        return Tokenizer(name, encode_bytes, decode_bytes, n_vocab=257, eos=256)
+        return from_tiktoken(name, bpe_of(BYTES))
     if name.startswith("bpe:"):
-        if text is None:
-            raise ValueError(f"tokenizer {name!r} is trained on a text, and there is none here")
-        if not name[4:].isdecimal() or not 257 <= int(name[4:]) <= 2**20:
-            allowed = f"bpe:257 (bytes and an end) to bpe:{2**20}"
-            raise ValueError(f"tokenizer {name!r}, allowed: {allowed}")
+        if not name[4:].isdecimal() or not 257 <= int(name[4:]) <= 2**20 or text is None:
+            raise ValueError(f"{name}, allowed: bpe:257 to bpe:{2**20}, trained on a text")
         return from_tiktoken(name, train_bpe(text, int(name[4:])))
     if "/" in name or os.path.exists(name):
         return from_folder(name)
     import tiktoken
 
-    if name not in tiktoken.list_encoding_names():
-        known = ", ".join(["byte", "bpe:N", *tiktoken.list_encoding_names()])
-        raise ValueError(f"unknown tokenizer {name!r}, allowed: {known}, a tokenizer.json")
-    instead = "without a network use bpe:N or byte, or point TIKTOKEN_CACHE_DIR at its folder"
-    with explained(f"the vocabulary of {name!r} can't be downloaded", instead):
+    instead = "allowed: byte, bpe:N, a tokenizer.json, tiktoken's (in TIKTOKEN_CACHE_DIR)"
+    with explained(f"unknown tokenizer {name!r}, or no network", instead):
         return from_tiktoken(name, tiktoken.get_encoding(name))
-
-
-def encode_bytes(texts):
-    """The UTF-8 bytes of each text."""
-    return [list(text.encode()) for text in texts]
-
-
-def decode_bytes(ids):
-    """The text of some bytes; the end of text, 256, has none."""
-    return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
 def from_tiktoken(name, enc):
     """A tiktoken Encoding as a Tokenizer."""
-    encode_batch = enc.encode_ordinary_batch
-    return Tokenizer(name, encode_batch, enc.decode, enc.n_vocab, enc.eot_token, backend=enc)
+    encode_batch, eos = enc.encode_ordinary_batch, enc.eot_token
+    return Tokenizer(name, enc, encode_batch, enc.decode, enc.n_vocab, eos, [eos])
 
 
 def from_folder(name, config=None):
     """The Tokenizer of a tokenizer.json: a file, a folder that has one, or a hub id.
 
-    Special ids and the chat template come from the files beside it; `config` is the model's, whose
-    ids of special tokens count where the tokenizer's own files are silent.
+    Special ids and the chat template come from the files beside it, or else, for the ids,
+    from `config`, the model's.
     """
-    backends = import_or_explain("tokenizers").Tokenizer
+    from tokenizers import Tokenizer as Backend
+
     path = Path(name, "tokenizer.json") if os.path.isdir(name) else Path(name)
-    folder = path.parent
-    read = backends.from_file if path.exists() else backends.from_pretrained
+    read = Backend.from_file if path.exists() else Backend.from_pretrained
     try:
         backend = read(str(path))
     except Exception as error:  # The library raises bare Exception.
-        raise ValueError(f"no tokenizer.json that can be read at {name!r} ({error})") from error
-    own = read_json(folder / "tokenizer_config.json", {})
-    config = config or {}
+        raise ValueError(f"no tokenizer.json to be read at {name} ({error})") from error
+    own = read_json(path.with_name("tokenizer_config.json"))
 
     def ids(role):  # The tokenizer's own file has them by name, the model's by number.
         named = own.get(f"{role}_token")
         if isinstance(named, dict):
             named = named["content"]
-        numbered = config.get(f"{role}_token_id")
-        found = [backend.token_to_id(named)] if named else []
-        found += numbered if isinstance(numbered, list) else [numbered]
+        numbered = (config or {}).get(f"{role}_token_id")
+        numbered = numbered if isinstance(numbered, list) else [numbered]
+        found = [backend.token_to_id(named or ""), *numbered]
         return [i for i in dict.fromkeys(found) if i is not None]
 
     usual = [backend.token_to_id(token) for token in ("<eos>", "</s>", "<|endoftext|>")]
     stops = ids("eos") or [i for i in usual if i is not None][:1]
-    template, file = own.get("chat_template"), folder / "chat_template.jinja"
+    template, file = own.get("chat_template"), path.with_name("chat_template.jinja")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if file.exists():
         template = read_text(file)
-    return from_backend(Path(name).name, backend, next(iter(ids("bos")), None), stops, template)
+    return from_backend(Path(name).name, backend, [*ids("bos"), None][0], stops, template)
 
 
-def read_json(path, default=None):
-    """The object in a JSON file; `default` if there is no file. ValueError if it is malformed."""
-    if default is not None and not path.exists():
-        return default
-    try:
-        return dict(json.loads(path.read_text("utf-8-sig")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not a JSON object ({error})") from error
+def read_json(path):
+    """What a JSON file holds; an empty dictionary if there is no file."""
+    return json.loads(path.read_text("utf-8-sig")) if path.exists() else {}
 
 
 def from_backend(name, backend, bos, stops, template):
-    """A `tokenizers.Tokenizer` as a Tokenizer. ValueError if it has no id that ends a text."""
+    """A `tokenizers.Tokenizer` as a Tokenizer. ValueError if no id ends a text."""
+    if not stops:
+        raise ValueError(f"{name} has no end-of-text token")
     backend.no_truncation()  # A tokenizer.json may ask for truncation and padding.
     backend.no_padding()
     backend.encode_special_tokens = True  # Special tokens in a text are text.
     n_vocab = max(backend.get_vocab().values()) + 1  # The ids may have gaps.
-    if not stops:
-        raise ValueError(f"{name} has no end-of-text token")
 
     def encode_batch(texts):
         return [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
 
     decode = partial(backend.decode, skip_special_tokens=False)
     opens = bos is not None and backend.encode("x").ids[:1] == [bos]
-    more = {"bos": bos, "opens": opens, "stops": stops, "template": template, "backend": backend}
-    return Tokenizer(name, encode_batch, decode, n_vocab, stops[0], **more)
+    special = stops[0], stops, bos, opens
+    return Tokenizer(name, backend, encode_batch, decode, n_vocab, *special, template)
 
 
-# GPT-2's words are contractions, then letters, digits or other marks with at most one space before
-# them, and white space.
+# GPT-2's words are contractions; letters, digits or other marks with at most one space
+# before them; and white space.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BYTES = [bytes([b]) for b in range(256)]
 
 
 def train_bpe(text, n):
-    """Byte-pair encoding with `n` ids (256 bytes, n - 257 merges, an end), a tiktoken Encoding.
+    """Byte-pair encoding of `n` ids (256 bytes, n - 257 merges, an end) as a tiktoken Encoding.
 
-    The most frequent pair of neighbours becomes a new id, again and again; ties go to the pair of
-    the smallest ids. Only the words that hold the merged pair are touched, and a heap with stale
-    entries finds the next pair.
+    The most frequent pair of neighbours in the words becomes an id, again and again. Of equally
+    frequent pairs it is the one with the smallest ids.
     """
     import regex
+    from tokenizers import Tokenizer, models, trainers
 
-    counts = Counter(regex.findall(WORDS, text))
-    freq = list(counts.values())
-    words = [word.encode().decode("latin-1") for word in counts]  # one character for each id
-    pairs = Counter()  # pair -> how often
-    where = defaultdict(set)  # pair -> indices of the words that hold it
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += freq[i]
-            where[pair].add(i)
-    heap = [(-count, pair) for pair, count in pairs.items()]
-    heapq.heapify(heap)
-    vocab = [bytes([b]) for b in range(256)]
-    while len(vocab) < n - 1:
-        if not heap:
-            less = f"give more text, or a smaller bpe:N than {n}"
-            raise ValueError(f"the text has pairs for {len(vocab) + 1} ids only: {less}")
-        count, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:
-            continue  # This entry is stale: the count has changed since it was pushed.
-        new = chr(len(vocab))
-        vocab.append(vocab[ord(pair[0])] + vocab[ord(pair[1])])
-        changed = set()
-        for i in where.pop(pair):
-            old = words[i]
-            word = words[i] = old.replace("".join(pair), new)
-            for p in zip(old, old[1:]):
-                pairs[p] -= freq[i]
-            for p in zip(word, word[1:]):
-                pairs[p] += freq[i]
-                where[p].add(i)
-            changed.update(zip(old, old[1:]), zip(word, word[1:]))
-        for p in changed:
-            if pairs[p] > 0:
-                heapq.heappush(heap, (-pairs[p], p))
-    return bpe_of(vocab)
+    letters = [b.decode("latin-1") for b in BYTES]  # in a word, one for each byte
+    words = (word.encode().decode("latin-1") for word in regex.findall(WORDS, text))
+    options = {"initial_alphabet": letters, "show_progress": False}
+    model = Tokenizer(models.BPE())
+    model.train_from_iterator(words, trainers.BpeTrainer(vocab_size=n - 1, **options))
+    ids = model.get_vocab()
+    if len(ids) < n - 1:
+        less = f"give more text, or a smaller bpe:N than {n}"
+        raise ValueError(f"the text has pairs for {len(ids) + 1} ids only: {less}")
+    return bpe_of([token.encode("latin-1") for token in sorted(ids, key=ids.get)])
 
 
 def bpe_of(tokens):
-    """The tiktoken Encoding of `train_bpe`'s tokens (bytes), in the order of their merges."""
+    """The tiktoken Encoding of tokens (bytes), in the order of their merges."""
     import tiktoken
 
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -431,39 +350,30 @@ def bpe_of(tokens):
     return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=end)
 
 
-def token_file(name, split, tok, folder, limit=None, quiet=False):
-    """All tokens of a source and split as one memory-mapped array (N,), documents behind `tok.eos`.
+def token_file(name, split, tok, folder, limit=None):
+    """The tokens of a split as a memory-mapped array (N,), each document behind `tok.eos`.
 
-    Tokenized once, into `folder`; a file there is used again if source, split, tokenizer and limit
-    (in tokens) agree. Raises ValueError if there is no text.
+    A file in `folder` is used again if source, split, tokenizer and limit (in tokens) agree.
     """
-    dtype = np.uint16 if tok.n_vocab <= 2**16 else np.uint32
+    dtype = np.dtype(np.uint16 if tok.n_vocab <= 2**16 else np.uint32)
     source = sys.version
     if name.startswith("file:"):
-        source = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(path_of(name))]
-    # Two bpe:N of different texts have one name. What they make of a sentence tells them apart.
+        source = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(name)]
+    # Two bpe:N of different texts have one name, but differ in what they make of a text.
     probe = tok.encode("The quick brown fox: def f(x): return 0x1F")
     key = repr((name, source, split, limit, tok.name, tok.n_vocab, probe))
     path = Path(folder) / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.bin"
     if not path.exists():
-        documents = load_text(name, split)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}.tmp")
-        bar = tqdm(desc=f"tokenize {split}", unit="tok", unit_scale=True, disable=quiet)
-        left = limit or sys.maxsize
-        with open(aside, "wb") as f, bar:
-            while left and (batch := list(islice(documents, 256))):
-                ids = []
-                for document in tok.encode_batch(batch):
-                    ids += [tok.eos, *document]
-                ids = ids[:left]
-                np.array(ids, dtype).tofile(f)
-                left -= len(ids)
-                bar.update(len(ids))
+        documents = tqdm(load_text(name, split), f"tokenize {split}", unit=" documents")
+        most = (limit or sys.maxsize) * dtype.itemsize
+        with open(aside, "wb") as f:
+            while f.tell() < most and (batch := list(islice(documents, 256))):
+                for ids in tok.encode_batch(batch):
+                    np.array([tok.eos, *ids], dtype).tofile(f)
         os.replace(aside, path)
-    if not path.stat().st_size:
-        raise ValueError(f"text source {name!r} has no {split} text")
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.memmap(path, dtype=dtype, mode="r")[:limit]
 
 
 def windows(tokens, rng, n, length):

@@ -36,8 +36,8 @@ class Args(common.TrainFlags):
     limits |= {"batch_size": (2,), "iters": (1,), "noise_lr": (0,)}
     unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}
 
-    steps: int = 800  # of a CLIP; VAE: 1.5 times, generator: 3 times
-    batch_size: int = 128  # pairs in a step, (paper: 81,920)
+    steps: int = 800  # steps of a CLIP; 1.5 times as many of the VAE, 3 times of the generator
+    batch_size: int = 128  # pairs in a step (paper: 81,920)
     lr: float = 2e-3  # peak learning rate (paper: 1e-3)
     min_lr: float = 0.0  # where the cosine ends, as a share of --lr
     weight_decay: float = 0.2  # OpenCLIP's, of matrices and convolutions

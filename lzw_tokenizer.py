@@ -246,7 +246,7 @@ def read_codes(path, to):
             backend = data.bpe_of([bytes.fromhex(token) for token in tokens])
             tok = data.from_tiktoken(name, backend)
         raw = to_bytes(tok, LZW(**head).decode([int(word) for word in rest.split()]))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(f"{path} is not what --encode writes ({error})") from None
     if zlib.crc32(raw) != crc:
         raise ValueError(f"{path} is damaged, or {name} is another tokenizer than it was")

@@ -539,8 +539,8 @@ def main(argv=None):
             return show(text, tok, args.block_size)
     with common.bad_input("--dataset"), common.rank_zero_first(run.env):
         needed = args.steps * args.batch_size * args.block_size  # tokens of a stream
-        limit = None if data.is_local(args.dataset) else needed
-        read = partial(data.token_file, folder=run.out / "tokens", quiet=run.env.rank > 0)
+        limit = None if args.dataset.startswith(("stdlib", "file:")) else needed
+        read = partial(data.token_file, folder=run.out / "tokens")
         train = read(args.dataset, "train", tok, limit=limit)
         heldout = read(args.dataset, "heldout", tok, limit=2**22)  # more than is measured on
         for part in train, heldout:  # a ValueError if it is shorter than a window

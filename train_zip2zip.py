@@ -384,7 +384,7 @@ class Text:
     def __init__(self, args, tok, seed):
         self.tok, self.length, self.seed = tok, args.block_size, seed
         needed = args.steps * args.batch_size * (args.block_size + 1)
-        limit = None if data.is_local(args.dataset) else needed
+        limit = None if args.dataset.startswith(("stdlib", "file:")) else needed
         folder, self.tokens = f"{args.out}/tokens", {}
         for split in "train", "heldout":
             self.tokens[split] = data.token_file(args.dataset, split, tok, folder, limit)
@@ -473,7 +473,7 @@ def bits_per_byte(model, world, args, env, shuffle=False):
         with env.autocast():
             nats += model(**batch, shuffle=shuffle).item()
         ids += (batch["targets"] >= 0).sum().item()
-    windows = windows[:, 1:]  # next, the control: ids in random order
+    windows = windows[:, 1:]  # next, a control: in random order
     for mixed in np.random.default_rng(0).permuted(windows, axis=1).tolist():
         mixed_ids += len(model.lzw.encode_known(mixed, Decoder(model.lzw)))
     size = sum(len(world.decode(window).encode()) for window in windows)
@@ -555,7 +555,7 @@ def judge(run, found):
 
 
 def show(run):
-    """Prints what the trained model writes behind --prompt, in colour."""
+    """Prints what the model writes behind --prompt, in colour."""
     args, seed = run.args, run.args.seeds[0]
     n, path = args.block_size // 4, run.out / f"zip-s{seed}.pt"
     saved = common.load_checkpoint(path)

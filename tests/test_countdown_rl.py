@@ -417,7 +417,7 @@ def test_heads_off_equal_one_prefix_at_a_time_in_full(toy):
             said, glu = {"right": [], "wrong": []}, []
             for trace in traces:
                 for side, ids in ("right", trace.ids), ("wrong", trace.ids[: trace.wrong + 1]):
-                    with model.patch(common.heads_off([heads], model.config)):
+                    with model.patch(common.heads_off(heads, model)):
                         sites = [f"blocks.{layer}.mlp.act" for layer, _ in neurons]
                         acts = model.capture(torch.tensor([ids]), ["final", *sites])
                     token = model.unembed(acts["final"])[0, -1].argmax().item()

@@ -697,7 +697,7 @@ def test_smoke_and_resume(tmp_path):
 
 
 def test_user_files(tmp_path, capsys):
-    for text, told in ("topics\nx\n", "no column topic"), ("topic,x\na\n", "row 2"):
+    for text, told in ("topics\nx\n", "no column topic"), ("topic,x\na\n", "line 2"):
         (tmp_path / "b.csv").write_text(text)
         with pytest.raises(SystemExit) as exit:
             crawler.main(
@@ -848,8 +848,6 @@ def test_samples_follow_the_temperature():
     seen = collections.Counter()
 
     class Ear:
-        stopped = ()
-
         def note(self, call):
             seen[call.temperature, call.text] += 1
 
@@ -1264,8 +1262,7 @@ def crawl_until_interrupted(folder, url):
     sys.stderr = open(folder / "stderr", "w", buffering=1)
     target = opened_on(endpoint(url, timeout=60.0, concurrency=4), folder / "j")
     try:
-        with crawler.common.interruptible() as target.stopped:
-            target.ask(nine())
+        target.ask(nine())
     except InterruptedError as stop:
         sys.stderr.write(str(stop))
     except KeyboardInterrupt:

@@ -109,13 +109,12 @@ def test_learnt_merges():
     assert vocab[:2] == [b"x", b"y"] and len(vocab) == len({*vocab}) <= 8
 
 
-def test_a_tokenizer_trained_here_is_looked_at_and_bytes_are_refused():
+def test_a_tokenizer_trained_here_is_looked_at():
     sample = "def f(x): return (x + 1)\n" * 20
     found = ft.inspect("bpe:268", sample)
     assert found["ids"] == "268, of which 267 spell something"
     assert found["pairs whose text is not that of h"].startswith("0 of ")
-    with pytest.raises(ValueError, match="'byte' has no pieces"):
-        ft.inspect("byte", sample)
+    assert ft.inspect("byte", sample)["ids"] == "257, of which 256 spell something"
 
 
 @pytest.mark.parametrize("name, text, ids", [

@@ -314,7 +314,7 @@ def test_characters_are_whole_in_colour(tmp_path, capsys):
         ("/no/such/file", "/no/such/file"),
         ("TEXT --decode OUT", "is not what --encode writes"),
         ("DAMAGED --decode OUT", "damaged"),
-        ("OTHER --decode OUT", "another tokenizer"),
+        ("OTHER --decode OUT", "not what --encode writes"),
         ("DEEP --decode OUT", "is not what --encode writes"),
         ("LIST --decode OUT", "is not what --encode writes"),
         ("TEXT --encode OUT --show", "not allowed with"),

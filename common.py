@@ -141,7 +141,7 @@ def check_numbers(args):
     """Fails at a number that is not finite or outside `limits`, and at a seed given twice."""
     for flag, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
-        if flag in ("seeds", "arms") and len(set(values)) < len(values):
+        if flag in ("seeds", "arms", "only", "quads") and len(set(values)) < len(values):
             given = " ".join(map(str, values))
             fail(f"{dashed(flag)} {given}: each can be given once only")
         low, high = (*args.limits.get(flag, [0]), None)[:2]
@@ -171,7 +171,7 @@ def bad_input(flag=""):
         yield
     except BrokenPipeError:  # nobody's input: see `cli`
         raise
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RecursionError) as error:
         message = str(error)
         if isinstance(error, ModuleNotFoundError):
             message += f": pip install {error.name}"
@@ -399,7 +399,10 @@ def begin(path, log, model, opt, args, env):
             if saved["step"] > args.steps:
                 gone = f"{path} has gone {saved['step']} steps already"
                 raise ValueError(f"{gone}, --steps is {args.steps}")
-        weights_of(model, opt, put=saved)
+            try:
+                weights_of(model, opt, put=saved)
+            except RuntimeError as error:  # names and shapes, a line each
+                raise ValueError(f"{path} is of another model: {error}") from None
         state = {key: saved[key] for key in state}
     elif env.rank == 0:
         path.unlink(missing_ok=True)  # not to be resumed by mistake
@@ -428,7 +431,7 @@ def save_checkpoint(path, state, model, opt, args, env):
     """Writes what `begin` goes on from, whole or not at all: to a temporary name, then renamed."""
     state = state | weights_of(model, opt) | {"flags": shaping_flags(args)}
     if env.rank == 0:
-        aside = path.with_suffix(".tmp")
+        aside = path.with_name(path.name + ".tmp")
         torch.save(state, aside)
         os.replace(aside, path)
 
@@ -436,10 +439,13 @@ def save_checkpoint(path, state, model, opt, args, env):
 def load_checkpoint(path):
     """The state in a checkpoint, on the CPU. ValueError if it is damaged or needs unpickling."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have their own
         what = "is missing, damaged or cut short, or needs unpickling, which is refused"
         raise ValueError(f"checkpoint {path} {what}") from error
+    if not isinstance(state, dict) or not {"model", "optimizer", "flags", "step"} <= set(state):
+        raise ValueError(f"{path} is no checkpoint of this program")
+    return state
 
 
 class Log:
@@ -479,7 +485,7 @@ def read_log(path):
 
 def write_text(path, text):
     """Writes a file whole or not at all."""
-    aside = Path(path).with_suffix(".tmp")
+    aside = Path(f"{Path(path)}.tmp")
     aside.write_text(text, "utf-8", errors="replace")
     os.replace(aside, path)
 

@@ -559,8 +559,6 @@ def show(run):
     args, seed = run.args, run.args.seeds[0]
     n, path = args.block_size // 4, run.out / f"zip-s{seed}.pt"
     saved = common.load_checkpoint(path)
-    if not isinstance(saved, dict) or not {"flags", "model"} <= set(saved):
-        raise ValueError(f"{path} is no checkpoint of this program")
     common.check_flags(saved["flags"], args, path)
     base, world = start(args, run.env, seed)
     ids = world.windows("heldout", 3, 1)[0][: 2 * n].tolist()

@@ -91,6 +91,9 @@ def test_errors_name_the_flag_they_came_from(capsys):
     with pytest.raises(SystemExit), common.bad_input("--dataset"):
         open("/no/such/file")
     assert capsys.readouterr().err.startswith("error: --dataset: ")
+    with pytest.raises(SystemExit), common.bad_input("--lists"):
+        json.loads("[" * 200000)
+    assert capsys.readouterr().err.startswith("error: --lists: ")
 
 
 def test_learning_rate_by_hand():
@@ -120,6 +123,28 @@ def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
         common.load_checkpoint(path)
 
 
+@pytest.mark.parametrize("state", [[1, 2], {"step": 1}, torch.zeros(3)])
+def test_what_is_no_checkpoint_of_ours(state, tmp_path, capsys):
+    torch.save(state, tmp_path / "tiny-s0.pt")
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, resume=True)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "is no checkpoint of this program" in error
+
+
+@pytest.mark.parametrize("change", [{"wte.weight": torch.zeros(51, 8)}, {"more": torch.zeros(1)}])
+def test_resume_of_another_model(change, tmp_path, capsys):
+    train(tmp_path)
+    path = tmp_path / "tiny-s0.pt"
+    state = common.load_checkpoint(path)
+    state["model"] |= change
+    torch.save(state, path)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, resume=True)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "is of another model" in error and error.count("\n") == 1
+
+
 def make_log(folder, run="a-s0", **flags):
     return common.Log(Args(out=str(folder), **flags), CPU, run)
 
@@ -136,9 +161,11 @@ def test_log_rewinds_over_a_torn_line(tmp_path):
 
 
 def test_text_files_are_utf8_and_whole(tmp_path):
-    path = tmp_path / "a.json"
+    path, other = tmp_path / "a.json", tmp_path / "a.tmp"
+    other.write_text("the user's")
     common.write_text(path, "für \ud83d 日本")
-    assert path.read_bytes().decode() == "für ? 日本" and [path] == list(tmp_path.iterdir())
+    assert path.read_bytes().decode() == "für ? 日本"
+    assert {path, other} == set(tmp_path.iterdir()) and other.read_text() == "the user's"
 
 
 # ------------------------------------------------------------------------------------------ claims

@@ -6,7 +6,7 @@ linear probe tells right from wrong; its direction reads as words of success or 
 look back at the target carry the verdict: with three off, the model searches on.
 
 The toy: a small GPT imitates searchers, most of whom answer with their first attempt, unchecked;
-the others check each one. GRPO meets this mixture. The control permutes its rewards.
+the others check each one. The control permutes its rewards.
 """
 
 import ast
@@ -49,11 +49,10 @@ class Args(common.TrainFlags):
     """CountDown"""
 
     presets: ClassVar[dict] = {"smoke": SMOKE, "toy": TOY, "paper": PAPER}
-    limits: ClassVar[dict] = dict(common.TrainFlags.limits)
+    limits: ClassVar[dict] = common.TrainFlags.limits | dict(n_layer=(3,), group=(2,), max_new=(1,))
     limits |= dict.fromkeys("drill rl_steps rl_lr beta".split(), (0,))
-    limits |= dict.fromkeys("num_max cap attempts n_head n_embd max_new".split(), (1,))
-    limits |= dict.fromkeys("prompts minibatches problems samples".split(), (1,))
-    limits |= dict(nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), group=(2,), n_layer=(3,))
+    limits |= dict.fromkeys("num_max cap n_head n_embd prompts problems samples".split(), (1,))
+    limits |= dict(attempts=(2,), nums=(2, 5), guess=(0, 1), clip_ratio=(0, 1), minibatches=(1,))
     unused: ClassVar[set] = {"shard", "decay_steps"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"rl_steps"}
 
@@ -80,7 +79,7 @@ class Args(common.TrainFlags):
     samples: int = 300  # texts to choose heads on, and to test on (paper: 300)
 
 
-# ----------------- the method
+# --- the method
 
 
 def advantages(rewards, group):
@@ -138,7 +137,7 @@ class Objective(torch.nn.Module):
         return -gain.sum() / denom
 
 
-# ------------------- the task
+# --- the task
 
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -213,12 +212,10 @@ WORDS = "<bos> <eos> use make <think> </think> <answer> </answer> + - * = , ( ) 
 class Toy:
     """Problems, tokens, traces. A number is one token. A prompt and its trace:
 
-        <bos> use 3 8 7 make 31 <think>
-        [ 8 * 3 = 24 , 24 - 7 = 17 not 31 ]
-        [ 8 * 3 = 24 , 24 + 7 = 31 this works ]
-        </think> <answer> ( 8 * 3 ) + 7 </answer> <eos>
-
-    Who opens a square bracket will check.
+    <bos> use 3 8 7 make 31 <think>
+    [ 8 * 3 = 24 , 24 - 7 = 17 not 31 ]
+    [ 8 * 3 = 24 , 24 + 7 = 31 this works ]
+    </think> <answer> ( 8 * 3 ) + 7 </answer> <eos>
     """
 
     def __init__(self, args, seed):
@@ -229,7 +226,7 @@ class Toy:
         self.opening, self.stops = [], [self.id["<eos>"]]
         self.valid = [self.id[word] for word in VALID]
         self.invalid = [self.id[word] for word in INVALID]
-        self.max_new = args.attempts * (6 * args.nums - 2) + 3 * args.nums + 3  # lines, answer
+        self.max_new = args.attempts * (6 * args.nums - 2) + 4 * args.nums
         self.train, self.heldout = [], []
         for nums in itertools.combinations_with_replacement(range(1, args.num_max + 1), args.nums):
             for target in sorted({steps[-1][-1] for steps in attempts(nums, args.cap)} - {0}):
@@ -348,10 +345,10 @@ class Real:
     def __init__(self, args, tok, seed):
         self.tok, self.seed = tok, seed
         self.stops, self.decode = tok.stops, tok.decode
-        self.max_new, self.opening = args.max_new, tok.encode(" (")
-        self.valid, self.invalid = tok.encode("this")[:1], tok.encode("not")[:1]
-        self.valid += [pretrained.first_token(tok, f" {word}") for word in VALID]
-        self.invalid += [pretrained.first_token(tok, f" {word}") for word in INVALID]
+        self.max_new, self.opening = args.max_new, tok.encode("1 (")[len(tok.encode("1")) :]
+        first = partial(pretrained.first_token, tok)
+        self.valid = [first("this"), *[first(f" {word}") for word in VALID]]
+        self.invalid = [first("not"), *[first(f" {word}") for word in INVALID]]
         problems = read_problems(args.dataset)
         held = max(1, min(args.problems, len(problems) // 5))
         self.heldout, self.train = problems[:held], problems[held:]
@@ -378,7 +375,7 @@ def read_problems(name):
     return [(tuple(sorted(row["nums"])), row["target"]) for row in rows]
 
 
-# ------------------- training
+# --- training
 
 
 def verdicts_in(text):
@@ -405,7 +402,7 @@ def respond(model, world, problems, rng, env, samples=1, seed=None):
 
 
 def measure(model, world, args, env, samples=1):
-    """Shares of right held-out responses, and of checked attempts."""
+    """Shares of right responses, and of checked attempts."""
     problems, rng = world.heldout[: args.problems], random.Random("measure")
     found = respond(model, world, problems, rng, env, samples, seed=0)
     texts = [world.decode(response) for _, _, response in found]
@@ -446,7 +443,7 @@ def draw_batch(policy, world, args, env, number, permuted=False):
     problems = [rng.choice(world.train) for _ in range(math.ceil(args.prompts / env.world))]
     found = respond(policy, world, problems, rng, env, args.group)
     rewards = [reward(world.decode(response), *problem) for problem, _, response in found]
-    if permuted:  # the control
+    if permuted:
         rng.shuffle(rewards)
     batch = collate([counted(prompt, response) for _, prompt, response in found])
     batch["advantage"] = advantages(torch.tensor(rewards), args.group)
@@ -475,7 +472,7 @@ def minibatch(batch, args, number, part):
 
 
 def reinforce(args, env, log, arm, seed):
-    """GRPO from the imitator or --model; measured before and after."""
+    """GRPO; `decay_steps` ties its checkpoint to the imitator of --steps."""
     policy, world = load_model(args, env, seed, "imitate")
     before = measure(policy, world, args, env, samples=4)
     reference = copy.deepcopy(policy) if args.beta else None
@@ -496,9 +493,9 @@ def reinforce(args, env, log, arm, seed):
     def evaluate(step):
         return measure(policy, world, args, env)
 
-    constant = dict(lr=args.rl_lr, warmup=0, min_lr=1.0, weight_decay=0.0, log_every=1)
-    flags = replace(args, steps=args.rl_steps * args.minibatches, compile=False, **constant)
-    common.train(net, batch, flags, env, log, evaluate)
+    rate = dict(lr=args.rl_lr, warmup=0, min_lr=1.0, decay_steps=args.steps, weight_decay=0.0)
+    own = replace(args, **rate, steps=args.rl_steps * args.minibatches, compile=False, log_every=1)
+    common.train(net, batch, own, env, log, evaluate)
     curve = [row["accuracy"] for row in common.read_log(log.path) if "accuracy" in row]
     after = measure(policy, world, args, env, samples=4)
     return dict(before=before, after=after, curve=curve)
@@ -517,7 +514,7 @@ def numbers_in(world, ids):
     found = []
     for i, piece in enumerate(world.decode([token]) for token in ids):
         if re.fullmatch("[0-9]+", piece) and found and found[-1][0] == i - 1:
-            found[-1] = i, int(f"{found[-1][1]}{piece}")
+            found[-1] = i, min(10**6, int(f"{found[-1][1]}{piece}"))
         elif re.fullmatch(r"\s*[0-9]+", piece):
             found.append((i, int(piece)))
     return found
@@ -552,10 +549,10 @@ def halves(model, world, args, env, rng):
         texts = [(problem, *world.written(*problem, rng)) for problem in problems]
     found = [], []
     for trace in find_traces(world, texts, rng):
-        side = random.Random(repr(trace.problem)).randrange(2)  # one for a problem
+        side = random.Random(repr(trace.problem)).randrange(2)
         found[side].append(trace)
     if min(map(len, found)) < 3:
-        raise SystemExit("error: too few traces with both verdicts")
+        common.fail(f"too few traces for --samples {args.samples}")
     for half in found:
         del half[args.samples :]
         half.sort(key=lambda trace: len(trace.ids))  # little padding in a batch
@@ -564,7 +561,7 @@ def halves(model, world, args, env, rng):
 
 def batches(model, traces):
     """(idx, at): x[at] of a tensor (B, T, ...) is at its two verdicts."""
-    size = 32 if model.config.vocab_size < 1000 else 8  # fit the cache
+    size = 32 if model.config.vocab_size < 1000 else 8
     for i in range(0, len(traces), size):
         some = traces[i : i + size]
         idx = pad_sequence([torch.tensor(trace.ids) for trace in some], True)
@@ -621,8 +618,7 @@ def from_the_top(model, world, args, choose, test, rng):
     reads, success, failure = verdict_words(model, world, upper)
     best = reads.argmax()
     found["direction"] = {"reads": reads[best].item()}
-    ends = success[best].tolist(), failure[best].tolist()
-    found["words"] = [world.decode(end) for end in ends]
+    found["words"] = [world.decode(end.tolist()) for end in (success[best], failure[best])]
     torch.manual_seed(world.seed)
     noise = verdict_words(model, world, torch.randn(20, upper.shape[1]))[0]
     found["noise"] = {"reads": noise.max().item()}
@@ -726,7 +722,7 @@ def dissect(args, env, log, arm, seed):
     return found | {"traces": [len(choose), len(test)]}
 
 
-# ---------- claims and figure
+# --- claims and figure
 
 
 def judge(run, found):
@@ -787,11 +783,15 @@ def draw(path, found, args):
 
 def check(args, env):
     """What may be wrong: (whether it is, message)."""
+    toy = "steps lr nums num_max cap attempts guess drill n_layer n_head n_embd".split()
+    idle = common.changed_flags(args, toy if args.model else ["max_new"])
     if not args.model:
-        Toy(args, 0)  # too few problems are a ValueError
+        for seed in args.seeds:
+            halves(None, Toy(args, seed), args, env, random.Random(f"dissect {seed}"))
     many = args.minibatches * env.world > args.prompts * args.group
     return [
         (bool(args.model) != bool(args.dataset), "--model and --dataset go together"),
+        (idle, f"{idle}: no effect with{'' if args.model else 'out'} --model"),
         (many, f"--minibatches {args.minibatches} is more than the rollouts"),
     ]
 

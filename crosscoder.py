@@ -47,8 +47,8 @@ class Args(common.TrainFlags):
         **dict.fromkeys(("layer", "sae_lr"), (0,)),
         "prompts": (8,),
     }
-    unused: ClassVar[set] = {"micro_batch"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top", "prompts"}
+    unused: ClassVar[set] = {"micro_batch", "shard", "eval_every"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change - {"steps"} | {"top", "prompts"}
 
     steps: int = 1500  # training steps of the base model
     ft_steps: int = 1500  # training steps of the reasoner, which starts from it
@@ -532,23 +532,24 @@ def answers_of(model, tok, n):
 def prepare(args, env, out):
     """A real pair: models, wait ids, prompts up to a wait, rows for the code."""
     models, tok = load_pair(args, env)
-    wait = sorted({tok.encode(word)[0] for word in args.wait if tok.encode(word)})
+    wait = sorted({pretrained.first_token(tok, word) for word in args.wait})
     answers = answers_of(models[FT], tok, args.answers)
     prompts = []
     for row in answers:
         prompts += [row[:i] for i in range(8, len(row)) if row[i] in wait]
     if len(prompts) < 8:
         raise ValueError(f"{len(prompts)} wait words in the answers, needed: 8")
-    limit = args.sae_steps * args.sae_batch
-    tokens = data.token_file(args.dataset, "train", tok, out / "tokens", limit=limit)
+    n, folder = args.sae_steps * args.sae_batch, out / "tokens"
+    tokens = data.token_file(args.dataset, "train", tok, folder, n)
 
     def batches():
-        rng = np.random.default_rng(0)
-        length = min(256, models[FT].config.block_size)
+        rng, length = np.random.default_rng(0), min(256, models[FT].config.block_size)
         while True:
-            text = data.windows(tokens, rng, 8, length).tolist()
+            text = data.windows(tokens, rng, 8, length)
+            if tok.opens:
+                text[:, 0] = tok.bos
             own = [answers[i][:length] for i in rng.integers(len(answers), size=8)]
-            yield padded(text + own, env.device)
+            yield padded([*text.tolist(), *own], env.device)
 
     rows = sae.harvest(models, args.layer, batches(), args.rows, tok.bos)
     order = np.random.default_rng(0).permutation(len(prompts))[: args.prompts]
@@ -561,15 +562,14 @@ def run_pair(prepared, args, env, log, arm, seed):
     torch.manual_seed(seed)
     code = sae.SAE(models[FT].config.n_embd, args.d_sae, args.k, streams=2, batch=True)
     sae.train_sae(code, rows, args, env, log, seed)
-    test = prompts[1::2]
-    return study(models, code, args, prompts[::2], test, test, wait, seed)[0]
+    return study(models, code, args, prompts[::2], prompts[1::2], prompts[1::2], wait, seed)[0]
 
 
 # ------- claims, figure, main
 
 
 def sides(rows, key, arm, measure):
-    """A measure of each seed, the arm's and the others', for `run.claim`."""
+    """A measure of each seed, by side, for `run.claim`."""
     found = {}
     for name in rows[0][key]:
         found[name] = [{measure: row[key][name]} for row in rows]
@@ -608,7 +608,7 @@ def judge_toy(run, rows):
 
 
 def draw(path, rows):
-    """Attribution and ablation, lists off, whose latents they are, patterns."""
+    """Attribution, lists off, whose latents they are, patterns."""
     points = {f"rank correlation {rows[0]['rho']['attribution']:.2f}": rows[0]["points"]}
     panels = [dict(title="Latents of the first seed", points=points)]
     panels[0] |= dict(xlabel="attribution, nats", ylabel="lost by ablation, nats")
@@ -627,14 +627,14 @@ def draw(path, rows):
 def check(args, env):
     """What may be wrong: (whether it is, message)."""
     pair = bool(args.base) + bool(args.model)
-    changed = common.changed_flags(args, ["dataset", "answers"])
+    idle = common.changed_flags(args, ["ft_steps"] if pair else ["dataset", "answers", "wait"])
     return [
         (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}"),
         (args.top > args.d_sae // 4, f"--top {args.top}, allowed: 1 to {args.d_sae // 4}"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
         (pair == 1, "a pair needs both --base and --model"),
         (args.layer > 4 and not pair, f"--layer {args.layer}, allowed: 0 to 4 in the toy"),
-        (changed and not pair, f"{changed} has no effect without --model"),
+        (idle, f"{idle} has no effect with{'' if pair else 'out'} --model"),
         (env.world > 1, "one process: start it without torchrun"),
     ]
 

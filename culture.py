@@ -255,10 +255,11 @@ class Real:
         try:
             self.cultures, self.languages = lists["cultures"], lists["languages"]
             self.tasks = list(lists["answers"])
-            if len(self.cultures) < 3 or len(self.tasks) < 3:
-                raise ValueError("three cultures and three tasks are needed")
             self.answers = {task: self.first_tokens(task) for task in self.tasks}
             self.unrelated = [tok.encode(fact, bos=True) for fact in lists["facts"]]
+            several = any("|" in hints["none"] for hints in lists["hints"].values())
+            if several or not self.unrelated or min(len(self.cultures), len(self.tasks)) < 3:
+                raise ValueError("needed: three cultures, three tasks, a fact, one text in `none`")
             for key in product(SETTINGS, CONTEXTS, range(len(self.cultures)), self.tasks):
                 self.prompts(*key)  # KeyError if there are none
         except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -328,8 +329,7 @@ def steer(model, world, args, runs, diffs, setting, k, rng):
         p = steered(model, world, setting, k, task, tries)
         shares.append(masses(p, owner, n)[:, k])
         explicit.append(masses(runs[setting, "own", k, task].mean(0), owner, n)[k])
-    strengths = np.array([strength for _, strength in cells])
-    chosen = pick(np.array(shares), explicit, strengths)
+    chosen = pick(np.array(shares), explicit, np.array(cells)[:, 1])
     tables, own = {}, {}
     for (task, bank), i in zip(banks.items(), chosen):
         own[task] = bank["own"], *cells[i]

@@ -56,8 +56,8 @@ class Args(common.TrainFlags):
 
 
 def spell(vocab, ids):
-    """h: the bytes of ids, in a row."""
-    return b"".join([vocab[i] for i in ids])
+    """h: the bytes of ids, in a row; an id for unknown letters has none."""
+    return b"".join([vocab[i] or b"" for i in ids])
 
 
 def merged(vocab, parts):
@@ -331,7 +331,7 @@ def twin(rng, s):
 
 
 class Code:
-    """How an arm spells strings. vocab: the bytes of every id; then come `bos` and `eos`."""
+    """How an arm spells strings. vocab: the bytes of every id; then `bos` and `eos`."""
 
     def __init__(self, arm, seed):
         rng = np.random.default_rng([seed, 1])
@@ -411,7 +411,7 @@ def measure(model, code, n, seed):
 
 
 def valid_share(model, code, n, seed, grammar):
-    """The share of n samples that are in the language, under the masks of a grammar or free."""
+    """The share of n samples in the language, under the masks of a grammar or free."""
     options = {"stop": [code.eos, code.bos], "seed": seed, "samples": n}
     if grammar:
         engine = gm.Engine(grammar, [*code.vocab, None, None], code.eos)
@@ -465,7 +465,9 @@ def draw(path, found):
 
 def check(args, env):
     """What may be wrong: (whether it is, message)."""
+    idle = common.changed_flags(args, "steps batch_size lr n_embd samples resume".split())
     return [
+        (args.tokenizer and idle, f"{idle}: no effect with --tokenizer"),
         (args.n_embd % 4, f"--n-embd {args.n_embd} is no multiple of the 4 heads"),
         (args.batch_size % env.world, f"--batch-size {args.batch_size}: {env.world} processes"),
     ]
@@ -484,11 +486,9 @@ def main(argv=None):
     found = run.each(train_arm, ARMS)
     if found is None:
         return None
-    checks = {
-        "lifted": [check_languages(seed, bpe) for seed in run.args.seeds],
-        "words": [check_languages(seed, pretokenized) for seed in run.args.seeds],
-        "scrambled": [check_scrambled() for _ in run.args.seeds],
-    }
+    checks = {"scrambled": [check_scrambled() for _ in run.args.seeds]}
+    for name, tau in ("lifted", bpe), ("words", pretokenized):
+        checks[name] = [check_languages(seed, tau) for seed in run.args.seeds]
     judge(run, checks, found)
     draw(run.out / "formal_tokenization.png", found)
     return run.finish({"theorems": checks, "arms": found})

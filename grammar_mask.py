@@ -63,8 +63,7 @@ def parse_ebnf(text):
     All are written as in Python's regular expressions; # is a note. Raises ValueError.
     """
     parts = RULE.split(text)  # what stands before the rules; then a name and a body, for each
-    names = dict.fromkeys(parts[1::2])
-    rules = {}
+    names, rules = dict.fromkeys(parts[1::2]), {}
     for rule, body in zip(["", *parts[1::2]], parts[::2]):
         pieces, called = [], [rule]  # group 0 of a rule is the rule itself
         for match in TOKEN.finditer(body):
@@ -171,8 +170,7 @@ EVERYTHING = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "sur
 def class_bytes(op, value):
     """A parsed class such as [^a-z] in UTF-8: [(set of bytes, [the same of what follows])]."""
     run = re._parser.parse("a+")
-    _, (_, _, repeated) = run[0]
-    repeated[0] = op, value  # the class in place of the a: `run` finds runs of its characters
+    run[0][1][2][0] = op, value  # the class in place of the a: `run` finds runs of its characters
     marks = np.zeros(SIZE, bool)  # by code point
     for match in re._compiler.compile(run).finditer(EVERYTHING):
         marks[match.start() : match.end()] = True
@@ -359,10 +357,9 @@ class Engine:
     grammar: EBNF, or what parse_ebnf or parse_regex returns; vocab: the bytes of every id (None:
     special); eos: the id or ids that end a text.
 
-    A text is on a set of stacks of states. The trie is walked for the top state alone, while its
-    rule lasts; this tells which tokens end inside the rule, and at which nodes the rule ends. From
-    these the state below goes on. A walk is remembered, and serves at any depth of nesting. A mask
-    is the union of what the walks down the stacks tell.
+    A text is on a set of stacks of states. The trie is walked for the top state while its rule
+    lasts: this tells which tokens end inside the rule, and at which nodes the rule ends. There the
+    state below goes on. A walk is remembered, for any depth. A mask is the union of all walks.
     """
 
     def __init__(self, grammar, vocab, eos=()):
@@ -399,8 +396,7 @@ class Engine:
     def config(self, entries):
         """The configuration after entering each of [(state, stack below)]; one for equal ones."""
         starts, least = self.automaton.starts, self.automaton.least
-        cells = set()
-        todo = list(entries)
+        cells, todo = set(), list(entries)
         seen = set(entries)
         for state, parent in todo:  # grows: what can be done without reading a byte
             self.entered.add(state)
@@ -522,6 +518,8 @@ class Constraint:
 
     def advance(self, id):
         """Takes one id; ValueError, saying why, if the mask refuses it."""
+        if not 0 <= id < len(self.engine.vocab):
+            raise ValueError(f"id {id}, allowed: 0 to {len(self.engine.vocab) - 1}")
         after = self.engine.take(self.state, id)
         if after is None:
             piece = self.engine.vocab[id]
@@ -634,7 +632,7 @@ def main(argv=None):
             grammar = json_schema(json.loads(grammar))
         engine = Engine(grammar, [bytes([b]) for b in range(256)])
     if args.explain is not None:
-        return print(engine.explain(engine.start, args.explain.encode()))
+        return print(engine.explain(engine.start, args.explain.encode(errors="surrogateescape")))
     with common.bad_input():
         model, tok = pretrained.load(args.model)
         engine = Engine(grammar, vocabulary(tok), tok.stops)
@@ -647,4 +645,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    from common import cli
+
+    cli(main)

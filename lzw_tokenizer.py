@@ -10,9 +10,6 @@ most N rows, and *disabled* ids (end of text, digits) that are never part of a r
     python lzw_tokenizer.py FILE --show                       the text, every use of a row in colour
     python lzw_tokenizer.py FILE --encode CODES               any bytes; the settings travel along
     python lzw_tokenizer.py CODES --decode FILE               the same bytes again
-
-A pair (code, next id) is one integer, code * V + id, in one dictionary: a trie without nodes. Its
-order of insertion is the order of the rows, so they cost nothing in the loop over the ids.
 """
 
 import argparse
@@ -203,10 +200,7 @@ class Decoder:
 
 
 def to_ids(tok, raw):
-    """Ids of any bytes: the tokenizer's, if it gives exactly these bytes back.
-
-    Else (no UTF-8, letters that it changes) every byte goes as one of 256 ids behind its own.
-    """
+    """Ids of any bytes: the tokenizer's if they give these bytes back, else 256 behind its own."""
     with suppress(UnicodeDecodeError):
         ids = tok.encode(raw.decode("utf-8"))
         if tok.decode(ids).encode() == raw:
@@ -216,18 +210,14 @@ def to_ids(tok, raw):
 
 def to_bytes(tok, ids):
     """The bytes of what `to_ids` gives, or of a part of it."""
-    V = tok.n_vocab
-    if ids and ids[0] >= V:
-        return bytes(i - V for i in ids)
+    if ids and ids[0] >= tok.n_vocab:
+        return bytes(i - tok.n_vocab for i in ids)
     return tok.decode(list(ids)).encode()
 
 
 def codec(tok, args):
     """The LZW for the ids of `to_ids`, which never merges ends of text."""
     return LZW(tok.n_vocab + 256, args.max_codes, args.max_len, [tok.eos])
-
-
-# ------------------- programs
 
 
 def write_codes(raw, tok, args):
@@ -256,7 +246,7 @@ def read_codes(path, to):
             backend = data.bpe_of([bytes.fromhex(token) for token in tokens])
             tok = data.from_tiktoken(name, backend)
         raw = to_bytes(tok, LZW(**head).decode([int(word) for word in rest.split()]))
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(f"{path} is not what --encode writes ({error})") from None
     if zlib.crc32(raw) != crc:
         raise ValueError(f"{path} is damaged, or {name} is another tokenizer than it was")
@@ -265,12 +255,23 @@ def read_codes(path, to):
 
 def show(raw, tok, args):
     """Prints a text, every use of a row in the colour of its length."""
-    lzw = codec(tok, args)
-    decoder = Decoder(lzw)
-    for code in lzw.encode(to_ids(tok, raw)):
-        word, _ = decoder.push(code)
-        print(paint(to_bytes(tok, word).decode(errors="replace"), len(word)), end="")
+    decoder = Decoder(codec(tok, args))
+    words = [decoder.push(code)[0] for code in decoder.lzw.encode(to_ids(tok, raw))]
+    for text, i in whole_characters(words, lambda ids: to_bytes(tok, ids).decode(errors="replace")):
+        print(paint(text, len(words[i])), end="")
     print()
+
+
+def whole_characters(words, decode):
+    """Pairs (text, i) of words i, lists of ids; a character of several comes with the last."""
+    held = []
+    for i, word in enumerate(words):
+        held += word
+        text = decode(held)
+        torn = text.endswith("\ufffd") and not text.endswith("\ufffd" * 4)  # it has up to 4 bytes
+        if not torn or i == len(words) - 1:
+            yield text, i
+            held = []
 
 
 def paint(text, length):
@@ -281,10 +282,7 @@ def paint(text, length):
 
 
 def savings(args):
-    """Prints what LZW saves in windows, by file and tokenizer; returns it.
-
-    The control is the same ids of each window in random order, where only their frequencies help.
-    """
+    """Prints what LZW saves in windows, and (the control) on their ids in random order."""
     texts = {file: Path(file).read_bytes() for file in args.files}
     joined = b"".join(texts.values()).decode(errors="replace")
     found = {}

@@ -38,9 +38,8 @@ class Args(common.TrainFlags):
         "toy": {},
         "paper": dict(model="meta-llama/Llama-2-7b-hf", quads=["de-it:fr-es"], pairs=200),
     }
-    limits: ClassVar[dict] = common.TrainFlags.limits | dict(
-        pairs=(2,), shots=(0, 50), local=(0,), k=(1,), prompts=(1,), n_layer=(1,), n_embd=(1,)
-    )
+    limits: ClassVar[dict] = common.TrainFlags.limits | dict(pairs=(2,), shots=(0, 50), local=(0,))
+    limits |= dict.fromkeys("k prompts n_layer n_embd".split(), (1,))
     unused: ClassVar[set] = {"shard", "eval_every"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"quads", "pairs", "k", "prompts"}
 
@@ -60,7 +59,7 @@ class Args(common.TrainFlags):
     n_embd: int = 64  # the toy's width (paper: 4096)
 
 
-# ----------------- the method
+# ------- the method
 
 
 @torch.no_grad()
@@ -123,7 +122,7 @@ def patched(model, prompts, answers, tail, patch, z, size):
 
 
 def switch_layers(p):
-    """After which block the source's language, and its concept, are first the likelier ones.
+    """After which block the source's language, and its concept, are first likelier.
 
     p  (L + 1, 4), columns as `wanted` in `last_token`; row 0: the embedding, -1. Never: L
     """
@@ -135,7 +134,7 @@ def switch_layers(p):
     return tuple(found)
 
 
-# ---------- words and prompts
+# --- words and prompts
 
 CODES = "en fr de es it nl pt fi tr et hi ja ko ru zh".split()
 NAMES = "English Français Deutsch Español Italiano Nederlands Português Suomi Türkçe Eesti"
@@ -214,7 +213,7 @@ class World:
         return texts
 
     def ids(self, texts, rest=""):
-        """Ids of prompts, and how many columns the word's last token and the rest take."""
+        """Ids of prompts; columns of the word's last token and the rest."""
         prompts, columns = [], set()
         for text in texts:
             front = self.tok.encode(text, bos=True)
@@ -237,10 +236,10 @@ class World:
 
 
 def draw_pairs(world, rng, sources, targets, wanted, n, first=True):
-    """n source concepts, n target concepts, and the answers looked for in each pair.
+    """n source and n target concepts, and the answers looked for in each pair.
 
     wanted  [(0 or 1: the source's or the target's concept, its language), ...]
-    Where two answers share a word (or first token), the pair is skipped.
+    Where two answers share a word, the pair is skipped.
     """
     every = list(product(sources, targets))
     s, t, answers = [], [], []
@@ -257,10 +256,10 @@ def draw_pairs(world, rng, sources, targets, wanted, n, first=True):
     raise ValueError(f"there are {len(s)} {what}, asked for: {n}")
 
 
-# -------------------- the toy
+# ---------- the toy
 
-TOY = "b d f g k l m n p".split()  # languages, and how their syllables begin
-VOWELS = "aeiouy", "aeiou"  # of the first and second syllable
+TOY = "b d f g k l m n p".split()  # languages: how syllables begin
+VOWELS = "aeiouy", "aeiou"  # of both syllables
 TOY_WORDS = len(VOWELS[0]) * len(VOWELS[1])  # in each language
 TOY_QUADS = "b-d:f-k d-f:g-l f-g:k-m g-k:l-n k-l:m-p l-m:p-d".split()
 
@@ -284,7 +283,7 @@ class ToyTokenizer:
 
 
 def make_toy(seed):
-    """Words, attributes, and a quarter of the concepts held out of each pair of languages."""
+    """Words, attributes, a quarter of the concepts held out of each pair."""
     rng = np.random.default_rng([seed, 1])
     words, held = {}, {}
     for i, code in enumerate(TOY):
@@ -302,7 +301,7 @@ def document(world, rng):
     """Ids of a document of 3 to 5 lines, and which of them count in the loss.
 
     Most translate, some define (`B: "bube" = D: "x1.d y4.d z0.d"`), and some go on with the
-    attributes right after the word: what it means has to be known at its last syllable.
+    attributes right after the word.
     """
     kind = rng.choice(["translate", "define", "go on"], p=[0.6, 0.2, 0.2])
     a, b = rng.choice(TOY, 2)
@@ -408,7 +407,7 @@ def word_token(model, world, args, quad, seed):
 
 
 def study(model, world, args, quads, log, seed):
-    """All experiments: curves by layer, and the numbers of the claims."""
+    """Curves by layer, numbers of the claims."""
     lists = {"last": {}, "translate": {}, "define": {}}  # {experiment: {what is put: [P]}}
     for text, quad in tqdm(quads.items(), log.run, leave=False):
         with common.bad_input(f"--quads {text}"):
@@ -429,7 +428,7 @@ def study(model, world, args, quads, log, seed):
 def measures(curves, translate):
     """What the claims compare: {what is put: {measure: number}}.
 
-    Means and definitions are read from the block where the single sources do best.
+    Means and definitions are read where the single sources do best.
     """
     # After the last block a patch comes too late.
     rows = {"base": {"p": curves["translate"]["mean"][-1, 1]}}
@@ -471,14 +470,11 @@ def run_seed(quads, real, args, env, log, arm, seed):
 def judge(run, found):
     """The claims, and controls that must fail the same criterion."""
     rows = {name: [result["rows"][name] for result in found] for name in found[0]["rows"]}
-    run.claim(
-        "T1",
-        "at the last token the language is fixed before the concept",
-        ".62, switches at 13 and 16 of 32",
-        "arm.mixed >= .3 and arm.language < arm.concept",
-        arm=rows["source"],
-        controls={"noise of equal norm": rows["noise"]},
-    )
+    noise = {"noise of equal norm": rows["noise"]}
+    says = "at the last token the language is fixed before the concept"
+    paper = ".62, switches at 13 and 16 of 32"
+    test = "arm.mixed >= .3 and arm.language < arm.concept"
+    run.claim("T1", says, paper, test, arm=rows["source"], controls=noise)
     unrelated = {"unrelated concept": rows["unrelated"]}
     last = {"last token": rows["last token"]}
     says = "held at the word, the source's concept is said in the target's language"
@@ -544,6 +540,7 @@ def check(args, env):
         (idle, f"{idle}: no effect {'with' if args.model else 'without'} --model"),
         (args.model and env.world > 1, "--model runs in one process"),
         (args.local > args.n_layer, f"--local {args.local}, allowed: 0 to {args.n_layer}"),
+        (args.pairs > 30 and not args.model, "--pairs, allowed: 2 to 30 in the toy"),
         (args.n_embd % 8, f"--n-embd {args.n_embd}, allowed: multiples of 8"),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
@@ -556,17 +553,20 @@ def main(argv=None):
     args.shots = args.shots or (5 if args.model else 3)
     real = None
     with common.bad_input():
-        words = read_words(args.words or CONCEPTS) if args.model else make_toy(0).words
-        n = len(next(iter(words.values())))
+        path = args.words or CONCEPTS
+        world = World(None, LABELS, read_words(path)) if args.model else make_toy(0)
+        words = world.words
+        n = min(len(world.known(pair)) for pair in product(words, words))
         if n <= args.shots:
             raise ValueError(f"{n} words, needed: more than --shots {args.shots}")
-        if args.k > len(words) - 2:
-            raise ValueError(f"--k {args.k}, allowed: 1 to {len(words) - 2}")
+        most = min(n, len(words)) - 2
+        if args.k > most:
+            raise ValueError(f"--k {args.k}, allowed: 1 to {most}")
         quads = parse_quads(args.quads or (REAL_QUADS if args.model else TOY_QUADS), words)
     if args.model:
         with common.bad_input("--model"):
             model, tok = pretrained.load(args.model, run.env.device, args.dtype)
-        real = model.eval(), World(tok, LABELS, words)
+        world.tok, real = tok, (model.eval(), world)
     name = Path(args.model).name or "toy"
     found = run.each(partial(run_seed, quads, real), [name])
     if found is None:

@@ -36,6 +36,7 @@ PAPERS = {  # script: what its section is called; the order is that of a course
     "crawler": "Discovering forbidden topics",
     "latent_clip": "Latent-CLIP",
 }
+SAME = "preset", "seeds", "dtype"  # flags by which a result is known again
 
 
 @dataclass
@@ -60,7 +61,7 @@ def read_result(folder):
         # of each claim, whether it holds beside a control that fails
         result["good"] = [bool(c["holds"] and c["control_fails"]) for c in result["claims"]]
         return result if result["script"] == folder.name else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # a file may hold anything
         return {}
 
 
@@ -137,13 +138,12 @@ def section(folder, failure):
         out += f" · <code>{escape(command)}</code> · {escape(where)}</p>"
         rows = "".join(map(claim_row, result["claims"]))
         out += f"<table><tr>{HEAD}</tr>{rows}</table>"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"its result.json is odd ({error!r})"
-        return out + f'<p class="no">{name}.py: {escape(what)}</p>'
-    for image in sorted(folder.glob("*.png")):
-        data = base64.b64encode(image.read_bytes()).decode()
-        out += f'<figure><img alt="{escape(image.stem)}" '
-        out += f'src="data:image/png;base64,{data}"></figure>'
+        for image in sorted(folder.glob("*.png")):
+            data = base64.b64encode(image.read_bytes()).decode()
+            out += f'<figure><img alt="{escape(image.stem)}" '
+            out += f'src="data:image/png;base64,{data}"></figure>'
+    except Exception as error:
+        out += f'<p class="no">{name}.py: its results are odd ({escape(repr(error))})</p>'
     return out
 
 
@@ -173,8 +173,8 @@ def main(argv=None):
     for i, name in enumerate(args.only, 1):
         print(f"[{i}/{len(args.only)}] {name}", flush=True)
         folder = Path(args.out) / name
-        before = read_result(folder) if args.resume else {}
-        if (before.get("preset"), before.get("seeds")) == (args.preset, args.seeds):
+        before = (read_result(folder) if args.resume else {}).get("flags")
+        if isinstance(before, dict) and all(before.get(k) == vars(args)[k] for k in SAME):
             print("  done before")
         elif failure := run_script(name, args):
             failures[name] = failure

@@ -51,8 +51,8 @@ class Args(common.TrainFlags):
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | dict(layer=(0,), sae_lr=(0,))
     limits |= dict.fromkeys("d_sae k saes sae_steps sae_batch rows top".split(), (1,))
-    unused: ClassVar[set] = {"micro_batch"}
-    may_change: ClassVar[set] = common.TrainFlags.may_change | {"top"}
+    unused: ClassVar[set] = {"micro_batch", "eval_every"}
+    may_change: ClassVar[set] = common.TrainFlags.may_change - {"steps"} | {"top"}
 
     steps: int = 900
     batch_size: int = 32
@@ -70,7 +70,7 @@ class Args(common.TrainFlags):
     top: int = 4  # latents in a list; four times as many are removed (paper: 32, 128)
 
 
-# ------------ the sparse code
+# --- the sparse code
 
 weighted_sums = partial(F.embedding_bag, mode="sum")  # of a table's rows
 
@@ -183,7 +183,7 @@ class SAE(nn.Module):
         return error + self.dead_loss(x, x_hat, self.silent > 20) / 32  # AuxK's weight
 
     def dead_loss(self, x, x_hat, dead):
-        """AuxK: the share of the error that dead latents don't explain. They learn it."""
+        """AuxK: the share of the error that dead latents leave. They learn it."""
         if not dead.any():
             return 0.0
         error = (x - x_hat).detach()
@@ -196,7 +196,7 @@ class SAE(nn.Module):
 
 
 def residual(model, idx, layer, mask=None):
-    """The residual stream (B, T, C) behind a block; those above do not run."""
+    """The residual stream (B, T, C) behind a block; others do not run."""
     lower = copy.copy(model)  # the same weights, but not all blocks
     lower._modules = {**model._modules, "blocks": model.blocks[: layer + 1]}
     site = f"blocks.{layer}.resid_post"
@@ -205,7 +205,7 @@ def residual(model, idx, layer, mask=None):
 
 
 def harvest(models, layer, batches, n, bos):
-    """Rows (n, M * C): residual streams of M models, from batches of (ids, mask)."""
+    """Rows (n, M * C): residual streams of M models on batches (ids, mask)."""
     parts = []
     for idx, mask in batches:
         keep = mask & (idx != bos)
@@ -247,7 +247,7 @@ def train_sae(sae, x, args, env, log, seed):
 
 @torch.no_grad()
 def pool(model, layer, sae, sentences, bos):
-    """Activations X (N, d) and codes (N, m): means over tokens but the start."""
+    """Activations X (N, d), codes (N, m): means over tokens but the start."""
     X, codes = [], []
     for i in range(0, len(sentences), 64):
         idx, mask = padded(sentences[i : i + 64], sae.scale.device)
@@ -259,11 +259,11 @@ def pool(model, layer, sae, sentences, bos):
     return torch.cat(X).double(), torch.cat(codes).double()
 
 
-# ------- what probes can read
+# --- what probes can read
 
 
 def training(rows):
-    """Four fifths of a language's sentences, to fit probes; the rest test."""
+    """Four fifths of the sentences, to fit probes; the rest test."""
     return rows[: len(rows) * 4 // 5]
 
 
@@ -288,7 +288,7 @@ def best(ie, n):
 
 
 def shared(lists, chance=()):
-    """Latents in two lists or more, and more than by `chance`; their share of all."""
+    """Latents in two lists or more, more than by `chance`; their share."""
     counts = Counter(chain(*lists))
     by_chance = Counter(chain(*chance))
     found = [j for j in sorted(counts) if counts[j] >= 2 and counts[j] > by_chance[j]]
@@ -324,7 +324,7 @@ def alike(latents, weight):
 
 
 def scores(logit, y):
-    """Accuracy of logits (N,); AUC: how often label 1 has the higher one of a pair."""
+    """Accuracy of logits (N,); AUC: how often label 1 has a pair's higher one."""
     lead = logit[y > 0][:, None] - logit[y == 0]
     auc = (lead > 0).double().mean() + (lead == 0).double().mean() / 2
     right = (logit > 0) == (y > 0)
@@ -368,7 +368,7 @@ def steering_vectors(parts, weight, D, n):
     return {"multilingual": gap @ D[latents], "random": gap[: len(random)] @ D[random]}
 
 
-# -------------------- the toy
+# ------ the toy
 
 NOUNS, VERBS = 8, 5
 VALUES = {"plural": ("sg", "pl"), "past": ("pres", "past")}
@@ -519,12 +519,11 @@ def template_sentences(encode):
     for lang in [*table[0]][2:]:
         sentences = []
         for split in "train", "test":
-            forms = {"noun": [], "verb": [], "place": []}
+            forms = {"noun": [], "verb": [], "place": []}  # sings, sing, sang, sang
             for row in table:
                 if row["split"] in (split, "both"):
                     forms[row["kind"]].append(row[lang].split("/"))
-            for *words, plural, past in product(*forms.values(), (0, 1), (0, 1)):
-                noun, verb, place = words  # verb: [sings, sing, sang, sang]
+            for noun, verb, place, plural, past in product(*forms.values(), (0, 1), (0, 1)):
                 text = f"{noun[plural]} {verb[2 * past + plural]} {place[0]}."
                 sentences.append(encode(text[0].upper() + text[1:]))
         yield sentences
@@ -632,9 +631,10 @@ def draw(path, logits):
 
 def check(args, env):
     """What may be wrong: (whether it is, message)."""
+    idle = common.changed_flags(args, ["steps", "batch_size", "lr"] if args.model else ["dataset"])
     return [
-        (args.dataset != Args.dataset and not args.model, "--dataset needs --model"),
-        (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}, the latents"),
+        (idle, f"{idle}: no effect with{'' if args.model else 'out'} --model"),
+        (args.k > args.d_sae, f"--k {args.k}, allowed: 1 to {args.d_sae}"),
         (args.top > args.d_sae // 8, f"--top {args.top}, allowed: 1 to {args.d_sae // 8}"),
         (args.rows < args.sae_batch, f"--rows {args.rows}, allowed: {args.sae_batch} and more"),
         (args.layer > 3 and not args.model, f"--layer {args.layer}, allowed: 0 to 3 in the toy"),

@@ -28,6 +28,7 @@ import torch
 
 import common
 import data
+from lzw_tokenizer import whole_characters
 from model import GPT, GPTConfig
 
 ARMS = "none", "any", "random", "offset"
@@ -38,7 +39,7 @@ PYTHIA = dict(  # what the presets of its sizes share
     mix=[1, 0, 0, 0],
     neox=True,
     block_size=2048,
-    batch_size=1024,
+    batch_size=512,
     micro_batch=8,
     samples=1000,
     warmup=30,
@@ -54,12 +55,11 @@ class Args(common.TrainFlags):
             steps=12, n_embd=32, eval_every=6, save_every=5, samples=24, warmup=2, jobs=1
         ),
         "toy": {},
-        "70m": PYTHIA | dict(n_layer=6, n_head=8, n_embd=512, lr=1e-3, steps=3000, batch_size=512),
-        "160m": PYTHIA
-        | dict(n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=3000, batch_size=512),
+        "70m": PYTHIA | dict(n_layer=6, n_head=8, n_embd=512, lr=1e-3, steps=3000),
+        "160m": PYTHIA | dict(n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=3000),
         "paper": PYTHIA
         | dict(n_layer=16, n_head=8, n_embd=2048, lr=2.5e-4, steps=20000, decay_steps=143000)
-        | dict(warmup=1430, save_every=500),
+        | dict(batch_size=1024, warmup=1430, save_every=500),
     }
     limits: ClassVar[dict] = common.TrainFlags.limits | {
         "samples": (4,),
@@ -97,7 +97,7 @@ def repeated(x, rule="any"):
     O(B T log T): sorted by (what, place), a repeated thing stands behind its earlier occurrence.
     """
     x = np.asarray(x)
-    if x.ndim != 2 or x.shape[1] < 2 or x.dtype.kind not in "iu":
+    if x.ndim != 2 or not len(x) or x.shape[1] < 2 or x.dtype.kind not in "iu":
         raise ValueError(f"windows are {x.dtype} {x.shape}, needed: integers (B, T+1) with T >= 1")
     if x.min() < 0 or x.max() >= 2**20:
         raise ValueError(f"token ids from {x.min()} to {x.max()}, allowed: 0 to {2**20 - 1}")
@@ -499,9 +499,9 @@ def show(text, tok, length):
     mask = []
     for start in range(0, len(ids) - 1, length):
         mask += repeated(np.array([ids[start : start + length + 1]]))[0].tolist()
-    for i, masked in zip(ids[1:], mask):
-        piece = data.printable(tok.decode([i]))
-        print(f"\x1b[41;97m{piece}\x1b[0m" if masked else piece, end="")
+    for text, i in whole_characters([[token] for token in ids[1:]], tok.decode):
+        text = data.printable(text)
+        print(f"\x1b[41;97m{text}\x1b[0m" if mask[i] else text, end="")
     print(f"\n\n{np.mean(mask):.0%} of the tokens end a bigram seen before in a window of {length}")
 
 

@@ -5,7 +5,7 @@ hyper-encoder makes a row's input embedding and output vector from the embedding
 so the model reads and writes ids that nobody has trained. Encoder and LoRA learn from the loss.
 
 The arms: `cont` reads plain ids, `zip` compressed ones; in the toy also `digits`, where digits are
-never merged, `rand` with random vectors for rows, `avg` with mean embeddings for rows.
+never merged, `rand` with random vectors, `avg` with mean ones.
 """
 
 import copy
@@ -13,7 +13,6 @@ import itertools
 import math
 import random
 import re
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -27,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 import common
 import data
 import pretrained
-from lzw_tokenizer import LZW, Decoder, paint
+from lzw_tokenizer import LZW, Decoder, paint, whole_characters
 from model import GPT, GPTConfig, KVCache, padded, sample
 
 
@@ -46,8 +45,9 @@ class Args(common.TrainFlags):
         | dict(enc_layers=2, steps=8000, batch_size=16, micro_batch=1, lr=3e-4, min_lr=1 / 30)
         | dict(warmup=800, weight_decay=0.01),
     }
-    limits: ClassVar[dict] = common.TrainFlags.limits | {"block_size": (32,)}
-    limits |= dict.fromkeys("max_len max_codes enc_dim enc_heads lora_r samples".split(), (1,))
+    limits: ClassVar[dict] = common.TrainFlags.limits | {"block_size": (32,), "samples": (1,)}
+    limits |= dict.fromkeys("max_len max_codes enc_layers enc_dim enc_heads lora_r".split(), (1,))
+    limits |= {"pretrain_steps": (1,)}
     unused: ClassVar[set] = {"shard", "eval_every"}
     may_change: ClassVar[set] = common.TrainFlags.may_change | {"prompt", "samples"}
 
@@ -66,7 +66,7 @@ class Args(common.TrainFlags):
     lora_r: int = 8  # rank of LoRA; its scale is 2 (paper: rank 32, scale 1)
     pretrain_steps: int = 350  # steps of the toy's base model
     samples: int = 24  # held-out windows, and prompts, of each measure
-    block_size: int = 256  # window in base ids (paper: what fills 1024 or 2048 codes)
+    block_size: int = 256  # window in base ids (paper: 1024 or 2048 codes)
 
 
 class LoRA(nn.Module):
@@ -121,10 +121,9 @@ class Zip(nn.Module):
 
     def __init__(self, gpt, lzw, args, arm):
         super().__init__()
-        self.gpt, self.blocks = gpt, gpt.blocks  # `common.train` compiles the blocks
-        self.config, self.arm = gpt.config, arm
-        self.lzw = lzw
-        C = gpt.config.n_embd
+        self.gpt, self.blocks = gpt, gpt.blocks  # compiled by common.train
+        self.config, C = gpt.config, gpt.config.n_embd
+        self.lzw, self.arm = lzw, arm
         self.size_in = gpt.wte.weight.float().square().mean().sqrt().item()
         self.size_out = gpt.head.weight.float().square().mean().sqrt().item()
         if arm in ("zip", "digits"):
@@ -141,7 +140,7 @@ class Zip(nn.Module):
         super().load_state_dict(super().state_dict() | state)
 
     def encode(self, rows, k=None):
-        """The vectors (R, C), in and out, of rows (R, M) of base ids; k: their numbers."""
+        """Vectors (R, C), in and out, of rows (R, M); k: their numbers."""
         real, ids = rows >= 0, rows.clamp(min=0)
         e = F.embedding(ids, self.gpt.wte.weight)
         w = F.embedding(ids, self.gpt.head.weight)
@@ -197,7 +196,7 @@ class Zip(nn.Module):
 
 
 def pack(lzw, windows):
-    """A batch for `Zip` of windows of base ids, padded on the right.
+    """A batch for `Zip` of windows of ids, padded on the right.
 
     idx, targets  (B, T) codes, and the code behind each (-100: none)
     known         (B, T) how many rows there are after each code
@@ -318,10 +317,10 @@ house river garden market road bridge school tower boat is near the of and with 
 
 
 class Synth:
-    """A language of 188 ids: documents, each with six names of syllables, and numbers.
+    """A language of 188 ids: documents with six names each, and numbers.
 
-    Names come as often as 1 / rank; numbers are said twice. A window is a document's
-    beginning; id 0 ends the one before.
+    Names come as often as 1 / rank; numbers are said twice.
+    Id 0 opens a document.
     """
 
     def __init__(self, args, seed):
@@ -336,7 +335,7 @@ class Synth:
         self.length, self.seed = args.block_size, seed
 
     def sentence(self, rng, names, liked):
-        """The ids of a sentence; 70 % are of the two forms that a document likes."""
+        """A sentence's ids; 70 % are of the two forms that a document likes."""
         w = self.word
         if rng.random() < 0.15:
             number = rng.choices(self.digits, k=8)
@@ -364,7 +363,7 @@ class Synth:
         return ids[: self.length + 1]
 
     def windows(self, split, step, n):
-        """n windows (n, length + 1): documents of this step, or of the held-out ones."""
+        """Windows (n, length + 1): documents of this step, or held-out ones."""
         rng = random.Random(f"{self.seed} {split} {step}")
         return np.array([self.document(rng) for _ in range(n)])
 
@@ -372,7 +371,7 @@ class Synth:
         return "".join(self.text[i] for i in ids)
 
     def names(self, ids):
-        """The names in a list of ids; those at its ends may be cut, and don't count."""
+        """The names in ids; those at the ends may be cut, and don't count."""
         kinds = dict.fromkeys(self.head, "h") | dict.fromkeys(self.tail, "t")
         letters = "".join(kinds.get(a, " ") for a in ids)
         found = re.finditer("(?<=.)ht+(?=[ h])", letters)
@@ -405,6 +404,8 @@ def start(args, env, seed, trained=True):
     """The model where all arms start, and its world."""
     if args.model:
         gpt, tok = pretrained.load(args.model, env.device, env.dtype)
+        if args.block_size > gpt.config.block_size:
+            raise ValueError(f"--block-size {args.block_size}, allowed: {gpt.config.block_size}")
         return gpt, Text(args, tok, seed)
     world = Synth(args, seed)
     torch.manual_seed(seed)
@@ -472,7 +473,7 @@ def bits_per_byte(model, world, args, env, shuffle=False):
         with env.autocast():
             nats += model(**batch, shuffle=shuffle).item()
         ids += (batch["targets"] >= 0).sum().item()
-    windows = windows[:, 1:]  # next a control: what LZW saves on ids in random order
+    windows = windows[:, 1:]  # next, a control: in random order
     for mixed in np.random.default_rng(0).permuted(windows, axis=1).tolist():
         mixed_ids += len(model.lzw.encode_known(mixed, Decoder(model.lzw)))
     size = sum(len(world.decode(window).encode()) for window in windows)
@@ -488,22 +489,18 @@ def measure_generation(model, world, args):
     """Writes on from prompts: are rows used, names and numbers copied?"""
     n = args.block_size // 4
     prompts = world.windows("heldout", 1, args.samples)[:, : 2 * n].tolist()
-    began = time.perf_counter()
     texts = generate(model, prompts, n, temperature=0.8, seed=world.seed)
-    seconds = time.perf_counter() - began
     words = list(itertools.chain(*texts))
     written = [list(itertools.chain(*text)) for text in texts]
-    size = sum(len(world.decode(ids).encode()) for ids in written)
     found = {
         "gen_row_share": sum(len(word) > 1 for word in words) / len(words),
         "gen_ids_per_base": len(words) / sum(map(len, words)),
-        "gen_ms_per_byte": 1e3 * seconds / size,
     }
     return found if args.model else found | measure_copying(model, world, prompts, written)
 
 
 def measure_copying(model, world, prompts, written):
-    """The shares of written names that the prompt has, and of digits said right."""
+    """Shares of written names that are the prompt's, and of digits said right."""
     copied = []
     for prompt, ids in zip(prompts, written):
         known = world.names(prompt)
@@ -558,10 +555,12 @@ def judge(run, found):
 
 
 def show(run):
-    """Prints what the trained model writes behind --prompt, rows in colour."""
+    """Prints what the model writes behind --prompt, in colour."""
     args, seed = run.args, run.args.seeds[0]
     n, path = args.block_size // 4, run.out / f"zip-s{seed}.pt"
     saved = common.load_checkpoint(path)
+    if not isinstance(saved, dict) or not {"flags", "model"} <= set(saved):
+        raise ValueError(f"{path} is no checkpoint of this program")
     common.check_flags(saved["flags"], args, path)
     base, world = start(args, run.env, seed)
     ids = world.windows("heldout", 3, 1)[0][: 2 * n].tolist()
@@ -575,15 +574,18 @@ def show(run):
         (text,) = generate(model, [ids], n)
         size = sum(map(len, text))
         print(f"--- {name}: {n} passes for {size} base ids, {n / size:.2f} each")
-        print("".join(paint(world.decode(word), len(word)) for word in text))
+        pieces = whole_characters(text, world.decode)
+        print("".join(paint(piece, len(text[i])) for piece, i in pieces))
 
 
 def check(args, env):
     """What may be wrong: (whether it is, message)."""
+    idle = common.changed_flags(args, ["pretrain_steps"])
     real = args.dataset != "stdlib" or args.prompt not in ("", "heldout")
     return [
         (args.enc_dim % args.enc_heads, f"--enc-dim is no multiple of {args.enc_heads} heads"),
         (real and not args.model, "--dataset and a --prompt but `heldout` need --model"),
+        (idle and args.model, f"{idle}: no effect with --model"),
         (args.batch_size % env.world, f"--batch-size is no multiple of {env.world} processes"),
     ]
 
@@ -610,9 +612,6 @@ def main(argv=None):
     common.panels(run.out / "zip2zip.png", [panel])
     found |= base
     judge(run, found)
-    for name in "cont", "zip":
-        speed = np.mean([row["gen_ms_per_byte"] for row in found[name]])
-        print(f"{name} writes a byte in {speed:.2f} ms ({args.samples} texts at once)")
     return run.finish(found)
 
 

@@ -527,9 +527,36 @@ def test_a_real_model_is_taken_apart_on_its_own_text(folder, problems, tmp_path,
     assert min(result["metrics"]["dissect"][0]["traces"]) >= 3
 
 
-def test_a_real_model_that_writes_no_verdicts(folder, problems, tmp_path):
-    with pytest.raises(SystemExit, match="too few traces"):
+def test_a_real_model_that_writes_no_verdicts(folder, problems, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         real(folder, problems, tmp_path, "--rl-steps 0")
+    assert "too few traces" in capsys.readouterr().err
+
+
+def test_tokens_of_a_verdict_in_sentencepiece(problems):
+    """A tokenizer that puts a blank before every text: ` (` is one piece inside a text, two alone."""
+    from types import SimpleNamespace
+
+    pieces = ["▁", "▁(", "(", "1", "x", ".", "▁the"]
+    pieces += [mark + word for word in cd.VALID + cd.INVALID for mark in ("", "▁")]
+
+    def encode(text, bos=False):
+        text, ids = "▁" + text.replace(" ", "▁"), []
+        while text:
+            piece = max((p for p in pieces if text.startswith(p)), key=len)
+            ids.append(pieces.index(piece))
+            text = text[len(piece) :]
+        return ids
+
+    def decode(ids):
+        return "".join(pieces[i] for i in ids).replace("▁", " ").removeprefix(" ")
+
+    tok = SimpleNamespace(encode=encode, decode=decode, stops=[0], name="pieces")
+    world = cd.Real(cd.Args(model="x", dataset=f"file:{problems}"), tok, 0)
+    assert world.opening == [pieces.index("▁(")]
+    assert [pieces[i] for i in world.valid] == ["this", *["▁" + word for word in cd.VALID]]
+    assert [pieces[i] for i in world.invalid] == ["not", *["▁" + word for word in cd.INVALID]]
+    assert encode(" (")[:1] != world.opening
 
 
 def test_a_real_model_is_trained(folder, problems, tmp_path, monkeypatch):
@@ -554,6 +581,7 @@ def test_numbers_of_digits_and_traces_in_the_papers_form(folder, problems):
     world = cd.Real(args, load(str(folder))[1], 0)
     encode = world.tok.encode
     assert [v for _, v in cd.numbers_in(world, encode("162 + 62 - 620"))] == [162, 62, 620]
+    assert cd.numbers_in(world, encode("9") * 5000) == [(4999, 10**6)]  # a model that goes on
     text = "- 40 - 7 - 9 = 33 - 9 = 24 (not 42)\n- 40 - 7 + 9 = 33 + 9 = 42 (this works)\n"
     prompt = world.prompt((7, 9, 40), 42, random.Random(0))
     (trace,) = cd.find_traces(world, [(((7, 9, 40), 42), prompt, encode(text))], random.Random(0))
@@ -624,6 +652,9 @@ def test_resume_of_grpo_is_exact(dies, tmp_path, monkeypatch):
     assert not torch.equal(start["head.weight"], whole[0]["policy.head.weight"])
     assert all(torch.equal(whole[0][key], halves[0][key]) for key in weights)
     assert whole[1:] == halves[1:]
+    flags["steps"] = 9
+    with pytest.raises(SystemExit):  # GRPO would go on from another imitator than it began with
+        run("halves")
 
 
 @pytest.mark.parametrize(
@@ -635,6 +666,14 @@ def test_resume_of_grpo_is_exact(dies, tmp_path, monkeypatch):
         ("--nums 1", "allowed: 2"),
         ("--nums 2 --num-max 1", "too few problems"),
         ("--cap 0", "--cap 0"),
+        ("--attempts 1", "--attempts 1, allowed: 2"),
+        ("--samples 1", "too few traces for --samples 1"),
+        ("--nums 2 --num-max 2 --cap 4 --samples 3", "too few"),
+        ("--max-new 9", "--max-new: no effect without --model"),
+        (
+            "--model /nowhere --dataset file:x.jsonl --nums 4 --guess .5",
+            "--guess --nums: no effect",
+        ),
         ("--dataset file:x.jsonl", "--model and --dataset"),
         ("--model /nowhere", "--model and --dataset"),
         ("--model /nowhere --dataset file:x.jsonl", "no model"),

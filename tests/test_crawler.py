@@ -792,6 +792,9 @@ def test_how_audits_end(tmp_path, capsys, monkeypatch):
     [
         (["--budget", "0"], "--budget 0"),
         (["--temperature", "nan"], "--temperature nan"),
+        (["--temperature", "-1"], "--temperature -1.0, allowed: 0"),
+        (["--place", "naive"], "no effect here: --place"),
+        (["--model", "/nowhere", "--steps", "9"], "no effect here: --steps"),
         (["--url", "http://127.0.0.1:1"], "--model"),
         (["--truth", "x"], "--truth"),
         (["--url", "127.0.0.1:1", "--model", "m"], "needed: http(s)://"),

@@ -335,6 +335,8 @@ def test_smoke_writes_what_is_promised(tmp_path):
     assert np.shape(result["metrics"]["toy"][0]["matrix"]) == (4, 4)
     again = cx.main([*flags, "--resume"])
     assert json.dumps(again["claims"]) == json.dumps(result["claims"])
+    with pytest.raises(SystemExit):  # the reasoner and its crosscoder would be of another base
+        cx.main([*flags, "--resume", "--steps", "14"])
 
 
 def pair(tmp_path, text="Question: what is two and two? wait Wait maybe it is four. "):
@@ -357,6 +359,37 @@ def test_a_real_pair(tmp_path):
     assert (tmp_path / "out" / "crosscoder.png").stat().st_size > 10000
 
 
+def test_texts_begin_and_waits_are_words_inside_a_text(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("what is it? maybe it is four and two. " * 2000)
+    flags = [*pair(tmp_path), "--dataset", f"file:{tmp_path}/text.txt", "--out", str(tmp_path)]
+    waits = [" e", " i", " f", " m"]
+    args = cx.common.parse(cx.Args, [*flags, "--wait", *waits, "--answers", "12"])
+    base, ft = (cx.pretrained.load(folder)[0] for folder in (args.base, args.model))
+    tok = cx.pretrained.load(args.model)[1]
+    tok.bos, tok.opens = tok.n_vocab - 1, True
+    plain = tok.encode_batch
+    bare = tok.encode(" ")[0]
+
+    def encode_batch(texts):  # as SentencePiece: a blank piece opens a text that opens with a blank
+        return [[bare] * text.startswith(" ") + ids for text, ids in zip(texts, plain(texts))]
+
+    tok.encode_batch = encode_batch
+    monkeypatch.setattr(cx, "load_pair", lambda args, env: ([base, ft], tok))
+    seen = []
+
+    def harvest(models, layer, batches, n, bos):
+        idx, mask = next(batches)
+        seen.append(idx[:8, 0])
+        return torch.zeros(n, 64)
+
+    monkeypatch.setattr(cx.sae, "harvest", harvest)
+    env = cx.common.Env(torch.device("cpu"), torch.float32)
+    _, wait, _, _ = cx.prepare(args, env, tmp_path)
+    words = {cx.pretrained.first_token(tok, word) for word in waits}
+    assert set(wait) == words and bare not in wait and len(words) == 4
+    assert seen[0].tolist() == [tok.bos] * 8  # a window of text begins as the model expects it
+
+
 def test_a_pair_that_does_not_belong_together(tmp_path, capsys):
     flags = pair(tmp_path, "entirely other words make another tokenizer " * 9)
     with pytest.raises(SystemExit) as end:
@@ -373,6 +406,8 @@ def test_a_pair_that_does_not_belong_together(tmp_path, capsys):
         ("--top 200", "--top 200, allowed: 1 to 64"),
         ("--base x", "needs both --base and --model"),
         ("--answers 3", "--answers has no effect without --model"),
+        ("--wait foo", "--wait has no effect without --model"),
+        ("--base x --model x --ft-steps 5", "--ft-steps has no effect with --model"),
         ("--rows 100", "--rows 100, allowed: 1024 and more"),
         ("--base nothing-here --model nothing-here", "nothing-here"),
     ],

@@ -341,7 +341,9 @@ def test_smoke_writes_what_is_promised(tmp_path):
         ("--model MODEL --lists BROKEN.json", "--lists: Expecting value"),
         ("--model MODEL --lists KEY.json", "not of the form of cultures.json"),
         ("--model MODEL --lists CELL.json", "KeyError.'de'"),
-        ("--model MODEL --lists FEW.json", "three cultures and three tasks are needed"),
+        ("--model MODEL --lists FEW.json", "needed: three cultures, three tasks, a fact"),
+        ("--model MODEL --lists FACTLESS.json", "a fact, one text in `none`"),
+        ("--model MODEL --lists SEVERAL.json", "a fact, one text in `none`"),
         ("--model MODEL --lists /no/such.json", "/no/such.json"),
         ("--model /no/such/folder", "/no/such/folder"),
         ("--preset huge", "smoke"),
@@ -352,6 +354,10 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, match, folder, tmp_path, c
     (tmp_path / "BROKEN.json").write_text('{"a": ')
     small_lists(tmp_path / "KEY.json", hints=None)
     small_lists(tmp_path / "FEW.json", cultures=["us", "fr"], languages=["en", "fr"])
+    small_lists(tmp_path / "FACTLESS.json", facts=[])
+    hints = json.loads(culture.LISTS.read_text("utf-8"))["hints"]
+    hints["fr"]["none"] = "|Bon. "
+    small_lists(tmp_path / "SEVERAL.json", hints=hints)
     small_lists(tmp_path / "CELL.json")
     lists = json.loads((tmp_path / "CELL.json").read_text("utf-8-sig"))
     del lists["answers"]["names"]["de"]

@@ -261,6 +261,7 @@ def test_smoke_writes_what_is_promised(tmp_path):
 @pytest.mark.parametrize("flags, match", [
     (["--arms", "char"], "unrecognized arguments: --arms char"),
     (["--tokenizer", "nope"], "--tokenizer: unknown tokenizer 'nope'"),
+    (["--tokenizer", "gpt2", "--samples", "9"], "--samples: no effect with --tokenizer"),
     (["--samples", "1"], "--samples 1, allowed: 2 and more"),
     (["--n-embd", "30"], "--n-embd 30 is no multiple of the 4 heads"),
     (["--seeds", "0", "0"], "each can be given once only"),
@@ -273,6 +274,19 @@ def test_bad_flags_end_in_one_line(flags, match, tmp_path, capsys):
     assert (
         stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and match in err
     )
+
+
+def test_letters_that_a_tokenizer_does_not_know(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = {"<unk>": 0, "</s>": 1, "▁a": 2, "a": 3, "▁": 4, "b": 5}
+    model = tokenizers.models.BPE(pieces, [("▁", "a")], unk_token="<unk>")
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.add_special_tokens(["<unk>", "</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    row = ft.inspect(str(tmp_path), "ab é ab " * 20)
+    assert row["h(tau(text)) is the text"] is False and row["ids"].startswith("6, of which 4")
 
 
 def test_a_tokenizer_is_measured(tmp_path, capsys):

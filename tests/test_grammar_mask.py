@@ -999,6 +999,19 @@ def run(capsys, *flags):
     return (code, *capsys.readouterr())
 
 
+def test_bytes_that_are_no_text_are_explained(capsys):
+    assert run(capsys, "--regex", "a", "--explain", "\udcff")[1].startswith(
+        "refused at byte 0, b'\\xff'"
+    )
+
+
+def test_ids_outside_the_vocabulary_are_refused_by_name():
+    engine = gm.Engine(gm.parse_regex("a*"), [b"a", b"b", None], 2)
+    for id in -3, -1, 3, 10**6:
+        with pytest.raises(ValueError, match=f"id {id}, allowed: 0 to 2"):
+            gm.Constraint(engine).advance(id)
+
+
 def test_command_line_explains(capsys, tmp_path):
     assert run(capsys, "--regex", "[0-9]+", "--explain", "12") == (0, "complete\n", "")
     code, out, _ = run(capsys, "--regex", "[0-9]+", "--explain", "1x")

@@ -2,15 +2,18 @@
 
 import json
 import re
+import sys
+import textwrap
 import types
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 import latent_clip as lc
@@ -513,3 +516,62 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, match, tmp_path, capsys):
         lc.main(["--preset", "smoke", "--out", str(tmp_path), *flags.split()])
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(error) == 1 and re.search(match, error[0])
+
+
+# --------------------------------------------------------------------- the docs' program, full size
+
+
+class Pipe:
+    """What the program needs of a diffusers pipeline; the UNet leaves .2 of the noise."""
+
+    device = torch.device("cpu")
+    vae = lc.VAE()
+
+    @classmethod
+    def from_pretrained(cls, name):
+        pipe = cls()
+        pipe.unet = torch.nn.Linear(1, 1)
+        pipe.unet.forward = pipe.predict
+        return pipe
+
+    def to(self, device):
+        return self
+
+    def encode_prompt(self, prompt, do_classifier_free_guidance):
+        assert prompt == "a red cube"
+        return torch.zeros(1, 77, 8), None, torch.zeros(1, 8), None
+
+    def predict(self, x, t, encoder_hidden_states, added_cond_kwargs):
+        assert t == 999 and set(added_cond_kwargs) == {"text_embeds", "time_ids"}
+        assert x.std().item() == pytest.approx(1, abs=0.05)  # what the UNet reads has spread 1
+        return ((x * 214.58**0.5 - 0.2 * x) / 14.614641,)
+
+    def tokenizer(self, prompt, truncation, max_length, return_tensors):
+        return types.SimpleNamespace(input_ids=torch.tensor([[25, 3, 4, 26]]))
+
+
+def test_the_docs_program_for_released_weights(tmp_path, monkeypatch):
+    from PIL import Image
+
+    page = Path(lc.__file__).with_name("docs") / "latent_clip.md"
+    program = textwrap.dedent(re.search(r"    import sys\n(?:    .*\n|\n)+", page.read_text())[0])
+    assert program.count("requires_grad_(False)") == 3
+    config = replace(lc.TOY, side=64, patch=8, context=77)
+    weights = {"module.vae_model.x": torch.zeros(1)}  # to be left out
+    torch.manual_seed(0)
+    for name, value in lc.CLIP(config).state_dict().items():
+        weights["module." + name.replace("visual.", "visual.latent_vit.")] = value
+    save_file(weights, tmp_path / "latent_clip.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lc, "CLIPConfig", lambda *sizes: config)  # small in place of B/8
+    monkeypatch.setattr(lc, "VAE", lambda widths, layers, groups: type(Pipe.vae)())
+    diffusers = types.ModuleType("diffusers")
+    diffusers.StableDiffusionXLPipeline = Pipe
+    monkeypatch.setitem(sys.modules, "diffusers", diffusers)
+    monkeypatch.setattr(sys, "argv", ["prompt.py", "a red cube"])
+    names = {}
+    exec(program, names)
+    first, last = (names["reward"](z).item() for z in (names["best"][0], names["best"][-1]))
+    assert last > first + 0.01  # the reward has been climbed
+    pictures = [Image.open(f"{when}.png") for when in ("before", "after")]
+    assert pictures[0].size == (256, 256) and pictures[0].tobytes() != pictures[1].tobytes()

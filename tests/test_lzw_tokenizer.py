@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 
 import numpy as np
@@ -293,6 +294,20 @@ def test_a_text_in_colour(tmp_path, capsys):
     assert out.startswith("ab\x1b[30;43mab\x1b[0m") and "\x1b[2J" not in out
 
 
+def test_characters_are_whole_in_colour(tmp_path, capsys):
+    (tmp_path / "a").write_text("üb€r 🌍🌍 ü", "utf-8")
+    for flags in [], ["--tokenizer", "bpe:258"], ["--max-len", "5"]:
+        lzw_tokenizer.main([str(tmp_path / "a"), "--show", *flags])
+        out = capsys.readouterr().out
+        assert re.sub("\x1b.*?m", "", out) == "üb€r 🌍🌍 ü\n"
+    (tmp_path / "a").write_bytes(b"\xff\xfe\x80" * 5 + b"\xc3")  # no text
+    lzw_tokenizer.main([str(tmp_path / "a"), "--show"])
+    assert re.sub("\x1b.*?m", "", capsys.readouterr().out) == "\ufffd" * 16 + "\n"
+    (tmp_path / "a").write_bytes(b"")
+    lzw_tokenizer.main([str(tmp_path / "a"), "--show"])
+    assert capsys.readouterr().out == "\n"
+
+
 @pytest.mark.parametrize(
     "flags, match",
     [
@@ -300,6 +315,7 @@ def test_a_text_in_colour(tmp_path, capsys):
         ("TEXT --decode OUT", "is not what --encode writes"),
         ("DAMAGED --decode OUT", "damaged"),
         ("OTHER --decode OUT", "not what --encode writes"),
+        ("DEEP --decode OUT", "is not what --encode writes"),
         ("LIST --decode OUT", "is not what --encode writes"),
         ("TEXT --encode OUT --show", "not allowed with"),
         ("TEXT CODES --show", "one file"),
@@ -316,6 +332,7 @@ def test_a_text_in_colour(tmp_path, capsys):
 def test_bad_input_is_one_line_and_exit_code_2(flags, match, tmp_path, capsys):
     (tmp_path / "EMPTY").write_bytes(b"")
     (tmp_path / "TEXT").write_text("abc abc\n")
+    (tmp_path / "DEEP").write_text("[" * 100_000 + "\n1\n")
     (tmp_path / "LIST").write_text("[1]\n1 2\n")
     lzw_tokenizer.main([str(tmp_path / "TEXT"), "--encode", str(tmp_path / "CODES")])
     head, codes = (tmp_path / "CODES").read_text().split("\n", 1)

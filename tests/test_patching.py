@@ -362,6 +362,10 @@ def test_real_model_with_own_words(folder, tmp_path):
             "--model MODEL --quads fr-en:es-de --pairs 20000",
             "fr-en:es-de: there are .* asked for: 20000",
         ),
+        ("--shots 22", "22 words, needed: more than --shots 22"),
+        ("--pairs 31", "--pairs, allowed: 2 to 30 in the toy"),
+        ("--k 8", "--k 8, allowed: 1 to 7"),
+        ("--model MODEL --words SIX --quads fr-en:es-de", "--k 5, allowed: 1 to 4"),
         ("--n-embd 30", "multiples of 8"),
         ("--local 9", "0 to 3"),
         ("--device toaster", "toaster"),
@@ -373,6 +377,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, match, folder, tmp_path, c
         "EMPTY_CELL": 'en,fr\na,b\nc,""\n',
         "UNKNOWN": "en,xx\na,b\n",
         "FEW": "en,fr,de,es\n" + "a,b,c,d\n" * 3,
+        "SIX": "en,fr,de,es,it,nl,pt\n" + "a,b,c,d,e,f,g\n" * 6,
     }
     for name, text in files.items():
         if f"--words {name}" in flags:

@@ -87,6 +87,11 @@ ODD = {
         {"script": "sae", "paper": "1", "preset": "toy", "seeds": [0], "device": "cpu"}
         | {"seconds": "long", "claims": [CLAIM]}
     ),
+    "a number without end": json.dumps(
+        {"script": "sae", "paper": "1", "preset": "toy", "seeds": [0], "device": "cpu"}
+        | {"seconds": 1, "claims": [CLAIM | {"measured": {"x": 10**400}}]}
+    ),
+    "nested without end": "[" * 100_000,
     "another script's": json.dumps({"script": "culture", "claims": [CLAIM]}),
 }
 
@@ -99,7 +104,32 @@ def test_an_odd_result_costs_its_own_section(text, tmp_path):
     checker = Checker()
     checker.feed(reproduce.report(common.parse(reproduce.Args, ["--out", str(tmp_path)]), {}))
     assert not checker.open and "a < b & c" in checker.text
-    assert "sae.py: no result" in checker.text or "sae.py: its result.json is odd" in checker.text
+    assert "sae.py: no result" in checker.text or "sae.py: its results are odd" in checker.text
+
+
+def test_a_figure_that_can_not_be_read_costs_its_own_section(tmp_path):
+    write(tmp_path, "train_hapax")
+    (tmp_path / "train_hapax" / "b.png").symlink_to(tmp_path / "nowhere")
+    write(tmp_path, "sae")
+    page = reproduce.report(common.parse(reproduce.Args, ["--out", str(tmp_path)]), {})
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open and "train_hapax.py: its results are odd" in checker.text
+    assert checker.text.count("a < b & c") == 2
+
+
+def test_results_of_another_dtype_are_not_those_asked_for(tmp_path, monkeypatch):
+    flags = ["--only", "sae", "--out", str(tmp_path), "--seeds", "0", "--resume"]
+    write(tmp_path, "sae")
+    path, ran = tmp_path / "sae" / "result.json", []
+    monkeypatch.setattr(reproduce, "run_script", lambda name, args: ran.append(args.dtype) or "")
+    for saved, dtype, again in ("bf16", "bf16", 0), ("auto", "bf16", 1), (None, "auto", 1):
+        result = json.loads(path.read_text())
+        result["flags"] = saved and {"preset": "toy", "seeds": [0], "dtype": saved}
+        path.write_text(json.dumps(result))
+        reproduce.main([*flags, "--dtype", dtype])
+        assert len(ran) == again
+        ran.clear()
 
 
 def test_all_text_is_escaped(tmp_path):

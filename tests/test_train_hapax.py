@@ -90,6 +90,7 @@ def test_mask_errors():
     for x, match in [
         (ok[:, :1], "needed: integers \\(B, T"),
         (ok[0], "needed: integers \\(B, T"),
+        (ok[:0], "needed: integers"),
         (ok.astype(float), "needed: integers"),
         (ok - 1, "allowed: 0 to"),
         (ok + 2**20, "allowed: 0 to 1048575"),
@@ -292,6 +293,13 @@ def test_show(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "t\x1b[41;97mh\x1b[0m\x1b[41;97me\x1b[0m" in out and "\x1b[2J" not in out
     assert not (tmp_path / "result.json").exists()
+
+
+def test_show_does_not_tear_characters(tmp_path, capsys):
+    hapax.main(["--show", "für 🌍 für", "--tokenizer", "byte", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert re.sub("\x1b.*?m", "", out).startswith("für 🌍 für\n")
+    assert "f\x1b[41;97mü\x1b[0m\x1b[41;97mr\x1b[0m\n" in out
 
 
 @pytest.mark.parametrize(

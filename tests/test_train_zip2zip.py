@@ -353,7 +353,9 @@ def test_a_real_model(tmp_path, capsys, monkeypatch):
     env = common.Env(torch.device("cpu"), torch.float32)
     _, world = z2z.start(common.parse(z2z.Args, flags), env, 0)
     assert world.stops == [0] and [tok.decode([i]) for i in world.digits] == list("0123456789")
-    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        z2z.main([*flags, "--block-size", "512"])
+    assert "--block-size 512, allowed: 128" in capsys.readouterr().err
     z2z.main([*flags, "--prompt", "A text of\x1b[2J 12"])
     out = capsys.readouterr().out
     assert "A text of" in out and "\x1b[2J" not in out
@@ -369,6 +371,10 @@ def test_a_real_model(tmp_path, capsys, monkeypatch):
         ("--lora-r 0", "1 and more"),
         ("--device toaster", "which has"),
         ("--samples 0", "1 and more"),
+        ("--enc-layers 0", "--enc-layers 0, allowed: 1"),
+        ("--pretrain-steps 0", "--pretrain-steps 0, allowed: 1"),
+        ("--model x --pretrain-steps 5", "--pretrain-steps: no effect with --model"),
+        ("--prompt heldout --seeds 7", "zip-s7.pt is no checkpoint of this program"),
         ("--prompt heldout", "zip-s0.pt"),
         ("--prompt hello", "heldout"),
         ("--dataset file:README.md", "need --model"),
@@ -378,6 +384,7 @@ def test_a_real_model(tmp_path, capsys, monkeypatch):
 def test_bad_input_is_one_line_and_exit_code_2(flags, match, tmp_path, capsys):
     state = {"model": {}, "optimizer": {}, "step": 0, "flags": {"lora_r": 40}}
     torch.save(state, tmp_path / "base-s0.pt")
+    torch.save([1, 2], tmp_path / "zip-s7.pt")
     with pytest.raises(SystemExit) as stop:
         z2z.main(["--preset", "smoke", "--out", str(tmp_path), *flags.split()])
     error = capsys.readouterr().err.split("\r")[-1].strip().splitlines()[-1]

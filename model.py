@@ -148,7 +148,9 @@ class KVCache:
     def append(self, layer, k, v):
         """Takes keys and values (B, H, T, D) of a layer; returns all so far, (2, B, H, S, D)."""
         if self.frozen:
-            return torch.cat((self.kv[:, layer, :, :, : self.n], torch.stack((k, v))), 3)
+            k = torch.cat((self.kv[0, layer, :, :, : self.n], k), 2)
+            v = torch.cat((self.kv[1, layer, :, :, : self.n], v), 2)
+            return k, v
         start = self.n - k.shape[2]
         self.kv[0, layer, :, :, start : self.n] = k
         self.kv[1, layer, :, :, start : self.n] = v

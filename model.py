@@ -76,6 +76,11 @@ class GPTConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        kinds = {"norm": ("layer", "rms"), "parallel": ("", "two_norms", "one_norm")}
+        kinds |= {"qk_norm": ("", "head", "all"), "act": tuple(ACT)}
+        for name, allowed in kinds.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r}, allowed: {allowed}")
         if not self.learned_pos and int(self.rotary_pct * self.head_dim) % 2:
             what = f"head_dim {self.head_dim}, rotary_pct {self.rotary_pct}"
             raise ValueError(f"{what}: needed is an even number of rotating dims")

@@ -426,7 +426,7 @@ def test_errors(idx):
         generate(model, [[1], []], 5)
     with pytest.raises(ValueError, match="cache holds 4"):
         model(idx, cache=KVCache(model.config, 3, 4))
-    odd = dict(head_dim=7), dict(rotary_pct=0.4)
+    odd = dict(head_dim=7), dict(rotary_pct=0.4), dict(norm="batch"), dict(act="relu")
     for wrong in (dict(n_head=5), dict(n_kv_head=3), dict(windows=[1]), *odd):
         with pytest.raises(ValueError):
             GPTConfig(**dict(n_layer=2, n_head=4, n_embd=32) | wrong)

@@ -760,7 +760,7 @@ def test_gemma_3_refuses_fp16(folder):
         ({"rope_parameters": None, "rope_theta": "10000"}, "rope_theta is '10000'"),
         ({"num_attention_heads": True}, "num_attention_heads is True"),
         ({"vocab_size": 96.0}, "vocab_size is 96.0"),
-        ({"head_dim": 9}, "9 rotating dims"),
+        ({"head_dim": 9}, "even number of rotating dims"),
     ],
 )
 def test_types_ranges_and_ids_are_checked_at_load(change, words, folder):

@@ -675,9 +675,11 @@ def main(argv=None):
     """Runs the sections named (default all), prints the table, writes it as JSON."""
     sections = {section.__name__: section for section in SECTIONS}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("sections", nargs="*", choices=list(sections), help="[all]")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(sections)} [all]")
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     args = parser.parse_args(argv)
+    if unknown := set(args.sections) - set(sections):
+        common.fail(f"no section {' '.join(unknown)}, allowed: {' '.join(sections)}")
     with common.bad_input():
         device = common.find_device(args.device)
         Path("out").mkdir(exist_ok=True)

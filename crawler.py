@@ -487,7 +487,9 @@ PHRASES = list(map(" ".join, itertools.product(*[TALK[f"phrase {i}"] for i in "1
 random.Random("phrases").shuffle(PHRASES)  # 60 to learn, 21 for the crawler
 
 
-class Words:  # the toy's tokenizer: an id for each word
+class Words:
+    """The toy's tokenizer: an id for each word."""
+
     texts = [*itertools.chain(*TALK.values()), *KIND, *KIND.values(), "1. 2. 3. 4. 5."]
     marks = "<unk> <|user|> <|assistant|> <|end|> <think> </think> \n".split(" ")
     words = marks + sorted(set(" ".join(texts).split()) - {"{t}", "{kind}"})

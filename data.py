@@ -75,6 +75,18 @@ def printable(text):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 
+def whole_characters(words, decode):
+    """Pairs (text, i) of words i, lists of ids; a character of several comes with the last."""
+    held = []
+    for i, word in enumerate(words):
+        held += word
+        text = decode(held)
+        torn = text.endswith("\ufffd") and not text.endswith("\ufffd" * 4)  # it has up to 4 bytes
+        if not torn or i == len(words) - 1:
+            yield text, i
+            held = []
+
+
 def load_text(name="stdlib", split="train"):
     """Iterates over the documents of a split: every tenth is `heldout`, the rest `train`.
 

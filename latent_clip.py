@@ -44,7 +44,7 @@ class Args(common.TrainFlags):
     images: int = 24000  # pictures with captions (paper: 2.7B)
     samples: int = 144  # prompts of ReNO
     iters: int = 25  # evaluations of ReNO (paper: 50)
-    noise_lr: float = 1.2  # ReNO's step (paper: 5, in 16,384 dimensions)
+    noise_lr: float = 1.2  # ReNO's step (paper: 5 in 16,384 dimensions)
     gates: bool = True  # stop if a model is too bad for claims
 
 
@@ -59,9 +59,7 @@ def info_nce(image, text, scale, ids):
     same = ids[:, None] == ids
     same.fill_diagonal_(False)
     logits = logits.masked_fill(same, -torch.inf)
-    by_image = F.cross_entropy(logits, labels)
-    by_text = F.cross_entropy(logits.T, labels)
-    return (by_image + by_text) / 2
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 class Block(nn.Module):
@@ -106,7 +104,7 @@ class CLIPConfig:
 
 
 TOY = CLIPConfig()
-PIXEL = replace(TOY, side=32, patch=8, channels=3)  # the same trunk
+PIXEL = replace(TOY, side=32, patch=8, channels=3)  # same trunk
 
 
 class ViT(nn.Module):
@@ -196,7 +194,7 @@ def train_clip(clip, args, env, log, seed, rows, tokens, inputs, spread=None):
         rng = np.random.default_rng([seed, 5, step])
         picks = rng.choice(rows, args.batch_size)
         seen = inputs[picks]
-        if spread is not None:  # drawn from the VAE's posterior, as by the authors
+        if spread is not None:  # drawn from the posterior, as by the authors
             seen = seen + spread[picks] * gaussian(rng, len(picks))
         return {"idx": tokens[picks], "images": seen, "ids": numbers[picks]}
 
@@ -207,6 +205,8 @@ KL = 2e-3  # its weight in the loss; it makes latents smooth
 
 
 class ResBlock(nn.Module):
+    """Two convolutions, and a way around."""
+
     def __init__(self, before, after, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, before, 1e-6)
@@ -319,7 +319,7 @@ class VAE(nn.Module):
 
 
 def reno(generate, reward, noise, iters=50, lr=5.0, clip=0.1, reg=0.01, momentum=0.9):
-    """Reward-based noise optimisation of a batch: the best latents so far, at every evaluation.
+    """Reward-based noise optimisation of a batch: the best latents so far, at each evaluation.
 
     SGD with Nesterov momentum on reg * (n^2 / 2 - (d - 1) ln n) - reward, for each row alone.
     The bracket is the -log density of n, the norm of d numbers of noise.
@@ -436,6 +436,7 @@ def pictures(n, key, mix=MIX):
 
 
 def caption(kind, count, objects, big, rng):
+    """What is said of a picture."""
     first, second = OBJECTS[objects[0]], OBJECTS[objects[1]]
     shape, colour = divmod(objects[0], 6)
     if kind == "count":
@@ -451,8 +452,8 @@ def caption(kind, count, objects, big, rng):
 def see(images):
     """The judge, with nothing learnt: the objects in the cells of images, (n, 4).
 
-    A pixel has the colour whose line from the background is nearest. The shape is the one,
-    of the commonest colour's area and centre, that overlaps most with all coloured pixels.
+    A pixel has the colour whose line from the background is nearest. The shape is that of the
+    commonest colour's area and centre that covers most of all coloured pixels.
     """
     cells = images.float().unflatten(3, (2, 16)).unflatten(2, (2, 16))
     delta = cells.permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 16, 3) - DARK
@@ -489,7 +490,7 @@ class Flow(nn.Module):
     def __init__(self, scale, width=144, layers=4, heads=4):
         super().__init__()
         self.scale = scale  # makes latents of spread 1
-        # time and words, a vector for each at each place, shift the input of every block
+        # vectors of the time and of each word shift the input of every block
         self.words = nn.EmbeddingBag(TOY.vocab * TOY.context, 2 * width, mode="sum")
         self.time = nn.Linear(32, 2 * width)
         hidden = nn.Linear(2 * width, 2 * width)
@@ -587,7 +588,7 @@ def train_flow(args, env, log, seed, tokens, latents):
         rows = rng.integers(len(latents), size=args.batch_size)
         t = torch.from_numpy(rng.random(len(rows), np.float32) ** 2)
         wrong = rng.random(len(rows)) < WRONG
-        said = np.where(wrong, np.roll(rows, 1), rows)  # as captions from the web are
+        said = np.where(wrong, np.roll(rows, 1), rows)  # as on the web
         x1 = flow.scale * latents[rows]
         return {"idx": tokens[said], "x1": x1, "noise": gaussian(rng, len(rows)), "t": t}
 
@@ -702,9 +703,8 @@ def run_seed(args, env, log, arm, seed):
     latents, deviations = vae.latents(train.images)
     lab = Lab(vae, train_flow(args, env, log, seed, tokens, latents), {}, env.device)
     rows = (~train.new).nonzero()[:, 0].numpy()
-    others = np.random.default_rng([seed, 3]).permutation(rows)
-    shuffled = tokens.clone()
-    shuffled[rows] = tokens[others]  # each picture has the caption of another
+    shuffled = tokens.clone()  # each has the caption of another
+    shuffled[rows] = tokens[np.random.default_rng([seed, 3]).permutation(rows)]
     for reward in REWARDS:
         torch.manual_seed(seed)
         clip = CLIP(PIXEL if reward == "pixel" else TOY).to(env.device)

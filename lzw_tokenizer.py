@@ -257,21 +257,13 @@ def show(raw, tok, args):
     """Prints a text, every use of a row in the colour of its length."""
     decoder = Decoder(codec(tok, args))
     words = [decoder.push(code)[0] for code in decoder.lzw.encode(to_ids(tok, raw))]
-    for text, i in whole_characters(words, lambda ids: to_bytes(tok, ids).decode(errors="replace")):
+
+    def decode(ids):
+        return to_bytes(tok, ids).decode(errors="replace")
+
+    for text, i in data.whole_characters(words, decode):
         print(paint(text, len(words[i])), end="")
     print()
-
-
-def whole_characters(words, decode):
-    """Pairs (text, i) of words i, lists of ids; a character of several comes with the last."""
-    held = []
-    for i, word in enumerate(words):
-        held += word
-        text = decode(held)
-        torn = text.endswith("\ufffd") and not text.endswith("\ufffd" * 4)  # it has up to 4 bytes
-        if not torn or i == len(words) - 1:
-            yield text, i
-            held = []
 
 
 def paint(text, length):

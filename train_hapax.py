@@ -28,7 +28,6 @@ import torch
 
 import common
 import data
-from lzw_tokenizer import whole_characters
 from model import GPT, GPTConfig
 
 ARMS = "none", "any", "random", "offset"
@@ -499,7 +498,7 @@ def show(text, tok, length):
     mask = []
     for start in range(0, len(ids) - 1, length):
         mask += repeated(np.array([ids[start : start + length + 1]]))[0].tolist()
-    for text, i in whole_characters([[token] for token in ids[1:]], tok.decode):
+    for text, i in data.whole_characters([[token] for token in ids[1:]], tok.decode):
         text = data.printable(text)
         print(f"\x1b[41;97m{text}\x1b[0m" if mask[i] else text, end="")
     print(f"\n\n{np.mean(mask):.0%} of the tokens end a bigram seen before in a window of {length}")

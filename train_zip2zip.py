@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 import common
 import data
 import pretrained
-from lzw_tokenizer import LZW, Decoder, paint, whole_characters
+from lzw_tokenizer import LZW, Decoder, paint
 from model import GPT, GPTConfig, KVCache, padded, sample
 
 
@@ -572,7 +572,7 @@ def show(run):
         (text,) = generate(model, [ids], n)
         size = sum(map(len, text))
         print(f"--- {name}: {n} passes for {size} base ids, {n / size:.2f} each")
-        pieces = whole_characters(text, world.decode)
+        pieces = data.whole_characters(text, world.decode)
         print("".join(paint(piece, len(text[i])) for piece, i in pieces))
 
 

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+import bench
 from reproduce import PAPERS
 
 BAD = {  # flags -> what the line names
@@ -37,3 +38,10 @@ def test_one_line_and_exit_code_2(script, tmp_path, capsys):
         error = capsys.readouterr().err
         assert (stop.value.code, error.count("\n")) == (2, 1), (line, error)
         assert error.startswith("error: ") and named in error, (line, error)
+
+
+def test_a_section_that_bench_does_not_have(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["mask", "nosuch"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "no section nosuch, allowed: mask" in error

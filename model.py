@@ -10,6 +10,7 @@ Read `GPT.hidden` first, then `Block`, `Attention`, `MLP`. Switches stand beside
 Shapes: B batch, T new positions, S key positions, H heads, D head_dim, C n_embd, V vocab_size.
 """
 
+import copy
 import difflib
 import math
 import sys
@@ -160,6 +161,14 @@ class KVCache:
         self.kv[0, layer, :, :, start : self.n] = k
         self.kv[1, layer, :, :, start : self.n] = v
         return self.kv[:, layer, :, :, : self.n]
+
+    def part(self, rows, first):
+        """The cache of a slice of rows, its columns counted from `first`; writes go to this one."""
+        self.real[rows, :first] = False
+        view = copy.copy(self)
+        view.kv, view.last_key = self.kv[:, :, rows, :, first:], self.last_key[:, rows]
+        view.real = self.real[rows, first:]
+        return view
 
     def keep(self, rows):
         """Selects batch rows: finished ones leave, or one prompt is repeated for many samples."""
@@ -539,8 +548,7 @@ def generate(
     share = 1 if process else 7 / 8
     with model.eager():  # the cache grows: compiled blocks would be compiled again and again
         cache = KVCache(c, len(prompts), length, device, dtype)
-        idx, mask = padded(prompts, device)
-        h = model.hidden(idx, mask, cache)[:, -1]
+        h = prefill(model, prompts, cache)
         if samples > 1:
             h = h.repeat_interleave(samples, 0)
             cache.keep(torch.arange(len(prompts), device=device).repeat_interleave(samples))
@@ -561,6 +569,32 @@ def generate(
                 cache.keep(torch.tensor(going, device=device))
             h = model.hidden(idx, cache=cache)[:, -1]
     return out
+
+
+def prefill(model, prompts, cache):
+    """Takes prompts into the cache, those of like length together: little is spent on padding.
+
+    Returns the hidden states (B, C) that unembed to the next tokens.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first
+    longest, device = len(prompts[order[0]]), cache.kv.device
+    enough = 2048 if device.type == "cuda" else 128  # tokens that keep the device busy
+    h, start = [], 0
+    for end in range(1, len(order) + 1):
+        T = len(prompts[order[start]])
+        shorter = end < len(order) and len(prompts[order[end]]) < 0.8 * T
+        if end == len(order) or shorter and (end - start) * T >= enough:
+            idx, mask = padded([prompts[i] for i in order[start:end]], device)
+            part = cache.part(slice(start, end), longest - T)  # all prompts end in one column
+            h.append(model.hidden(idx, mask, part)[:, -1])
+            start = end
+    cache.n = longest
+    cache.has_padding = len(prompts[order[-1]]) < longest
+    if not cache.has_padding:  # all of one length: they are in order
+        return torch.cat(h)
+    back = torch.tensor(order, device=device).argsort()
+    cache.keep(back)  # rows in the order of the prompts again
+    return torch.cat(h)[back]
 
 
 def padded(prompts, device):

@@ -125,6 +125,8 @@ def install():
         torch.no_grad,
     )
     torch.tensor = lambda x, *, device=None, **k: plain[0](x, **k).to(device or CPU)
+    arange = torch.arange  # resizes its result, which a wrapper does not follow
+    torch.arange = lambda *ends, device=None, **k: arange(*ends, **k).to(device or CPU)
     torch.as_tensor = lambda x, *, device=None, **k: plain[1](x, **k).to(
         device or getattr(x, "device", CPU)
     )

@@ -35,7 +35,7 @@ def test_mixing_devices_is_an_error():
 
 @pytest.mark.parametrize("script", PAPERS)
 def test_smoke(script, tmp_path, request):
-    if script not in ("patching", "crosscoder", "sae") and not request.config.getoption(
+    if script not in ("patching", "crosscoder", "train_hapax") and not request.config.getoption(
         "--device-all"
     ):
         pytest.skip("--device-all")

@@ -1259,6 +1259,7 @@ def test_nothing_is_asked_again_after_ten_kills(tmp_path):
 
 def crawl_until_interrupted(folder, url):
     """What the script does about Ctrl-C, in a process of its own; says how it ended in a file."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, in the background
     sys.stderr = open(folder / "stderr", "w", buffering=1)
     target = opened_on(endpoint(url, timeout=60.0, concurrency=4), folder / "j")
     try:

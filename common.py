@@ -213,7 +213,7 @@ def find_device(name):
         return torch.empty(0, device=found if name == "auto" else name).device
     except (RuntimeError, AssertionError):  # torch does not know the name, or finds no such device
         what = f"device {str(name)!r} is not on this machine, which has"
-        raise ValueError(f"{what}: {' '.join({'cpu', found.type})}") from None
+        raise ValueError(f"{what}: {' '.join(sorted({'cpu', found.type}))}") from None
 
 
 def setup(args) -> Env:
@@ -466,7 +466,7 @@ class Log:
         if self.env.rank == 0:
             row = {"run": self.run, "step": step, **values}
             with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(row, default=lambda x: x.tolist()) + "\n")
+                f.write(json.dumps(row, default=plain) + "\n")
 
     def rewind(self, step):
         """Forgets what was logged at `step` and later: a resumed run will log it again."""
@@ -488,6 +488,11 @@ def write_text(path, text):
     aside = Path(f"{Path(path)}.tmp")
     aside.write_text(text, "utf-8", errors="replace")
     os.replace(aside, path)
+
+
+def plain(x):
+    """For json: arrays and tensors as lists, their scalars as numbers."""
+    return x.tolist()
 
 
 def holds(criterion, base, arm):
@@ -578,7 +583,7 @@ class Run:
         result = {"script": self.script, "paper": self.paper, "preset": args.preset}
         result |= {"seeds": args.seeds, "device": str(self.env.device), "seconds": seconds}
         result |= {"flags": asdict(args), "claims": self.claims, "metrics": found}
-        text = json.dumps(result, indent=1, default=lambda x: x.tolist())
+        text = json.dumps(result, indent=1, default=plain)
         write_text(self.out / "result.json", text + "\n")
         if self.claims:
             print_table(self.claims)

@@ -117,6 +117,11 @@ def load_text(name="stdlib", split="train"):
     return (text for i, text in enumerate(chain(first, documents)) if i % 10 in ours)
 
 
+def is_local(name):
+    """Whether a text source lies on this machine, whole; others are streamed."""
+    return name == "stdlib" or name.startswith("file:")
+
+
 def files_of(name):
     """The files of a source `file:PATH`: PATH, or what a folder holds but hidden files."""
     path = Path(name.removeprefix("file:")).expanduser()
@@ -385,6 +390,8 @@ def token_file(name, split, tok, folder, limit=None):
                 for ids in tok.encode_batch(batch):
                     np.array([tok.eos, *ids], dtype).tofile(f)
         os.replace(aside, path)
+    if not path.stat().st_size:
+        raise ValueError(f"text source {name!r} has no {split} text")
     return np.memmap(path, dtype=dtype, mode="r")[:limit]
 
 

@@ -538,7 +538,7 @@ def main(argv=None):
             return show(text, tok, args.block_size)
     with common.bad_input("--dataset"), common.rank_zero_first(run.env):
         needed = args.steps * args.batch_size * args.block_size  # tokens of a stream
-        limit = None if args.dataset.startswith(("stdlib", "file:")) else needed
+        limit = None if data.is_local(args.dataset) else needed
         read = partial(data.token_file, folder=run.out / "tokens")
         train = read(args.dataset, "train", tok, limit=limit)
         heldout = read(args.dataset, "heldout", tok, limit=2**22)  # more than is measured on

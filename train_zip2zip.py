@@ -384,7 +384,7 @@ class Text:
     def __init__(self, args, tok, seed):
         self.tok, self.length, self.seed = tok, args.block_size, seed
         needed = args.steps * args.batch_size * (args.block_size + 1)
-        limit = None if args.dataset.startswith(("stdlib", "file:")) else needed
+        limit = None if data.is_local(args.dataset) else needed
         folder, self.tokens = f"{args.out}/tokens", {}
         for split in "train", "heldout":
             self.tokens[split] = data.token_file(args.dataset, split, tok, folder, limit)

@@ -340,7 +340,7 @@ def test_token_file(tmp_path):
     big = data.Tokenizer("big", None, tok.encode_batch, tok.decode, 2**16 + 1, 2**16, [])
     assert data.token_file(name, "train", big, folder).dtype == np.uint32
     source.write_text(json.dumps({"text": "one"}) + "\n")
-    with pytest.raises(ValueError, match="empty file"):
+    with pytest.raises(ValueError, match="no heldout text"):
         data.token_file(name, "heldout", tok, folder)
 
 
